@@ -1,0 +1,61 @@
+"""Learn PyTorch distributed training by running it: real ranks, started from a notebook cell.
+
+The public names, and nothing else. Importing the package is cheap: a name loads its module when it
+is first used, and torch, matplotlib and ipywidgets are loaded when something needs them. In a
+notebook kernel the import also begins to warm the process that ranks are forked from, so that the
+first launch does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ddp_lessons.warm import warm_in_kernel
+
+if TYPE_CHECKING:
+    from ddp_lessons import plots
+    from ddp_lessons.errors import (
+        BadLaunch,
+        CannotSend,
+        LaunchError,
+        WorkerDied,
+        WorkerFailed,
+        WorkersHung,
+    )
+    from ddp_lessons.launcher import launch
+    from ddp_lessons.recording import span
+    from ddp_lessons.results import RankResult, Run
+
+__version__ = "0.1.0"
+__all__ = [
+    "BadLaunch",
+    "CannotSend",
+    "LaunchError",
+    "RankResult",
+    "Run",
+    "WorkerDied",
+    "WorkerFailed",
+    "WorkersHung",
+    "launch",
+    "plots",
+    "span",
+]
+_HOME = {"launch": "launcher", "span": "recording", "Run": "results", "RankResult": "results"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "plots":
+        return importlib.import_module("ddp_lessons.plots")
+    value = getattr(importlib.import_module(f"ddp_lessons.{_HOME.get(name, 'errors')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+warm_in_kernel()

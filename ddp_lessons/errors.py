@@ -1,0 +1,63 @@
+"""The errors of the package, raised in the parent process.
+
+    LaunchError
+    ├── BadLaunch       the arguments of launch() make no sense; nothing was started
+    ├── CannotSend      the function, an argument or a return value cannot be pickled
+    ├── WorkerFailed    a rank raised an exception
+    ├── WorkerDied      a rank's process ended by a signal or by os._exit
+    └── WorkersHung     no rank made progress any more
+
+Each message says what happened, on which rank, at which line, and what to try. In a notebook the
+message is all that is shown: the frames of the launcher would only hide it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import Run
+
+_RED, _BOLD, _RESET = "\x1b[31m", "\x1b[1m", "\x1b[0m"
+
+
+class LaunchError(Exception):
+    """Base of everything that launch() raises on purpose.
+
+    Attributes
+    ----------
+    run : Run or None
+        The record of the run, with every rank's output, value and error; None if it never began.
+    rank : int or None
+        The rank that caused the failure, where one rank did.
+    """
+
+    def __init__(self, message: str, *, run: Run | None = None, rank: int | None = None) -> None:
+        super().__init__(message)
+        self.run = run
+        self.rank = rank
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback (the hook that ipyparallel uses, too)."""
+        first, *rest = str(self).splitlines()
+        return [f"{_BOLD}{_RED}{type(self).__name__}{_RESET}{_BOLD}: {first}{_RESET}", *rest]
+
+
+class BadLaunch(LaunchError):
+    """The arguments of launch() make no sense; says which one, and what would do."""
+
+
+class CannotSend(LaunchError):
+    """Something cannot be pickled, so it cannot travel between processes; names it."""
+
+
+class WorkerFailed(LaunchError):
+    """A rank raised an exception; its own exception is `__cause__` where it could be pickled."""
+
+
+class WorkerDied(LaunchError):
+    """A rank's process ended without returning: by a signal, or by os._exit."""
+
+
+class WorkersHung(LaunchError):
+    """No rank made progress for `timeout` seconds, or none ever could."""

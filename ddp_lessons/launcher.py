@@ -1,0 +1,271 @@
+"""`launch`: run a function on several ranks, each a fresh process, and return what came of it.
+
+     cell ── launch(fn) ──► Task: cloudpickle, environment, directory (task.py)
+                              │                       parent: this module, watch.py
+                              ▼
+              forkserver, warm: torch imported, no CUDA, no threads (preload.py)
+                              │ fork x ranks
+                              ▼                       child: worker.py
+          become a fresh process ─► redirect fd 1 and 2 ─► fn(rank, *args), recorded
+                              │ three pipes a rank (processes.py, messages.py)
+                              ▼
+              Run (results.py) ─► printed by rank, explained (diagnosis.py), drawn (plots/)
+
+Runs in the parent, in the thread of the cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ddp_lessons import orphans, recording, stacks, task
+from ddp_lessons.errors import BadLaunch, LaunchError
+from ddp_lessons.live import Panel
+from ddp_lessons.messages import ErrorRecord, Raised, Returned, Span, Unsendable
+from ddp_lessons.processes import WorkerProcess
+from ddp_lessons.rendezvous import reserve_port
+from ddp_lessons.results import RankResult, Run, Status
+from ddp_lessons.warm import default_start_method, warm
+from ddp_lessons.watch import AFTER_INTERRUPT, Watch, deferred_interrupt
+
+MOST_RANKS = 256  # six file descriptors a rank: beyond this, ordinary limits on them are reached
+START_METHODS = ("forkserver", "spawn")
+
+
+def launch(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    nprocs: int = 2,
+    *,
+    nnodes: int = 1,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 60.0,
+    check: bool = True,
+    start_method: str | None = None,
+) -> Run:
+    """Run ``fn(rank, *args)`` on ``nnodes * nprocs`` ranks, print their output, return the record.
+
+    Each rank is a fresh operating-system process that sees the variables torchrun sets: RANK,
+    LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR, MASTER_PORT and
+    OMP_NUM_THREADS. The function joins the process group itself; nothing does it in secret.
+
+    Parameters
+    ----------
+    fn : callable
+        Called as ``fn(rank, *args)``, as `torch.multiprocessing.spawn` does. It may come from a
+        notebook cell: a function, lambda, closure or method.
+    args : tuple
+        Further arguments, the same for every rank.
+    nprocs : int
+        Ranks on each machine.
+    nnodes : int
+        Machines to stand for. All ranks run on this one, numbered as on several:
+        ``rank = group_rank * nprocs + local_rank``.
+    env : mapping of str to str, optional
+        Environment variables on top of the present ones and torchrun's.
+    timeout : float
+        Seconds without progress on any rank (a line printed, a span or a collective finished)
+        after which the run is given up as hung. A run that moves is never cut short.
+    check : bool
+        Raise an error if a rank fails. False returns the same record instead.
+    start_method : {"forkserver", "spawn"}, optional
+        How processes start. forkserver is fast, and the default on Linux; spawn works everywhere.
+
+    Returns
+    -------
+    Run
+        Values, output, errors and spans by rank.
+
+    Raises
+    ------
+    BadLaunch
+        The arguments make no sense; nothing was started.
+    CannotSend
+        The function, an argument or a return value cannot be pickled.
+    WorkerFailed, WorkerDied, WorkersHung
+        A rank raised, its process died, or no rank made progress; only with ``check=True``.
+    """
+    method = start_method or default_start_method()
+    _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, method)
+    run = _carry_out(fn, args, task.places(nprocs, nnodes), dict(env or {}), float(timeout), method)
+    if check:
+        run.raise_for_failure()
+    return run
+
+
+def _carry_out(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    places: list[task.Place],
+    env: dict[str, str],
+    timeout: float,
+    method: str,
+) -> Run:
+    begin_ns = time.perf_counter_ns()
+    context = multiprocessing.get_context(method)
+    workers = [WorkerProcess(place) for place in places]
+    hung_after: float | None = None
+    forkserver: int | None = None
+    with contextlib.closing(reserve_port()) as port, Panel(workers) as panel:
+        packed = task.pack(fn, env, port.getsockname()[1])
+        watch = Watch(workers, panel.tick)
+        try:
+            _start(workers, context, packed, fn, args)
+            forkserver = orphans.parent_of(workers[0].pid) if method == "forkserver" else None
+            hung_after = watch.until_ended(timeout)
+        except BaseException as error:
+            with deferred_interrupt():
+                watch.stop(AFTER_INTERRUPT)
+            run = _record(packed.name, workers, begin_ns, interrupted=True)
+            if isinstance(error, KeyboardInterrupt):
+                _show_interrupted(run)
+            raise
+        finally:
+            for worker in workers:
+                worker.close()
+            if forkserver is not None:
+                orphans.end_orphans_of(forkserver)
+    run = _record(packed.name, workers, begin_ns, hung_after=hung_after)
+    _show_output(run)
+    return run
+
+
+def _start(
+    workers: list[WorkerProcess],
+    context: Any,
+    packed: task.Task,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
+    if context.get_start_method() == "forkserver":
+        warm()
+    for worker in workers:
+        try:
+            with deferred_interrupt():
+                worker.start(context, packed, fn, args)
+        except (OSError, EOFError) as error:
+            raise LaunchError(
+                f"the process of rank {worker.rank} could not be started: {error!r}\n"
+                "If memory, processes or open files have run out, use fewer ranks. Otherwise "
+                "launch again: what starts the ranks is started anew."
+            ) from error
+
+
+def _refuse_nonsense(
+    fn: Any, args: Any, nprocs: Any, nnodes: Any, env: Any, timeout: Any, method: Any
+) -> None:
+    """Raise BadLaunch for arguments that make no sense, saying what would do."""
+    if recording.in_worker():
+        raise BadLaunch(
+            "launch() was called inside a worker. A rank cannot launch ranks: call it once, "
+            "from the notebook or the main script, with all the ranks you need."
+        )
+    if not callable(fn):
+        raise BadLaunch(
+            f"fn is {fn!r}, not a function. "
+            "Pass the function itself, launch(work), not its result, launch(work(0))."
+        )
+    if not isinstance(args, tuple):
+        raise BadLaunch(f"args is {args!r}, not a tuple. For one argument write args=({args!r},).")
+    for name, value in (("nprocs", nprocs), ("nnodes", nnodes)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise BadLaunch(f"{name} is {value!r}; it must be a whole number, 1 or more.")
+    if nprocs * nnodes > MOST_RANKS:
+        raise BadLaunch(
+            f"{nprocs * nnodes:,} ranks are more than one machine can start; "
+            f"the most is {MOST_RANKS}, and 2 to 8 show nearly everything."
+        )
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
+        raise BadLaunch(  # `not >` refuses nan, too
+            f"timeout is {timeout!r}; it must be a number of seconds above 0. "
+            "A run that makes progress is never cut short, so 60 suits long runs, too."
+        )
+    if env is not None and not isinstance(env, Mapping):
+        raise BadLaunch(f"env is {env!r}, not a dict, such as {{'OMP_NUM_THREADS': '2'}}.")
+    for name, value in (env or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise BadLaunch(f"env[{name!r}] is {value!r}; variables are strings: {str(value)!r}.")
+    if method not in START_METHODS:
+        raise BadLaunch(f"start_method is {method!r}; it must be 'forkserver' or 'spawn'.")
+
+
+def _record(
+    name: str,
+    workers: list[WorkerProcess],
+    begin_ns: int,
+    *,
+    hung_after: float | None = None,
+    interrupted: bool = False,
+) -> Run:
+    ranks = [_result(worker, name) for worker in workers if worker.exitcode is not None]
+    return Run(name, ranks, begin_ns=begin_ns, hung_after=hung_after, interrupted=interrupted)
+
+
+def _result(worker: WorkerProcess, name: str) -> RankResult:
+    assert worker.exitcode is not None
+    assert worker.ended_ns is not None
+    status: Status = "stopped" if worker.stopped else "died"
+    value, error, exception = None, None, None
+    match worker.outcome:
+        case Returned(_, data):
+            status, value, error = _loaded(data)
+        case Raised(_, record, _, data):
+            status = "raised" if not worker.stopped else "stopped"
+            error, exception = record, _exception(data)
+        case Unsendable(_, type_name, reason):
+            status, error = "unsendable", ErrorRecord(type_name, reason, ())
+    return RankResult(
+        rank=worker.rank,
+        status=status,
+        value=value,
+        output=worker.output.text(),
+        error=error,
+        exception=exception,
+        exitcode=worker.exitcode,
+        spans=(*_life(worker, name), *worker.spans),
+        began_ns=worker.began_ns,
+        started_ns=worker.started_ns,
+        ended_ns=worker.ended_ns,
+        stack=stacks.parse(worker.stack_text),
+    )
+
+
+def _loaded(data: bytes) -> tuple[Status, Any, ErrorRecord | None]:
+    try:
+        return "returned", pickle.loads(data), None
+    except Exception as error:  # whatever a learner's object raises while it is rebuilt
+        return "unsendable", None, ErrorRecord("unknown", repr(error), ())
+
+
+def _exception(data: bytes | None) -> BaseException | None:
+    try:
+        exception = pickle.loads(data) if data else None
+    except Exception:  # its class may not be importable here; its text travelled separately
+        return None
+    return exception if isinstance(exception, BaseException) else None
+
+
+def _life(worker: WorkerProcess, name: str) -> list[Span]:
+    """Two spans of lane "process": until the function was called, and from then to the end."""
+    called = worker.started_ns or worker.ended_ns
+    spans = [Span(worker.rank, "process", "mark", "start-up", worker.began_ns, called)]
+    if worker.started_ns is not None:
+        spans.append(Span(worker.rank, "process", "mark", name, worker.started_ns, worker.ended_ns))
+    return spans
+
+
+def _show_output(run: Run) -> None:
+    # The parent prints, in the cell's own thread and rank by rank: the same text on every run.
+    lines = run.output_lines()
+    if lines:
+        print("\n".join(lines))
+
+
+def _show_interrupted(run: Run) -> None:
+    _show_output(run)
+    print("\n".join(["Stopped.", *(f"rank {r.rank} {r.outcome()}" for r in run.ranks)]))

@@ -1,0 +1,74 @@
+"""The panel that a cell shows while a run of over a second goes on; gone when the run has ended.
+
+Runs in the parent, in the thread of the cell. Off outside notebooks and where DDP_LESSONS_LIVE=0,
+which is set when notebooks are stored or tested: there a panel would only be noise.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from ddp_lessons.processes import WorkerProcess
+from ddp_lessons.warm import in_kernel
+
+FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
+
+
+class Panel:
+    """One line a rank: what it did last. A context manager around the run."""
+
+    def __init__(self, workers: Sequence[WorkerProcess]) -> None:
+        self._workers = workers
+        self._due = time.monotonic() + FIRST_AFTER
+        self._handle: Any = None
+        self._on = in_kernel() and os.environ.get("DDP_LESSONS_LIVE", "1") != "0"
+
+    def __enter__(self) -> Panel:
+        return self
+
+    def tick(self) -> None:
+        """Draw the panel if it is time; called often from the pump."""
+        if not self._on or time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + EVERY
+        self._show(_table(self._workers))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._handle is not None:
+            self._show("")
+
+    def _show(self, text: str) -> None:
+        from IPython.display import HTML, display
+
+        if self._handle is None:
+            self._handle = display(HTML(text), display_id=True)
+        else:
+            self._handle.update(HTML(text))
+
+
+def _table(workers: Sequence[WorkerProcess]) -> str:
+    rows = "".join(
+        f"<tr><td>rank {worker.rank}</td><td>{_state(worker)}</td><td style='text-align:left'>"
+        f"<code>{html.escape(worker.output.last_line()[:120])}</code></td></tr>"
+        for worker in workers[:16]
+    )
+    more = f"<tr><td colspan=3>and {len(workers) - 16} more</td></tr>" if len(workers) > 16 else ""
+    return f"<table>{rows}{more}</table>"
+
+
+def _state(worker: WorkerProcess) -> str:
+    if worker.failed:
+        return "✗ failed"
+    if worker.outcome is not None:
+        return "✓ returned"
+    return "starting" if worker.started_ns is None else "running"

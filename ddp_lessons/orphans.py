@@ -1,0 +1,63 @@
+"""Ending what a rank left behind outside its own process group: children that called setsid.
+
+Linux hands the orphans of a dead rank to its nearest ancestor that asked for them: the forkserver
+asks (`preload.py`). So after a run, its children are ranks that still live, and orphans. Where
+there is no forkserver, or no /proc, only a rank's own process group is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import time
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_ROUNDS, _PAUSE = 50, 0.002  # an orphan's own children become orphans, too: look again
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its descendants leave behind (prctl(2))."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def parent_of(pid: int) -> int | None:
+    """The process id of a process's parent; None if it cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return None
+
+
+def end_orphans_of(forkserver: int) -> None:
+    """End the forkserver's children that are no processes started by this one.
+
+    While another run of this process goes on (from another thread), its ranks may have children of
+    their own there; then the run that ends last does the work.
+    """
+    for _ in range(_ROUNDS):
+        started = multiprocessing.active_children()
+        if any(process.name.startswith("rank ") for process in started):
+            return
+        if not end_children_of(forkserver, {process.pid for process in started}):
+            return
+        time.sleep(_PAUSE)
+
+
+def end_children_of(pid: int, except_for: set[int | None] | None = None) -> bool:
+    """SIGKILL the children of a process, with their process groups; True if there were any."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            children = {int(child) for child in file.read().split()} - (except_for or set())
+    except OSError:
+        return False
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(child) == child:
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+    return bool(children)

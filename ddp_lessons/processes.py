@@ -1,0 +1,196 @@
+"""The parent's side of one rank: starting its process, reading its pipes, ending it.
+
+Runs in the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from ddp_lessons.messages import (
+    Decoder,
+    Joining,
+    Raised,
+    Returned,
+    Span,
+    Spans,
+    Started,
+    Unsendable,
+)
+from ddp_lessons.output import OutputBuffer
+from ddp_lessons.task import Argument, Place, Task
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
+
+STACK_SIGNAL = signal.SIGUSR1  # asks a worker for its Python stack
+CHUNK = 1 << 16  # bytes read from a pipe at once
+
+
+class WorkerProcess:
+    """One rank as its parent sees it: a process and the three pipes that come from it.
+
+    `messages` carries framed facts (`messages.py`), `output` whatever the rank writes to its stdout
+    and stderr, `stacks` what faulthandler prints when asked where the rank is.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.output = OutputBuffer()
+        self.stack_text = ""
+        self.spans: list[Span] = []
+        self.dropped = 0
+        self.began_ns = time.perf_counter_ns()
+        self.started_ns: int | None = None
+        self.ended_ns: int | None = None
+        self.group_timeout: float | None = None
+        self.outcome: Returned | Raised | Unsendable | None = None
+        self.exitcode: int | None = None
+        self.stopped = False  # the parent ended it
+        self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
+        self._decoder = Decoder()
+        self._handlers: dict[Connection, Callable[[bytes], None]] = {}
+        self._process: Any = None
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self.exitcode is None
+
+    @property
+    def failed(self) -> bool:
+        """True if the rank raised, died or returned what cannot be sent; not if it was stopped."""
+        if isinstance(self.outcome, Raised | Unsendable):
+            return True
+        return self.exitcode is not None and self.outcome is None and not self.stopped
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid)
+
+    def start(
+        self, context: BaseContext, task: Task, fn: Callable[..., Any], args: tuple[Any, ...]
+    ) -> None:
+        """Start the process. Raises CannotSend, and starts nothing, if an argument can't travel."""
+        from ddp_lessons import worker
+
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(3)]
+        readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
+        try:
+            packed = tuple(Argument(value, i, fn) for i, value in enumerate(args))
+            process = context.Process(  # type: ignore[attr-defined]
+                target=worker.main,
+                args=(task, self.place, packed, *writers),
+                name=f"rank {self.rank}",
+                daemon=False,  # a daemon could not have children, such as a DataLoader's workers
+            )
+            process.start()
+        except BaseException:
+            for reader in readers:
+                reader.close()
+            raise
+        finally:
+            for writer in writers:
+                writer.close()
+        self._process = process
+        for reader in readers:
+            os.set_blocking(reader.fileno(), False)
+        handlers = (self._on_messages, self.output.feed, self._on_stacks)
+        self._handlers = dict(zip(readers, handlers, strict=True))
+
+    @property
+    def readers(self) -> list[Connection]:
+        """The pipes that are still open."""
+        return list(self._handlers)
+
+    @property
+    def sentinel(self) -> int:
+        """A file descriptor that becomes readable when the process ends."""
+        return int(self._process.sentinel)
+
+    def read(self, reader: Connection) -> bool:
+        """Take what a pipe holds now, one chunk; False if it held nothing or has closed."""
+        try:
+            data = os.read(reader.fileno(), CHUNK)
+        except BlockingIOError:
+            return False
+        if data:
+            handler = self._handlers[reader]
+            handler(data)
+            if handler != self._on_stacks:
+                self.moved_at = time.monotonic()
+            return True
+        del self._handlers[reader]
+        reader.close()
+        return False
+
+    def poll(self) -> bool:
+        """See whether the process has ended; True at the moment when it has.
+
+        What it wrote before is taken in, and what it left of children is killed with its group.
+        """
+        if not self.alive or self._process.exitcode is None:
+            return False
+        self.exitcode = self._process.exitcode
+        self.signal_group(signal.SIGKILL)
+        for reader in self.readers:
+            while self.read(reader):
+                pass
+        self.ended_ns = self.ended_ns or time.perf_counter_ns()
+        self.moved_at = time.monotonic()
+        return True
+
+    def cpu_seconds(self) -> float:
+        """The processor time that the rank has used so far; 0 if it has ended."""
+        import psutil
+
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return float(times.user + times.system)
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the rank's own process."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def signal_group(self, number: signal.Signals) -> None:
+        """Send a signal to the rank and its children, which share its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def close(self) -> None:
+        """Give back the file descriptors. The process must have ended."""
+        for reader in self.readers:
+            reader.close()
+        self._handlers.clear()
+        if self._process is not None:
+            self._process.close()
+
+    def _on_messages(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            match message:
+                case Started(t_ns):
+                    self.started_ns = t_ns
+                case Spans(spans, dropped):
+                    self.spans += spans
+                    self.dropped = dropped
+                case Joining(timeout):
+                    self.group_timeout = timeout
+                case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):
+                    self.outcome = message
+                    self.ended_ns = t_ns
+
+    def _on_stacks(self, data: bytes) -> None:
+        self.stack_text += data.decode("utf-8", errors="backslashreplace")

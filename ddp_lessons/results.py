@@ -1,0 +1,181 @@
+"""What a run came to: `Run` and `RankResult`, and how they look as text and in a notebook.
+
+Lives in the parent. The text carries no timings, so a notebook's stored output is the same on
+every run; timings are for the pictures. Whatever a worker printed is escaped before it is HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import reprlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ddp_lessons import diagnosis
+from ddp_lessons.errors import LaunchError
+from ddp_lessons.messages import ErrorRecord, Frame, Span
+from ddp_lessons.output import cut_lines
+
+LINES_SHOWN = 1000  # of all ranks together
+
+Status = Literal["returned", "raised", "died", "stopped", "unsendable"]
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 200  # characters
+_short.maxlist = _short.maxtuple = _short.maxdict = 12  # items
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What came of one rank.
+
+    Attributes
+    ----------
+    rank : int
+        The rank, from 0 to world_size - 1.
+    status : str
+        "returned", "raised", "died" (ended by a signal or os._exit), "stopped" (by the launcher,
+        after another rank's failure, a hang or an interrupt) or "unsendable" (its return value).
+    value : object
+        What the function returned; None unless it returned.
+    output : str
+        What the rank wrote to stdout and stderr, in order; at most 1 MiB of it.
+    error : ErrorRecord or None
+        The exception that it raised.
+    exception : BaseException or None
+        The exception itself, where it could be pickled.
+    exitcode : int
+        The exit code of its process; minus the signal's number if a signal ended it.
+    spans : tuple of Span
+        What it did when, in the order in which it finished; at least one span of its life.
+    stack : tuple of Frame
+        Where it was when it was stopped; empty if it was not.
+    began_ns, started_ns, ended_ns : int or None
+        `time.perf_counter_ns()` when its process was asked for, when the function was called and
+        when it ended.
+    """
+
+    rank: int
+    status: Status
+    value: Any
+    output: str
+    error: ErrorRecord | None
+    exitcode: int
+    spans: tuple[Span, ...]
+    began_ns: int
+    started_ns: int | None
+    ended_ns: int
+    exception: BaseException | None = field(default=None, repr=False)
+    stack: tuple[Frame, ...] = field(default=(), repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """How long the function ran, in seconds; 0 if it was never called."""
+        return (self.ended_ns - self.started_ns) / 1e9 if self.started_ns else 0.0
+
+    @property
+    def lines(self) -> list[str]:
+        """The output, line by line."""
+        return self.output.splitlines()
+
+    def outcome(self) -> str:
+        """The outcome in one line, without timings."""
+        match self.status:
+            case "returned":
+                return f"returned {_short.repr(self.value)}"
+            case "raised":
+                return f"raised {self.error.summary if self.error else ''}"
+            case "unsendable":
+                return "returned a value that cannot be pickled"
+            case "died":
+                return f"died: {diagnosis.exit_name(self.exitcode)}"
+            case "stopped":
+                return f"stopped{diagnosis.waiting_where(self.stack)}"
+
+
+class Run:
+    """The record of one launch: every rank's value, output, error and spans.
+
+    `launch` makes it. It says the same whether the run went well or not; `explain` tells why not.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        ranks: Sequence[RankResult],
+        *,
+        begin_ns: int,
+        hung_after: float | None = None,
+        interrupted: bool = False,
+    ) -> None:
+        self.name = name
+        self.ranks = list(ranks)
+        self.begin_ns = begin_ns
+        self.hung_after = hung_after
+        self.interrupted = interrupted
+        self.error: LaunchError | None = diagnosis.verdict(self)
+
+    @property
+    def world_size(self) -> int:
+        """The number of ranks."""
+        return len(self.ranks)
+
+    @property
+    def values(self) -> list[Any]:
+        """What each rank returned, by rank; None for a rank that did not return."""
+        return [rank.value for rank in self.ranks]
+
+    @property
+    def ok(self) -> bool:
+        """True if every rank returned."""
+        return all(rank.status == "returned" for rank in self.ranks)
+
+    def spans(self) -> list[Span]:
+        """The spans of all ranks on one clock, by start time (`t0_ns`, in nanoseconds)."""
+        return sorted((s for rank in self.ranks for s in rank.spans), key=lambda s: s.t0_ns)
+
+    def explain(self) -> str:
+        """What failed or hung and why; one line if nothing did."""
+        if self.error is not None:
+            return f"{type(self.error).__name__}: {self.error}"
+        return f"{diagnosis.all_ranks(self.world_size)} returned."
+
+    def raise_for_failure(self) -> None:
+        """Raise the error of this run, if it has one."""
+        if self.error is not None:
+            cause = None if self.error.rank is None else self.ranks[self.error.rank].exception
+            raise self.error from cause
+
+    def output_lines(self) -> list[str]:
+        """What the ranks printed, grouped by rank and labelled, at most about 1,000 lines."""
+        labelled = {r.rank: [f"[rank {r.rank}] {line}" for line in r.lines] for r in self.ranks}
+        if sum(map(len, labelled.values())) <= LINES_SHOWN:
+            return [line for lines in labelled.values() for line in lines]
+        fair = max(2, LINES_SHOWN // self.world_size)
+        return [
+            line if line.startswith("[rank") else f"[rank {rank}] {line}"
+            for rank, lines in labelled.items()
+            for line in cut_lines(lines, fair)
+        ]
+
+    def __repr__(self) -> str:
+        head = f"Run of {self.name} on {diagnosis.count(self.world_size, 'rank')}"
+        return "\n".join([f"{head}:", *(f"  rank {r.rank} {r.outcome()}" for r in self.ranks)])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='text-align:right'>{r.rank}</td>"
+            f"<td style='text-align:left'>{_mark(r.status)}</td>"
+            f"<td style='text-align:left'><code>{html.escape(r.outcome())}</code></td></tr>"
+            for r in self.ranks
+        )
+        head = f"{html.escape(self.name)} on {diagnosis.count(self.world_size, 'rank')}"
+        return (
+            f"<table><caption style='text-align:left'><b>{head}</b></caption>"
+            f"<tr><th>rank</th><th></th><th style='text-align:left'>outcome</th></tr>{rows}</table>"
+        )
+
+
+def _mark(status: Status) -> str:
+    return {"returned": "✓", "stopped": "■"}.get(status, "✗")

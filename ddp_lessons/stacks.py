@@ -1,0 +1,156 @@
+"""Stacks and tracebacks as a learner should read them: their own lines first, marked.
+
+Used in the parent. Frames run from the learner's function (first) to where it was (last).
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import site
+import sys
+import sysconfig
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from ddp_lessons.messages import ErrorRecord, Frame
+
+CONTEXT = 1  # lines shown before and after the marked one
+
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_INFRASTRUCTURE = tuple(
+    os.path.join(_HERE, name) for name in ("worker.py", "recording.py", "rendezvous.py")
+)
+_LIBRARIES = tuple(
+    {
+        os.path.realpath(path) + os.sep
+        for path in (
+            sysconfig.get_path("stdlib"),
+            sysconfig.get_path("purelib"),
+            sysconfig.get_path("platlib"),
+            *site.getsitepackages(),
+        )
+    }
+)
+
+
+class Position(NamedTuple):
+    """Where a rank is: the learner's line, and the call of torch.distributed that it waits in."""
+
+    frame: Frame | None
+    call: str | None
+
+
+def is_infrastructure(filename: str) -> bool:
+    """True for the files of this package that stand between a learner's call and torch's code."""
+    return filename in _INFRASTRUCTURE
+
+
+def parse(dump: str) -> tuple[Frame, ...]:
+    """The stack of the thread that runs the learner's function, from what faulthandler printed."""
+    for thread in reversed(re.split(r"\n(?=(?:Current t|T)hread 0x)", dump)):
+        found = [_FRAME.match(line) for line in thread.splitlines()]
+        frames = [
+            Frame(m["file"], int(m["line"]), m["function"], _source(m["file"], int(m["line"])))
+            for m in found[::-1]
+            if m
+        ]
+        started = [i for i, frame in enumerate(frames) if frame.filename == _INFRASTRUCTURE[0]]
+        if started:
+            return tuple(frames[started[-1] + 1 :]) or (frames[started[-1]],)
+    return ()
+
+
+def position(frames: Sequence[Frame]) -> Position:
+    """Where a stack or traceback stands, in the learner's terms."""
+    own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
+    below = frames[own[-1] + 1 :] if own else frames
+    call = next((frame.function for frame in below if _is_distributed(frame)), None)
+    if call is None and any(frame.filename == _INFRASTRUCTURE[2] for frame in below):
+        call = "init_process_group"  # waiting for rank 0's store
+    return Position(frames[own[-1]] if own else None, call)
+
+
+def is_learners(filename: str) -> bool:
+    """True for cells and the learner's own modules; false for Python, torch and this package."""
+    if is_cell(filename):
+        return True
+    path = os.path.realpath(filename)
+    return os.path.isabs(filename) and not path.startswith((*_LIBRARIES, _HERE + os.sep))
+
+
+def is_cell(filename: str) -> bool:
+    """True for source that exists only in the interactive session, such as a notebook's cell."""
+    entry = linecache.cache.get(filename)
+    return entry is not None and len(entry) == 4 and entry[1] is None
+
+
+def place_name(filename: str) -> str:
+    """`Cell In[3]` for a cell, else the path, shortened to what tells it apart."""
+    shell = _shell()
+    if shell is not None:
+        named = shell.compile.format_code_name(filename)
+        if named is not None:
+            return " ".join(named)
+    for root in (*_LIBRARIES, os.getcwd() + os.sep):
+        if os.path.realpath(filename).startswith(root):
+            return os.path.realpath(filename)[len(root) :]
+    return filename
+
+
+def line_name(frame: Frame) -> str:
+    """`Cell In[3], line 4`."""
+    return f"{place_name(frame.filename)}, line {frame.lineno}"
+
+
+def render(error: ErrorRecord) -> str:
+    """An exception, and those before it, with the learner's lines marked."""
+    before = ""
+    if error.previous is not None:
+        because = (
+            "That caused the next exception:"
+            if error.link == "cause"
+            else "While that was handled, another exception happened:"
+        )
+        before = f"{render(error.previous)}\n\n{because}\n\n"
+    return before + "\n".join([*render_frames(error.frames), error.text])
+
+
+def render_frames(frames: Sequence[Frame]) -> list[str]:
+    """The learner's frames with their source; of the libraries', only the innermost."""
+    lines: list[str] = []
+    own = [frame for frame in frames if is_learners(frame.filename)]
+    for frame in own:
+        lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
+    if frames and frames[-1] not in own[-1:]:
+        frame = frames[-1]
+        lines += [f"{line_name(frame)}, in {frame.function}", f"     {frame.source}"]
+    return lines
+
+
+def _excerpt(frame: Frame) -> list[str]:
+    """The marked line between its neighbours, as IPython shows it."""
+    numbers = range(max(1, frame.lineno - CONTEXT), frame.lineno + CONTEXT + 1)
+    texts = {n: linecache.getline(frame.filename, n).rstrip() for n in numbers}
+    texts[frame.lineno] = texts[frame.lineno] or frame.source
+    return [
+        f"{'---->' if n == frame.lineno else '     '} {n:>3} {text}"
+        for n, text in texts.items()
+        if text or n == frame.lineno
+    ]
+
+
+def _is_distributed(frame: Frame) -> bool:
+    directory, name = os.path.split(frame.filename)
+    return directory.endswith(os.path.join("torch", "distributed")) and name != "c10d_logger.py"
+
+
+def _source(filename: str, lineno: int) -> str:
+    return linecache.getline(filename, lineno).strip()
+
+
+def _shell() -> Any:
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None

@@ -1,0 +1,98 @@
+"""A real notebook kernel for tests: execute cells as a notebook would, interrupt it, kill it."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import psutil
+from jupyter_client.blocking import BlockingKernelClient
+from jupyter_client.manager import KernelManager
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass
+class Cell:
+    """What one executed cell gave back."""
+
+    stdout: str = ""
+    error: str = ""  # the traceback as the notebook shows it, without colours
+    error_name: str = ""
+    result: dict[str, str] = field(default_factory=dict)  # mime bundle of the last expression
+    displays: list[dict[str, str]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Kernel:
+    """A kernel as a context manager; `run` executes a cell and waits for its end."""
+
+    def __init__(self, first_cell: str = "from ddp_lessons import launch") -> None:
+        self._first_cell = first_cell
+        self.manager = KernelManager(kernel_name="python3")
+        self.client: BlockingKernelClient
+
+    def __enter__(self) -> Kernel:
+        self.manager.start_kernel()
+        self.client = self.manager.blocking_client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+        cell = self.run(self._first_cell)
+        assert not cell.error, cell.error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.client.stop_channels()
+        self.manager.shutdown_kernel(now=True)
+
+    @property
+    def pid(self) -> int:
+        return int(self.manager.provisioner.pid)
+
+    def children(self) -> list[psutil.Process]:
+        """Every process below the kernel."""
+        found: list[psutil.Process] = psutil.Process(self.pid).children(recursive=True)
+        return found
+
+    def start(self, code: str) -> str:
+        """Begin to execute a cell; its message id."""
+        return str(self.client.execute(textwrap.dedent(code).strip()))
+
+    def run(self, code: str, timeout: float = 90.0) -> Cell:
+        """Execute a cell and wait for its end."""
+        return self.finish(self.start(code), timeout)
+
+    def finish(self, message_id: str, timeout: float = 90.0) -> Cell:
+        """Collect what a started cell gives until it has ended."""
+        cell, began = Cell(), time.monotonic()
+        while True:
+            left = began + timeout - time.monotonic()
+            message = self.client.get_iopub_msg(timeout=max(0.1, left))
+            if message["parent_header"].get("msg_id") != message_id:
+                continue
+            kind, content = message["msg_type"], message["content"]
+            if kind == "status" and content["execution_state"] == "idle":
+                cell.seconds = time.monotonic() - began
+                return cell
+            self._take(cell, kind, content)
+
+    def _take(self, cell: Cell, kind: str, content: dict[str, Any]) -> None:
+        match kind:
+            case "stream":
+                cell.stdout += content["text"]
+            case "error":
+                cell.error = ANSI.sub("", "\n".join(content["traceback"]))
+                cell.error_name = content["ename"]
+            case "execute_result":
+                cell.result = content["data"]
+            case "display_data":
+                cell.displays.append(content["data"])

@@ -19,6 +19,10 @@ from ddp_lessons.messages import Frame
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, Run
 
+FORKSERVER_ENDED = (
+    "The process that starts the ranks, multiprocessing's forkserver, was ended while they ran. "
+    "The next launch starts a new one."
+)
 LAST_LINES = 5  # of a dead rank's output, shown as evidence
 
 # How gloo, the TCP store and NCCL say that another rank is gone (torch 2.13; gloo transport/tcp).
@@ -137,11 +141,12 @@ def _died(run: Run, cause: RankResult) -> LaunchError:
 def _death(rank: RankResult) -> tuple[str, str]:
     """What happened to a rank that died, and the likely reason."""
     name = exit_name(rank.exitcode)
+    if rank.error is not None:
+        return "was lost", rank.error.text
     if rank.started_ns is None:
         return (
             f"ended with {name} before its function was called",
-            "In a script, launch() must stand under `if __name__ == '__main__':`. "
-            "Else see what the rank printed.",
+            "See what the rank printed below; a shortage of memory is a common reason.",
         )
     match name:
         case "SIGKILL":

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ddp_lessons import orphans, recording, stacks, task
+from ddp_lessons import diagnosis, orphans, recording, stacks, task
 from ddp_lessons.errors import BadLaunch, LaunchError
 from ddp_lessons.live import Panel
 from ddp_lessons.messages import ErrorRecord, Raised, Returned, Span, Unsendable
@@ -110,13 +110,11 @@ def _carry_out(
     context = multiprocessing.get_context(method)
     workers = [WorkerProcess(place) for place in places]
     hung_after: float | None = None
-    forkserver: int | None = None
     with contextlib.closing(reserve_port()) as port, Panel(workers) as panel:
         packed = task.pack(fn, env, port.getsockname()[1])
         watch = Watch(workers, panel.tick)
         try:
             _start(workers, context, packed, fn, args)
-            forkserver = orphans.parent_of(workers[0].pid) if method == "forkserver" else None
             hung_after = watch.until_ended(timeout)
         except BaseException as error:
             with deferred_interrupt():
@@ -128,7 +126,7 @@ def _carry_out(
         finally:
             for worker in workers:
                 worker.close()
-            if forkserver is not None:
+            for forkserver in {w.forkserver for w in workers if w.forkserver is not None}:
                 orphans.end_orphans_of(forkserver)
     run = _record(packed.name, workers, begin_ns, hung_after=hung_after)
     _show_output(run)
@@ -219,6 +217,8 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
             error, exception = record, _exception(data)
         case Unsendable(_, type_name, reason):
             status, error = "unsendable", ErrorRecord(type_name, reason, ())
+        case None if worker.lost_forkserver:
+            error = ErrorRecord("ForkserverEnded", diagnosis.FORKSERVER_ENDED, ())
     return RankResult(
         rank=worker.rank,
         status=status,

@@ -33,6 +33,15 @@ def parent_of(pid: int) -> int | None:
         return None
 
 
+def has_ended(pid: int) -> bool:
+    """True if the process is gone, or only waits to be reaped."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "ZX"
+    except (OSError, IndexError):
+        return True
+
+
 def end_orphans_of(forkserver: int) -> None:
     """End the forkserver's children that are no processes started by this one.
 

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import gc
 import os
+import sys
 import warnings
 
 from ddp_lessons.orphans import adopt_orphans, end_children_of
@@ -19,6 +20,9 @@ os.setsid()
 adopt_orphans()
 atexit.register(end_children_of, os.getpid())
 warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")
+# multiprocessing closes standard input now and opens the null device: at descriptor 0, if that is
+# what it closes. Else every worker would have a descriptor more.
+sys.stdin = open(0)
 # NumPy's OpenBLAS starts its threads while it is imported; a thread does not survive a fork.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Lets a worker count GPUs without a CUDA context (PyTorch, notes on CUDA semantics).

@@ -9,11 +9,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from ddp_lessons import orphans
 from ddp_lessons.messages import (
     Decoder,
     Joining,
@@ -53,6 +55,8 @@ class WorkerProcess:
         self.group_timeout: float | None = None
         self.outcome: Returned | Raised | Unsendable | None = None
         self.exitcode: int | None = None
+        self.forkserver: int | None = None  # its process id
+        self.lost_forkserver = False
         self.stopped = False  # the parent ended it
         self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
         self._decoder = Decoder()
@@ -94,7 +98,8 @@ class WorkerProcess:
                 name=f"rank {self.rank}",
                 daemon=False,  # a daemon could not have children, such as a DataLoader's workers
             )
-            process.start()
+            with _main_hidden():
+                process.start()
         except BaseException:
             for reader in readers:
                 reader.close()
@@ -103,6 +108,8 @@ class WorkerProcess:
             for writer in writers:
                 writer.close()
         self._process = process
+        if context.get_start_method() == "forkserver":
+            self.forkserver = orphans.parent_of(process.pid)
         for reader in readers:
             os.set_blocking(reader.fileno(), False)
         handlers = (self._on_messages, self.output.feed, self._on_stacks)
@@ -142,6 +149,10 @@ class WorkerProcess:
         if not self.alive or self._process.exitcode is None:
             return False
         self.exitcode = self._process.exitcode
+        if self.forkserver is not None and orphans.has_ended(self.forkserver):
+            # Nobody is left to tell how the rank ended, or whether it did.
+            self.lost_forkserver = self.outcome is None
+            self.send_signal(signal.SIGKILL)
         self.signal_group(signal.SIGKILL)
         for reader in self.readers:
             while self.read(reader):
@@ -194,3 +205,19 @@ class WorkerProcess:
 
     def _on_stacks(self, data: bytes) -> None:
         self.stack_text += data.decode("utf-8", errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def _main_hidden() -> Iterator[None]:
+    """Keep multiprocessing from running the main script again in the worker.
+
+    It would do so for the functions that live there; ours travel by value. So a script
+    needs no `if __name__ == "__main__":`, and workers do not import what only the script needs.
+    """
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        vars(main).update(hidden)

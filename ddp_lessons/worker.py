@@ -111,8 +111,10 @@ def _redirect(output: Connection) -> None:
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
-    if sys.stdin.fileno() != 0:  # a forked worker has the null device twice
-        os.close(sys.stdin.fileno())
+    null = sys.stdin.fileno()  # multiprocessing opened the null device
+    if null != 0:
+        os.dup2(null, 0)
+        os.close(null)
         sys.stdin = open(0, encoding="utf-8", closefd=False)
     sys.stdout = _line_writer(1)
     sys.stderr = _line_writer(2)

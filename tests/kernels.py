@@ -25,6 +25,7 @@ class Cell:
     error_name: str = ""
     result: dict[str, str] = field(default_factory=dict)  # mime bundle of the last expression
     displays: list[dict[str, str]] = field(default_factory=list)
+    updates: list[dict[str, str]] = field(default_factory=list)  # of displays
     seconds: float = 0.0
 
 
@@ -94,5 +95,7 @@ class Kernel:
                 cell.error_name = content["ename"]
             case "execute_result":
                 cell.result = content["data"]
+            case "update_display_data":
+                cell.updates.append(content["data"])
             case "display_data":
                 cell.displays.append(content["data"])

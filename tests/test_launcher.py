@@ -6,6 +6,7 @@ import functools
 import io
 import multiprocessing
 import os
+import subprocess
 import sys
 import textwrap
 import threading
@@ -367,14 +368,15 @@ def test_launches_from_several_threads_do_not_mix() -> None:
     assert values == {n: [(n, 0.5), (n, 0.5)] for n in range(4)}
 
 
-def test_as_a_script(tmp_path: Path) -> None:
-    import subprocess
-
+@pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":'])
+def test_as_a_script(tmp_path: Path, guard: str) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        textwrap.dedent("""
+        textwrap.dedent(f"""
         import torch.distributed as dist
         from ddp_lessons import launch
+
+        print("this line runs once")
 
         def work(rank):
             dist.init_process_group("gloo")
@@ -382,16 +384,17 @@ def test_as_a_script(tmp_path: Path) -> None:
             dist.destroy_process_group()
             return rank
 
-        if __name__ == "__main__":
+        {guard or "if True:"}
             print(launch(work).values)
         """)
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["[rank 0] of 2", "[rank 1] of 2", "[0, 1]"], done.stderr
-    unguarded = tmp_path / "unguarded.py"
-    unguarded.write_text("from ddp_lessons import launch\nlaunch(print)\n")
-    done = subprocess.run([sys.executable, unguarded], capture_output=True, text=True, timeout=60)
-    assert "if __name__ == '__main__':" in done.stderr
+    assert done.stdout.splitlines() == [
+        "this line runs once",
+        "[rank 0] of 2",
+        "[rank 1] of 2",
+        "[0, 1]",
+    ], done.stderr
 
 
 def test_output_is_printed_by_rank(capsys: pytest.CaptureFixture[str]) -> None:

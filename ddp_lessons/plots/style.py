@@ -1,0 +1,51 @@
+"""What the pictures share: colours that survive grey print, sizes, and labels that fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's colours, told apart by the colour-blind; their grey values differ, too.
+BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
+PALE, EDGE, INK = "#E8E8E8", "#999999", "#222222"
+WORK = (BLUE, GREEN, PURPLE)
+
+DPI = 110
+WIDTH = 8.0  # inches
+POINTS = 72  # an inch
+CHARACTER = 0.62  # mean width of a character, as a part of the font size
+
+
+def new_axes(rows: int) -> Axes:
+    """Axes for a picture with one row a rank."""
+    height = 1.15 + rows * min(0.42, 8.0 / rows)
+    _, ax = plt.subplots(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    return ax
+
+
+def name_rows(ax: Axes, ranks: int) -> None:
+    """Label the rows `rank 0`, `rank 1` and so on, from the top; every eighth if there are many."""
+    step = 1 if ranks <= 16 else 8
+    ax.set_yticks(range(0, ranks, step), [f"rank {rank}" for rank in range(0, ranks, step)])
+    ax.set_ylim(ranks - 0.4, -0.6)
+    ax.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+
+
+def points_per_unit(ax: Axes) -> float:
+    """How many points one unit of the x axis is wide."""
+    figure = ax.get_figure()
+    assert figure is not None
+    left, right = ax.get_xlim()
+    return float(figure.get_figwidth() * 0.86 * POINTS / (right - left))
+
+
+def fitting(texts: list[str], points: float, size: float) -> str:
+    """The first of the texts that fits into so many points; "" if none does."""
+    fits = (t for t in texts if len(t) * CHARACTER * size + 4 <= points)
+    return next(fits, "")

@@ -215,9 +215,13 @@ def _main_hidden() -> Iterator[None]:
     needs no `if __name__ == "__main__":`, and workers do not import what only the script needs.
     """
     main = sys.modules["__main__"]
-    hidden = {name: vars(main).pop(name) for name in ("__file__", "__spec__") if name in vars(main)}
+    names = [name for name in ("__file__", "__spec__") if hasattr(main, name)]
+    hidden = {name: getattr(main, name) for name in names}
+    for name in names:
+        delattr(main, name)
     main.__spec__ = None
     try:
         yield
     finally:
-        vars(main).update(hidden)
+        for name, value in hidden.items():
+            setattr(main, name, value)

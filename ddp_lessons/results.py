@@ -7,6 +7,7 @@ every run; timings are for the pictures. Whatever a worker printed is escaped be
 from __future__ import annotations
 
 import html
+import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from ddp_lessons.messages import ErrorRecord, Frame, Span
 from ddp_lessons.output import cut_lines
 
 LINES_SHOWN = 1000  # of all ranks together
+
+# torch's store warns, with a time stamp, where no name server answers; it means nothing on loopback.
+_NOISE = re.compile(r"\[W.*socket\.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be ")
 
 Status = Literal["returned", "raised", "died", "stopped", "unsendable"]
 
@@ -149,7 +153,10 @@ class Run:
 
     def output_lines(self) -> list[str]:
         """What the ranks printed, grouped by rank and labelled, at most about 1,000 lines."""
-        labelled = {r.rank: [f"[rank {r.rank}] {line}" for line in r.lines] for r in self.ranks}
+        labelled = {
+            r.rank: [f"[rank {r.rank}] {line}" for line in r.lines if not _NOISE.match(line)]
+            for r in self.ranks
+        }
         if sum(map(len, labelled.values())) <= LINES_SHOWN:
             return [line for lines in labelled.values() for line in lines]
         fair = max(2, LINES_SHOWN // self.world_size)

@@ -112,6 +112,10 @@ def _environment(port: int) -> dict[str, str]:
     if loopback and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Without it gloo looks up the host's name and may bind to an outside address.
         common["GLOO_SOCKET_IFNAME"] = loopback
+    if sys.platform == "linux" and "RES_OPTIONS" not in os.environ:
+        # torch's store looks up the name of every peer, which for ::ffff:127.0.0.1 asks the name
+        # server: one that does not answer would cost each rank 10 s (resolv.conf(5)).
+        common["RES_OPTIONS"] = "timeout:1 attempts:1"
     if "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = "1"  # as torchrun does: ranks share the cores
     return {**os.environ, **common}

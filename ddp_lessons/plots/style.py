@@ -23,8 +23,8 @@ CHARACTER = 0.62  # mean width of a character, as a part of the font size
 def new_axes(rows: int) -> Axes:
     """Axes for a picture with one row a rank."""
     height = 1.15 + rows * min(0.42, 8.0 / rows)
-    _, ax = plt.subplots(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    return ax
+    figure = plt.figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    return figure.add_subplot()
 
 
 def name_rows(ax: Axes, ranks: int) -> None:
@@ -39,10 +39,8 @@ def name_rows(ax: Axes, ranks: int) -> None:
 
 def points_per_unit(ax: Axes) -> float:
     """How many points one unit of the x axis is wide."""
-    figure = ax.get_figure()
-    assert figure is not None
     left, right = ax.get_xlim()
-    return float(figure.get_figwidth() * 0.86 * POINTS / (right - left))
+    return float(ax.get_window_extent().width / ax.figure.dpi * POINTS / (right - left))
 
 
 def fitting(texts: list[str], points: float, size: float) -> str:

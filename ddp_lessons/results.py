@@ -20,7 +20,7 @@ from ddp_lessons.output import cut_lines
 
 LINES_SHOWN = 1000  # of all ranks together
 
-# torch's store warns, with a time stamp, where no name server answers; it means nothing on loopback.
+# torch's store warns, with a time stamp, where no name server answers: no matter on loopback.
 _NOISE = re.compile(r"\[W.*socket\.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be ")
 
 Status = Literal["returned", "raised", "died", "stopped", "unsendable"]

@@ -24,7 +24,8 @@ def new_axes(rows: int) -> Axes:
     """Axes for a picture with one row a rank."""
     height = 1.15 + rows * min(0.42, 8.0 / rows)
     figure = plt.figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    return figure.add_subplot()
+    ax: Axes = figure.add_subplot()
+    return ax
 
 
 def name_rows(ax: Axes, ranks: int) -> None:

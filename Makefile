@@ -1,0 +1,41 @@
+# `make lessons` to learn, `make test` to check everything. Both set up .venv first, if needed.
+PYTHON ?= python3
+LAB_ARGS ?=
+BIN := .venv/bin
+LESSONS := $(wildcard notebooks/[0-9]*.ipynb) $(wildcard notebooks/solutions/*.ipynb)
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 -p no:cacheprovider
+
+.PHONY: help lessons test check tests nbval notebooks bench setup
+
+help:
+	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
+	@echo "make test       check everything: style, types, tests, notebooks"
+	@echo "make notebooks  run all notebooks again and store their outputs"
+	@echo "make bench      time launch() against other launchers (some minutes)"
+
+setup:
+	@$(PYTHON) binder/install.py
+
+lessons: setup
+	$(BIN)/jupyter lab --ServerApp.root_dir=notebooks \
+		--LabApp.default_url=/lab/tree/00_start_here.ipynb $(LAB_ARGS)
+
+test: setup check tests nbval
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tests: setup
+	$(BIN)/python -m pytest
+
+nbval: setup
+	DDP_LESSONS_LIVE=0 $(BIN)/python -m pytest $(NBVAL) $(LESSONS)
+
+notebooks: setup
+	$(BIN)/python -m tests.store_outputs $(LESSONS)
+
+bench: setup
+	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
+	$(BIN)/python -m tests.benchmarks.launch

@@ -1,0 +1,153 @@
+"""The common part of all checks: an exercise, its hints, and the verdict that a cell shows.
+
+Runs in the parent. A check is a function that raises `Wrong` with what it saw; the `exercise`
+decorator turns it into an `Exercise`, which never raises for a wrong answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import html
+import io
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ddp_lessons.errors import LaunchError
+from ddp_lessons.launcher import launch
+from ddp_lessons.results import Run
+
+TIMEOUT = 8.0  # seconds without progress: an answer that hangs is told so soon
+
+
+class Wrong(Exception):
+    """A wrong answer: what was seen on the ranks, and the misconception that explains it."""
+
+    def __init__(self, seen: str, because: str) -> None:
+        super().__init__(seen)
+        self.seen = seen
+        self.because = because
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found; shown by the cell that asked.
+
+    Attributes
+    ----------
+    passed : bool or None
+        None if the exercise was not attempted yet.
+    seen : str
+        What happened when the answer ran.
+    because : str
+        The misconception behind a wrong answer, put right; "" if it is right.
+    """
+
+    exercise: str
+    passed: bool | None
+    seen: str
+    because: str
+    hints: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"{_MARKS[self.passed]} {self.exercise}: {self.seen}"]
+        if self.because:
+            lines.append(f"  {self.because}")
+        if self.passed is False:
+            lines.append(f"  For a hint: {self.exercise}.hint()")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        colour = {True: "#009E73", False: "#D55E00", None: "#888888"}[self.passed]
+        parts = [f"<b>{_MARKS[self.passed]} {self.exercise}</b>: {_text(self.seen)}"]
+        if self.because:
+            parts.append(f"<p style='margin:6px 0'>{_text(self.because)}</p>")
+        if self.passed is False:
+            parts += [
+                f"<details><summary>Hint {number}</summary>{_text(hint)}</details>"
+                for number, hint in enumerate(self.hints, start=1)
+            ]
+        return (
+            f"<div style='border-left:4px solid {colour};padding:4px 12px'>{''.join(parts)}</div>"
+        )
+
+
+_MARKS = {True: "✓", False: "✗", None: "○"}
+
+
+class Exercise:
+    """A check as the learner calls it: `check_greet(greet)`, and `check_greet.hint()`."""
+
+    def __init__(self, check: Callable[[Any], str], hints: tuple[str, ...]) -> None:
+        self._check = check
+        self._hints = hints
+        self._given = 0
+        self.__name__ = check.__name__
+        self.__doc__ = check.__doc__
+
+    def __call__(self, answer: Any) -> Verdict:
+        """Run the answer on real ranks and say what came of it."""
+        if is_unattempted(answer):
+            return self._verdict(
+                None, "not attempted yet. Replace the `...` and run the cell again."
+            )
+        try:
+            return self._verdict(True, self._check(answer))
+        except Wrong as wrong:
+            return self._verdict(False, wrong.seen, wrong.because)
+        except LaunchError as error:
+            return self._verdict(
+                False, f"it failed on real ranks.\n{error}", "Read the error first."
+            )
+
+    def hint(self) -> None:
+        """Print the next hint; after the last one, the first again."""
+        print(self._hints[self._given % len(self._hints)])
+        self._given += 1
+
+    def _verdict(self, passed: bool | None, seen: str, because: str = "") -> Verdict:
+        return Verdict(self.__name__, passed, seen, because, self._hints)
+
+
+def exercise(*hints: str) -> Callable[[Callable[[Any], str]], Exercise]:
+    """Make an `Exercise` of a check, which returns what it saw and raises `Wrong`."""
+    return lambda check: Exercise(check, hints)
+
+
+def run_quietly(
+    fn: Callable[..., Any], args: tuple[Any, ...] = (), nprocs: int = 2, nnodes: int = 1
+) -> Run:
+    """`launch` for a check: prints nothing, gives up soon, returns failures as records."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return launch(fn, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=False)
+
+
+def is_unattempted(answer: Any) -> bool:
+    """True for `...`, and for a function whose body is, or still contains, `...`."""
+    if answer is ...:
+        return True
+    code = getattr(answer, "__code__", None)
+    return code is not None and (_is_empty(code) or _holds_ellipsis(code))
+
+
+_IDLE = {"RESUME", "NOP", "COPY_FREE_VARS"}
+_RETURN = {"LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
+
+
+def _is_empty(code: types.CodeType) -> bool:
+    # A body of `...`, of a docstring or of `pass` compiles to nothing but `return None`.
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _IDLE]
+    return all(step.opname in _RETURN for step in steps) and steps[0].argval is None
+
+
+def _holds_ellipsis(code: types.CodeType) -> bool:
+    return any(
+        const is ... or (isinstance(const, types.CodeType) and _holds_ellipsis(const))
+        for const in code.co_consts
+    )
+
+
+def _text(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")

@@ -1,0 +1,66 @@
+"""Execute notebooks from a fresh kernel and store their outputs, normalised: `make notebooks`.
+
+What differs from run to run without meaning anything is removed, so that a change in a stored
+notebook is a change in what a learner sees. Cells tagged `raises-exception` may fail; others not.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+CELL_SECONDS = 120
+MOST_BYTES = 1 << 20  # of a notebook with its outputs
+_CELL_FILE = re.compile(r"/\S*/ipykernel_\d+/\d+\.py")
+
+
+def store(path: Path) -> None:
+    """Run one notebook and write it back with its outputs."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
+    client.execute()
+    normalise(notebook)
+    nbformat.write(notebook, path)
+    size = path.stat().st_size
+    print(f"{path}: {size // 1024} kB")
+    if size > MOST_BYTES:
+        sys.exit(f"{path} is larger than {MOST_BYTES} bytes")
+
+
+def normalise(notebook: nbformat.NotebookNode) -> None:
+    """Remove what changes from run to run: widget state, Python's version, times, cell files."""
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for number, cell in enumerate(notebook.cells):
+        cell["id"] = f"cell-{number}"
+        if cell.cell_type != "code":
+            continue
+        cell.metadata.pop("execution", None)
+        for output in cell.outputs:
+            for line in range(len(output.get("traceback", ()))):
+                output.traceback[line] = _CELL_FILE.sub("cell", output.traceback[line])
+
+
+def main() -> None:
+    """Store the notebooks named on the command line."""
+    os.environ["DDP_LESSONS_LIVE"] = "0"  # a panel of the run would be stored, too
+    for name in sys.argv[1:]:
+        store(Path(name))
+
+
+if __name__ == "__main__":
+    main()

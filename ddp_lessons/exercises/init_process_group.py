@@ -89,8 +89,8 @@ def check_join(join: Callable[[int, int, str, str], None]) -> str:
         import torch.distributed as dist
 
         number, job_rank = divmod(rank, 2)
-        # The second job comes while the first one runs, and its rank 1 before its rank 0.
-        time.sleep((0.0, 0.0, 0.8, 0.4)[rank])
+        # Rank 0 of one job comes together with rank 1 of the other: will they meet?
+        time.sleep((0.0, 0.5, 0.5, 0.0)[rank])
         join(job_rank, 2, "ab"[number], folder)
         total = torch.tensor([float(10**number)])
         dist.all_reduce(total)

@@ -64,12 +64,12 @@ def exit_name(exitcode: int) -> str:
 
 
 def waiting_where(stack: Sequence[Frame]) -> str:
-    """` while it waited in barrier, Cell In[3], line 4`; "" for an unknown stack."""
+    """`, waiting in barrier, Cell In[3], line 4`; "" for an unknown stack."""
     frame, call = stacks.position(stack)
     if frame is None:
         return ""
-    doing = f" while it waited in {call}" if call else ""
-    return f"{doing}, {stacks.line_name(frame)}" if call else f" at {stacks.line_name(frame)}"
+    line = stacks.line_name(frame)
+    return f", waiting in {call}, {line}" if call else f" at {line}"
 
 
 def waits_for_others(stack: Sequence[Frame]) -> bool:
@@ -261,12 +261,19 @@ def _others(run: Run, told: Sequence[int]) -> list[str]:
     stopped = [r for r in rest if r.status == "stopped"]
     own = [r for r in rest if r.status in ("raised", "died", "unsendable") and r not in lost]
     lines = [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
-    if lost:
-        lines.append(f"{_capital(lost)} lost {_verb(lost, 'its', 'their')} partner by that.")
+    for where in dict.fromkeys(_lost_where(r) for r in lost):
+        there = [r for r in lost if _lost_where(r) == where]
+        lines.append(
+            f"{_capital(there)} lost {_verb(there, 'its', 'their')} partner by that{where}."
+        )
     lines += [f"rank {r.rank} was {r.outcome()}" for r in stopped[:4]]
     if len(stopped) > 4:
         lines.append(f"... and {len(stopped) - 4} more ranks were stopped")
     return ["", *lines] if lines else []
+
+
+def _lost_where(rank: RankResult) -> str:
+    return waiting_where(rank.error.frames) if rank.error is not None else ""
 
 
 def _capital(ranks: Sequence[RankResult]) -> str:

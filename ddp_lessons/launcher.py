@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from ddp_lessons.messages import ErrorRecord, Raised, Returned, Span, Unsendable
 from ddp_lessons.processes import WorkerProcess
 from ddp_lessons.rendezvous import reserve_port
 from ddp_lessons.results import RankResult, Run, Status
-from ddp_lessons.warm import default_start_method, warm
+from ddp_lessons.warm import default_start_method, obeys, warm
 from ddp_lessons.watch import AFTER_INTERRUPT, Watch, deferred_interrupt
 
 MOST_RANKS = 256  # six file descriptors a rank: beyond this, ordinary limits on them are reached
@@ -74,7 +75,9 @@ def launch(
     check : bool
         Raise an error if a rank fails. False returns the same record instead.
     start_method : {"forkserver", "spawn"}, optional
-        How processes start. forkserver is fast, and the default on Linux; spawn works everywhere.
+        How processes start. forkserver is fast, and the default on Linux; spawn works everywhere,
+        and is taken where a variable that is only read when a process starts, such as
+        TORCH_CPP_LOG_LEVEL or PYTHONHASHSEED, has changed since the forkserver was started.
 
     Returns
     -------
@@ -90,12 +93,17 @@ def launch(
     WorkerFailed, WorkerDied, WorkersHung
         A rank raised, its process died, or no rank made progress; only with ``check=True``.
     """
-    method = start_method or default_start_method()
-    _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, method)
+    _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, start_method)
+    method = start_method or _start_method({**os.environ, **(env or {})})
     run = _carry_out(fn, args, task.places(nprocs, nnodes), dict(env or {}), float(timeout), method)
     if check:
         run.raise_for_failure()
     return run
+
+
+def _start_method(environment: Mapping[str, str]) -> str:
+    method = default_start_method()
+    return "spawn" if method == "forkserver" and not obeys(environment) else method
 
 
 def _carry_out(
@@ -188,7 +196,7 @@ def _refuse_nonsense(
     for name, value in (env or {}).items():
         if not isinstance(name, str) or not isinstance(value, str):
             raise BadLaunch(f"env[{name!r}] is {value!r}; variables are strings: {str(value)!r}.")
-    if method not in START_METHODS:
+    if method is not None and method not in START_METHODS:
         raise BadLaunch(f"start_method is {method!r}; it must be 'forkserver' or 'spawn'.")
 
 

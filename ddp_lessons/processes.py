@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +98,7 @@ class WorkerProcess:
                 name=f"rank {self.rank}",
                 daemon=False,  # a daemon could not have children, such as a DataLoader's workers
             )
-            with _main_hidden():
+            with _main_hidden(), _environment_with(task.overrides):
                 process.start()
         except BaseException:
             for reader in readers:
@@ -225,3 +225,18 @@ def _main_hidden() -> Iterator[None]:
     finally:
         for name, value in hidden.items():
             setattr(main, name, value)
+
+
+@contextlib.contextmanager
+def _environment_with(overrides: Mapping[str, str]) -> Iterator[None]:
+    """Give a new interpreter the variables that it reads before it runs any of our code."""
+    before = {name: os.environ.get(name) for name in overrides}
+    os.environ.update(overrides)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -6,7 +6,24 @@ milliseconds (`preload.py` says what it imports). It ends with the parent, howev
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
+
+# Variables that Python, the C library or torch read once, when a process starts. A worker forked
+# from a process that started with other values would not obey them.
+READ_AT_START = (
+    "PYTHON",
+    "LD_",
+    "MALLOC_",
+    "GLIBC_",
+    "KMP_",
+    "GOMP_",
+    "TORCH_CPP_LOG_LEVEL",
+    "TORCH_SHOW_CPP_STACKTRACES",
+    "TORCH_LOGS",
+)
+_started_with: dict[str, str] = {}
 
 
 def default_start_method() -> str:
@@ -25,8 +42,17 @@ def warm() -> None:
     import multiprocessing
     from multiprocessing import forkserver
 
+    if not _started_with:
+        _started_with.update(os.environ)
     multiprocessing.set_forkserver_preload(["ddp_lessons.preload"])
     forkserver.ensure_running()
+
+
+def obeys(environment: Mapping[str, str]) -> bool:
+    """True if a forked worker would behave as one that was started with these variables."""
+    started = _started_with or os.environ
+    names = {n for n in {*started, *environment} if n.startswith(READ_AT_START)}
+    return all(started.get(name) == environment.get(name) for name in names)
 
 
 def in_kernel() -> bool:

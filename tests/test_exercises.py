@@ -151,10 +151,10 @@ WRONG: list[tuple[Exercise, Any, str]] = [
     (
         init_process_group.check_join,
         _join("tcp://127.0.0.1:29871"),
-        "port taken.*belongs to one job|did not come apart.*place of its own",
+        "port taken.*belongs to one job|place of its own",
     ),
     (init_process_group.check_join, _join("file://{folder}/store"), "place of its own"),
-    (init_process_group.check_join, _join("env://", own=False), "mixed.*22.0.*one group"),
+    (init_process_group.check_join, _join("env://", own=False), "mixed.*22.0.*place of its own"),
     (init_process_group.check_join, lambda r, n, job, folder: job + folder, "must call"),
     (
         init_process_group.check_waits,

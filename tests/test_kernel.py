@@ -174,7 +174,7 @@ def test_stop_during_a_barrier(kernel: Kernel) -> None:
     cell = kernel.finish(message)
     assert time.monotonic() - began < 5
     assert cell.error_name == "KeyboardInterrupt"
-    assert "rank 0 stopped while it waited in barrier, Cell In[2], line 7" in cell.stdout
+    assert "rank 0 stopped, waiting in barrier, Cell In[2], line 7" in cell.stdout
     assert "rank 1 stopped at Cell In[2], line 8" in cell.stdout
     assert _gone(workers)
     assert kernel.run("print(launch(lambda rank: rank).values)").stdout == "[0, 1]\n"

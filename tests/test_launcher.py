@@ -91,6 +91,20 @@ def test_debug_level_follows_the_environment() -> None:
     assert run.values == ["INFO", "INFO"]
 
 
+def test_variables_that_are_read_only_at_the_start_are_obeyed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def string_hash(rank: int) -> int:
+        return hash("ranks")
+
+    assert len(set(launch(string_hash, env={"PYTHONHASHSEED": "7"}).values)) == 1
+    monkeypatch.setenv("PYTHONHASHSEED", "7")
+    seven = launch(string_hash).values
+    monkeypatch.setenv("PYTHONHASHSEED", "8")
+    assert launch(string_hash).values != seven
+    assert os.environ["PYTHONHASHSEED"] == "8"
+
+
 def test_directory_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))

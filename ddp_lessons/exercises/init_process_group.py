@@ -125,8 +125,9 @@ def _why_collided(run: Run) -> Wrong:
     if run.ok:
         return Wrong(
             f"the jobs mixed: job a should add up to 2, job b to 20; the sums were {run.values}.",
-            "Whoever meets at one place becomes one group. env:// uses the launcher's own meeting "
-            "point and ranks, which all four processes share.",
+            "Whoever meets at one place becomes one group. A file or port that both jobs use is "
+            "one place, and so is env:// with the launcher's own variables: give each job a place "
+            "of its own.",
         )
     if any(_is_not_in_a_group(rank) for rank in run.ranks):
         return Wrong(

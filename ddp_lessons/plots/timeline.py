@@ -42,7 +42,7 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     ax = ax or style.new_axes(run.world_size)
     spans = [span for span in run.spans() if span.t1_ns is not None]
     last = max((_ms(run, span.t1_ns) for span in spans), default=1.0)
-    ax.set_xlim(0, last * 1.01)
+    ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer scale
     style.name_rows(ax, run.world_size)
     names = _work_names(spans)
     for span in spans:

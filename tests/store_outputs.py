@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 
 CELL_SECONDS = 120
 MOST_BYTES = 1 << 20  # of a notebook with its outputs
+_TITLE = re.compile(r'title="([^"]+)"')  # a picture's title states what it shows: its alt text
 _CELL_FILE = re.compile(r"/\S*/ipykernel_\d+/\d+\.py")
 
 
@@ -51,6 +52,8 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
             continue
         cell.metadata.pop("execution", None)
         for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.metadata["image/png"] = {"alt": "; ".join(_TITLE.findall(cell.source))}
             for line in range(len(output.get("traceback", ()))):
                 output.traceback[line] = _CELL_FILE.sub("cell", output.traceback[line])
 

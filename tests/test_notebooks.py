@@ -60,18 +60,18 @@ def test_nothing_of_the_machine_is_stored(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", BOTH)
-def test_pictures_are_small(path: Path) -> None:
+def test_pictures_are_small_and_have_a_text(path: Path) -> None:
     for cell in _code(path):
         for output in cell.outputs:
             picture = output.get("data", {}).get("image/png", "")
             assert len(picture) * 3 / 4 < MOST_PICTURE_BYTES
+            if picture:
+                assert output.metadata["image/png"]["alt"]
 
 
 @pytest.mark.parametrize("path", BOTH)
 def test_cells_are_short(path: Path) -> None:
-    lengths = [
-        sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in _code(path)
-    ]
+    lengths = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in _code(path)]
     assert max(lengths) <= MOST_LINES
     assert median(lengths) <= USUAL_LINES
 

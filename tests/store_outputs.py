@@ -6,6 +6,7 @@ notebook is a change in what a learner sees. Cells tagged `raises-exception` may
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ import nbformat
 from nbclient import NotebookClient
 
 CELL_SECONDS = 120
+README_PICTURE = Path("notebooks/pictures/00_start_here.png")
 MOST_BYTES = 1 << 20  # of a notebook with its outputs
 _TITLE = re.compile(r'title="([^"]+)"')  # a picture's title states what it shows: its alt text
 _CELL_FILE = re.compile(r"/\S*/ipykernel_\d+/\d+\.py")
@@ -32,10 +34,19 @@ def store(path: Path) -> None:
     client.execute()
     normalise(notebook)
     nbformat.write(notebook, path)
+    if path.stem == README_PICTURE.stem:
+        README_PICTURE.write_bytes(base64.b64decode(first_picture(notebook)))
     size = path.stat().st_size
     print(f"{path}: {size // 1024} kB")
     if size > MOST_BYTES:
         sys.exit(f"{path} is larger than {MOST_BYTES} bytes")
+
+
+def first_picture(notebook: nbformat.NotebookNode) -> str:
+    """The first picture of a notebook, as base64."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    return str(pictures[0])
 
 
 def normalise(notebook: nbformat.NotebookNode) -> None:

@@ -70,8 +70,9 @@ def launch(
     env : mapping of str to str, optional
         Environment variables on top of the present ones and torchrun's.
     timeout : float
-        Seconds without progress on any rank (a line printed, a span or a collective finished)
-        after which the run is given up as hung. A run that moves is never cut short.
+        Seconds without progress on any rank (a line printed, a span, a collective or a step of an
+        optimizer finished) after which the run is given up as hung. A run that moves is never cut
+        short.
     check : bool
         Raise an error if a rank fails. False returns the same record instead.
     start_method : {"forkserver", "spawn"}, optional

@@ -86,6 +86,11 @@ class Spans:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """The rank goes on, with nothing to show for it: an optimizer made a step."""
+
+
+@dataclass(frozen=True)
 class Joining:
     """`init_process_group` was called; the group gives up by itself after `timeout` seconds."""
 
@@ -119,7 +124,7 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Spans | Joining | Returned | Raised | Unsendable
+Message = Started | Spans | Moved | Joining | Returned | Raised | Unsendable
 
 
 def encode(message: Message) -> bytes:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ddp_lessons.messages import Joining, Message, Span, Spans
+from ddp_lessons.messages import Joining, Message, Moved, Span, Spans
 from ddp_lessons.rendezvous import await_store, rank_of
 
 BATCH = 50  # spans sent together
@@ -77,6 +77,13 @@ class Recorder:
         self._flushed_ns = now_ns or time.perf_counter_ns()
         self.send(Spans(batch, self._dropped))
 
+    def moved(self) -> None:
+        """Tell the parent now and then that this rank is not stuck."""
+        now_ns = time.perf_counter_ns()
+        if now_ns - self._flushed_ns > FLUSH_NS:
+            self._flushed_ns = now_ns
+            self.send(Moved())
+
     def enter_call(self) -> bool:
         """True if no recorded call of torch.distributed is running in this thread yet."""
         outermost = not getattr(self._inside, "call", False)
@@ -92,9 +99,13 @@ _recorder: Recorder | None = None  # this process's one recorder; None outside w
 
 def install(recorder: Recorder) -> None:
     """Make `recorder` this process's, and wrap the calls of torch.distributed."""
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
     global _recorder
     _recorder = recorder
     os.register_at_fork(after_in_child=_forget)  # a DataLoader's worker must not write to our pipe
+    # DDP's own all-reduces are C++ calls that nothing here sees; a step of the optimizer is seen.
+    register_optimizer_step_post_hook(_moved)
     _wrap("init_process_group", _joining)
     for name in (*GROUP_CALLS[1:], *COLLECTIVES):
         _wrap(name, _recorded)
@@ -135,6 +146,11 @@ class span:
 def _forget() -> None:
     global _recorder
     _recorder = None
+
+
+def _moved(*_: Any) -> None:
+    if _recorder is not None:
+        _recorder.moved()
 
 
 def _wrap(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:

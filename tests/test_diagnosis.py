@@ -111,6 +111,21 @@ def test_a_loop_that_moves_is_never_cut_short() -> None:
     assert launch(work, timeout=1).values == [12, 12]
 
 
+def test_a_training_loop_of_ddp_is_progress() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(10):
+            time.sleep(0.25)
+            optimizer.zero_grad()
+            model(torch.randn(2, 4)).sum().backward()
+            optimizer.step()
+        dist.destroy_process_group()
+
+    assert launch(work, timeout=1).ok
+
+
 def test_printing_is_progress() -> None:
     def work(rank: int) -> None:
         for i in range(8):

@@ -10,6 +10,7 @@ import contextlib
 import dis
 import html
 import io
+import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,4 +151,5 @@ def _holds_ellipsis(code: types.CodeType) -> bool:
 
 
 def _text(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
+    code = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text))
+    return code.replace("\n", "<br>")

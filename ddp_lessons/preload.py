@@ -5,7 +5,6 @@ random number behind, because every worker is a copy of this process.
 """
 
 import atexit
-import contextlib
 import gc
 import os
 import sys
@@ -43,11 +42,8 @@ import torch.utils.data.distributed  # noqa: E402, F401
 
 import ddp_lessons.worker  # noqa: E402, F401
 
-# torch._dynamo names its cache directory in the environment and makes it, used or not.
-_cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-if _cache and not _had_cache:
-    with contextlib.suppress(OSError):  # in use by somebody: not empty
-        os.rmdir(_cache)
+if not _had_cache:
+    ddp_lessons.worker.remove_unused_cache()
 
 # What lives now is never garbage: collecting it would copy shared pages in every worker.
 gc.collect()

@@ -59,6 +59,7 @@ class Recorder:
         self._dropped = 0
         self._flushed_ns = time.perf_counter_ns()
         self._inside = threading.local()
+        self.groups: list[Any] = []  # of DDP models, see _keep_groups_of_ddp
 
     def add(self, kind: str, name: str, t0_ns: int, op: str | None = None) -> None:
         """Record a span that ends now."""
@@ -106,6 +107,7 @@ def install(recorder: Recorder) -> None:
     os.register_at_fork(after_in_child=_forget)  # a DataLoader's worker must not write to our pipe
     # DDP's own all-reduces are C++ calls that nothing here sees; a step of the optimizer is seen.
     register_optimizer_step_post_hook(_moved)
+    _keep_groups_of_ddp()
     _wrap("init_process_group", _joining)
     for name in (*GROUP_CALLS[1:], *COLLECTIVES):
         _wrap(name, _recorded)
@@ -153,6 +155,28 @@ def _moved(*_: Any) -> None:
         _recorder.moved()
 
 
+def _keep_groups_of_ddp() -> None:
+    """Keep the process group of a DDP model until the worker ends or joins anew.
+
+    DDP's reducer, in C++, owns a share of its group. If the model is freed after
+    destroy_process_group, as at the end of most functions, that share is the last: the group's
+    destructor waits for gloo's threads while it holds the interpreter's lock, which such a thread
+    may want. Plain torch 2.13 hung so in 7 of 40 runs (pytorch issue 56297). A share of ours keeps
+    the reducer's from being the last, and is given up without the lock.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    init = DistributedDataParallel.__init__
+
+    @functools.wraps(init)
+    def init_and_keep(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if _recorder is not None:
+            _recorder.groups.append(self.process_group)
+
+    DistributedDataParallel.__init__ = init_and_keep
+
+
 def _wrap(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace a public function where learners import it from, and where torch defines it."""
     import torch.distributed as dist
@@ -189,6 +213,7 @@ def _joining(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         timeout = kwargs.get("timeout", args[0] if args else None)
         seconds = timeout.total_seconds() if timeout is not None else None
         if _recorder is not None:
+            _recorder.groups.clear()
             _recorder.send(Joining(seconds))
             if kwargs.get("store") is None:
                 await_store(init_method, rank_of(init_method, kwargs), seconds or 1800.0)

@@ -18,6 +18,7 @@ from ddp_lessons import stacks
 from ddp_lessons.diagnosis import waits_for_others
 from ddp_lessons.processes import STACK_SIGNAL, WorkerProcess
 
+START = 120.0  # seconds that a new process may take until it calls the function
 TICK = 0.1  # seconds between two looks at the clock
 GRACE = 1.0  # seconds that the others get after the first failure
 QUIET = 1.0  # seconds without progress after which a rank that has ended is missed
@@ -49,16 +50,17 @@ class Watch:
         """
         failed_at: float | None = None
         missed_at = 0.0
+        began = time.monotonic()
         while self.alive:
             self.pump(TICK)
             now = time.monotonic()
-            quiet = now - max(worker.moved_at for worker in self._workers)
+            quiet = now - max(began, *(worker.moved_at for worker in self._workers))
             if failed_at is None and any(worker.failed for worker in self._workers):
                 failed_at = now
             if failed_at is not None:
                 if now - failed_at > GRACE:
                     self.stop(AFTER_FAILURE)
-            elif quiet > timeout:
+            elif quiet > (timeout if self._all_started else max(timeout, START)):
                 self.stop(AFTER_FAILURE)
                 return timeout
             elif quiet > QUIET and now - missed_at > QUIET:
@@ -67,6 +69,10 @@ class Watch:
                     self.stop(AFTER_FAILURE)
                     return quiet
         return None
+
+    @property
+    def _all_started(self) -> bool:
+        return all(w.started_ns is not None or w.exitcode is not None for w in self._workers)
 
     def pump(self, seconds: float) -> None:
         """Take in what the ranks sent, waiting at most `seconds` for something to come."""

@@ -6,6 +6,8 @@ imported, and it imports torch only once the environment is the learner's.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import faulthandler
 import fcntl
 import linecache
@@ -61,7 +63,18 @@ def main(
     code = _carry_out(task, place.rank, args, recorder)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    if "TORCHINDUCTOR_CACHE_DIR" not in {**task.environment, **task.overrides}:
+        remove_unused_cache()
+    for group in recorder.groups:
+        # A group that the interpreter frees while it shuts down may wait for ever: let it leak.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     sys.exit(code)
+
+
+def remove_unused_cache() -> None:
+    """Remove the directory that importing torch._dynamo makes and names in the environment."""
+    with contextlib.suppress(KeyError, OSError):  # none was made, or it is in use: not empty
+        os.rmdir(os.environ["TORCHINDUCTOR_CACHE_DIR"])
 
 
 class _Sender:

@@ -259,6 +259,34 @@ def test_a_dataloader_with_workers_inside_a_rank() -> None:
     assert launch(work).values == [45, 45]
 
 
+@pytest.mark.parametrize(("method", "times"), [("forkserver", 30), ("spawn", 3)])
+def test_a_ddp_model_may_outlive_its_group(method: str, times: int) -> None:
+    def work(rank: int) -> bool:
+        dist.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        for _ in range(3):
+            model(torch.randn(2, 4)).sum().backward()
+        dist.destroy_process_group()
+        return bool(model.training)  # the model is freed only now, after its group
+
+    for _ in range(times):
+        assert launch(work, timeout=10, start_method=method).values == [True, True]
+
+
+def test_joining_again_after_training() -> None:
+    def train() -> None:
+        dist.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+        model(torch.randn(2, 4)).sum().backward()
+        dist.destroy_process_group()
+
+    def work(rank: int) -> None:
+        train()
+        train()
+
+    assert launch(work, timeout=10).ok
+
+
 def test_a_thread_that_must_finish_does() -> None:
     def work(rank: int) -> None:
         def write_late() -> None:

@@ -7,6 +7,7 @@ random number behind, because every worker is a copy of this process.
 import atexit
 import gc
 import os
+import signal
 import sys
 import warnings
 
@@ -15,6 +16,10 @@ from ddp_lessons.orphans import adopt_orphans, end_children_of
 # The interrupt of a notebook goes to the kernel's whole process group; workers must get it through
 # the parent only, which stops them in order.
 os.setsid()
+# It was started with the interrupt blocked (warm.py): drop one that came meanwhile.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Whatever a rank leaves behind becomes this process's, and ends when it ends, at the latest.
 adopt_orphans()
 atexit.register(end_children_of, os.getpid())
@@ -40,7 +45,7 @@ import torch.optim  # noqa: E402
 import torch.profiler  # noqa: E402
 import torch.utils.data.distributed  # noqa: E402, F401
 
-import ddp_lessons.worker  # noqa: E402, F401
+import ddp_lessons.worker  # noqa: E402
 
 if not _had_cache:
     ddp_lessons.worker.remove_unused_cache()

@@ -40,12 +40,19 @@ def warm_in_kernel() -> None:
 def warm() -> None:
     """Start the forkserver if it does not run (or has died); it imports torch while we go on."""
     import multiprocessing
-    from multiprocessing import forkserver
+    import signal
+    from multiprocessing import forkserver, resource_tracker
 
     if not _started_with:
         _started_with.update(os.environ)
     multiprocessing.set_forkserver_preload(["ddp_lessons.preload"])
-    forkserver.ensure_running()
+    resource_tracker.ensure_running()  # first, because starting it unblocks the interrupt
+    # Until it has a session of its own (preload.py), the notebook's interrupt would end it.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def obeys(environment: Mapping[str, str]) -> bool:

@@ -164,5 +164,5 @@ def deferred_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-    if pending:
-        signal.raise_signal(signal.SIGINT)
+        if pending:  # also instead of an error, which the interrupt may have caused
+            signal.raise_signal(signal.SIGINT)

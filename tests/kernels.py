@@ -72,6 +72,11 @@ class Kernel:
         """Execute a cell and wait for its end."""
         return self.finish(self.start(code), timeout)
 
+    def await_output(self) -> None:
+        """Wait until the cell that runs has printed something."""
+        while self.client.get_iopub_msg(timeout=30)["msg_type"] != "stream":
+            pass
+
     def finish(self, message_id: str, timeout: float = 90.0) -> Cell:
         """Collect what a started cell gives until it has ended."""
         cell, began = Cell(), time.monotonic()

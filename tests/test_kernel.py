@@ -182,7 +182,12 @@ def test_stop_during_a_barrier(kernel: Kernel) -> None:
 
 def test_stop_while_ranks_are_starting(kernel: Kernel) -> None:
     for delay in (0.0, 0.01, 0.03, 0.06):
-        message = kernel.start("import time\nlaunch(lambda rank: time.sleep(60), nprocs=8)")
+        message = kernel.start("""
+            import time
+            print("go", flush=True)
+            launch(lambda rank: time.sleep(60), nprocs=8)
+        """)
+        kernel.await_output()
         time.sleep(delay)
         kernel.manager.interrupt_kernel()
         assert kernel.finish(message).error_name == "KeyboardInterrupt"

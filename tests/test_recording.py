@@ -78,7 +78,7 @@ def test_outside_a_worker_it_does_nothing() -> None:
         run = launch(lambda rank: None)
     assert recorded(run) == []
     assert dist.all_reduce is call
-    assert not hasattr(call, "__wrapped__") or "ddp_lessons" not in call.__code__.co_filename
+    assert "ddp_lessons" not in call.__code__.co_filename
 
 
 def test_nested_spans_and_one_that_is_used_again() -> None:
@@ -261,7 +261,7 @@ def test_an_error_inside_a_collective_shows_no_recorder() -> None:
     text = str(caught.value)
     assert "dist.broadcast(torch.ones(1), 7, group=group)" in text
     assert "ddp_lessons" not in text
-    assert "recording" not in text
+    assert "in recorded" not in text
     assert caught.value.run is not None
     assert names(caught.value.run)[1:] == ["new_group", "sync", "broadcast"]
 
@@ -283,24 +283,40 @@ def test_a_collective_keeps_its_signature_and_docstring() -> None:
         assert same
 
 
-def test_workers_of_a_data_loader_record_nothing() -> None:
-    class Slow(torch.utils.data.Dataset[int]):
+@pytest.mark.parametrize(
+    "context",
+    [
+        "fork",
+        pytest.param(
+            None,
+            marks=pytest.mark.xfail(
+                strict=True, reason="a rank's default is forkserver, which knows no class of a cell"
+            ),
+        ),
+    ],
+)
+def test_workers_of_a_data_loader_record_nothing(context: str | None) -> None:
+    class Squares:
         def __getitem__(self, index: int) -> int:
             with span("item"):
-                return index
+                return index * index
 
         def __len__(self) -> int:
             return 40
 
     def work(rank: int) -> int:
+        from torch.utils.data import DataLoader
+
         total = 0
-        for batch in torch.utils.data.DataLoader(Slow(), batch_size=4, num_workers=2):
+        for batch in DataLoader(
+            Squares(), batch_size=4, num_workers=2, multiprocessing_context=context
+        ):
             with span("step"):
                 total += int(batch.sum())
         return total
 
     run = launch(work)
-    assert run.values == [780, 780]
+    assert run.values == [20540, 20540]
     assert names(run, 0) == names(run, 1) == ["step"] * 10
 
 

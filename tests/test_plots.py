@@ -1,0 +1,238 @@
+"""The timeline of real runs and of made-up large ones: rows, bars, legend, title, size."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cloudpickle
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+import torch.distributed as dist
+
+from ddp_lessons import Run, launch, plots, span
+from ddp_lessons.messages import Span
+from ddp_lessons.results import RankResult
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+START_UP, UNMARKED = "start-up", "in the function, unmarked"
+CALL = "in a call of torch.distributed"
+
+
+@pytest.fixture(autouse=True)
+def _no_figure_stays_open() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def train(rank: int) -> None:
+    dist.init_process_group("gloo")
+    for _ in range(3):
+        with span("forward"):
+            time.sleep(0.01 * (1 + rank))
+        with span("backward"):
+            time.sleep(0.01)
+        dist.all_reduce(torch.ones(1))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained() -> Run:
+    return launch(train, nprocs=4)
+
+
+def made_up(ranks: int, spans: Sequence[Span] = (), *, called: bool = True) -> Run:
+    """A run of 100 ms in which rank 0 did what `spans` says."""
+    second = 1_000_000_000
+    began, started, ended = second, second + 10_000_000, second + 100_000_000
+
+    def life(rank: int) -> list[Span]:
+        start_up = Span(rank, "process", "mark", START_UP, began, started if called else ended)
+        function = Span(rank, "process", "mark", "work", started, ended)
+        return [start_up, function] if called else [start_up]
+
+    results = [
+        RankResult(
+            rank=rank,
+            status="returned" if called else "died",
+            value=None,
+            output="",
+            error=None,
+            exitcode=0,
+            spans=(*life(rank), *(s for s in spans if s.rank == rank)),
+            began_ns=began,
+            started_ns=started if called else None,
+            ended_ns=ended,
+        )
+        for rank in range(ranks)
+    ]
+    return Run("work", results, begin_ns=began)
+
+
+def figure_of(ax: Any) -> Any:
+    return ax.figure
+
+
+def rows(ax: Any) -> list[str]:
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def legend(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def named_colours(ax: Any) -> dict[tuple[float, ...], str]:
+    handles = ax.get_legend().legend_handles
+    return dict(zip([handle.get_facecolor() for handle in handles], legend(ax), strict=True))
+
+
+def bars(ax: Any) -> list[tuple[float, float, float]]:
+    """(row, left, right) of every bar, whether it was drawn alone or in a collection."""
+    paths = [path for collection in ax.collections for path in collection.get_paths()]
+    boxes = [patch.get_bbox() for patch in ax.patches] + [path.get_extents() for path in paths]
+    return sorted(((box.y0 + box.y1) / 2, box.x0, box.x1) for box in boxes)
+
+
+def colours_of(ax: Any) -> list[tuple[float, tuple[float, ...]]]:
+    """(left, colour) of every bar, from the left."""
+    alone = [(patch.get_bbox().x0, patch.get_facecolor()) for patch in ax.patches]
+    collected = [
+        (path.get_extents().x0, tuple(collection.get_facecolor()[0]))
+        for collection in ax.collections
+        for path in collection.get_paths()
+    ]
+    return sorted(alone + collected)
+
+
+def test_a_figure_of_its_own_or_the_axes_given(trained: Run) -> None:
+    ax = plots.timeline(trained)
+    assert isinstance(ax, matplotlib.axes.Axes)
+    assert len(plt.get_fignums()) == 1
+    figure, given = plt.subplots()
+    assert plots.timeline(trained, ax=given) is given
+    assert len(plt.get_fignums()) == 2
+    assert figure.axes == [given]
+
+
+def test_bars_lie_where_the_spans_say(trained: Run) -> None:
+    ax = plots.timeline(trained)
+    drawn = bars(ax)
+    expected = sorted(
+        (s.rank, (s.t0_ns - trained.begin_ns) / 1e6, (s.t1_ns - trained.begin_ns) / 1e6)
+        for s in trained.spans()
+        if s.t1_ns is not None
+    )
+    assert len(drawn) == 4 * (2 + 1 + 3 * 3 + 1)
+    for bar, (rank, left, right) in zip(drawn, expected, strict=True):
+        assert bar == pytest.approx((rank, left, right))
+    left_end, right_end = ax.get_xlim()
+    assert left_end == 0
+    assert max(right for _, _, right in drawn) < right_end
+    assert ax.get_xlabel() == "ms since the launch"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 16])
+def test_every_rank_has_its_row(ranks: int) -> None:
+    ax = plots.timeline(made_up(ranks))
+    assert rows(ax) == [f"rank {rank}" for rank in range(ranks)]
+    bottom, top = ax.get_ylim()
+    assert top < 0 <= ranks - 1 < bottom  # rank 0 is the uppermost
+
+
+def test_of_many_ranks_every_eighth_is_named() -> None:
+    ax = plots.timeline(made_up(64))
+    assert rows(ax) == [f"rank {rank}" for rank in range(0, 64, 8)]
+    assert {round(row, 6) for row, _, _ in bars(ax)} == set(range(64))
+    assert figure_of(ax).get_size_inches()[1] < 12
+
+
+def test_title(trained: Run) -> None:
+    assert plots.timeline(trained).get_title(loc="left") == "train on 4 ranks"
+    own = plots.timeline(trained, title="rank 3 is late")
+    assert own.get_title(loc="left") == "rank 3 is late"
+
+
+@pytest.mark.xfail(strict=True, reason="says '1 ranks'")
+def test_title_of_one_rank() -> None:
+    assert plots.timeline(made_up(1)).get_title(loc="left") == "work on 1 rank"
+
+
+def test_the_legend_names_what_is_there(trained: Run) -> None:
+    assert legend(plots.timeline(trained)) == [START_UP, UNMARKED, "forward", "backward", CALL]
+    assert legend(plots.timeline(made_up(2))) == [START_UP, UNMARKED]
+    issued = Span(0, "main", "issue", "all_reduce", 1_050_000_000, 1_051_000_000)
+    assert legend(plots.timeline(made_up(2, [issued]))) == [START_UP, UNMARKED, CALL]
+
+
+@pytest.mark.xfail(strict=True, reason="the legend always has an entry for the function")
+def test_the_legend_where_no_function_was_called() -> None:
+    assert legend(plots.timeline(made_up(2, called=False))) == [START_UP]
+
+
+@pytest.mark.xfail(strict=True, reason="the fourth name has the colour of the first, its entry")
+def test_work_never_has_the_colour_of_other_work_in_the_legend() -> None:
+    names = ["load", "forward", "backward", "step"]
+    spans = [
+        Span(0, "main", "compute", name, 1_020_000_000 + n * 10**7, 1_030_000_000 + n * 10**7)
+        for n, name in enumerate(names)
+    ]
+    ax = plots.timeline(made_up(1, spans))
+    named = named_colours(ax)
+    colours = [named.get(colour, "") for left, colour in colours_of(ax) if left >= 20]
+    assert colours[:3] == names[:3]
+    assert colours[3] not in names[:3]
+
+
+def test_spans_that_never_ended_are_left_out() -> None:
+    still_open = Span(0, "main", "comm", "barrier", 1_050_000_000, None)
+    assert len(bars(plots.timeline(made_up(1, [still_open])))) == 2
+
+
+def test_names_are_written_where_they_fit() -> None:
+    wide = Span(0, "main", "compute", "forward", 1_020_000_000, 1_080_000_000)
+    narrow = Span(0, "main", "compute", "loss", 1_090_000_000, 1_090_100_000)
+    texts = [text.get_text() for text in plots.timeline(made_up(1, [wide, narrow])).texts]
+    assert "forward 60 ms" in texts
+    assert not any("loss" in text for text in texts)
+
+
+def test_a_failed_run() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 1:
+            raise ValueError("bad sample")
+        dist.barrier()
+
+    run = launch(work, nprocs=3, check=False)
+    assert not run.ok
+    ax = plots.timeline(run)
+    assert rows(ax) == ["rank 0", "rank 1", "rank 2"]
+    assert legend(ax) == [START_UP, UNMARKED, CALL]
+
+
+def test_ten_thousand_spans() -> None:
+    spans = [
+        Span(n % 4, "main", "compute", "step", start, start + 30_000)
+        for n in range(10_000)
+        for start in [1_010_000_000 + n * 9_000]
+    ]
+    run = made_up(4, spans)
+    began = time.process_time()
+    ax = plots.timeline(run)
+    assert time.process_time() - began < 10
+    assert len(bars(ax)) == 10_008
+
+
+def test_a_stored_picture_is_small(trained: Run) -> None:
+    picture = io.BytesIO()
+    figure_of(plots.timeline(trained)).savefig(picture, format="png", dpi=110)
+    assert 5_000 < len(picture.getvalue()) < 80_000

@@ -131,9 +131,9 @@ def _failed(run: Run, cause: RankResult) -> LaunchError:
 def _died(run: Run, cause: RankResult) -> LaunchError:
     what, why = _death(cause)
     text = [f"rank {cause.rank} of {run.world_size} {what}", "", why]
-    if cause.lines:
+    if cause.shown_lines:
         text += ["", f"The last lines of rank {cause.rank}'s output:"]
-        text += [f"    {line}" for line in cause.lines[-LAST_LINES:]]
+        text += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
     text += _others(run, [cause.rank])
     return WorkerDied("\n".join(text), run=run, rank=cause.rank)
 

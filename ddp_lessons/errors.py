@@ -39,7 +39,7 @@ class LaunchError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback (the hook that ipyparallel uses, too)."""
-        first, *rest = str(self).splitlines()
+        first, *rest = str(self).splitlines() or [""]
         return [f"{_BOLD}{_RED}{type(self).__name__}{_RESET}{_BOLD}: {first}{_RESET}", *rest]
 
 

@@ -241,6 +241,7 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
         started_ns=worker.started_ns,
         ended_ns=worker.ended_ns,
         stack=stacks.parse(worker.stack_text),
+        dropped=worker.dropped,
     )
 
 

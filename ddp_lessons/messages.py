@@ -8,6 +8,7 @@ worker died needs no message: its pipes close.
 from __future__ import annotations
 
 import pickle
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ class ErrorRecord:
     def summary(self) -> str:
         """Type and message in one line, as a traceback ends."""
         lines = self.text.splitlines() or [self.type_name]
-        return next((line for line in lines if self.type_name in line.partition(":")[0]), lines[0])
+        ends = re.compile(rf"(?:\S+\.)?{re.escape(self.type_name)}(?::|$)")
+        return next((line for line in lines if ends.match(line)), lines[0])
 
 
 @dataclass(frozen=True)

@@ -39,14 +39,15 @@ class OutputBuffer:
         missing = self._total - len(self._head) - len(tail)
         if not missing:
             return _decoded(bytes(self._head) + tail)
-        head = bytes(self._head[: self._head.rfind(b"\n") + 1]) or bytes(self._head) + b"\n"
-        tail = tail[tail.find(b"\n") + 1 :]
+        head = bytes(self._head[: self._head.rfind(b"\n") + 1]) or bytes(self._head)
+        tail = tail[tail.find(b"\n") + 1 :] or tail
         left_out = self._total - len(head) - len(tail)
-        return f"{_decoded(head)}[... {left_out:,} bytes left out ...]\n{_decoded(tail)}"
+        end = "" if head.endswith(b"\n") else "\n"
+        return f"{_decoded(head)}{end}[... {left_out:,} bytes left out ...]\n{_decoded(tail)}"
 
     def last_line(self) -> str:
         """The last line that is not blank, "" if there is none."""
-        recent = bytes((self._tail or self._head)[-2000:])
+        recent = bytes(self._head[-2000:] + self._tail[-2000:])[-2000:]
         lines = [line for line in _decoded(recent).splitlines() if line.strip()]
         return lines[-1] if lines else ""
 

@@ -8,6 +8,7 @@ parent in batches over the worker's pipe.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import threading
 import time
@@ -31,10 +32,13 @@ COLLECTIVES = (
     "all_to_all",
     "all_to_all_single",
     "barrier",
+    "batch_isend_irecv",
     "broadcast",
     "broadcast_object_list",
     "gather",
     "gather_object",
+    "irecv",
+    "isend",
     "monitored_barrier",
     "recv",
     "recv_object_list",
@@ -46,6 +50,8 @@ COLLECTIVES = (
     "send",
     "send_object_list",
 )
+
+ISSUED = ("batch_isend_irecv", "irecv", "isend")  # they return before the work is done
 
 
 class Recorder:
@@ -59,22 +65,26 @@ class Recorder:
         self._dropped = 0
         self._flushed_ns = time.perf_counter_ns()
         self._inside = threading.local()
+        self._lock = threading.Lock()
         self.groups: list[Any] = []  # of DDP models, see _keep_groups_of_ddp
 
     def add(self, kind: str, name: str, t0_ns: int, op: str | None = None) -> None:
         """Record a span that ends now."""
         t1_ns = time.perf_counter_ns()
-        if self._recorded >= MOST_SPANS:
-            self._dropped += 1
-        else:
-            self._recorded += 1
-            self._batch.append(Span(self.rank, "main", kind, name, t0_ns, t1_ns, op=op))
+        made = Span(self.rank, "main", kind, name, t0_ns, t1_ns, op=op)
+        with self._lock:
+            if self._recorded >= MOST_SPANS:
+                self._dropped += 1
+            else:
+                self._recorded += 1
+                self._batch.append(made)
         if len(self._batch) >= BATCH or t1_ns - self._flushed_ns > FLUSH_NS:
             self.flush(t1_ns)
 
     def flush(self, now_ns: int | None = None) -> None:
         """Send what was recorded since the last time."""
-        batch, self._batch = self._batch, []
+        with self._lock:
+            batch, self._batch = self._batch, []
         self._flushed_ns = now_ns or time.perf_counter_ns()
         self.send(Spans(batch, self._dropped))
 
@@ -188,6 +198,9 @@ def _wrap(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any
 
 
 def _recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = list(inspect.signature(call).parameters)
+    place = parameters.index("async_op") if "async_op" in parameters else len(parameters)
+
     @functools.wraps(call)
     def recorded(*args: Any, **kwargs: Any) -> Any:
         recorder = _recorder
@@ -199,7 +212,11 @@ def _recorded(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
             return call(*args, **kwargs)
         finally:
             recorder.leave_call()
-            kind = "issue" if kwargs.get("async_op") else "comm"
+            kind = (
+                "issue"
+                if name in ISSUED or kwargs.get("async_op") or any(args[place : place + 1])
+                else "comm"
+            )
             recorder.add(kind, name, t0_ns, op=name)
 
     return recorded

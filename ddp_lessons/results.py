@@ -55,6 +55,8 @@ class RankResult:
         What it did when, in the order in which it finished; at least one span of its life.
     stack : tuple of Frame
         Where it was when it was stopped; empty if it was not.
+    dropped : int
+        Spans that were not kept because there were too many.
     began_ns, started_ns, ended_ns : int or None
         `time.perf_counter_ns()` when its process was asked for, when the function was called and
         when it ended.
@@ -72,6 +74,7 @@ class RankResult:
     ended_ns: int
     exception: BaseException | None = field(default=None, repr=False)
     stack: tuple[Frame, ...] = field(default=(), repr=False)
+    dropped: int = 0
 
     @property
     def seconds(self) -> float:
@@ -82,6 +85,11 @@ class RankResult:
     def lines(self) -> list[str]:
         """The output, line by line."""
         return self.output.splitlines()
+
+    @property
+    def shown_lines(self) -> list[str]:
+        """The lines without those that say nothing to a learner."""
+        return [line for line in self.lines if not _NOISE.match(line)]
 
     def outcome(self) -> str:
         """The outcome in one line, without timings."""
@@ -154,8 +162,7 @@ class Run:
     def output_lines(self) -> list[str]:
         """What the ranks printed, grouped by rank and labelled, at most about 1,000 lines."""
         labelled = {
-            r.rank: [f"[rank {r.rank}] {line}" for line in r.lines if not _NOISE.match(line)]
-            for r in self.ranks
+            r.rank: [f"[rank {r.rank}] {line}" for line in r.shown_lines] for r in self.ranks
         }
         if sum(map(len, labelled.values())) <= LINES_SHOWN:
             return [line for lines in labelled.values() for line in lines]

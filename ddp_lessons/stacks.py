@@ -19,6 +19,7 @@ from ddp_lessons.messages import ErrorRecord, Frame
 CONTEXT = 1  # lines shown before and after the marked one
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
+_ESCAPE = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _INFRASTRUCTURE = tuple(
     os.path.join(_HERE, name) for name in ("worker.py", "recording.py", "rendezvous.py")
@@ -31,6 +32,7 @@ _LIBRARIES = tuple(
             sysconfig.get_path("purelib"),
             sysconfig.get_path("platlib"),
             *site.getsitepackages(),
+            site.getusersitepackages(),
         )
     }
 )
@@ -50,7 +52,8 @@ def is_infrastructure(filename: str) -> bool:
 
 def parse(dump: str) -> tuple[Frame, ...]:
     """The stack of the thread that runs the learner's function, from what faulthandler printed."""
-    for thread in reversed(re.split(r"\n(?=(?:Current t|T)hread 0x)", dump)):
+    threads = re.split(r"\n(?=(?:Current t|T)hread 0x)", _unescaped(dump))
+    for thread in reversed(threads):
         found = [_FRAME.match(line) for line in thread.splitlines()]
         frames = [
             Frame(m["file"], int(m["line"]), m["function"], _source(m["file"], int(m["line"])))
@@ -60,7 +63,14 @@ def parse(dump: str) -> tuple[Frame, ...]:
         started = [i for i, frame in enumerate(frames) if frame.filename == _INFRASTRUCTURE[0]]
         if started:
             return tuple(frames[started[-1] + 1 :]) or (frames[started[-1]],)
+        if thread is threads[-1] and thread.rstrip().endswith("\n  ..."):
+            return tuple(frames)  # the main thread comes last, cut after its 100 innermost frames
     return ()
+
+
+def _unescaped(dump: str) -> str:
+    """What faulthandler printed, with the characters beyond ASCII that it escapes."""
+    return _ESCAPE.sub(lambda m: chr(int(m[0][2:], 16)), dump)
 
 
 def position(frames: Sequence[Frame]) -> Position:

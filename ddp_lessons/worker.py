@@ -11,6 +11,7 @@ import ctypes
 import faulthandler
 import fcntl
 import linecache
+import multiprocessing
 import os
 import pickle
 import select
@@ -83,8 +84,11 @@ class _Sender:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection  # kept open for the life of the process
         self._lock = threading.Lock()
+        self._pid = os.getpid()
 
     def __call__(self, message: Message) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child that goes on in the learner's function is not the rank
         data = memoryview(encode(message))
         with self._lock:
             while data:
@@ -148,6 +152,7 @@ def _become_fresh(task: Task, place: Place) -> None:
     sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
     for name, text in task.sources.items():
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    multiprocessing.set_start_method(None, force=True)  # the rank's own children start as usual
     if "torch" in sys.modules:
         _refresh_torch()
     if "numpy.random" in sys.modules:

@@ -110,7 +110,6 @@ def test_summary_without_text_is_the_type() -> None:
     assert ErrorRecord("Odd", "", ()).summary == "Odd"
 
 
-@pytest.mark.xfail(strict=True, reason="takes the quoted source line for the message")
 def test_summary_where_the_quoted_line_names_the_type() -> None:
     with pytest.raises(SyntaxError) as caught:
         compile("raise SyntaxError(", "<cell>", "exec")

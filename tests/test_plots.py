@@ -161,7 +161,6 @@ def test_title(trained: Run) -> None:
     assert own.get_title(loc="left") == "rank 3 is late"
 
 
-@pytest.mark.xfail(strict=True, reason="says '1 ranks'")
 def test_title_of_one_rank() -> None:
     assert plots.timeline(made_up(1)).get_title(loc="left") == "work on 1 rank"
 
@@ -173,12 +172,10 @@ def test_the_legend_names_what_is_there(trained: Run) -> None:
     assert legend(plots.timeline(made_up(2, [issued]))) == [START_UP, UNMARKED, CALL]
 
 
-@pytest.mark.xfail(strict=True, reason="the legend always has an entry for the function")
 def test_the_legend_where_no_function_was_called() -> None:
     assert legend(plots.timeline(made_up(2, called=False))) == [START_UP]
 
 
-@pytest.mark.xfail(strict=True, reason="the fourth name has the colour of the first, its entry")
 def test_work_never_has_the_colour_of_other_work_in_the_legend() -> None:
     names = ["load", "forward", "backward", "step"]
     spans = [

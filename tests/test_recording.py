@@ -113,7 +113,6 @@ def test_spans_of_several_threads() -> None:
     assert Counter(names(launch(work, nprocs=1))) == {f"load {n}": 100 for n in range(3)}
 
 
-@pytest.mark.xfail(strict=True, reason="flush() may take the list away from under an append")
 def test_no_span_is_lost_between_threads() -> None:
     def work(rank: int) -> None:
         sys.setswitchinterval(1e-6)
@@ -243,7 +242,6 @@ def test_an_asynchronous_call_only_issues_the_work() -> None:
     assert kinds["init_process_group"] == "comm"
 
 
-@pytest.mark.xfail(strict=True, reason="only the keyword async_op is looked at")
 def test_also_where_it_says_so_by_position() -> None:
     run = launch(asynchronous, args=((dist.ReduceOp.SUM, None, True), {}))
     assert {s.name: s.kind for s in recorded(run)}["all_reduce"] == "issue"
@@ -287,12 +285,7 @@ def test_a_collective_keeps_its_signature_and_docstring() -> None:
     "context",
     [
         "fork",
-        pytest.param(
-            None,
-            marks=pytest.mark.xfail(
-                strict=True, reason="a rank's default is forkserver, which knows no class of a cell"
-            ),
-        ),
+        pytest.param(None),
     ],
 )
 def test_workers_of_a_data_loader_record_nothing(context: str | None) -> None:
@@ -340,7 +333,6 @@ def test_a_forked_child_records_nothing() -> None:
     assert names(run, 0) == names(run, 1) == ["before", "after"]
 
 
-@pytest.mark.xfail(strict=True, reason="the child reports as if it were the rank")
 def test_nor_does_it_report_as_the_rank_when_it_returns() -> None:
     def work(rank: int) -> str:
         with span("before"):

@@ -200,7 +200,6 @@ def test_the_warning_about_a_missing_name_server_is_not_shown() -> None:
     assert run.ranks[0].output == f"before\n{NOISE}\nafter\n"
 
 
-@pytest.mark.xfail(strict=True, reason="the last lines of a dead rank are not filtered")
 def test_nor_is_it_in_the_story_of_a_dead_rank() -> None:
     def work(rank: int) -> None:
         noisy(rank)

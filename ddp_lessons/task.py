@@ -228,6 +228,8 @@ def _cannot_travel(what: str, value: Any, error: Exception) -> str:
         try_this = "Send a list of its items, or create the generator inside the worker function."
     elif isinstance(value, io.IOBase):
         try_this = "Send the file's name, and open it inside the worker function."
+    elif "inheritance" in str(error):  # what multiprocessing says of its queues and locks
+        try_this = "Pass it as an argument: launch(fn, args=(it,))."
     else:
         try_this = "Create it inside the worker function, or send the plain data it is made from."
     return f"{what} {article} {name}, which cannot travel to another process: {error}\n{try_this}"

@@ -34,7 +34,7 @@ def store(path: Path) -> None:
     client.execute()
     normalise(notebook)
     nbformat.write(notebook, path)
-    if path.stem == README_PICTURE.stem:
+    if path.parent.name == "notebooks" and path.stem == README_PICTURE.stem:
         README_PICTURE.write_bytes(base64.b64decode(first_picture(notebook)))
     size = path.stat().st_size
     print(f"{path}: {size // 1024} kB")

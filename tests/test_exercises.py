@@ -113,7 +113,11 @@ WRONG: list[tuple[Exercise, Any, str]] = [
         lambda g, loc, n: g * 3 + loc,
         "3 machines with 2.*machine by machine",
     ),
-    (spawn.check_global_rank, lambda g, loc, n: str(g * n + loc), "it calls itself '0'"),
+    (
+        spawn.check_global_rank,
+        lambda g, loc, n: str(g * n + loc),
+        "got '0', which is no whole number",
+    ),
     (
         spawn.check_run_job,
         lambda fn, n: launch(fn, nprocs=n).values,

@@ -25,7 +25,7 @@ from ddp_lessons.results import RankResult
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 START_UP, UNMARKED = "start-up", "in the function, unmarked"
-CALL = "in a call of torch.distributed"
+GROUP, CALL = "joining or leaving the group", "in a collective"
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,14 @@ def test_title_of_one_rank() -> None:
 
 
 def test_the_legend_names_what_is_there(trained: Run) -> None:
-    assert legend(plots.timeline(trained)) == [START_UP, UNMARKED, "forward", "backward", CALL]
+    assert legend(plots.timeline(trained)) == [
+        START_UP,
+        UNMARKED,
+        "forward",
+        "backward",
+        GROUP,
+        CALL,
+    ]
     assert legend(plots.timeline(made_up(2))) == [START_UP, UNMARKED]
     issued = Span(0, "main", "issue", "all_reduce", 1_050_000_000, 1_051_000_000)
     assert legend(plots.timeline(made_up(2, [issued]))) == [START_UP, UNMARKED, CALL]
@@ -213,7 +220,8 @@ def test_a_failed_run() -> None:
     assert not run.ok
     ax = plots.timeline(run)
     assert rows(ax) == ["rank 0", "rank 1", "rank 2"]
-    assert legend(ax) == [START_UP, UNMARKED, CALL]
+    assert legend(ax) == [START_UP, UNMARKED, GROUP, CALL]
+    assert " ✗ ValueError" in [text.get_text() for text in ax.texts]
 
 
 def test_ten_thousand_spans() -> None:

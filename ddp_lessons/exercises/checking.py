@@ -152,4 +152,4 @@ def _holds_ellipsis(code: types.CodeType) -> bool:
 
 def _text(text: str) -> str:
     code = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text))
-    return code.replace("\n", "<br>")
+    return f"<span style='white-space:pre-wrap'>{code}</span>"

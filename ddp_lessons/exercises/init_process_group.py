@@ -37,11 +37,34 @@ def check_environment(environment: Callable[[int, int, int], Mapping[str, str]])
         dist.destroy_process_group()
         return float(seen.item())
 
+    _judge_variables(environment)
     for world_size in (2, 3, 1):
         run = run_quietly(join, (world_size,), nprocs=world_size)
         if not run.ok or run.values != [world_size] * world_size:
             raise _why_not_joined(run)
     return "2, 3 and 1 ranks joined with your variables alone."
+
+
+def _judge_variables(environment: Callable[[int, int, int], Mapping[str, str]]) -> None:
+    port = 40_123
+    try:
+        variables = environment(0, 2, port)
+    except KeyError as error:
+        raise Wrong(
+            f"environment(0, 2, {port}) looked for {error}, which is not set.",
+            "The check takes the launcher's variables away: compute yours from the arguments.",
+        ) from error
+    if not isinstance(variables, Mapping):
+        raise Wrong(
+            f"environment(0, 2, {port}) returned {variables!r}, not a dict.",
+            "It must return the variables, as a dict of names and texts.",
+        )
+    if str(variables.get("MASTER_PORT", port)) != str(port):
+        raise Wrong(
+            f"given port {port}, MASTER_PORT is {variables['MASTER_PORT']!r}.",
+            "A port that is written into the code collides with the next job on this machine. Use "
+            "the one that you are given.",
+        )
 
 
 def _why_not_joined(run: Run) -> Wrong:
@@ -134,6 +157,18 @@ def _why_collided(run: Run) -> Wrong:
             "a rank had no process group after join().",
             "join() must call dist.init_process_group.",
         )
+    own = next((r.error for r in run.ranks if r.error and not r.error.frames[1:]), None)
+    if own is not None and own.type_name in (
+        "TypeError",
+        "ValueError",
+        "NameError",
+        "RuntimeError",
+    ):
+        return Wrong(
+            f"join() itself failed: {own.summary}",
+            "file:// and tcp:// need rank= and world_size=, and file:// a full path: "
+            "f'file://{folder}/{job}'.",
+        )
     return Wrong(
         f"the jobs did not come apart: {run.explain().splitlines()[0]}",
         "Whoever meets at one place becomes one group: give each job a place of its own, and pass "
@@ -186,6 +221,15 @@ def _prediction(waits: Callable[[Sequence[float]], Sequence[float]], delays: Any
     return answer
 
 
+def _rule(delays: Sequence[float], answer: Sequence[float]) -> str:
+    """Which rule a wrong prediction followed, where that can be told."""
+    if list(answer) == list(delays):
+        return " You gave the times at which they come: waiting is from there to the last arrival."
+    if set(answer) == {max(delays)}:
+        return " You gave the time at which all leave: waiting begins when a rank comes."
+    return ""
+
+
 def _judge_waits(delays: Sequence[float], answer: Sequence[float], seen: Sequence[float]) -> None:
     for rank, (predicted, measured) in enumerate(zip(answer, seen, strict=True)):
         if abs(predicted - measured) <= TOLERANCE:
@@ -194,5 +238,6 @@ def _judge_waits(delays: Sequence[float], answer: Sequence[float], seen: Sequenc
         raise Wrong(
             f"{came} and waited about {measured:.1f} s; you said {predicted:g} s.",
             "init_process_group returns when the last rank has arrived: the first rank waits "
-            "longest, the last one not at all, and rank 0 is no exception.",
+            "longest, the last one hardly at all, and rank 0 is no exception."
+            f"{_rule(delays, answer)}",
         )

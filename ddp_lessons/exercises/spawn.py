@@ -39,6 +39,11 @@ def _judge_ranks(nprocs: int, nnodes: int, values: list[tuple[int, int, Any]]) -
     rank = next(r for r, answer in enumerate(answers) if answer != r)
     group, local, answer = values[rank]
     this = f"machine {group}, local rank {local}"
+    if not isinstance(answer, int):
+        raise Wrong(
+            f"{where}, {this} got {answer!r}, which is no whole number.",
+            "The function must return a number: is `return` missing, or is it a text?",
+        )
     twins = [r for r, other in enumerate(answers) if other == answer and r != rank]
     if twins:
         other_group, other_local, _ = values[twins[0]]
@@ -68,6 +73,12 @@ def check_run_job(run_job: Callable[[Callable[[int], Any], int], list[Any]]) -> 
     here = os.getpid()
     for nprocs in (1, 3):
         result = _call(run_job, nprocs)
+        if result is None:
+            raise Wrong(
+                f"run_job(fn, {nprocs}) returned None.",
+                "Is `return` missing? (`mp.spawn` and a plain call of a worker give back nothing "
+                "by themselves; `launch(...).values` is the list of what the ranks returned.)",
+            )
         if not isinstance(result, list) or len(result) != nprocs:
             raise Wrong(
                 f"run_job(fn, {nprocs}) gave {result!r}; expected a list of {nprocs} values.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ddp_lessons.exercises.checking import Wrong, exercise, run_quietly
+from ddp_lessons.results import RankResult
 
 
 @exercise(
@@ -16,8 +17,12 @@ def check_greet(greet: Callable[[int, int], None]) -> str:
     for world_size in (4, 2, 1):
         run = run_quietly(greet, (world_size,), nprocs=world_size)
         run.raise_for_failure()
-        _judge(world_size, {r.rank: r.lines for r in run.ranks if r.lines})
+        _judge(world_size, {r.rank: _lines(r) for r in run.ranks if _lines(r)})
     return "once with 4 ranks, once with 2, once with 1."
+
+
+def _lines(rank: RankResult) -> list[str]:
+    return [line for line in rank.shown_lines if line.strip()]
 
 
 def _judge(world_size: int, printed: dict[int, list[str]]) -> None:
@@ -38,6 +43,11 @@ def _judge(world_size: int, printed: dict[int, list[str]]) -> None:
             f"an `if` happens world_size times.{zero}",
         )
     expected = f"hello from {world_size} ranks"
+    if lines != [expected] and ("{" in lines[0] or lines[0].lower().strip() == expected):
+        raise Wrong(
+            f"{with_ranks} the line was {lines[0]!r}, not {expected!r}.",
+            "Compare letter by letter. If there are braces in it, the string lacks its f in front.",
+        )
     if lines != [expected]:
         raise Wrong(
             f"{with_ranks} the line was {lines[0]!r}, not {expected!r}.",

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.patches import Patch
 
-from ddp_lessons.diagnosis import count
+from ddp_lessons.diagnosis import count, exit_name
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import style
-from ddp_lessons.results import Run
+from ddp_lessons.recording import GROUP_CALLS
+from ddp_lessons.results import RankResult, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,7 +21,8 @@ LABELLED = 400  # spans up to which each may carry its name
 FONT = 8.5
 START_UP = "start-up"
 UNMARKED = "in the function, unmarked"
-CALL = "in a call of torch.distributed"
+CALL = "in a collective"
+GROUP = "joining or leaving the group"
 
 
 def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
@@ -50,6 +52,9 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     if len(spans) <= LABELLED:
         for span in spans:
             _label(ax, run, span)
+    for rank in run.ranks:
+        if rank.status not in ("returned", "stopped"):
+            _mark_failure(ax, run, rank)
     ax.set_xlabel("ms since the launch")
     ax.set_title(
         title or f"{run.name} on {count(run.world_size, 'rank')}", loc="left", fontsize=11, pad=24
@@ -87,19 +92,15 @@ def _look(span: Span, names: Sequence[str]) -> Look:
     if span.kind == "compute":
         number = names.index(span.name)
         return _WORK_LOOKS[number] if number < len(_WORK_LOOKS) else _OTHER_LOOK
-    return _CALL_LOOK
+    return _GROUP_LOOK if span.name in GROUP_CALLS else _CALL_LOOK
 
 
 _START_UP_LOOK: Look = {"facecolor": style.PALE, "edgecolor": style.EDGE, "linewidth": 0.5}
 _UNMARKED_LOOK: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0.8}
 _WORK_LOOKS: list[Look] = [{"facecolor": colour} for colour in style.WORK]
 _OTHER_LOOK: Look = {"facecolor": style.INK}
-_CALL_LOOK: Look = {
-    "facecolor": "#FCE7B8",
-    "edgecolor": style.ORANGE,
-    "linewidth": 0.6,
-    "hatch": "////",
-}
+_GROUP_LOOK: Look = {"facecolor": "#FCE7B8", "edgecolor": style.ORANGE, "linewidth": 0.6}
+_CALL_LOOK: Look = {**_GROUP_LOOK, "hatch": "////"}
 
 
 def _bars(ax: Axes, run: Run, spans: Sequence[Span], names: Sequence[str]) -> None:
@@ -138,6 +139,12 @@ def _label(ax: Axes, run: Run, span: Span) -> None:
     ) if text else None
 
 
+def _mark_failure(ax: Axes, run: Run, rank: RankResult) -> None:
+    what = rank.error.type_name if rank.error is not None else exit_name(rank.exitcode)
+    end = max((_ms(run, s.t1_ns) for s in rank.spans if s.t1_ns is not None), default=0.0)
+    ax.text(end, rank.rank, f" ✗ {what}", va="center", fontsize=FONT, color=style.INK)
+
+
 def _legend(spans: Sequence[Span], names: Sequence[str]) -> list[Patch]:
     patches = [Patch(**_START_UP_LOOK, label=START_UP)]
     if any(span.lane == "process" and span.name != START_UP for span in spans):
@@ -145,6 +152,9 @@ def _legend(spans: Sequence[Span], names: Sequence[str]) -> list[Patch]:
     patches += [Patch(**look, label=name) for look, name in zip(_WORK_LOOKS, names, strict=False)]
     if len(names) > len(_WORK_LOOKS):
         patches.append(Patch(**_OTHER_LOOK, label="other work"))
-    if any(span.kind in ("comm", "issue") for span in spans):
+    calls = [span for span in spans if span.kind in ("comm", "issue")]
+    if any(span.name in GROUP_CALLS for span in calls):
+        patches.append(Patch(**_GROUP_LOOK, label=GROUP))
+    if any(span.name not in GROUP_CALLS for span in calls):
         patches.append(Patch(**_CALL_LOOK, label=CALL))
     return patches

@@ -22,10 +22,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Nothing here imports ddp_lessons or torch at once: a kernel that measures a peer must not have the
 # forkserver, and the process that looks at kernels must not share torch's pages with them.
@@ -36,9 +36,10 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RES_OPTIONS": "timeout:1 attempts:1",
 }
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = "1,2,4,8,16,32,64"
 MEMORY_RANKS = 4
 SPAWN_ROUNDS = 3  # mp.spawn takes over a second a rank
+PATIENCE, PATIENCE_PER_RANK = 30.0, 5.0  # seconds until a launch counts as hung
 MB = 1e6  # bytes
 
 NOTES = f"""\
@@ -48,35 +49,23 @@ Ratios: the median of the ratios of each round.
 
 - `launch` is warm: its forkserver has imported torch.
 - `notebook_launcher` forks the kernel and asks every 0.1 s whether the ranks have ended: the time
-  of few ranks is mostly that pause. For one rank it starts no process. On CPU it works, although
-  it says "CUDAs".
+  of few ranks is mostly that pause. For one rank it starts no process. It may hang: while it forks,
+  a thread of its own store may hold a lock, and the fork copies it locked.
 - `debug_launcher` forks the kernel and does less: ranks meet in a file, and they cannot leave the
   group, because the last to leave would remove that file and the launcher then fails.
 - `mp.spawn` runs {SPAWN_ROUNDS} rounds at most, and not on more ranks than `--most-slow`.
-- Hung: some rank had not ended after 30 s and 5 s a rank; such runs are not in the median.
+- Hung: ranks had not ended after {PATIENCE:g} s and {PATIENCE_PER_RANK:g} s a rank; not in the
+  medians.
 """
 MEMORY_NOTES = f"""\
-Memory in MB, of a notebook's kernel that has imported torch, with {MEMORY_RANKS} ranks that have joined and wait.
-In all: the sum of PSS (shared pages are shared out) of the kernel, its ranks and helpers.
-A rank: the median of USS (private pages) of the ranks. DDP: of `nn.Linear(10, 10)`.
+Memory of a notebook's kernel that has imported torch and of {MEMORY_RANKS} ranks that wait, joined.
+In all: the sum of PSS (a page that k processes share counts 1/k in each) of the kernel, the ranks
+and what helps them, such as the forkserver. A rank: its private memory (USS), the median of the
+ranks. DDP: every rank has made a DistributedDataParallel of `nn.Linear(10, 10)`.
 """
 
 Body = Callable[..., None]
 Times = dict[tuple[str, int], list[float]]  # (launcher, ranks): seconds by round, inf if it hung
-
-
-@dataclass(frozen=True)
-class Launcher:
-    """A launcher, the numbers of ranks that it is measured with, and how often at most."""
-
-    name: str
-    run: Callable[[Body, tuple[Any, ...], int], None]  # (body, args, ranks)
-    fewest: int = 1
-    most: int = 256
-    rounds: int = 1000
-
-    def takes_part(self, ranks: int, turn: int) -> bool:
-        return self.fewest <= ranks <= self.most and turn < self.rounds
 
 
 @dataclass(frozen=True)
@@ -138,14 +127,19 @@ def by_debug_launcher(body: Body, args: tuple[Any, ...], ranks: int) -> None:
     debug_launcher(body, args, num_processes=ranks)
 
 
-def launchers(most_slow: int) -> list[Launcher]:
-    """All that are compared, ours first; the slow ones with `most_slow` ranks at most."""
-    return [
-        Launcher("launch", by_launch),
-        Launcher("notebook_launcher", by_notebook_launcher, fewest=2),
-        Launcher("debug_launcher", by_debug_launcher),
-        Launcher("mp.spawn", by_spawn, most=most_slow, rounds=SPAWN_ROUNDS),
-    ]
+LAUNCHERS = {
+    "launch": by_launch,
+    "notebook_launcher": by_notebook_launcher,
+    "debug_launcher": by_debug_launcher,
+    "mp.spawn": by_spawn,
+}
+
+
+def takes_part(name: str, ranks: int, turn: int, most_slow: int) -> bool:
+    """False where a launcher starts no process, or would take too long."""
+    if name == "notebook_launcher":
+        return ranks > 1
+    return name != "mp.spawn" or (ranks <= most_slow and turn < SPAWN_ROUNDS)
 
 
 def free_port() -> int:
@@ -155,8 +149,8 @@ def free_port() -> int:
         return int(asked.getsockname()[1])
 
 
-def visit(stay: Callable[[], None] | None = None) -> None:
-    """What a rank does: join, all_reduce, stay if asked to, leave."""
+def visit(joined: str = "", with_ddp: bool = False) -> None:
+    """What a rank does: join, all_reduce, stay if it gets a directory to report to, leave."""
     import torch
     import torch.distributed as dist
 
@@ -166,53 +160,65 @@ def visit(stay: Callable[[], None] | None = None) -> None:
     one = torch.ones(1)
     dist.all_reduce(one)
     assert one.item() == dist.get_world_size()
-    if stay is not None:
-        stay()
+    if joined:
+        stay(joined, with_ddp)
     if not joined_already:
         dist.destroy_process_group()
 
 
-def stay_until_released(directory: str, with_ddp: bool) -> None:
-    """Tell that this rank has joined, by a file named after its process, and wait for another."""
+def stay(directory: str, with_ddp: bool) -> None:
+    """Tell that this rank has joined, by a file named after its process; wait to be killed."""
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
     model = DistributedDataParallel(nn.Linear(10, 10)) if with_ddp else None
-    Path(directory, f"joined-{os.getpid()}").touch()
-    while not Path(directory, "released").exists():
-        time.sleep(0.02)
+    Path(directory, str(os.getpid())).touch()
+    time.sleep(PATIENCE)
     del model
 
 
-def measure_times(peers: list[Launcher], counts: Sequence[int], rounds: int) -> Times:
+def measure_times(counts: Sequence[int], rounds: int, most_slow: int) -> Times:
     """Have the launchers take turns."""
     import torch.distributed  # noqa: F401  as a notebook has, before it launches
 
-    for peer in peers:
-        if peer.name != "mp.spawn":  # it keeps nothing from one call to the next
-            peer.run(visit, (), 2)
-    times: Times = {(peer.name, n): [] for peer in peers for n in counts}
+    by_launch(visit, (), 2)  # not in `seconds_of`: the forkserver's socket must outlive that
+    for name in ("notebook_launcher", "debug_launcher"):  # their first call imports, too
+        seconds_of(name, 2)
+    names = list(LAUNCHERS)
+    times: Times = {(name, n): [] for name in names for n in counts}
     for n in counts:
         for turn in range(rounds):
-            print(f"{n} ranks, round {turn + 1} of {rounds}", file=sys.stderr)
-            for peer in peers if turn % 2 == 0 else peers[::-1]:
-                if peer.takes_part(n, turn):
-                    times[peer.name, n].append(seconds_of(peer, n))
+            print(f"ranks: {n}, round {turn + 1} of {rounds}", file=sys.stderr)
+            for name in names if turn % 2 == 0 else names[::-1]:
+                if takes_part(name, n, turn, most_slow):
+                    times[name, n].append(seconds_of(name, n))
     return times
 
 
-def seconds_of(launcher: Launcher, ranks: int) -> float:
+def seconds_of(name: str, ranks: int) -> float:
     """The wall time of one launch; infinite if it hung."""
-    patience = 30.0 + 5.0 * ranks
-    began = time.perf_counter()
-    try:
-        with ranks_ended_after(patience):
-            launcher.run(visit, (), ranks)
-    except Exception:  # each launcher has its own for ranks that were killed
-        if time.perf_counter() - began < patience:
-            raise
-        return math.inf
-    return time.perf_counter() - began
+    patience = PATIENCE + PATIENCE_PER_RANK * ranks
+    with own_temporary_directory(), ranks_ended_after(patience):
+        began = time.perf_counter()
+        try:
+            LAUNCHERS[name](visit, (), ranks)
+        except Exception:  # each launcher has its own for ranks that were killed
+            if time.perf_counter() - began < patience:
+                raise
+            return math.inf
+        return time.perf_counter() - began
+
+
+@contextlib.contextmanager
+def own_temporary_directory() -> Iterator[str]:
+    """Have a directory for what the launchers, here or in kernels started now, leave behind.
+
+    notebook_launcher leaves a directory at every call.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
+        here = mock.patch.object(tempfile, "tempdir", directory)
+        with here, mock.patch.dict(os.environ, TMPDIR=directory):
+            yield directory
 
 
 @contextlib.contextmanager
@@ -238,32 +244,34 @@ def ranks_ended_after(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def measure_memory(launcher: Launcher, with_ddp: bool) -> Memory:
+def measure_memory(name: str, with_ddp: bool) -> Memory:
     """Have ranks join in a fresh kernel, and look at all its processes while they wait."""
+    import psutil
+
     from tests.kernels import Kernel
 
-    print(f"memory of {launcher.name}{' with DDP' * with_ddp}", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as directory, Kernel(first_cell="import torch") as kernel:
+    print(f"memory of {name}{' with DDP' * with_ddp}", file=sys.stderr)
+    with own_temporary_directory() as temporary, Kernel(first_cell="import torch") as kernel:
+        directory = tempfile.mkdtemp(dir=temporary)
         kernel.client.execute(
-            f"from functools import partial; from tests.benchmarks.launch import *\n"
-            f"stay = partial(stay_until_released, {directory!r}, {with_ddp})\n"
-            f"{launcher.run.__name__}(visit, (stay,), {MEMORY_RANKS})"
+            "from tests.benchmarks import launch as b\n"
+            f"b.LAUNCHERS[{name!r}](b.visit, ({directory!r}, {with_ddp}), {MEMORY_RANKS})"
         )
-        ranks = joined(directory, MEMORY_RANKS)
         try:
-            return memory_of(kernel.pid, ranks)
+            return memory_of(kernel.pid, ranks_in(directory))
         finally:
-            release(directory, ranks)
+            for process in psutil.Process(kernel.pid).children(recursive=True):
+                process.kill()
 
 
-def joined(directory: str, ranks: int, patience: float = 120.0) -> list[int]:
+def ranks_in(directory: str) -> list[int]:
     """The process ids of the ranks, once all have joined."""
-    deadline = time.monotonic() + patience
-    while len(found := list(Path(directory).glob("joined-*"))) < ranks:
+    deadline = time.monotonic() + 2 * PATIENCE
+    while len(found := os.listdir(directory)) < MEMORY_RANKS:
         if time.monotonic() > deadline:
-            raise TimeoutError(f"only {len(found)} of {ranks} ranks joined in {patience:.0f} s")
+            raise TimeoutError(f"only {len(found)} of {MEMORY_RANKS} ranks joined")
         time.sleep(0.05)
-    return [int(path.name.removeprefix("joined-")) for path in found]
+    return [int(name) for name in found]
 
 
 def memory_of(kernel: int, ranks: list[int]) -> Memory:
@@ -278,24 +286,10 @@ def memory_of(kernel: int, ranks: list[int]) -> Memory:
     )
 
 
-def release(directory: str, ranks: list[int]) -> None:
-    """Let the ranks go, and wait until they have gone."""
-    import psutil
-
-    Path(directory, "released").touch()
-    deadline = time.monotonic() + 30
-    while any(psutil.pid_exists(rank) for rank in ranks) and time.monotonic() < deadline:
-        time.sleep(0.05)
-
-
-def ended(seconds: list[float]) -> list[float]:
-    """The times of the runs that did not hang."""
-    return [s for s in seconds if math.isfinite(s)]
-
-
 def median_of(times: Times, name: str, ranks: int) -> float | None:
-    finite = ended(times.get((name, ranks), []))
-    return statistics.median(finite) if finite else None
+    """The median of the runs that did not hang."""
+    ended = [s for s in times.get((name, ranks), []) if math.isfinite(s)]
+    return statistics.median(ended) if ended else None
 
 
 def ratio_of(times: Times, peer: str, ranks: int) -> float | None:
@@ -305,7 +299,7 @@ def ratio_of(times: Times, peer: str, ranks: int) -> float | None:
     return statistics.median(ratios) if ratios else None
 
 
-def time_table(times: Times, names: list[str], counts: Sequence[int]) -> str:
+def time_table(times: Times, counts: Sequence[int]) -> str:
     def cell(name: str, n: int) -> str:
         median, hung = median_of(times, name, n), times[name, n].count(math.inf)
         text = "" if median is None else f"{median:.3f}"
@@ -315,8 +309,9 @@ def time_table(times: Times, names: list[str], counts: Sequence[int]) -> str:
         value = ratio_of(times, name, n)
         return "" if value is None else f"{value:.3f}"
 
-    rows = [[f"`{name}`", *(cell(name, n) for n in counts)] for name in names]
-    rows += [[f"`launch` / `{name}`", *(ratio(name, n) for n in counts)] for name in names[1:]]
+    peers = [name for name in LAUNCHERS if name != "launch"]
+    rows = [[f"`{name}`", *(cell(name, n) for n in counts)] for name in LAUNCHERS]
+    rows += [[f"`launch` / `{name}`", *(ratio(name, n) for n in counts)] for name in peers]
     return table(["seconds", *(f"{n} rank{'s' * (n > 1)}" for n in counts)], rows)
 
 
@@ -360,32 +355,29 @@ def machine() -> str:
 
 def report(counts: Sequence[int], rounds: int, most_slow: int) -> str:
     """Measure everything; Markdown."""
-    peers, head = launchers(most_slow), machine()
+    head = machine()
     memory = {
-        peer.name: (measure_memory(peer, False), measure_memory(peer, True))
-        for peer in peers
-        if peer.name != "debug_launcher"
+        name: (measure_memory(name, False), measure_memory(name, True))
+        for name in ("launch", "notebook_launcher", "mp.spawn")
     }
-    times = measure_times(peers, counts, rounds)
-    table = time_table(times, [peer.name for peer in peers], counts)
-    verdicts = "\n".join(map(str, goals(times, memory)))
-    return "\n".join([head, table, NOTES, memory_table(memory), MEMORY_NOTES, verdicts])
+    times = measure_times(counts, rounds, most_slow)
+    seconds, verdicts = time_table(times, counts), map(str, goals(times, memory))
+    return "\n".join([head, seconds, NOTES, memory_table(memory), MEMORY_NOTES, *verdicts])
 
 
 def main() -> None:
     """Read the arguments, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    numbers = partial(map, int)
-    parser.add_argument("--ranks", default=",".join(map(str, RANKS)), help="default: %(default)s")
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.launch", description=__doc__)
+    parser.add_argument("--ranks", default=RANKS, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    parser.add_argument("--most-slow", type=int, default=8, help="most ranks of mp.spawn")
+    parser.add_argument(
+        "--most-slow", type=int, default=8, help="most ranks of mp.spawn; default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, help="also write the report to this file")
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    # notebook_launcher leaves a directory behind at every call.
-    with tempfile.TemporaryDirectory() as directory:
-        os.environ["TMPDIR"] = tempfile.tempdir = directory
-        text = report([*numbers(options.ranks.split(","))], options.rounds, options.most_slow)
+    counts = [int(count) for count in options.ranks.split(",")]
+    text = report(counts, options.rounds, options.most_slow)
     print(text)
     if options.out:
         options.out.write_text(text + "\n")

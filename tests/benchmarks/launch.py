@@ -39,7 +39,7 @@ ENVIRONMENT = {
 RANKS = "1,2,4,8,16,32,64"
 MEMORY_RANKS = 4
 SPAWN_ROUNDS = 3  # mp.spawn takes over a second a rank
-PATIENCE, PATIENCE_PER_RANK = 30.0, 5.0  # seconds until a launch counts as hung
+PATIENCE, PATIENCE_PER_RANK = 10.0, 1.0  # seconds until a launch counts as hung
 MB = 1e6  # bytes
 
 NOTES = f"""\
@@ -54,8 +54,8 @@ Ratios: the median of the ratios of each round.
 - `debug_launcher` forks the kernel and does less: ranks meet in a file, and they cannot leave the
   group, because the last to leave would remove that file and the launcher then fails.
 - `mp.spawn` runs {SPAWN_ROUNDS} rounds at most, and not on more ranks than `--most-slow`.
-- Hung: ranks had not ended after {PATIENCE:g} s and {PATIENCE_PER_RANK:g} s a rank; not in the
-  medians.
+- Hung: ranks had not ended after {PATIENCE:g} s and {PATIENCE_PER_RANK:g} s a rank. Such runs are
+  not in the medians.
 """
 MEMORY_NOTES = f"""\
 Memory of a notebook's kernel that has imported torch and of {MEMORY_RANKS} ranks that wait, joined.

@@ -42,6 +42,14 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+def ends_soon(pid: int, seconds: float = 0.3) -> bool:
+    """Wait a moment for a process to end: its pipes close a little before it has."""
+    deadline = time.monotonic() + seconds
+    while not has_ended(pid) and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+    return has_ended(pid)
+
+
 def end_orphans_of(forkserver: int) -> None:
     """End the forkserver's children that are no processes started by this one.
 

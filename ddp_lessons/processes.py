@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 STACK_SIGNAL = signal.SIGUSR1  # asks a worker for its Python stack
+UNKNOWN_EXIT = 255  # what multiprocessing makes of a forkserver that no longer answers
 CHUNK = 1 << 16  # bytes read from a pipe at once
 
 
@@ -149,7 +150,11 @@ class WorkerProcess:
         if not self.alive or self._process.exitcode is None:
             return False
         self.exitcode = self._process.exitcode
-        if self.forkserver is not None and orphans.has_ended(self.forkserver):
+        if (
+            self.forkserver is not None
+            and self.exitcode == UNKNOWN_EXIT
+            and orphans.ends_soon(self.forkserver)
+        ):
             # Nobody is left to tell how the rank ended, or whether it did.
             self.lost_forkserver = self.outcome is None
             self.send_signal(signal.SIGKILL)

@@ -149,6 +149,9 @@ def _become_fresh(task: Task, place: Place) -> None:
     os.environ.update({**task.environment, **place.variables(), **task.overrides})
     os.chdir(task.cwd)
     sys.path[:] = task.path
+    # Python takes a cached module for current if size and second of change agree: the second of
+    # two quick edits would go unseen. Without a cache from here, it takes effect.
+    sys.dont_write_bytecode = True
     sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
     for name, text in task.sources.items():
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)

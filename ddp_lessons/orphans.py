@@ -12,6 +12,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import socket
+import stat
 import time
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -22,6 +24,30 @@ def adopt_orphans() -> None:
     """Make this process the parent of what its descendants leave behind (prctl(2))."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def listening_paths() -> list[str]:
+    """The files of the sockets on which this process listens."""
+    if not os.path.isdir("/proc/self/fd"):
+        return []
+    paths = (_listening_path(int(name)) for name in os.listdir("/proc/self/fd"))
+    return [path for path in paths if path and os.path.exists(path)]
+
+
+def _listening_path(descriptor: int) -> str | None:
+    with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            with socket.socket(fileno=os.dup(descriptor)) as one:
+                listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                return str(one.getsockname()) if listens and one.family == socket.AF_UNIX else None
+    return None
+
+
+def remove_with_folder(path: str) -> None:
+    """Remove a socket's file and its folder, which a parent that was killed could not."""
+    with contextlib.suppress(OSError):  # the parent did it
+        os.unlink(path)
+        os.rmdir(os.path.dirname(path))
 
 
 def parent_of(pid: int) -> int | None:

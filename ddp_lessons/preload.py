@@ -11,7 +11,12 @@ import signal
 import sys
 import warnings
 
-from ddp_lessons.orphans import adopt_orphans, end_children_of
+from ddp_lessons.orphans import (
+    adopt_orphans,
+    end_children_of,
+    listening_paths,
+    remove_with_folder,
+)
 
 # The interrupt of a notebook goes to the kernel's whole process group; workers must get it through
 # the parent only, which stops them in order.
@@ -23,6 +28,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Whatever a rank leaves behind becomes this process's, and ends when it ends, at the latest.
 adopt_orphans()
 atexit.register(end_children_of, os.getpid())
+# multiprocessing's own socket lies in a temporary folder, which a killed kernel cannot remove.
+for path in listening_paths():
+    atexit.register(remove_with_folder, path)
 warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")
 # multiprocessing closes standard input now and opens the null device: at descriptor 0, if that is
 # what it closes. Else every worker would have a descriptor more.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,8 +214,11 @@ def test_sigkill_of_the_kernel(kernel: Kernel) -> None:
     time.sleep(1.0)
     family = kernel.children()
     assert sum("sleep" in " ".join(p.cmdline()) for p in family) == 6
+    temporary = Path(tempfile.gettempdir())
+    folders = {p for p in temporary.glob("pymp-*") if any(p.glob("listener-*"))}
     os.kill(kernel.pid, signal.SIGKILL)
     assert _gone(family, seconds=5)
+    assert len({p for p in folders if p.exists()}) == len(folders) - 1  # its own has gone
 
 
 def test_four_kernels_launch_at_once(kernels: Callable[[], Kernel]) -> None:

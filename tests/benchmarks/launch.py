@@ -40,6 +40,7 @@ RANKS = "1,2,4,8,16,32,64"
 MEMORY_RANKS = 4
 SPAWN_ROUNDS = 3  # mp.spawn takes over a second a rank
 PATIENCE, PATIENCE_PER_RANK = 10.0, 1.0  # seconds until a launch counts as hung
+MEMORY_PATIENCE = 60.0  # seconds that ranks stay for the measurement of their memory
 MB = 1e6  # bytes
 
 NOTES = f"""\
@@ -173,7 +174,7 @@ def stay(directory: str, with_ddp: bool) -> None:
 
     model = DistributedDataParallel(nn.Linear(10, 10)) if with_ddp else None
     Path(directory, str(os.getpid())).touch()
-    time.sleep(PATIENCE)
+    time.sleep(MEMORY_PATIENCE)
     del model
 
 
@@ -266,7 +267,7 @@ def measure_memory(name: str, with_ddp: bool) -> Memory:
 
 def ranks_in(directory: str) -> list[int]:
     """The process ids of the ranks, once all have joined."""
-    deadline = time.monotonic() + 2 * PATIENCE
+    deadline = time.monotonic() + MEMORY_PATIENCE
     while len(found := os.listdir(directory)) < MEMORY_RANKS:
         if time.monotonic() > deadline:
             raise TimeoutError(f"only {len(found)} of {MEMORY_RANKS} ranks joined")

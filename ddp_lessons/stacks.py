@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from ddp_lessons.messages import ErrorRecord, Frame
 
+MOST_FRAMES = 5  # of the learner's, shown at either end
 CONTEXT = 1  # lines shown before and after the marked one
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
@@ -132,7 +133,12 @@ def render_frames(frames: Sequence[Frame]) -> list[str]:
     """The learner's frames with their source; of the libraries', only the innermost."""
     lines: list[str] = []
     own = [frame for frame in frames if is_learners(frame.filename)]
-    for frame in own:
+    left_out = len(own) - 2 * MOST_FRAMES  # a recursion without end has a thousand
+    for number, frame in enumerate(own):
+        if number == MOST_FRAMES and left_out > 0:
+            lines.append(f"[... {left_out} frames left out ...]")
+        if MOST_FRAMES <= number < len(own) - MOST_FRAMES:
+            continue
         lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
     if frames and frames[-1] not in own[-1:]:
         frame = frames[-1]

@@ -42,6 +42,8 @@ from ddp_lessons.messages import (
 from ddp_lessons.stacks import is_infrastructure
 from ddp_lessons.task import PackedArgument, Place, Task
 
+MOST_TEXT = 20_000  # characters kept of an exception's message
+
 
 def main(
     task: Task,
@@ -63,7 +65,8 @@ def main(
     recording.install(recorder)
     code = _carry_out(task, place.rank, args, recorder)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        if not stream.closed:
+            stream.flush()
     if "TORCHINDUCTOR_CACHE_DIR" not in {**task.environment, **task.overrides}:
         remove_unused_cache()
     for group in recorder.groups:
@@ -247,7 +250,7 @@ def _record(error: traceback.TracebackException) -> ErrorRecord:
         previous, link = error.__context__, "context"
     return ErrorRecord(
         type_name=error.exc_type.__name__,
-        text="".join(error.format_exception_only()).strip(),
+        text="".join(error.format_exception_only()).strip()[:MOST_TEXT],
         frames=tuple(
             Frame(f.filename, f.lineno or 0, f.name, (f.line or "").strip())
             for f in error.stack

@@ -92,6 +92,28 @@ def test_chained_exceptions() -> None:
     assert text.index("KeyError: 'NO_SUCH_KEY'") < text.index("That caused") < text.rindex("no key")
 
 
+def test_long_messages_and_stacks_are_cut() -> None:
+    def work(rank: int) -> None:
+        if rank == 0:
+            raise ValueError("x" * 1_000_000)
+        work(rank)
+
+    run = launch(work, check=False)
+    assert run.ranks[0].error is not None
+    assert len(run.ranks[0].error.text) <= 20_000
+    with pytest.raises(WorkerFailed, match="RecursionError") as caught:
+        launch(lambda rank: work(1), nprocs=1)
+    assert "frames left out" in str(caught.value)
+    assert len(str(caught.value).splitlines()) < 60
+
+
+def test_a_closed_stdout_does_no_harm() -> None:
+    run = launch(lambda rank: sys.stdout.close())
+    assert run.ok
+    assert [r.exitcode for r in run.ranks] == [0, 0]
+    assert run.ranks[0].output == ""
+
+
 def test_sys_exit() -> None:
     with pytest.raises(WorkerFailed, match="rank 0 of 2 raised SystemExit: 3") as caught:
         launch(lambda rank: sys.exit(3) if rank == 0 else None)

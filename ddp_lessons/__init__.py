@@ -15,6 +15,7 @@ from ddp_lessons.warm import warm_in_kernel
 
 if TYPE_CHECKING:
     from ddp_lessons import plots
+    from ddp_lessons.buckets import watch_ddp
     from ddp_lessons.errors import (
         BadLaunch,
         CannotSend,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
         WorkersHung,
     )
     from ddp_lessons.launcher import launch
-    from ddp_lessons.recording import span
+    from ddp_lessons.recording import span, steps
     from ddp_lessons.results import RankResult, Run
 
 __version__ = "0.1.0"
@@ -40,8 +41,17 @@ __all__ = [
     "launch",
     "plots",
     "span",
+    "steps",
+    "watch_ddp",
 ]
-_HOME = {"launch": "launcher", "span": "recording", "Run": "results", "RankResult": "results"}
+_HOME = {
+    "RankResult": "results",
+    "Run": "results",
+    "launch": "launcher",
+    "span": "recording",
+    "steps": "recording",
+    "watch_ddp": "buckets",
+}
 
 
 def __getattr__(name: str) -> Any:

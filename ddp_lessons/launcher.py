@@ -31,6 +31,7 @@ from ddp_lessons.messages import ErrorRecord, Raised, Returned, Span, Unsendable
 from ddp_lessons.processes import WorkerProcess
 from ddp_lessons.rendezvous import reserve_port
 from ddp_lessons.results import RankResult, Run, Status
+from ddp_lessons.tape import Tapes
 from ddp_lessons.warm import default_start_method, obeys, warm
 from ddp_lessons.watch import AFTER_INTERRUPT, Watch, deferred_interrupt
 
@@ -117,9 +118,12 @@ def _carry_out(
 ) -> Run:
     begin_ns = time.perf_counter_ns()
     context = multiprocessing.get_context(method)
-    workers = [WorkerProcess(place) for place in places]
     hung_after: float | None = None
-    with contextlib.closing(reserve_port()) as port, Panel(workers) as panel:
+    with (
+        contextlib.closing(reserve_port()) as port,
+        contextlib.closing(Tapes(len(places))) as tapes,
+        Panel(workers := [WorkerProcess(place, tapes) for place in places]) as panel,
+    ):
         packed = task.pack(fn, env, port.getsockname()[1])
         watch = Watch(workers, panel.tick)
         try:
@@ -137,7 +141,7 @@ def _carry_out(
                 worker.close()
             for forkserver in {w.forkserver for w in workers if w.forkserver is not None}:
                 orphans.end_orphans_of(forkserver)
-    run = _record(packed.name, workers, begin_ns, hung_after=hung_after)
+        run = _record(packed.name, workers, begin_ns, hung_after=hung_after)
     _show_output(run)
     return run
 
@@ -239,12 +243,12 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
         error=error,
         exception=exception,
         exitcode=worker.exitcode,
-        spans=(*_life(worker, name), *worker.spans),
+        spans=(*_life(worker, name), *worker.tapes.spans(worker.rank)),
         began_ns=worker.began_ns,
         started_ns=worker.started_ns,
         ended_ns=worker.ended_ns,
         stack=stacks.parse(worker.stack_text),
-        dropped=worker.dropped,
+        dropped=worker.tapes.dropped(worker.rank),
     )
 
 

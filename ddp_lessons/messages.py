@@ -21,8 +21,33 @@ class Span(NamedTuple):
     """One stretch of time on one rank.
 
     `t0_ns` and `t1_ns` are `time.perf_counter_ns()` values, one clock for all processes of a host;
-    `t1_ns` is None while the work is still open. `nbytes` counts the bytes of the tensor that a
-    collective carries. `kind` is one of compute, issue, comm, wait, data and mark.
+    `t1_ns` is None where the work never ended.
+
+    Attributes
+    ----------
+    lane : str
+        "process" (the rank's life), "main" or "thread 1" (what a thread of the learner's did),
+        "comm" (asynchronous work in flight), "buckets" (DDP's gradient buckets in flight), "steps"
+        (training steps), "gloo" (torch.profiler's own events) or "cuda" (times on the device).
+    kind : str
+        "compute" (marked work), "data" (the next batch), "comm" (a collective, send or recv),
+        "issue" (a call that only started one), "wait" (blocked until asynchronous work is done) or
+        "mark" (lanes "process" and "steps").
+    step : int or None
+        The training step in which it began.
+    op : str or None
+        The function of torch.distributed, such as "all_reduce".
+    group : str or None
+        "world", or a subgroup by its ranks: "ranks 0 2".
+    seq : int or None
+        The number of the call in its group; for send and recv, in its group, sender and receiver.
+        Equal group and seq on two ranks are the same collective.
+    nbytes : int or None
+        The bytes of one rank's piece: the call's tensor, not the gathered or scattered whole.
+    bucket : int or None
+        The index of a gradient bucket.
+    peer : int or None
+        The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
     """
 
     rank: int
@@ -37,6 +62,7 @@ class Span(NamedTuple):
     seq: int | None = None
     nbytes: int | None = None
     bucket: int | None = None
+    peer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,19 +106,6 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Spans:
-    """A batch of finished spans; `dropped` counts those lost to the recorder's bound so far."""
-
-    spans: list[Span]
-    dropped: int = 0
-
-
-@dataclass(frozen=True)
-class Moved:
-    """The rank goes on, with nothing to show for it: an optimizer made a step."""
-
-
-@dataclass(frozen=True)
 class Joining:
     """`init_process_group` was called; the group gives up by itself after `timeout` seconds."""
 
@@ -126,7 +139,7 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Spans | Moved | Joining | Returned | Raised | Unsendable
+Message = Started | Joining | Returned | Raised | Unsendable
 
 
 def encode(message: Message) -> bytes:

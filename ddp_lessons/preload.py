@@ -54,9 +54,9 @@ import torch.profiler  # noqa: E402
 import torch.utils.data.distributed  # noqa: E402, F401
 
 import ddp_lessons.worker  # noqa: E402
-from ddp_lessons import recording  # noqa: E402
+from ddp_lessons import collectives  # noqa: E402
 
-recording.wrap_torch()
+collectives.wrap_torch()
 
 if not _had_cache:
     ddp_lessons.worker.remove_unused_cache()

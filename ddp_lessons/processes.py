@@ -21,12 +21,11 @@ from ddp_lessons.messages import (
     Joining,
     Raised,
     Returned,
-    Span,
-    Spans,
     Started,
     Unsendable,
 )
 from ddp_lessons.output import OutputBuffer
+from ddp_lessons.tape import Tapes
 from ddp_lessons.task import Argument, Place, Task
 
 if TYPE_CHECKING:
@@ -44,12 +43,11 @@ class WorkerProcess:
     and stderr, `stacks` what faulthandler prints when asked where the rank is.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, tapes: Tapes) -> None:
         self.place = place
+        self.tapes = tapes
         self.output = OutputBuffer()
         self.stack_text = ""
-        self.spans: list[Span] = []
-        self.dropped = 0
         self.began_ns = time.perf_counter_ns()
         self.started_ns: int | None = None
         self.ended_ns: int | None = None
@@ -60,6 +58,7 @@ class WorkerProcess:
         self.lost_forkserver = False
         self.stopped = False  # the parent ended it
         self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
+        self._progress = 0
         self._decoder = Decoder()
         self._handlers: dict[Connection, Callable[[bytes], None]] = {}
         self._process: Any = None
@@ -95,7 +94,7 @@ class WorkerProcess:
             packed = tuple(Argument(value, i, fn) for i, value in enumerate(args))
             process = context.Process(  # type: ignore[attr-defined]
                 target=worker.main,
-                args=(task, self.place, packed, *writers),
+                args=(task, self.place, packed, *writers, self.tapes.sendable()),
                 name=f"rank {self.rank}",
                 daemon=False,  # a daemon could not have children, such as a DataLoader's workers
             )
@@ -141,6 +140,12 @@ class WorkerProcess:
         del self._handlers[reader]
         reader.close()
         return False
+
+    def look_at_tape(self) -> None:
+        """See whether the rank has finished anything since the last time."""
+        progress = self.tapes.progress(self.rank)
+        if progress != self._progress:
+            self._progress, self.moved_at = progress, time.monotonic()
 
     def poll(self) -> bool:
         """See whether the process has ended; True at the moment when it has.
@@ -199,9 +204,6 @@ class WorkerProcess:
             match message:
                 case Started(t_ns):
                     self.started_ns = t_ns
-                case Spans(spans, dropped):
-                    self.spans += spans
-                    self.dropped = dropped
                 case Joining(timeout):
                     self.group_timeout = timeout
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):

@@ -7,14 +7,18 @@ every run; timings are for the pictures. Whatever a worker printed is escaped be
 from __future__ import annotations
 
 import html
+import os
 import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from ddp_lessons import diagnosis
+from ddp_lessons import analysis, diagnosis, meetings, trace
+from ddp_lessons.analysis import Link, Overlap, Straggler, Total
 from ddp_lessons.errors import LaunchError
+from ddp_lessons.meetings import Arrival, Share
 from ddp_lessons.messages import ErrorRecord, Frame, Span
 from ddp_lessons.output import cut_lines
 
@@ -52,7 +56,7 @@ class RankResult:
     exitcode : int
         The exit code of its process; minus the signal's number if a signal ended it.
     spans : tuple of Span
-        What it did when, in the order in which it finished; at least one span of its life.
+        What it did when, in the order in which it began; at least one span of its life.
     stack : tuple of Frame
         Where it was when it was stopped; empty if it was not.
     dropped : int
@@ -146,6 +150,42 @@ class Run:
     def spans(self) -> list[Span]:
         """The spans of all ranks on one clock, by start time (`t0_ns`, in nanoseconds)."""
         return sorted((s for rank in self.ranks for s in rank.spans), key=lambda s: s.t0_ns)
+
+    def waits(self) -> list[Share]:
+        """Every rank's part in every collective, split into waiting and transfer.
+
+        A list of named tuples, as of all methods here: `pandas.DataFrame(run.waits())` is a table.
+        See `meetings.Share` for the fields.
+        """
+        return meetings.waits(self)
+
+    def arrivals(self) -> list[Arrival]:
+        """How much later than the first each rank came to each collective; see meetings.Arrival."""
+        return meetings.arrivals(self)
+
+    def overlap(self) -> list[Overlap]:
+        """How much communication was exposed and overlapped, by step; see analysis.Overlap."""
+        return analysis.overlap(self)
+
+    def totals(self) -> list[Total]:
+        """What each rank's time went on; see analysis.Total."""
+        return analysis.totals(self)
+
+    def straggler(self) -> Straggler:
+        """Who keeps the others waiting, and whether it is always the same rank."""
+        return analysis.straggler(self)
+
+    def bandwidth(self) -> list[Link]:
+        """Latency and bandwidth of each collective that was called with several sizes."""
+        return analysis.bandwidth(self)
+
+    def save_trace(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write what every rank did when, for Perfetto and HolisticTraceAnalysis.
+
+        A name that ends in .json or .json.gz becomes one file of all ranks. Any other name is a
+        folder: one file a rank, and merged/all_ranks.json. Returns the files. See trace.save.
+        """
+        return trace.save(self, path)
 
     def explain(self) -> str:
         """What failed or hung and why; one line if nothing did."""

@@ -23,6 +23,8 @@ READ_AT_START = (
     "TORCH_SHOW_CPP_STACKTRACES",
     "TORCH_LOGS",
 )
+# Importing scikit-learn sets these; they matter only to a process that has not loaded OpenMP yet.
+SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 _started_with: dict[str, str] = {}
 
 
@@ -59,6 +61,7 @@ def obeys(environment: Mapping[str, str]) -> bool:
     """True if a forked worker would behave as one that was started with these variables."""
     started = _started_with or os.environ
     names = {n for n in {*started, *environment} if n.startswith(READ_AT_START)}
+    names.difference_update(SET_BY_IMPORTS)
     return all(started.get(name) == environment.get(name) for name in names)
 
 

@@ -87,6 +87,8 @@ class Watch:
         for worker in self.alive if everyone else [ends[s] for s in ready if s in ends]:
             worker.poll()
         if everyone:
+            for worker in self.alive:
+                worker.look_at_tape()
             self._polled = time.monotonic()
             self._on_tick()
 

@@ -40,6 +40,7 @@ from ddp_lessons.messages import (
     encode,
 )
 from ddp_lessons.stacks import is_infrastructure
+from ddp_lessons.tape import Tape
 from ddp_lessons.task import PackedArgument, Place, Task
 
 MOST_TEXT = 20_000  # characters kept of an exception's message
@@ -52,6 +53,7 @@ def main(
     messages: Connection,
     output: Connection,
     stacks: Connection,
+    tape: Connection,
 ) -> None:
     """Run one rank; the process exits with the code that it would have had as a script."""
     os.setsid()  # the notebook's interrupt reaches this rank only through the parent
@@ -61,7 +63,8 @@ def main(
     faulthandler.register(signal.SIGUSR1, file=stacks.fileno(), all_threads=True, chain=False)
     _become_fresh(task, place)
     send = _Sender(messages)
-    recorder = recording.Recorder(place.rank, send)
+    recorder = recording.Recorder(place.rank, Tape(tape.fileno(), place.rank), send)
+    tape.close()
     recording.install(recorder)
     code = _carry_out(task, place.rank, args, recorder)
     for stream in (sys.stdout, sys.stderr):
@@ -212,7 +215,7 @@ def _unpack(task: Task) -> Callable[..., Any]:
 def _close(recorder: recording.Recorder) -> int:
     end_ns = time.perf_counter_ns()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the report below must arrive whole
-    recorder.flush()
+    recorder.close()
     return end_ns
 
 

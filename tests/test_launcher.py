@@ -105,6 +105,20 @@ def test_variables_that_are_read_only_at_the_start_are_obeyed(
     assert os.environ["PYTHONHASHSEED"] == "8"
 
 
+def test_ranks_are_forked_also_after_scikit_learn_was_imported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_forked(rank: int) -> bool:
+        return "ddp_lessons.preload" in sys.modules
+
+    assert launch(is_forked).values == [True, True]
+    monkeypatch.setenv("KMP_DUPLICATE_LIB_OK", "True")  # as the import does
+    monkeypatch.setenv("KMP_INIT_AT_FORK", "FALSE")
+    assert launch(is_forked).values == [True, True]
+    monkeypatch.setenv("KMP_AFFINITY", "none")
+    assert launch(is_forked).values == [False, False]
+
+
 def test_directory_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))

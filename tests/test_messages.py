@@ -16,7 +16,6 @@ from ddp_lessons.messages import (
     Raised,
     Returned,
     Span,
-    Spans,
     Started,
     Unsendable,
     encode,
@@ -27,7 +26,6 @@ ERROR = ErrorRecord("KeyError", "KeyError: 'x'", (Frame("/cell.py", 3, "work", "
 MESSAGES: list[Message] = [
     Started(5),
     Joining(None),
-    Spans([Span(1, "main", "comm", "barrier", 10, None, op="barrier")] * 3, dropped=2),
     Returned(7, os.urandom(20_000)),
     Raised(8, ErrorRecord("E", "E: ä€😀", (), previous=ERROR, link="cause"), 1, b"pickle"),
     Unsendable(9, "generator", "cannot pickle"),
@@ -60,7 +58,7 @@ def test_several_messages_at_once() -> None:
 
 
 def test_fields_of_a_span() -> None:
-    fields = "rank lane kind name t0_ns t1_ns step op group seq nbytes bucket"
+    fields = "rank lane kind name t0_ns t1_ns step op group seq nbytes bucket peer"
     assert Span._fields == tuple(fields.split())
 
 

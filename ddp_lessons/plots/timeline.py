@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.patches import Patch
 
+from ddp_lessons.collectives import GROUP_CALLS
 from ddp_lessons.diagnosis import count, exit_name
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import style
-from ddp_lessons.recording import GROUP_CALLS
 from ddp_lessons.results import RankResult, Run
 
 if TYPE_CHECKING:

@@ -1,0 +1,425 @@
+"""The calls of torch.distributed mark themselves: each becomes spans with group, number and bytes.
+
+Runs in workers. The public functions are replaced where learners import them from, before the
+learner's function is unpickled; without a recorder the replacements only call. A call's spans:
+
+    sync           comm on the thread's lane
+    asynchronous   issue on the thread's lane, comm on lane "comm" until it is done, and
+                   wait on the lane of the thread that waits for it
+
+`seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ddp_lessons import recording
+from ddp_lessons.messages import Joining
+from ddp_lessons.recording import Recorder
+from ddp_lessons.rendezvous import await_store, rank_of
+from ddp_lessons.tape import NO_FACTS, Facts
+
+GROUP_CALLS = ("init_process_group", "new_group", "destroy_process_group")
+# The public functions, and the parameter whose bytes count as one rank's piece.
+COLLECTIVES = {
+    "all_gather": "tensor",
+    "all_gather_coalesced": "input_tensor_list",
+    "all_gather_into_tensor": "input_tensor",
+    "all_gather_object": "",
+    "all_reduce": "tensor",
+    "all_reduce_coalesced": "tensors",
+    "all_to_all": "input_tensor_list",
+    "all_to_all_single": "input",
+    "barrier": "",
+    "broadcast": "tensor",
+    "broadcast_object_list": "",
+    "gather": "tensor",
+    "gather_object": "",
+    "monitored_barrier": "",
+    "reduce": "tensor",
+    "reduce_scatter": "output",
+    "reduce_scatter_tensor": "output",
+    "scatter": "tensor",
+    "scatter_object_list": "",
+}
+SENDS = {"send": "tensor", "isend": "tensor", "send_object_list": ""}
+RECVS = {"recv": "tensor", "irecv": "tensor", "recv_object_list": ""}
+ISSUED = ("irecv", "isend")  # they return before the work is done
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+_inside = threading.local()  # .call: this thread is in a recorded call
+
+
+class Group:
+    """What the recorder knows of one process group: its name, and how many calls it has seen."""
+
+    def __init__(self, process_group: Callable[[], Any], name: str, ranks: Sequence[int]) -> None:
+        self.process_group = process_group  # a weak reference
+        self.name = name
+        self.ranks = ranks
+        self.seqs: Counter[Any] = Counter()
+
+    def next(self, pair: tuple[int, int] | None = None) -> int:
+        """The number of the next call; sends and recvs count for each (sender, receiver)."""
+        self.seqs[pair] += 1
+        return self.seqs[pair] - 1
+
+
+class Groups:
+    """The groups of this process. All members give a group the same name."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Group] = {}
+        self._names: Counter[str] = Counter()
+
+    def of(self, group: Any) -> Group | None:
+        """The record of a process group; None if it is none, or this rank is not in it."""
+        known = self._known.get(id(group))
+        return known if known is not None and known.process_group() is group else self._add(group)
+
+    def _add(self, group: Any) -> Group | None:
+        import torch.distributed as dist
+
+        if not isinstance(group, dist.ProcessGroup):
+            return None
+        ranks = dist.get_process_group_ranks(group)
+        if dist.get_rank() not in ranks:
+            return None
+        name = "world" if group is dist.GroupMember.WORLD else f"ranks {_ranges(ranks)}"
+        description = getattr(group, "group_desc", "")
+        if name != "world" and description not in ("", "undefined"):
+            name = f"{description}: {name}"
+        self._names[name] += 1
+        if self._names[name] > 1:
+            name += f" #{self._names[name]}"
+        self._known[id(group)] = Group(weakref.ref(group), name, ranks)
+        return self._known[id(group)]
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Ranks as text: 0 2 5-7."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else " ".join(map(str, p)) for p in parts)
+
+
+groups = Groups()
+
+
+class Call:
+    """How to read the arguments of one public function."""
+
+    def __init__(self, name: str, function: Callable[..., Any], tensor: str) -> None:
+        places = {p: i for i, p in enumerate(inspect.signature(function).parameters)}
+        self.name = name
+        self.tensor, self.tensor_place = tensor, places.get(tensor, 99)
+        self.group_place = places["group"]
+        self.async_place = places.get("async_op", 99)
+        self.peer = next((p for p in ("src", "dst") if p in places), "")
+        self.peer_place = places.get(self.peer, 99)
+        self.group_peer_place = places.get(f"group_{self.peer}", 99)
+        self.pairwise, self.sends = name in SENDS or name in RECVS, name in SENDS
+        self.always_asynchronous = name in ISSUED
+
+    def is_asynchronous(self, args: Args, kwargs: Kwargs) -> bool:
+        return self.always_asynchronous or bool(
+            _argument(args, kwargs, self.async_place, "async_op")
+        )
+
+    def facts(self, args: Args, kwargs: Kwargs, rank: int) -> Facts:
+        """What the spans of this call say."""
+        nbytes = _nbytes(_argument(args, kwargs, self.tensor_place, self.tensor))
+        group = groups.of(_argument(args, kwargs, self.group_place, "group") or default_group())
+        if group is None:
+            return Facts(self.name, nbytes=nbytes)
+        peer = self._peer(group, args, kwargs) if self.peer else -1
+        if not self.pairwise:
+            seq = group.next()
+        elif peer < 0:  # a recv from whoever sends first
+            seq = -1
+        else:
+            seq = group.next((rank, peer) if self.sends else (peer, rank))
+        return Facts(self.name, group.name, seq, nbytes, -1, peer)
+
+    def _peer(self, group: Group, args: Args, kwargs: Kwargs) -> int:
+        peer = _argument(args, kwargs, self.peer_place, self.peer)
+        if peer is None:
+            place = _argument(args, kwargs, self.group_peer_place, f"group_{self.peer}")
+            if isinstance(place, int) and 0 <= place < len(group.ranks):
+                peer = group.ranks[place]
+            elif not self.pairwise:
+                peer = group.ranks[0]
+        return peer if isinstance(peer, int) else -1
+
+
+def _argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def default_group() -> Any:
+    """The group that a call without `group` means; None before there is one."""
+    import torch.distributed as dist
+
+    return dist.GroupMember.WORLD
+
+
+def _nbytes(tensors: Any) -> int:
+    """The bytes of a tensor, or of a list of tensors; -1 for anything else."""
+    try:
+        return int(tensors.nbytes)
+    except (AttributeError, TypeError, RuntimeError):
+        pass
+    if not isinstance(tensors, list | tuple):
+        return -1
+    parts = [_nbytes(tensor) for tensor in tensors]
+    return sum(parts) if parts and min(parts) >= 0 else -1
+
+
+@functools.cache
+def wrap_torch() -> None:
+    """Wrap the public calls of torch.distributed, once in a process.
+
+    The forkserver does it for all workers that it forks; without a recorder the wrappers only call.
+    """
+    import torch.distributed as dist
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    # DDP's own all-reduces are C++ calls that nothing here sees; a step of the optimizer is seen.
+    register_optimizer_step_post_hook(_stepped)
+    keep_groups_of_ddp()
+    _replace("init_process_group", _joining)
+    _replace("new_group", _making_group)
+    _replace("destroy_process_group", _plain)
+    for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
+        _replace(name, functools.partial(_recorded, tensor=tensor))
+    _replace("batch_isend_irecv", _batched)
+    dist.Work.wait = _waiting(dist.Work.wait)
+
+
+def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a public function where learners import it from, and where torch defines it."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    if hasattr(distributed_c10d, name):
+        wrapped = make(name, getattr(distributed_c10d, name))
+        for module in (dist, distributed_c10d):
+            if hasattr(module, name):
+                setattr(module, name, wrapped)
+
+
+def _stepped(optimizer: Any, *_: Any) -> None:
+    if (recorder := recording.current()) is not None:
+        recorder.optimizer_stepped(optimizer)
+
+
+def keep_groups_of_ddp() -> None:
+    """Keep the process group of a DDP model until the worker ends or joins anew.
+
+    DDP's reducer, in C++, owns a share of its group. If the model is freed after
+    destroy_process_group, as at the end of most functions, that share is the last: the group's
+    destructor waits for gloo's threads while it holds the interpreter's lock, which such a thread
+    may want. Plain torch 2.13 hung so in 7 of 40 runs (pytorch issue 56297). A share of ours keeps
+    the reducer's from being the last, and is given up without the lock.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    init = DistributedDataParallel.__init__
+
+    @functools.wraps(init)
+    def init_and_keep(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if (recorder := recording.current()) is not None:
+            recorder.groups.append(self.process_group)
+
+    DistributedDataParallel.__init__ = init_and_keep
+
+
+def _recorder_unless_inside() -> Recorder | None:
+    # Object collectives call tensor collectives, and those wait for their work: only the call that
+    # the learner wrote counts.
+    recorder = recording.current()
+    return None if recorder is None or getattr(_inside, "call", False) else recorder
+
+
+def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[..., Any]:
+    call = Call(name, function, tensor)
+
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        recorder = _recorder_unless_inside()
+        if recorder is None:
+            return function(*args, **kwargs)
+        t0_ns = time.perf_counter_ns()
+        facts = call.facts(args, kwargs, recorder.rank)
+        flight = Flight(recorder, t0_ns, facts) if call.is_asynchronous(args, kwargs) else None
+        slot = recorder.begin("issue" if flight else "comm", name, t0_ns, facts)
+        work = None
+        _inside.call = True
+        try:
+            work = function(*args, **kwargs)
+            return work
+        finally:
+            _inside.call = False
+            if flight is not None:
+                flight.carry(work)
+            recorder.end(slot)
+
+    return recorded
+
+
+class Flight:
+    """Asynchronous work between its issue and its end."""
+
+    def __init__(self, recorder: Recorder, t0_ns: int, facts: Facts) -> None:
+        self.recorder = recorder
+        self.facts = facts
+        self._slot = recorder.begin("comm", facts.op or "work", t0_ns, facts, "comm")
+
+    def carry(self, work: Any) -> None:
+        """Watch the work that a call returned."""
+        if work is None:  # the call failed, or this rank is not in the group
+            self.done()
+            return
+        _flights[work] = self
+        try:
+            future = work.get_future()
+        except (RuntimeError, NotImplementedError):
+            return  # gloo has none for reduce_scatter, isend and irecv: it ends when waited for
+        future.add_done_callback(self.done)
+
+    def done(self, _: Any = None) -> None:
+        """Note the end, once."""
+        slot, self._slot = self._slot, 0
+        self.recorder.end(slot)
+
+
+_flights: weakref.WeakKeyDictionary[Any, Flight] = weakref.WeakKeyDictionary()
+
+
+def _waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(wait)
+    def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = _recorder_unless_inside()
+        if recorder is None:
+            return wait(self, *args, **kwargs)
+        flight = _flights.get(self)
+        facts = flight.facts if flight is not None else NO_FACTS
+        name = f"wait for {facts.op or 'work'}"
+        slot = recorder.begin("wait", name, time.perf_counter_ns(), facts)
+        try:
+            result = wait(self, *args, **kwargs)
+            if flight is not None:
+                flight.done()
+            return result
+        finally:
+            recorder.end(slot)
+
+    return waited
+
+
+def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def batched(p2p_op_list: Any) -> Any:
+        recorder = _recorder_unless_inside()
+        if recorder is None:
+            return function(p2p_op_list)
+        _inside.call = True
+        t0_ns = time.perf_counter_ns()
+        slot = recorder.begin("issue", name, t0_ns, Facts(name))
+        try:
+            flights = [Flight(recorder, t0_ns, _facts(op)) for op in _p2p_ops(p2p_op_list)]
+            works = function(p2p_op_list)
+            for flight, work in zip(flights, works, strict=False):
+                flight.carry(work)
+            return works
+        finally:
+            _inside.call = False
+            recorder.end(slot)
+
+    def _facts(op: Any) -> Facts:
+        issue = calls[getattr(op.op, "__name__", "")]
+        recorder = recording.current()
+        assert recorder is not None
+        arguments = {"tensor": op.tensor, "group": op.group, issue.peer: op.peer}
+        return issue.facts((), arguments, recorder.rank)
+
+    import torch.distributed as dist
+
+    calls = {name: Call(name, getattr(dist, name), "tensor") for name in ISSUED}
+    return batched
+
+
+def _p2p_ops(ops: Any) -> Iterable[Any]:
+    import torch.distributed as dist
+
+    known = [op for op in ops if isinstance(op, dist.P2POp)] if isinstance(ops, list) else []
+    return [op for op in known if getattr(op.op, "__name__", "") in ISSUED]
+
+
+def _plain(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Record a call that makes or ends groups."""
+
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        recorder = _recorder_unless_inside()
+        if recorder is None:
+            return function(*args, **kwargs)
+        _inside.call = True
+        slot = recorder.begin("comm", name, time.perf_counter_ns(), Facts(name))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _inside.call = False
+            recorder.end(slot)
+            recorder.joined()
+
+    return recorded
+
+
+def _making_group(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Name a group as soon as it is made: all members make their groups in the same order."""
+
+    @functools.wraps(function)
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        group = function(*args, **kwargs)
+        if recording.in_worker():
+            groups.of(group)
+        return group
+
+    return _plain(name, new_group)
+
+
+def _joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def join(
+        backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        timeout = kwargs.get("timeout", args[0] if args else None)
+        seconds = timeout.total_seconds() if timeout is not None else None
+        recorder = recording.current()
+        if recorder is not None:
+            recorder.groups.clear()
+            recorder.send(Joining(seconds))
+            if kwargs.get("store") is None:
+                await_store(init_method, rank_of(init_method, kwargs), seconds or 1800.0)
+        result = function(backend, init_method, *args, **kwargs)
+        if recorder is not None:
+            groups.of(default_group())
+        return result
+
+    return _plain(name, join)

@@ -1,0 +1,244 @@
+"""The tape: shared memory in which a rank writes its spans while it works, read by the parent.
+
+Nothing is sent and nobody is woken, so writing costs under a microsecond; and what is written stays
+readable when the rank is killed, with the call that it was in still open. One file in memory
+serves all ranks of a run, a region for each:
+
+    head: progress, spans dropped, bytes of text
+    text: every name once, as its length and UTF-8
+    spans: RECORD by RECORD; t0_ns is 0 where nothing is written yet
+
+Imported by both processes: `Tapes` is the parent's side, `Tape` the worker's.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from ddp_lessons.messages import Span
+
+MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
+SPARE = 64  # records beyond them for what is open: a hang is seen also on a full tape
+LONGEST_NAME = 200  # bytes
+CHUNK = 1 << 20  # bytes read at once
+KINDS = {name: n for n, name in enumerate(("compute", "issue", "comm", "wait", "data", "mark"))}
+
+_COUNT = struct.Struct("<Q")
+_PROGRESS, _DROPPED, _TEXT_USED = 0, 8, 16
+# t0_ns, t1_ns, nbytes, step, seq, bucket, peer, name, op, group, lane, kind
+RECORD = struct.Struct("<qqqiiiiIIIIBxxxxxxx")
+_T1 = struct.Struct("<q")
+_LENGTH = struct.Struct("<H")
+_TEXT_START = 64
+_TEXT_END = 1 << 20
+_SPANS_START = _TEXT_END
+_PAGES = 1 << 16  # regions begin at a multiple: mmap's granularity everywhere
+_SPARE_START = _SPANS_START + MOST_SPANS * RECORD.size
+_SPARE_END = _SPARE_START + SPARE * RECORD.size
+REGION = -(-_SPARE_END // _PAGES) * _PAGES
+
+Slot = int  # the place of a span in the region; 0 if it was not kept
+
+
+class Facts(NamedTuple):
+    """What a span says of a collective; None and -1 stand for unknown. See messages.Span."""
+
+    op: str | None = None
+    group: str | None = None
+    seq: int = -1
+    nbytes: int = -1
+    bucket: int = -1
+    peer: int = -1
+
+
+NO_FACTS = Facts()
+
+
+class Tape:
+    """One rank's region, written by the rank. Safe to use from several threads."""
+
+    def __init__(self, descriptor: int, rank: int) -> None:
+        self._memory = mmap.mmap(descriptor, REGION, offset=rank * REGION)
+        self._lock = threading.Lock()
+        self._slots = iter(range(_SPANS_START, _SPARE_START, RECORD.size))  # next() is atomic
+        self._spare = [_SPARE_START + n * RECORD.size for n in range(SPARE)]
+        self._dropped = 0
+        self._progress = 0
+        self._text_used = 0
+        self._numbers: dict[str | None, int] = {None: 0}
+
+    def begin(
+        self,
+        lane: str,
+        kind: str,
+        name: str,
+        t0_ns: int,
+        t1_ns: int = 0,
+        step: int = -1,
+        facts: Facts = NO_FACTS,
+    ) -> Slot:
+        """Write a span that goes on, or has ended where `t1_ns` is given."""
+        op, group, seq, nbytes, bucket, peer = facts
+        numbers = self._numbers
+        try:
+            texts = numbers[name], numbers[op], numbers[group], numbers[lane]
+        except KeyError:
+            texts = self._add(name), self._add(op), self._add(group), self._add(lane)
+        slot = next(self._slots, 0) or self._spare_slot()
+        if slot:
+            RECORD.pack_into(
+                self._memory, slot, t0_ns, t1_ns, nbytes, step, seq, bucket, peer, *texts,
+                KINDS[kind],
+            )  # fmt: skip
+            if t1_ns:
+                self._done(slot)
+        return slot
+
+    def end(self, slot: Slot, t1_ns: int) -> None:
+        """Note when a span ended."""
+        if slot:
+            _T1.pack_into(self._memory, slot + _T1.size, t1_ns)
+            self._done(slot)
+
+    def moved(self) -> None:
+        """Note that the rank goes on, where no span shows it."""
+        self._progress += 1
+        _COUNT.pack_into(self._memory, _PROGRESS, self._progress)
+
+    def _done(self, slot: Slot) -> None:
+        self.moved()
+        if slot >= _SPARE_START:  # only what is open may stay there
+            with self._lock:
+                self._memory[slot : slot + RECORD.size] = bytes(RECORD.size)
+                self._spare.append(slot)
+                self._drop()
+
+    def _spare_slot(self) -> Slot:
+        with self._lock:
+            if self._spare:
+                return self._spare.pop()
+            self._drop()
+            return 0
+
+    def _drop(self) -> None:
+        self._dropped += 1
+        _COUNT.pack_into(self._memory, _DROPPED, self._dropped)
+
+    def _add(self, text: str | None) -> int:
+        """The number of a text, which is written on the tape when it first occurs."""
+        with self._lock:
+            if text in self._numbers:
+                return self._numbers[text]
+            data = str(text).encode("utf-8", errors="replace")[:LONGEST_NAME]
+            start = _TEXT_START + self._text_used
+            end = start + _LENGTH.size + len(data)
+            if end > _TEXT_END:
+                return 0
+            _LENGTH.pack_into(self._memory, start, len(data))
+            self._memory[start + _LENGTH.size : end] = data
+            self._text_used = end - _TEXT_START
+            _COUNT.pack_into(self._memory, _TEXT_USED, self._text_used)
+            return self._numbers.setdefault(text, len(self._numbers))
+
+
+class Tapes:
+    """The tapes of all ranks of a run, read by the parent."""
+
+    def __init__(self, world_size: int) -> None:
+        self._file = _memory_file()
+        os.ftruncate(self._file, world_size * REGION)  # takes no memory until it is written
+        self._memory = mmap.mmap(self._file, world_size * REGION, prot=mmap.PROT_READ)
+
+    def sendable(self) -> Connection:
+        """The file, as something that multiprocessing passes on to a new process.
+
+        It is no pipe: a Connection is only what the library can carry a descriptor in. It closes
+        its descriptor when it is let go.
+        """
+        return Connection(os.dup(self._file))
+
+    def progress(self, rank: int) -> int:
+        """A number that grows with everything that the rank finishes."""
+        return int(_COUNT.unpack_from(self._memory, rank * REGION + _PROGRESS)[0])
+
+    def dropped(self, rank: int) -> int:
+        """How many spans were not kept."""
+        return int(_COUNT.unpack_from(self._memory, rank * REGION + _DROPPED)[0])
+
+    def spans(self, rank: int) -> list[Span]:
+        """The spans of a rank in the order in which they began; `t1_ns` None: never ended."""
+        base = rank * REGION
+        (text_used,) = _COUNT.unpack_from(self._memory, base + _TEXT_USED)
+        texts = self._texts(base + _TEXT_START, text_used)
+        return sorted(_spans(rank, self._records(base), texts), key=lambda span: span.t0_ns)
+
+    def _records(self, base: int) -> list[tuple[int, ...]]:
+        """All records but the empty ones."""
+        spare = self._memory[base + _SPARE_START : base + _SPARE_END]
+        records = [record for record in RECORD.iter_unpack(spare) if record[0]]
+        for start in range(base + _SPANS_START, base + _SPARE_START, CHUNK):  # written in order
+            data = self._memory[start : min(start + CHUNK, base + _SPARE_START)]
+            found = [record for record in RECORD.iter_unpack(data) if record[0]]
+            if not found:
+                break
+            records += found
+        return records
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._memory.close()
+        os.close(self._file)
+
+    def _texts(self, start: int, used: int) -> list[str | None]:
+        texts: list[str | None] = [None]
+        end = start + used
+        while start < end:
+            (length,) = _LENGTH.unpack_from(self._memory, start)
+            start += _LENGTH.size
+            data = self._memory[start : start + length]
+            texts.append(data.decode("utf-8", errors="replace"))
+            start += length
+        return texts
+
+
+def _spans(
+    rank: int, records: Sequence[tuple[int, ...]], texts: list[str | None]
+) -> Iterator[Span]:
+    """The records as spans. What comes after the last step that is marked belongs to none."""
+    kinds = list(KINDS)
+    steps = sum(texts[record[10]] == "steps" for record in records)
+    for t0, t1, nbytes, step, seq, bucket, peer, name, op, group, lane, kind in records:
+        yield Span(
+            rank,
+            texts[lane] or "",
+            kinds[kind],
+            texts[name] or "(name not kept)",
+            t0,
+            t1 or None,
+            step if 0 <= step < steps else None,
+            texts[op],
+            texts[group],
+            _known(seq),
+            _known(nbytes),
+            _known(bucket),
+            _known(peer),
+        )
+
+
+def _known(number: int) -> Any:
+    return None if number < 0 else number
+
+
+def _memory_file() -> int:
+    """The descriptor of a file that is nowhere in the file system."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("ddp_lessons")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

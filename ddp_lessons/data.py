@@ -1,0 +1,146 @@
+"""The digits: real images small enough for every rank, and two small models that learn them.
+
+Runs wherever a lesson calls it, in workers mostly. The 1,797 images of 8 x 8 pixels come with
+scikit-learn's wheel, so nothing is downloaded; its file is read without importing scikit-learn,
+which would cost each rank a second and 100 MB. A lesson writes a model or a split out in full
+before a later one imports it from here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+BRIGHTEST = 16  # of a pixel in the file
+TEST_EVERY = 5  # of each digit's images, one in so many is for the test
+
+
+def digits(train: bool = True) -> TensorDataset:
+    """The digits as a dataset of (image, label); training and test images are always the same ones.
+
+    Parameters
+    ----------
+    train : bool
+        True for the 1,437 training images, False for the 360 test images. Both are in a fixed
+        mixed order and have every digit in equal shares.
+
+    Returns
+    -------
+    TensorDataset
+        Images, float32 `(n, 1, 8, 8)` from 0 to 1, and labels, int64 `(n,)` from 0 to 9.
+
+    Notes
+    -----
+    Test set of the Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, UCI
+    Machine Learning Repository. Each call reads it anew, in some 10 ms.
+    """
+    rows = np.loadtxt(_file(), delimiter=",", dtype=np.float32)
+    rows = rows[_split(rows[:, -1], train)]
+    images = torch.from_numpy(rows[:, :-1] / BRIGHTEST).reshape(-1, 1, 8, 8)
+    return TensorDataset(images, torch.from_numpy(rows[:, -1].astype(np.int64)))
+
+
+def _file() -> str:
+    package = importlib.util.find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("the digits come with scikit-learn: pip install scikit-learn")
+    return os.path.join(package.submodule_search_locations[0], "datasets/data/digits.csv.gz")
+
+
+def _split(labels: np.ndarray, train: bool) -> np.ndarray:
+    """Which rows belong to the training or the test set, in mixed order."""
+    # The file counts 0 to 9 over and over: in its order, every other image would be an even digit.
+    # RandomState, unlike default_rng, promises the same numbers in every version of NumPy.
+    mixed: np.ndarray = np.random.RandomState(0).permutation(len(labels))
+    by_digit = np.argsort(labels[mixed], kind="stable")
+    chosen = np.zeros(len(labels), dtype=bool)
+    chosen[by_digit[::TEST_EVERY]] = True
+    rows: np.ndarray = mixed[chosen != train]
+    return rows
+
+
+def unequal_shard(
+    dataset: TensorDataset, rank: int, world_size: int, weights: Sequence[float] | None = None
+) -> TensorDataset:
+    """One rank's consecutive part of a dataset, where the ranks get different amounts.
+
+    Parameters
+    ----------
+    dataset : TensorDataset
+        All samples.
+    rank, world_size : int
+        Whose part, and of how many.
+    weights : sequence of float, optional
+        `(world_size,)`: how much each rank gets, relative to the others; by default 1, 2, 3 and so
+        on. Together the parts are all samples, each once.
+    """
+    _check(rank, world_size)
+    shares = np.asarray(weights if weights is not None else range(1, world_size + 1), dtype=float)
+    if shares.shape != (world_size,) or not (np.isfinite(shares) & (shares > 0)).all():
+        raise ValueError(
+            f"weights must be {world_size} positive numbers, one a rank, got {weights!r}"
+        )
+    ends = np.rint(np.cumsum(shares) / shares.sum() * len(dataset)).astype(int).tolist()
+    return TensorDataset(*dataset[[0, *ends][rank] : ends[rank]])
+
+
+def shifted_shard(
+    dataset: TensorDataset, rank: int, world_size: int, shift: float = 1.0
+) -> TensorDataset:
+    """One rank's equal part of a dataset, with images brighter from rank to rank.
+
+    Rank r gets samples r, r + world_size and so on, and `shift * r` added to each pixel: a mean
+    that one rank computes is not the mean of all. The shards' sizes differ by at most 1.
+    """
+    _check(rank, world_size)
+    images, *others = dataset[rank::world_size]
+    return TensorDataset(images + shift * rank, *others)
+
+
+def _check(rank: int, world_size: int) -> None:
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, got {world_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to {world_size - 1}, got {rank}")
+
+
+class SmallMLP(nn.Module):  # type: ignore[misc]
+    """Two linear layers: 2,410 parameters in 4 tensors. Images `(n, 1, 8, 8)` to scores `(n, 10)`.
+
+    It has no batch norm and no dropout, so by-hand gradients can be compared to the last bit.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(64, 32)
+        self.output = nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.output(torch.relu(self.hidden(images.flatten(1))))
+
+
+class SmallCNN(nn.Module):  # type: ignore[misc]
+    """Two convolutions with batch norm: 1,922 parameters. Images `(n, 1, 8, 8)` to `(n, 10)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 8, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(8, 16, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        self.output = nn.Linear(16 * 2 * 2, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.output(self.features(images).flatten(1))

@@ -6,6 +6,7 @@ import io
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import cloudpickle
@@ -196,9 +197,52 @@ def test_work_never_has_the_colour_of_other_work_in_the_legend() -> None:
     assert colours[3] not in names[:3]
 
 
-def test_spans_that_never_ended_are_left_out() -> None:
+def test_a_span_that_never_ended_goes_on_to_the_end_of_its_rank() -> None:
     still_open = Span(0, "main", "comm", "barrier", 1_050_000_000, None)
-    assert len(bars(plots.timeline(made_up(1, [still_open])))) == 2
+    ax = plots.timeline(made_up(1, [still_open]))
+    assert (50, 100) in [pytest.approx((left, right)) for _, left, right in bars(ax)]
+    assert "barrier never ended" in [text.get_text() for text in ax.texts]
+    assert legend(ax)[-1] == "never ended"
+
+
+def test_what_is_in_flight_lies_under_the_main_thread_and_nothing_covers_another() -> None:
+    spans = [
+        Span(0, "main", "compute", "backward", 1_020_000_000, 1_080_000_000),
+        Span(0, "buckets", "comm", "bucket 0", 1_030_000_000, 1_060_000_000),
+        Span(0, "buckets", "comm", "bucket 1", 1_040_000_000, 1_070_000_000),
+        Span(0, "comm", "comm", "all_reduce", 1_061_000_000, 1_090_000_000),
+    ]
+    ax = plots.timeline(made_up(1, spans))
+    rows = {left: row for row, left, _ in bars(ax)}
+    assert rows[20] < rows[30] < rows[40]  # downwards
+    assert rows[61] == rows[30]
+    assert "in flight" in legend(ax)
+
+
+def test_groups_are_told_apart() -> None:
+    calls = [
+        Span(0, "main", "comm", "all_reduce", start, start + 10_000_000, None, "all_reduce", group)
+        for group, start in (("world", 1_020_000_000), ("ranks 0 2", 1_040_000_000))
+    ]
+    ax = plots.timeline(made_up(1, calls))
+    assert legend(ax)[-2:] == ["in a collective", "collective of ranks 0 2"]
+    hatches = [handle.get_hatch() for handle in ax.get_legend().legend_handles[-2:]]
+    assert len(set(hatches)) == 2
+    assert {c.get_hatch() for c in ax.collections} >= set(hatches)
+
+
+def test_dropped_spans_are_admitted() -> None:
+    run = made_up(2)
+    run.ranks[1] = replace(run.ranks[1], dropped=1234)
+    assert "rank 1: 1,234" in plots.timeline(run).get_xlabel()
+
+
+def test_steps_are_marked_over_the_bar() -> None:
+    step = Span(0, "steps", "mark", "step 0", 1_020_000_000, 1_080_000_000, 0)
+    ax = plots.timeline(made_up(1, [step]))
+    ((x, y), (same, _)) = ax.collections[-1].get_segments()[0]
+    assert x == same == 80
+    assert y < -0.35
 
 
 def test_names_are_written_where_they_fit() -> None:
@@ -234,7 +278,9 @@ def test_ten_thousand_spans() -> None:
     began = time.process_time()
     ax = plots.timeline(run)
     assert time.process_time() - began < 10
-    assert len(bars(ax)) == 10_008
+    assert len(bars(ax)) < 4_000  # those that no pixel tells apart are one
+    assert "are one bar" in ax.get_xlabel()
+    assert max(right for _, _, right in bars(ax)) == pytest.approx(100.021)
 
 
 def test_a_stored_picture_is_small(trained: Run) -> None:

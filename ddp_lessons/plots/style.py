@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
+    from matplotlib.patches import Patch
+
+    from ddp_lessons.results import Run
 
 # Okabe and Ito's colours, told apart by the colour-blind; their grey values differ, too.
 BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
@@ -16,13 +21,14 @@ WORK = (BLUE, GREEN, PURPLE)
 
 DPI = 110
 WIDTH = 8.0  # inches
+MOST_COLUMNS = 5  # of a legend
 POINTS = 72  # an inch
 CHARACTER = 0.62  # mean width of a character, as a part of the font size
 
 
-def new_axes(rows: int) -> Axes:
-    """Axes for a picture with one row a rank."""
-    height = 1.15 + rows * min(0.42, 8.0 / rows)
+def new_axes(rows: int, stretch: float = 1.0) -> Axes:
+    """Axes for a picture with one row a rank, `stretch` times as high as usual."""
+    height = 1.15 + rows * min(0.42 * stretch, 8.0 / rows)
     figure = plt.figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     ax: Axes = figure.add_subplot()
     return ax
@@ -36,6 +42,38 @@ def name_rows(ax: Axes, ranks: int) -> None:
     ax.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
+
+
+def head(ax: Axes, title: str, handles: Sequence[Patch]) -> None:
+    """Write the title, and under it the legend, in as few rows as it needs."""
+    columns = MOST_COLUMNS
+    while handles and _legend_width(ax, handles, columns) > 1.0 and columns > 1:
+        columns -= 1
+    rows = -(-len(handles) // columns)
+    ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows)
+
+
+def _legend_width(ax: Axes, handles: Sequence[Patch], columns: int) -> float:
+    """Draw the legend; how wide it is, as a part of the figure from the axes on."""
+    legend = ax.legend(
+        handles=handles,
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        fontsize=8.5,
+        frameon=False,
+        borderaxespad=0.2,
+        handlelength=1.4,
+        columnspacing=1.2,
+    )
+    room = ax.figure.bbox.x1 - ax.get_window_extent().x0
+    return float(legend.get_window_extent().width / room)
+
+
+def losses(run: Run) -> list[str]:
+    """A line for the picture that says which ranks' spans it does not show; none if it has all."""
+    lost = [f"rank {rank.rank}: {rank.dropped:,}" for rank in run.ranks if rank.dropped]
+    return [f"spans that were too many to keep: {', '.join(lost)}"] if lost else []
 
 
 def points_per_unit(ax: Axes) -> float:

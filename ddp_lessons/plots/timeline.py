@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch
 
-from ddp_lessons.collectives import GROUP_CALLS
+from ddp_lessons.collectives import GROUP_CALLS, RECVS, SENDS
 from ddp_lessons.diagnosis import count, exit_name
+from ddp_lessons.meetings import ended
 from ddp_lessons.messages import Span
-from ddp_lessons.plots import style
+from ddp_lessons.plots import lanes, style
 from ddp_lessons.results import RankResult, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 0.7  # of a row
-LABELLED = 400  # spans up to which each may carry its name
-FONT = 8.5
+LABELLED = 400  # bars up to which each is drawn by itself and may carry its name
+MOST_SIDE_ROWS = 6  # for what went on beside a main thread
+STEPS_SHOWN = 60
+FONT, SMALL = 8.5, 7.0
 START_UP = "start-up"
 UNMARKED = "in the function, unmarked"
+DATA = "next batch"
 CALL = "in a collective"
+FLIGHT = "in flight"
 GROUP = "joining or leaving the group"
+OPEN = "never ended"
+
+Look = dict[str, Any]
+
+_START_UP_LOOK: Look = {"facecolor": style.PALE, "edgecolor": style.EDGE, "linewidth": 0.5}
+_UNMARKED_LOOK: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0.8}
+_WORK_LOOKS: list[Look] = [{"facecolor": colour} for colour in style.WORK]
+_OTHER_LOOK: Look = {"facecolor": style.INK}
+_DATA_LOOK: Look = {**_START_UP_LOOK, "hatch": "...."}
+_GROUP_LOOK: Look = {"facecolor": "#FCE7B8", "edgecolor": style.ORANGE, "linewidth": 0.6}
+_FLIGHT_LOOK: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidth": 0.5}
+_HATCHES = ("////", "\\\\\\\\", "xxxx", "++++")  # one a process group
+_OPEN_EDGE: Look = {"edgecolor": style.INK, "linewidth": 1.1, "linestyle": "--"}
 
 
 def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw one row a rank: its start-up, its spans and its calls of torch.distributed over time.
+
+    What was in flight beside a rank's main thread, and its other threads, lie under its bar. Where
+    there are very many spans, those of one kind that are less than a pixel apart are drawn as one.
 
     Parameters
     ----------
@@ -42,119 +63,209 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     matplotlib Axes
         The x axis counts milliseconds from the launch, the same for all ranks.
     """
-    ax = ax or style.new_axes(run.world_size)
-    spans = [span for span in run.spans() if span.t1_ns is not None]
-    last = max((_ms(run, span.t1_ns) for span in spans), default=1.0)
+    looks = Looks(run.spans())
+    bars = [bar for rank in run.ranks for bar in _bars(run, rank, looks)]
+    ax = ax or style.new_axes(run.world_size, 1 + 0.15 * _side_rows(bars))
+    last = max((bar.right for bar in bars), default=1.0)
     ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer scale
     style.name_rows(ax, run.world_size)
-    names = _work_names(spans)
-    _bars(ax, run, spans, names)
-    if len(spans) <= LABELLED:
-        for span in spans:
-            _label(ax, run, span)
+    pixel = style.POINTS / style.DPI / style.points_per_unit(ax)
+    closest = pixel if len(bars) > LABELLED else 0.0
+    _draw(ax, bars, closest)
+    if not closest:
+        _label(ax, bars)
+    _mark_steps(ax, run)
     for rank in run.ranks:
         if rank.status not in ("returned", "stopped"):
             _mark_failure(ax, run, rank)
-    ax.set_xlabel("ms since the launch")
-    ax.set_title(
-        title or f"{run.name} on {count(run.world_size, 'rank')}", loc="left", fontsize=11, pad=24
-    )
-    ax.legend(
-        handles=_legend(spans, names),
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=5,
-        fontsize=FONT,
-        frameon=False,
-        borderaxespad=0.2,
-        handlelength=1.4,
-        columnspacing=1.2,
+    notes = [f"spans of a kind less than {closest:.2g} ms apart are one bar"] if closest else []
+    ax.set_xlabel("\n".join(["ms since the launch", *notes, *style.losses(run)]))
+    style.head(
+        ax,
+        title or f"{run.name} on {count(run.world_size, 'rank')}",
+        looks.legend(bars),
     )
     return ax
 
 
-Look = dict[str, Any]
+class Bar(NamedTuple):
+    """A span as it is drawn: milliseconds from left to right, and its place in the rank's row."""
+
+    span: Span
+    left: float
+    right: float
+    look: Look
+    side_row: int | None = None  # under the rank's bar, counted from above
+    side_rows: int = 0  # how many the rank has
 
 
-def _ms(run: Run, t_ns: int | None) -> float:
-    return ((t_ns or run.begin_ns) - run.begin_ns) / 1e6
+class Looks:
+    """How spans look, and the legend of it: work by its name, collectives by their group."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        works = dict.fromkeys(span.name for span in spans if span.kind == "compute")
+        groups = dict.fromkeys(span.group for span in spans if span.group not in (None, "world"))
+        self._works = {
+            name: _WORK_LOOKS[n] if n < len(_WORK_LOOKS) else _OTHER_LOOK
+            for n, name in enumerate(works)
+        }
+        self._calls, self._flights = {}, {}
+        for number, group in enumerate(["world", *groups]):
+            hatch = _HATCHES[min(number, len(_HATCHES) - 1)]
+            self._calls[group] = {**_GROUP_LOOK, "hatch": hatch}
+            self._flights[group] = {**_FLIGHT_LOOK, "hatch": hatch} if number else _FLIGHT_LOOK
+        pairs = any(span.op in SENDS or span.op in RECVS for span in spans)
+        self._call = f"{CALL}, send or recv" if pairs else CALL
+
+    def of(self, span: Span) -> Look:
+        if span.lane == "process":
+            return _START_UP_LOOK if span.name == START_UP else _UNMARKED_LOOK
+        if span.kind == "compute":
+            return self._works[span.name]
+        if span.kind == "data":
+            return _DATA_LOOK
+        if span.name in GROUP_CALLS:
+            return _GROUP_LOOK
+        kinds = self._flights if _is_beside(span) else self._calls
+        return kinds.get(span.group or "world", kinds["world"])
+
+    def legend(self, bars: Sequence[Bar]) -> list[Patch]:
+        """One entry for each look that is there."""
+        drawn = {id(self.of(bar.span)) for bar in bars}
+        entries = [(START_UP, _START_UP_LOOK), (UNMARKED, _UNMARKED_LOOK)]
+        named = [(n, k) for n, k in self._works.items() if k is not _OTHER_LOOK]
+        entries += [*named, ("other work", _OTHER_LOOK), (DATA, _DATA_LOOK), (GROUP, _GROUP_LOOK)]
+        entries += [(self._call, self._calls["world"]), (FLIGHT, self._flights["world"])]
+        for what, looks in (("collective", self._calls), ("in flight", self._flights)):
+            named = [(f"{what} of {group}", look) for group, look in looks.items()]
+            entries += named[1:]
+        patches = [Patch(**look, label=name) for name, look in entries if id(look) in drawn]
+        if any(bar.span.t1_ns is None for bar in bars):
+            patches.append(Patch(facecolor="white", label=OPEN, **_OPEN_EDGE))
+        return patches
 
 
-def _work_names(spans: Sequence[Span]) -> list[str]:
-    """The names of marked work, in the order in which they first began."""
-    return list(dict.fromkeys(span.name for span in spans if span.kind == "compute"))
+def _is_beside(span: Span) -> bool:
+    """In flight beside the threads of its rank."""
+    return span.lane in ("comm", "buckets", "gloo", "cuda")
 
 
-def _look(span: Span, names: Sequence[str]) -> Look:
-    if span.lane == "process":
-        start_up = span.name == START_UP
-        return _START_UP_LOOK if start_up else _UNMARKED_LOOK
-    if span.kind == "compute":
-        number = names.index(span.name)
-        return _WORK_LOOKS[number] if number < len(_WORK_LOOKS) else _OTHER_LOOK
-    return _GROUP_LOOK if span.name in GROUP_CALLS else _CALL_LOOK
+def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
+    """The bars of one rank; under its main thread's, one row a thread and as few as can be else."""
+    sides: dict[str, list[Bar]] = {}
+    main: list[Bar] = []
+    for span, t1_ns in ended(rank.spans, rank.ended_ns):
+        if span.lane == "steps":
+            continue
+        look = looks.of(span)
+        look = {**look, **_OPEN_EDGE} if span.t1_ns is None else look
+        bar = Bar(span, _ms(run, span.t0_ns), _ms(run, t1_ns), look)
+        lane = "" if _is_beside(span) else span.lane
+        (main if span.lane in ("process", "main") else sides.setdefault(lane, [])).append(bar)
+    placed = list(_placed(sides))
+    rows = min(max((row for row, _ in placed), default=-1) + 1, MOST_SIDE_ROWS)
+    yield from (bar._replace(side_rows=rows) for bar in main)
+    for row, bar in placed:
+        yield bar._replace(side_row=min(row, rows - 1), side_rows=rows)
 
 
-_START_UP_LOOK: Look = {"facecolor": style.PALE, "edgecolor": style.EDGE, "linewidth": 0.5}
-_UNMARKED_LOOK: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0.8}
-_WORK_LOOKS: list[Look] = [{"facecolor": colour} for colour in style.WORK]
-_OTHER_LOOK: Look = {"facecolor": style.INK}
-_GROUP_LOOK: Look = {"facecolor": "#FCE7B8", "edgecolor": style.ORANGE, "linewidth": 0.6}
-_CALL_LOOK: Look = {**_GROUP_LOOK, "hatch": "////"}
+def _placed(sides: dict[str, list[Bar]]) -> Iterator[tuple[int, Bar]]:
+    base = 0
+    for lane in sorted(sides, reverse=True):  # the threads come first
+        bars = sides[lane]
+        rows = [0] * len(bars) if lane else lanes.pack([(b.left, b.right) for b in bars])
+        for row, bar in zip(rows, bars, strict=True):
+            yield base + row, bar
+        base += max(rows) + 1
 
 
-def _bars(ax: Axes, run: Run, spans: Sequence[Span], names: Sequence[str]) -> None:
-    """Draw all spans, those of one rank and look at once: ten times as fast as one by one."""
-    rows: dict[tuple[int, int], tuple[Look, list[tuple[float, float]]]] = {}
-    for span in spans:
-        look = _look(span, names)
-        _, bars = rows.setdefault((span.rank, id(look)), (look, []))
-        left = _ms(run, span.t0_ns)
-        bars.append((left, _ms(run, span.t1_ns) - left))
-    for (rank, _), (look, bars) in rows.items():
-        ax.broken_barh(bars, (rank - HEIGHT / 2, HEIGHT), **look)
+def _side_rows(bars: Iterable[Bar]) -> int:
+    return max((bar.side_rows for bar in bars), default=0)
 
 
-def _label(ax: Axes, run: Run, span: Span) -> None:
-    """Write a span's name and length into its bar, as far as they fit."""
-    left, right = _ms(run, span.t0_ns), _ms(run, span.t1_ns)
-    if span.lane == "process" and span.name != START_UP:
+def _ms(run: Run, t_ns: int) -> float:
+    return (t_ns - run.begin_ns) / 1e6
+
+
+def _place(bar: Bar) -> tuple[float, float]:
+    """Top and height of a bar in its rank's row."""
+    top = bar.span.rank - HEIGHT / 2
+    if not bar.side_rows:
+        return top, HEIGHT
+    main = HEIGHT * 0.6 if bar.side_rows < 3 else HEIGHT * 0.4
+    if bar.side_row is None:
+        return top, main
+    height = (HEIGHT - main + 0.1) / bar.side_rows
+    return top + main + 0.03 + bar.side_row * height, height * 0.9
+
+
+def _draw(ax: Axes, bars: Sequence[Bar], closest: float) -> None:
+    """Draw all bars, those of one place and look at once: ten times as fast as one by one."""
+    rows: dict[tuple[Any, ...], tuple[Look, list[lanes.Interval]]] = {}
+    for bar in bars:
+        key = (*_place(bar), bar.span.lane == "process", str(bar.look))
+        rows.setdefault(key, (bar.look, []))[1].append((bar.left, bar.right))
+    for (top, height, *_), (look, intervals) in rows.items():
+        intervals = lanes.merged(intervals, closest) if closest else intervals
+        ax.broken_barh([(a, b - a) for a, b in intervals], (top, height), **look)
+
+
+def _label(ax: Axes, bars: Sequence[Bar]) -> None:
+    """Write names and lengths into the bars, as far as they fit beside what lies on top of them."""
+    for bar in bars:
+        if bar.span.lane == "process" and bar.span.name != START_UP:
+            continue
+        _write(ax, bar, lanes.widest_gap((bar.left, bar.right), _on_top(bar, bars)))
+
+
+def _on_top(bar: Bar, bars: Sequence[Bar]) -> list[lanes.Interval]:
+    return [
+        (other.left, other.right)
+        for other in bars
+        if other.span.rank == bar.span.rank
+        and other.span.lane == bar.span.lane
+        and other is not bar
+        and other.side_row == bar.side_row
+        and bar.left <= other.left
+        and other.right <= bar.right
+    ]
+
+
+def _write(ax: Axes, bar: Bar, where: lanes.Interval) -> None:
+    left, right = where
+    span = bar.span
+    size = FONT if bar.side_row is None else SMALL
+    end = OPEN if span.t1_ns is None else f"{bar.right - bar.left:.0f} ms"
+    texts = [f"{span.name} {end}", span.name]
+    text = style.fitting(texts, (right - left) * style.points_per_unit(ax), size)
+    if not text or (bar.side_rows > 3 and bar.side_row is not None):
         return
-    length = f"{right - left:.0f} ms"
-    texts = [f"{span.name} {length}", span.name]
-    text = style.fitting(texts, (right - left) * style.points_per_unit(ax), FONT)
+    top, height = _place(bar)
     on_work = span.kind == "compute"
+    plain = on_work or span.name == START_UP or _is_beside(span)
     ax.text(
         (left + right) / 2,
-        span.rank,
+        top + height / 2,
         text,
         ha="center",
         va="center",
-        fontsize=FONT,
+        fontsize=size,
         color="white" if on_work else style.INK,
-        bbox=None
-        if on_work or span.name == START_UP
-        else {"facecolor": "#FCE7B8", "edgecolor": "none", "pad": 1},
+        bbox=None if plain else {"facecolor": "#FCE7B8", "edgecolor": "none", "pad": 1},
         clip_on=True,
-    ) if text else None
+    )
+
+
+def _mark_steps(ax: Axes, run: Run) -> None:
+    """A short line over the bar where a step ends."""
+    ends = [(s.rank, _ms(run, s.t1_ns)) for s in run.spans() if s.lane == "steps" and s.t1_ns]
+    if ends and len(ends) <= STEPS_SHOWN * run.world_size:
+        ranks, at = zip(*ends, strict=True)
+        top = [rank - HEIGHT / 2 for rank in ranks]
+        ax.vlines(at, [t - 0.12 for t in top], top, color=style.INK, linewidth=0.8)
 
 
 def _mark_failure(ax: Axes, run: Run, rank: RankResult) -> None:
     what = rank.error.type_name if rank.error is not None else exit_name(rank.exitcode)
-    end = max((_ms(run, s.t1_ns) for s in rank.spans if s.t1_ns is not None), default=0.0)
+    end = _ms(run, rank.ended_ns)
     ax.text(end, rank.rank, f" ✗ {what}", va="center", fontsize=FONT, color=style.INK)
-
-
-def _legend(spans: Sequence[Span], names: Sequence[str]) -> list[Patch]:
-    patches = [Patch(**_START_UP_LOOK, label=START_UP)]
-    if any(span.lane == "process" and span.name != START_UP for span in spans):
-        patches.append(Patch(**_UNMARKED_LOOK, label=UNMARKED))
-    patches += [Patch(**look, label=name) for look, name in zip(_WORK_LOOKS, names, strict=False)]
-    if len(names) > len(_WORK_LOOKS):
-        patches.append(Patch(**_OTHER_LOOK, label="other work"))
-    calls = [span for span in spans if span.kind in ("comm", "issue")]
-    if any(span.name in GROUP_CALLS for span in calls):
-        patches.append(Patch(**_GROUP_LOOK, label=GROUP))
-    if any(span.name not in GROUP_CALLS for span in calls):
-        patches.append(Patch(**_CALL_LOOK, label=CALL))
-    return patches

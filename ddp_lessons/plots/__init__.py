@@ -3,6 +3,7 @@
 Drawn in the parent, from a `Run`; matplotlib is imported here and nowhere else.
 """
 
+from ddp_lessons.plots.buckets import buckets
 from ddp_lessons.plots.timeline import timeline
 
-__all__ = ["timeline"]
+__all__ = ["buckets", "timeline"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
 PALE, EDGE, INK = "#E8E8E8", "#999999", "#222222"
 WORK = (BLUE, GREEN, PURPLE)
+# Waiting for another rank, or for communication, in every picture.
+WAIT_LOOK: dict[str, Any] = {
+    "facecolor": "#FDE8EC",
+    "edgecolor": "#C0305A",
+    "hatch": "////",
+    "linewidth": 0.6,
+}
+WAIT_LABEL = {"facecolor": "#FDE8EC", "edgecolor": "none", "pad": 1}
 
 DPI = 110
 WIDTH = 8.0  # inches
@@ -39,9 +47,24 @@ def name_rows(ax: Axes, ranks: int) -> None:
     step = 1 if ranks <= 16 else 8
     ax.set_yticks(range(0, ranks, step), [f"rank {rank}" for rank in range(0, ranks, step)])
     ax.set_ylim(ranks - 0.4, -0.6)
+    bare(ax)
+
+
+def bare(ax: Axes) -> None:
+    """Leave only the x axis of the frame."""
     ax.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
+
+
+def bytes_text(nbytes: int) -> str:
+    """A size as people write it: 2.1 MB."""
+    size, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"
 
 
 def head(ax: Axes, title: str, handles: Sequence[Patch]) -> None:

@@ -1,0 +1,247 @@
+"""DDP's gradient buckets under the step that they belong to, and what of them was exposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from matplotlib.patches import Patch
+
+from ddp_lessons.analysis import length
+from ddp_lessons.meetings import ended
+from ddp_lessons.messages import Span
+from ddp_lessons.plots import lanes, style
+from ddp_lessons.results import RankResult, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_RANKS = 8
+MOST_ROWS = 12  # of buckets under a rank
+MAIN, BUCKET, GAP = 1.0, 0.45, 0.5  # heights, as parts of a rank's bar
+WARM_UP = 2  # steps that are shown only if there are no others
+FONT, SMALL = 8.5, 7.5
+
+Look = dict[str, Any]
+_WORKS: list[Look] = [{"facecolor": colour} for colour in style.WORK]
+_OTHER: Look = {"facecolor": style.EDGE}
+_UNMARKED: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0.8}
+_FLIGHT: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidth": 0.6}
+
+
+def buckets(
+    run: Run,
+    *,
+    step: int | None = None,
+    ranks: Sequence[int] | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw one training step: each rank's work, and under it its gradient buckets in flight.
+
+    Hatched is the time in which the rank could do nothing but wait for its buckets: communication
+    that backward does not hide. The dotted line is the end of the step on the last rank.
+
+    Parameters
+    ----------
+    run : Run
+        A run whose model is watched: ``watch_ddp(DistributedDataParallel(model))``.
+    step : int, optional
+        Which step; by default one of median length, after the first two if there are more.
+    ranks : sequence of int, optional
+        Which ranks; by default all, or the first eight.
+    title : str, optional
+        The finding that the picture shows; by default how many buckets there are and how much of
+        their time is exposed.
+    ax : matplotlib Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+        The x axis counts milliseconds from the start of the step on the first rank.
+
+    Raises
+    ------
+    ValueError
+        If no buckets were recorded, or none in that step or on those ranks.
+    """
+    step = _typical_step(run) if step is None else step
+    shown = [run.ranks[r] for r in (range(run.world_size)[:MOST_RANKS] if ranks is None else ranks)]
+    begin_ns, end_ns = _limits(run, step)
+    rows = [_row(rank, step, begin_ns, end_ns) for rank in shown]
+    if not any(row.buckets for row in rows):
+        raise ValueError(f"no buckets were recorded in step {step} of these ranks")
+    heights = [MAIN + BUCKET * row.depth + GAP for row in rows]
+    ax = ax or style.new_axes(len(rows), sum(heights) / len(rows))
+    ax.set_xlim(0, max((end_ns - begin_ns) / 1e6 * 1.02, ax.get_xlim()[1]))
+    works = list(dict.fromkeys(bar.name for row in rows for bar in row.work))
+    tops = [sum(heights[:n]) for n in range(len(rows))]
+    for row, top in zip(rows, tops, strict=True):
+        _draw(ax, row, top, works)
+    _name_rows(ax, rows, tops, sum(heights))
+    ax.axvline((end_ns - begin_ns) / 1e6, color=style.INK, linestyle=":", linewidth=1)
+    ax.set_xlabel("\n".join(_below(run, step, shown)))
+    style.head(ax, title or _finding(rows, step), _legend(rows, works))
+    return ax
+
+
+class Bar(NamedTuple):
+    """A span as it is drawn: its name, and milliseconds from left to right."""
+
+    name: str
+    left: float
+    right: float
+
+    @property
+    def interval(self) -> lanes.Interval:
+        return self.left, self.right
+
+
+class Row(NamedTuple):
+    """One rank in the step."""
+
+    rank: int
+    step: list[Bar]
+    work: list[Bar]
+    waiting: list[Bar]
+    buckets: list[Bar]
+    places: list[int]  # of the buckets, counted downwards
+
+    @property
+    def depth(self) -> int:
+        """How many rows of buckets there are."""
+        return max(self.places, default=0) + 1
+
+    @property
+    def exposed(self) -> float:
+        """For how many ms there was nothing but waiting."""
+        return sum(bar.right - bar.left for bar in self.waiting)
+
+
+def _typical_step(run: Run) -> int:
+    numbers = {s.step for s in run.spans() if s.lane == "buckets" and s.step is not None}
+    if not numbers:
+        raise ValueError(
+            "no buckets were recorded. Let the worker call watch_ddp(model) on its "
+            "DistributedDataParallel model before it trains."
+        )
+    steps = sorted(numbers)[WARM_UP:] or sorted(numbers)
+    lengths = {step: end - begin for step in steps for begin, end in [_limits(run, step)]}
+    middle = median(lengths.values())
+    return min(steps, key=lambda step: abs(lengths[step] - middle))
+
+
+def _limits(run: Run, step: int) -> tuple[int, int]:
+    """When the step began on the first rank and ended on the last, in ns."""
+    spans = [
+        (span.t0_ns, t1_ns)
+        for rank in run.ranks
+        for span, t1_ns in ended(rank.spans, rank.ended_ns)
+        if span.step == step
+    ]
+    if not spans:
+        raise ValueError(f"no rank has a step {step}")
+    return min(t0 for t0, _ in spans), max(t1 for _, t1 in spans)
+
+
+def _row(rank: RankResult, step: int, begin_ns: int, end_ns: int) -> Row:
+    found: dict[str, list[Bar]] = {"steps": [], "compute": [], "wait": [], "buckets": []}
+    for span, t1_ns in ended(rank.spans, rank.ended_ns):
+        kind = span.kind if span.lane == "main" else span.lane
+        if span.step == step and kind in found:
+            left, right = (span.t0_ns - begin_ns) / 1e6, (min(t1_ns, end_ns) - begin_ns) / 1e6
+            found[kind].append(Bar(_name(span), left, right))
+    flights = found["buckets"]
+    places = [min(p, MOST_ROWS - 1) for p in lanes.pack([bar.interval for bar in flights])]
+    return Row(rank.rank, found["steps"], found["compute"], found["wait"], flights, places)
+
+
+def _name(span: Span) -> str:
+    """A bucket's name says how large it is."""
+    if span.lane != "buckets" or span.nbytes is None:
+        return span.name
+    open_end = ", never ended" if span.t1_ns is None else ""
+    return f"{span.name}  {style.bytes_text(span.nbytes)}{open_end}"
+
+
+def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
+    for bar in row.step:
+        ax.broken_barh([(bar.left, bar.right - bar.left)], (top, MAIN), **_UNMARKED)
+    for bar in row.work:
+        look = _look(works.index(bar.name))
+        ax.broken_barh([(bar.left, bar.right - bar.left)], (top, MAIN), **look)
+    waits = [(bar.left, bar.right - bar.left) for bar in row.waiting]
+    ax.broken_barh(waits, (top, MAIN), **style.WAIT_LOOK)
+    for bar, place in zip(row.buckets, row.places, strict=True):
+        below = top + MAIN + 0.06 + place * BUCKET
+        ax.broken_barh([(bar.left, bar.right - bar.left)], (below, BUCKET - 0.04), **_FLIGHT)
+        _write(ax, [bar.name, bar.name.partition("  ")[0]], bar.interval, below + 0.2, SMALL)
+    over = [bar.interval for bar in row.waiting]
+    for bar in row.work:
+        inner = [b.interval for b in row.work if b is not bar and _within(b, bar)]
+        where = lanes.widest_gap(bar.interval, over + inner)
+        _write(ax, [bar.name], where, top + MAIN / 2, FONT, color="white")
+    for bar in row.waiting:
+        texts = [f"exposed {bar.right - bar.left:.0f} ms", f"{bar.right - bar.left:.0f} ms"]
+        _write(ax, texts, bar.interval, top + MAIN / 2, FONT, bbox=style.WAIT_LABEL)
+
+
+def _within(inner: Bar, outer: Bar) -> bool:
+    return outer.left <= inner.left and inner.right <= outer.right
+
+
+def _look(number: int) -> Look:
+    return _WORKS[number] if number < len(_WORKS) else _OTHER
+
+
+def _write(
+    ax: Axes, texts: list[str], where: lanes.Interval, y: float, size: float, **look: Any
+) -> None:
+    left, right = where
+    text = style.fitting(texts, (right - left) * style.points_per_unit(ax), size)
+    if text:
+        middle = (left + right) / 2
+        ax.text(middle, y, text, ha="center", va="center", fontsize=size, clip_on=True, **look)
+
+
+def _name_rows(ax: Axes, rows: Sequence[Row], tops: Sequence[float], bottom: float) -> None:
+    names = {top + MAIN / 2: f"rank {row.rank}" for row, top in zip(rows, tops, strict=True)}
+    for row, top in zip(rows, tops, strict=True):
+        if row.buckets:
+            names[top + MAIN + 0.06 + row.depth * BUCKET / 2] = "buckets"
+    ax.set_yticks(list(names), list(names.values()))
+    ax.set_ylim(bottom - GAP / 2, -GAP / 2)
+    style.bare(ax)
+
+
+def _below(run: Run, step: int, shown: Sequence[RankResult]) -> list[str]:
+    lines = [f"ms since step {step} began"]
+    if len(shown) < run.world_size:
+        lines.append(f"{len(shown)} of {run.world_size} ranks")
+    return [*lines, *style.losses(run)]
+
+
+def _finding(rows: Iterable[Row], step: int) -> str:
+    """How many buckets there are, and what part of their time was not hidden."""
+    worst = max(rows, key=lambda row: row.exposed)
+    in_flight = length((round(b.left * 1e6), round(b.right * 1e6)) for b in worst.buckets) / 1e6
+    number = len(worst.buckets)
+    what = "1 bucket" if number == 1 else f"{number} buckets"
+    return (
+        f"{what} in step {step}: {worst.exposed:.0f} of {in_flight:.0f} ms of communication "
+        f"exposed on rank {worst.rank}"
+    )
+
+
+def _legend(rows: Sequence[Row], works: Sequence[str]) -> list[Patch]:
+    patches = [Patch(**look, label=name) for name, look in zip(works, _WORKS, strict=False)]
+    if len(works) > len(_WORKS):
+        patches.append(Patch(**_OTHER, label="other work"))
+    if any(row.step for row in rows):
+        patches.append(Patch(**_UNMARKED, label="unmarked"))
+    patches.append(Patch(**_FLIGHT, label="bucket in flight"))
+    if any(row.waiting for row in rows):
+        patches.append(Patch(**style.WAIT_LOOK, label="main thread waits for buckets"))
+    return patches

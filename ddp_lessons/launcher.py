@@ -17,6 +17,7 @@ Runs in the parent, in the thread of the cell.
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -48,6 +49,7 @@ def launch(
     env: Mapping[str, str] | None = None,
     timeout: float = 60.0,
     check: bool = True,
+    profile: bool = False,
     start_method: str | None = None,
 ) -> Run:
     """Run ``fn(rank, *args)`` on ``nnodes * nprocs`` ranks, print their output, return the record.
@@ -76,6 +78,10 @@ def launch(
         short.
     check : bool
         Raise an error if a rank fails. False returns the same record instead.
+    profile : bool
+        Run the function under torch.profiler and add what it saw of communication: when gloo's
+        threads (lane "gloo") or NCCL's kernels (lane "cuda") were at work. It costs time and
+        memory. If the function uses the profiler itself, that one counts, and this is missing.
     start_method : {"forkserver", "spawn"}, optional
         How processes start. forkserver is fast, and the default on Linux; spawn works everywhere,
         and is taken where a variable that is only read when a process starts, such as
@@ -97,7 +103,8 @@ def launch(
     """
     _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, start_method)
     method = start_method or _start_method({**os.environ, **(env or {})})
-    run = _carry_out(fn, args, task.places(nprocs, nnodes), dict(env or {}), float(timeout), method)
+    pack = functools.partial(task.pack, fn, env or {}, profile)
+    run = _carry_out(fn, args, task.places(nprocs, nnodes), pack, float(timeout), method)
     if check:
         run.raise_for_failure()
     return run
@@ -112,7 +119,7 @@ def _carry_out(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     places: list[task.Place],
-    env: dict[str, str],
+    pack: Callable[[int], task.Task],
     timeout: float,
     method: str,
 ) -> Run:
@@ -124,7 +131,7 @@ def _carry_out(
         contextlib.closing(Tapes(len(places))) as tapes,
         Panel(workers := [WorkerProcess(place, tapes) for place in places]) as panel,
     ):
-        packed = task.pack(fn, env, port.getsockname()[1])
+        packed = pack(port.getsockname()[1])
         watch = Watch(workers, panel.tick)
         try:
             _start(workers, context, packed, fn, args)

@@ -72,10 +72,11 @@ class Task:
     overrides: dict[str, str]
     cwd: str
     path: list[str]
+    profile: bool = False
     sources: dict[str, str] = field(default_factory=dict)
 
 
-def pack(fn: Callable[..., Any], overrides: Mapping[str, str], port: int) -> Task:
+def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, port: int) -> Task:
     """Make the task of one run, with the parent's present state.
 
     `port` is where rank 0's store will listen. Raises CannotSend if the function cannot be pickled.
@@ -95,6 +96,7 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], port: int) -> Tas
         overrides=dict(overrides),
         cwd=os.getcwd(),
         path=list(sys.path),
+        profile=profile,
         sources=_cell_sources(function),
     )
 

@@ -28,7 +28,7 @@ from typing import Any, TextIO
 
 import cloudpickle
 
-from ddp_lessons import recording
+from ddp_lessons import profiling, recording
 from ddp_lessons.messages import (
     ErrorRecord,
     Frame,
@@ -189,6 +189,8 @@ def _carry_out(
     try:
         fn = _unpack(task)
         values = [argument.load() for argument in args]
+        if task.profile:
+            profiling.start(recorder)
         recorder.send(Started(time.perf_counter_ns()))
         value = fn(rank, *values)
     except BaseException as error:  # SystemExit and KeyboardInterrupt end a rank, too

@@ -21,6 +21,7 @@ MOST_RANKS = 8
 MOST_ROWS = 12  # of buckets under a rank
 MAIN, BUCKET, GAP = 1.0, 0.45, 0.5  # heights, as parts of a rank's bar
 WARM_UP = 2  # steps that are shown only if there are no others
+NOTEWORTHY = 0.05  # of a step
 FONT, SMALL = 8.5, 7.5
 
 Look = dict[str, Any]
@@ -115,6 +116,13 @@ class Row(NamedTuple):
         return max(self.places, default=0) + 1
 
     @property
+    def unmarked(self) -> float:
+        """Which part of the step is no marked work."""
+        whole = sum(bar.right - bar.left for bar in self.step)
+        marked = sum(b - a for a, b in lanes.merged([bar.interval for bar in self.work], 0.0))
+        return 1 - marked / whole if whole else 0.0
+
+    @property
     def exposed(self) -> float:
         """For how many ms there was nothing but waiting."""
         return sum(bar.right - bar.left for bar in self.waiting)
@@ -177,15 +185,15 @@ def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
     for bar, place in zip(row.buckets, row.places, strict=True):
         below = top + MAIN + 0.06 + place * BUCKET
         ax.broken_barh([(bar.left, bar.right - bar.left)], (below, BUCKET - 0.04), **_FLIGHT)
-        _write(ax, [bar.name, bar.name.partition("  ")[0]], bar.interval, below + 0.2, SMALL)
+        style.write(ax, [bar.name, bar.name.partition("  ")[0]], bar.interval, below + 0.2, SMALL)
     over = [bar.interval for bar in row.waiting]
     for bar in row.work:
         inner = [b.interval for b in row.work if b is not bar and _within(b, bar)]
         where = lanes.widest_gap(bar.interval, over + inner)
-        _write(ax, [bar.name], where, top + MAIN / 2, FONT, color="white")
+        style.write(ax, [bar.name], where, top + MAIN / 2, FONT, color="white")
     for bar in row.waiting:
         texts = [f"exposed {bar.right - bar.left:.0f} ms", f"{bar.right - bar.left:.0f} ms"]
-        _write(ax, texts, bar.interval, top + MAIN / 2, FONT, bbox=style.WAIT_LABEL)
+        style.write(ax, texts, bar.interval, top + MAIN / 2, FONT, bbox=style.WAIT_LABEL)
 
 
 def _within(inner: Bar, outer: Bar) -> bool:
@@ -194,16 +202,6 @@ def _within(inner: Bar, outer: Bar) -> bool:
 
 def _look(number: int) -> Look:
     return _WORKS[number] if number < len(_WORKS) else _OTHER
-
-
-def _write(
-    ax: Axes, texts: list[str], where: lanes.Interval, y: float, size: float, **look: Any
-) -> None:
-    left, right = where
-    text = style.fitting(texts, (right - left) * style.points_per_unit(ax), size)
-    if text:
-        middle = (left + right) / 2
-        ax.text(middle, y, text, ha="center", va="center", fontsize=size, clip_on=True, **look)
 
 
 def _name_rows(ax: Axes, rows: Sequence[Row], tops: Sequence[float], bottom: float) -> None:
@@ -239,7 +237,7 @@ def _legend(rows: Sequence[Row], works: Sequence[str]) -> list[Patch]:
     patches = [Patch(**look, label=name) for name, look in zip(works, _WORKS, strict=False)]
     if len(works) > len(_WORKS):
         patches.append(Patch(**_OTHER, label="other work"))
-    if any(row.step for row in rows):
+    if any(row.unmarked > NOTEWORTHY for row in rows):
         patches.append(Patch(**_UNMARKED, label="unmarked"))
     patches.append(Patch(**_FLIGHT, label="bucket in flight"))
     if any(row.waiting for row in rows):

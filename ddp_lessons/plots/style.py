@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
+from matplotlib.text import Text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,7 @@ WAIT_LABEL = {"facecolor": "#FDE8EC", "edgecolor": "none", "pad": 1}
 
 DPI = 110
 WIDTH = 8.0  # inches
-MOST_COLUMNS = 5  # of a legend
+MOST_COLUMNS = 6  # of a legend
 POINTS = 72  # an inch
 CHARACTER = 0.62  # mean width of a character, as a part of the font size
 
@@ -73,6 +74,8 @@ def head(ax: Axes, title: str, handles: Sequence[Patch]) -> None:
     while handles and _legend_width(ax, handles, columns) > 1.0 and columns > 1:
         columns -= 1
     rows = -(-len(handles) // columns)
+    if rows > 1:
+        _legend_width(ax, handles, -(-len(handles) // rows))  # all rows about as long
     ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows)
 
 
@@ -105,7 +108,50 @@ def points_per_unit(ax: Axes) -> float:
     return float(ax.get_window_extent().width / ax.figure.dpi * POINTS / (right - left))
 
 
-def fitting(texts: list[str], points: float, size: float) -> str:
+def fitting(texts: Sequence[str], points: float, size: float) -> str:
     """The first of the texts that fits into so many points; "" if none does."""
     fits = (t for t in texts if len(t) * CHARACTER * size + 4 <= points)
     return next(fits, "")
+
+
+def write(
+    ax: Axes,
+    texts: Sequence[str],
+    interval: tuple[float, float],
+    y: float,
+    size: float,
+    **look: Any,
+) -> None:
+    """Write the first of the texts that fits into an interval of x; nothing if none does."""
+    ax.add_artist(FittingText(ax, texts, interval, y, size, **look))
+
+
+class FittingText(Text):
+    """A text in the middle of an interval of x, chosen anew when it is drawn.
+
+    Other axes that share x may have made the scale longer by then, or the figure was resized.
+    """
+
+    def __init__(
+        self,
+        ax: Axes,
+        texts: Sequence[str],
+        interval: tuple[float, float],
+        y: float,
+        size: float,
+        **look: Any,
+    ) -> None:
+        left, right = interval
+        middle = (left + right) / 2
+        super().__init__(middle, y, "", ha="center", va="center", fontsize=size, **look)
+        self._texts, self._width, self._size, self._in = texts, right - left, size, ax
+        self.set_clip_on(True)
+        self._choose()
+
+    def _choose(self) -> None:
+        points = self._width * points_per_unit(self._in)
+        self.set_text(fitting(self._texts, points, self._size))
+
+    def draw(self, renderer: Any) -> None:
+        self._choose()
+        super().draw(renderer)

@@ -232,27 +232,21 @@ def _on_top(bar: Bar, bars: Sequence[Bar]) -> list[lanes.Interval]:
 
 
 def _write(ax: Axes, bar: Bar, where: lanes.Interval) -> None:
-    left, right = where
     span = bar.span
-    size = FONT if bar.side_row is None else SMALL
-    end = OPEN if span.t1_ns is None else f"{bar.right - bar.left:.0f} ms"
-    texts = [f"{span.name} {end}", span.name]
-    text = style.fitting(texts, (right - left) * style.points_per_unit(ax), size)
-    if not text or (bar.side_rows > 3 and bar.side_row is not None):
+    if bar.side_row is not None and bar.side_rows > 3:
         return
+    end = OPEN if span.t1_ns is None else f"{bar.right - bar.left:.0f} ms"
     top, height = _place(bar)
     on_work = span.kind == "compute"
     plain = on_work or span.name == START_UP or _is_beside(span)
-    ax.text(
-        (left + right) / 2,
+    style.write(
+        ax,
+        [f"{span.name} {end}", span.name],
+        where,
         top + height / 2,
-        text,
-        ha="center",
-        va="center",
-        fontsize=size,
+        FONT if bar.side_row is None else SMALL,
         color="white" if on_work else style.INK,
         bbox=None if plain else {"facecolor": "#FCE7B8", "edgecolor": "none", "pad": 1},
-        clip_on=True,
     )
 
 

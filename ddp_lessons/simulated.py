@@ -1,0 +1,63 @@
+"""What this machine does not have, simulated; whoever uses it says so where it is seen.
+
+Runs in workers. A `SimulatedLink` stands for a slow network between the ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+
+class SimulatedLink:
+    """A communication hook of DDP that makes buckets take as long as on a slow link.
+
+    The gradients are averaged for real, over the process group; then each bucket is held back for
+    `latency_ms` + its bytes / `megabytes_per_second`, one bucket after the other, as on one cable.
+    Use it as ``watch_ddp(model, SimulatedLink(100))``.
+
+    Parameters
+    ----------
+    megabytes_per_second : float
+        The bandwidth, in 10^6 bytes.
+    latency_ms : float
+        What every bucket costs, however small, in milliseconds.
+    """
+
+    def __init__(self, megabytes_per_second: float, latency_ms: float = 0.0) -> None:
+        if not megabytes_per_second > 0 or not latency_ms >= 0:
+            raise ValueError(
+                "a link needs megabytes_per_second above 0 and latency_ms of at least 0, got "
+                f"{megabytes_per_second!r} and {latency_ms!r}"
+            )
+        self.bytes_per_second = megabytes_per_second * 1e6
+        self.latency = latency_ms / 1e3
+        self.__name__ = type(self).__name__  # DDP asks a hook for it
+        self._cable: ThreadPoolExecutor | None = None
+
+    def seconds(self, nbytes: int) -> float:
+        """How long so many bytes are on the link."""
+        return self.latency + nbytes / self.bytes_per_second
+
+    def __call__(self, _: Any, bucket: Any) -> Any:
+        """Average the bucket's gradients; a Future that has them when they came over the link."""
+        import torch
+        import torch.distributed as dist
+
+        if self._cable is None:  # a thread cannot travel from the notebook to a worker
+            self._cable = ThreadPoolExecutor(1, thread_name_prefix="simulated link")
+        gradients = bucket.buffer().mul_(1.0 / dist.get_world_size())
+        work = dist.all_reduce(gradients, async_op=True)
+        arrived = torch.futures.Future()
+        self._cable.submit(self._carry, work, gradients, arrived)
+        return arrived
+
+    def _carry(self, work: Any, gradients: Any, arrived: Any) -> None:
+        try:
+            work.get_future().wait()
+            time.sleep(self.seconds(gradients.nbytes))
+        except Exception as error:  # whatever the backend raises, backward raises it then
+            arrived.set_exception(error)
+        else:
+            arrived.set_result(gradients)

@@ -224,7 +224,7 @@ def test_groups_are_told_apart() -> None:
         Span(0, "main", "comm", "all_reduce", start, start + 10_000_000, None, "all_reduce", group)
         for group, start in (("world", 1_020_000_000), ("ranks 0 2", 1_040_000_000))
     ]
-    ax = plots.timeline(made_up(1, calls))
+    ax: Any = plots.timeline(made_up(1, calls))
     assert legend(ax)[-2:] == ["in a collective", "collective of ranks 0 2"]
     hatches = [handle.get_hatch() for handle in ax.get_legend().legend_handles[-2:]]
     assert len(set(hatches)) == 2
@@ -239,7 +239,7 @@ def test_dropped_spans_are_admitted() -> None:
 
 def test_steps_are_marked_over_the_bar() -> None:
     step = Span(0, "steps", "mark", "step 0", 1_020_000_000, 1_080_000_000, 0)
-    ax = plots.timeline(made_up(1, [step]))
+    ax: Any = plots.timeline(made_up(1, [step]))
     ((x, y), (same, _)) = ax.collections[-1].get_segments()[0]
     assert x == same == 80
     assert y < -0.35

@@ -11,6 +11,7 @@ import dis
 import html
 import io
 import re
+import reprlib
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from ddp_lessons.launcher import launch
 from ddp_lessons.results import Run
 
 TIMEOUT = 8.0  # seconds without progress: an answer that hangs is told so soon
+
+
+_short = reprlib.Repr()
 
 
 class Wrong(Exception):
@@ -123,6 +127,16 @@ def run_quietly(
     """`launch` for a check: prints nothing, gives up soon, returns failures as records."""
     with contextlib.redirect_stdout(io.StringIO()):
         return launch(fn, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=False)
+
+
+def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
+    """Call the learner's own function here; if it raises, that is a wrong answer."""
+    try:
+        return answer(*args)
+    except Exception as error:
+        name = getattr(answer, "__name__", "it")
+        given = ", ".join(_short.repr(argument) for argument in args)
+        raise Wrong(f"{name}({given}) raised {type(error).__name__}: {error}", because) from error
 
 
 def is_unattempted(answer: Any) -> bool:

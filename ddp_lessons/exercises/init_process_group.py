@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from ddp_lessons.exercises.checking import Wrong, exercise, run_quietly
+from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
 from ddp_lessons.results import RankResult, Run
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -206,13 +207,12 @@ def check_waits(waits: Callable[[Sequence[float]], Sequence[float]]) -> str:
 
 
 def _prediction(waits: Callable[[Sequence[float]], Sequence[float]], delays: Any) -> list[float]:
-    try:
-        answer = [float(seconds) for seconds in waits(delays)]
-    except Exception as error:  # the learner's own code, called here
-        raise Wrong(
-            f"waits({delays}) raised {type(error).__name__}: {error}",
-            "It takes a sequence of seconds and returns one number for each.",
-        ) from error
+    @functools.wraps(waits)
+    def numbers(delays: Any) -> list[float]:
+        return [float(seconds) for seconds in waits(delays)]
+
+    because = "It takes a sequence of seconds and returns one number for each."
+    answer: list[float] = call(numbers, delays, because=because)
     if len(answer) != len(delays):
         raise Wrong(
             f"waits({delays}) gave {len(answer)} numbers for {len(delays)} ranks.",

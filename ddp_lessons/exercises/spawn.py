@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ddp_lessons.exercises.checking import Wrong, exercise, run_quietly
+from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
 
 SHAPES = ((3, 2), (2, 3), (4, 1), (1, 4))  # (nprocs, nnodes)
 
@@ -72,7 +72,7 @@ def check_run_job(run_job: Callable[[Callable[[int], Any], int], list[Any]]) -> 
     """Check that `run_job(fn, nprocs)` calls one process plainly, launches more, lists values."""
     here = os.getpid()
     for nprocs in (1, 3):
-        result = _call(run_job, nprocs)
+        result = call(run_job, _probe, nprocs, because="It must work for one process and for many.")
         if result is None:
             raise Wrong(
                 f"run_job(fn, {nprocs}) returned None.",
@@ -93,16 +93,6 @@ def check_run_job(run_job: Callable[[Callable[[int], Any], int], list[Any]]) -> 
             )
         _judge_processes(nprocs, [pid == here for pid in pids], len(set(pids)))
     return "one process: called in the notebook itself; three: launched, values by rank."
-
-
-def _call(run_job: Callable[[Callable[[int], Any], int], list[Any]], nprocs: int) -> Any:
-    try:
-        return run_job(_probe, nprocs)
-    except Exception as error:  # the learner's own code, called here
-        raise Wrong(
-            f"run_job(fn, {nprocs}) raised {type(error).__name__}: {error}",
-            "It must work for one process and for many.",
-        ) from error
 
 
 def _judge_processes(nprocs: int, is_here: list[bool], distinct: int) -> None:

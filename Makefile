@@ -11,7 +11,7 @@ help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
 	@echo "make test       check everything: style, types, tests, notebooks"
 	@echo "make notebooks  run all notebooks again and store their outputs"
-	@echo "make bench      time launch() against other launchers (some minutes)"
+	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
 
 setup:
 	@$(PYTHON) binder/install.py
@@ -39,3 +39,4 @@ notebooks: setup
 bench: setup
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks.launch
+	$(BIN)/python -m tests.benchmarks.recording

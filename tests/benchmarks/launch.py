@@ -12,7 +12,6 @@ import contextlib
 import io
 import math
 import os
-import platform
 import signal
 import socket
 import statistics
@@ -21,11 +20,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tests.benchmarks.tables import machine, table
 
 # Nothing here imports ddp_lessons or torch at once: a kernel that measures a peer must not have the
 # forkserver, and the process that looks at kernels must not share torch's pages with them.
@@ -324,12 +323,6 @@ def memory_table(memory: dict[str, tuple[Memory, Memory]]) -> str:
     return table(["MB", "in all", "in all, with DDP", "a rank", "a rank, with DDP"], rows)
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 def goals(times: Times, memory: dict[str, tuple[Memory, Memory]]) -> list[Goal]:
     few, many = (median_of(times, "launch", n) for n in (8, 64))
     growth = many / 64 / (few / 8) if few and many else None
@@ -343,20 +336,9 @@ def goals(times: Times, memory: dict[str, tuple[Memory, Memory]]) -> list[Goal]:
     ]
 
 
-def machine() -> str:
-    """One line on what this was measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "accelerate"))
-    return (
-        f"{date.today()}: {len(os.sched_getaffinity(0))} cores, {(names or ['?'])[0]}, {versions}, "
-        f"Python {platform.python_version()}. Load before: {os.getloadavg()[0]:.2f}.\n"
-    )
-
-
 def report(counts: Sequence[int], rounds: int, most_slow: int) -> str:
     """Measure everything; Markdown."""
-    head = machine()
+    head = machine("torch", "accelerate")
     memory = {
         name: (measure_memory(name, False), measure_memory(name, True))
         for name in ("launch", "notebook_launcher", "mp.spawn")

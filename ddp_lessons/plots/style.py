@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
+from ddp_lessons.diagnosis import exit_name
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.patches import Patch
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.results import RankResult, Run
 
 # Okabe and Ito's colours, told apart by the colour-blind; their grey values differ, too.
 BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
@@ -27,6 +29,9 @@ WAIT_LOOK: dict[str, Any] = {
     "linewidth": 0.6,
 }
 WAIT_LABEL = {"facecolor": "#FDE8EC", "edgecolor": "none", "pad": 1}
+
+# What never ended, on top of its look.
+OPEN_EDGE: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.1, "linestyle": "--"}
 
 DPI = 110
 WIDTH = 8.0  # inches
@@ -58,7 +63,7 @@ def bare(ax: Axes) -> None:
         ax.spines[side].set_visible(False)
 
 
-def bytes_text(nbytes: int) -> str:
+def bytes_text(nbytes: float) -> str:
     """A size as people write it: 2.1 MB."""
     size, unit = float(nbytes), "B"
     for larger in ("kB", "MB", "GB"):
@@ -92,8 +97,16 @@ def _legend_width(ax: Axes, handles: Sequence[Patch], columns: int) -> float:
         handlelength=1.4,
         columnspacing=1.2,
     )
+    legend.set_in_layout(False)  # it may reach over the axes beside it
     room = ax.figure.bbox.x1 - ax.get_window_extent().x0
     return float(legend.get_window_extent().width / room)
+
+
+def mark_failure(ax: Axes, rank: RankResult, at: float) -> None:
+    """Say beside the end of a rank's bar how it failed, if it did."""
+    if rank.status not in ("returned", "stopped"):
+        what = rank.error.type_name if rank.error is not None else exit_name(rank.exitcode)
+        ax.text(at, rank.rank, f" ✗ {what}", va="center", fontsize=8.5, color=INK)
 
 
 def losses(run: Run) -> list[str]:
@@ -143,9 +156,9 @@ class FittingText(Text):
     ) -> None:
         left, right = interval
         middle = (left + right) / 2
-        super().__init__(middle, y, "", ha="center", va="center", fontsize=size, **look)
+        look = {"ha": "center", "va": "center", "clip_on": True, **look}
+        super().__init__(middle, y, "", fontsize=size, **look)
         self._texts, self._width, self._size, self._in = texts, right - left, size, ax
-        self.set_clip_on(True)
         self._choose()
 
     def _choose(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.patches import Patch
 
 from ddp_lessons.collectives import GROUP_CALLS, RECVS, SENDS
-from ddp_lessons.diagnosis import count, exit_name
+from ddp_lessons.diagnosis import count
 from ddp_lessons.meetings import ended
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import lanes, style
@@ -40,7 +40,6 @@ _DATA_LOOK: Look = {**_START_UP_LOOK, "hatch": "...."}
 _GROUP_LOOK: Look = {"facecolor": "#FCE7B8", "edgecolor": style.ORANGE, "linewidth": 0.6}
 _FLIGHT_LOOK: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidth": 0.5}
 _HATCHES = ("////", "\\\\\\\\", "xxxx", "++++")  # one a process group
-_OPEN_EDGE: Look = {"edgecolor": style.INK, "linewidth": 1.1, "linestyle": "--"}
 
 
 def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
@@ -76,8 +75,7 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
         _label(ax, bars)
     _mark_steps(ax, run)
     for rank in run.ranks:
-        if rank.status not in ("returned", "stopped"):
-            _mark_failure(ax, run, rank)
+        style.mark_failure(ax, rank, _ms(run, rank.ended_ns))
     notes = [f"spans of a kind less than {closest:.2g} ms apart are one bar"] if closest else []
     ax.set_xlabel("\n".join(["ms since the launch", *notes, *style.losses(run)]))
     style.head(
@@ -141,7 +139,7 @@ class Looks:
             entries += named[1:]
         patches = [Patch(**look, label=name) for name, look in entries if id(look) in drawn]
         if any(bar.span.t1_ns is None for bar in bars):
-            patches.append(Patch(facecolor="white", label=OPEN, **_OPEN_EDGE))
+            patches.append(Patch(facecolor="white", label=OPEN, **style.OPEN_EDGE))
         return patches
 
 
@@ -158,7 +156,7 @@ def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
         if span.lane == "steps":
             continue
         look = looks.of(span)
-        look = {**look, **_OPEN_EDGE} if span.t1_ns is None else look
+        look = {**look, **style.OPEN_EDGE} if span.t1_ns is None else look
         bar = Bar(span, _ms(run, span.t0_ns), _ms(run, t1_ns), look)
         lane = "" if _is_beside(span) else span.lane
         (main if span.lane in ("process", "main") else sides.setdefault(lane, [])).append(bar)
@@ -257,9 +255,3 @@ def _mark_steps(ax: Axes, run: Run) -> None:
         ranks, at = zip(*ends, strict=True)
         top = [rank - HEIGHT / 2 for rank in ranks]
         ax.vlines(at, [t - 0.12 for t in top], top, color=style.INK, linewidth=0.8)
-
-
-def _mark_failure(ax: Axes, run: Run, rank: RankResult) -> None:
-    what = rank.error.type_name if rank.error is not None else exit_name(rank.exitcode)
-    end = _ms(run, rank.ended_ns)
-    ax.text(end, rank.rank, f" ✗ {what}", va="center", fontsize=FONT, color=style.INK)

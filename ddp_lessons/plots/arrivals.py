@@ -1,0 +1,112 @@
+"""When each rank comes to the collectives: a map of lateness."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddp_lessons.plots import style
+from ddp_lessons.plots.waits import finding
+from ddp_lessons.results import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MOST_COLUMNS = 120
+MOST_NUMBERS = 12  # columns up to which the numbers are written in
+FONT = 8.5
+
+
+def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw a map: a row for each rank, a column for each collective, dark where the rank is late.
+
+    A dot marks the rank that comes last. In a run with training steps a column is a step, and
+    lateness the mean over its collectives. Who does not take part is left white.
+
+    Parameters
+    ----------
+    run : Run
+        What `launch` returned.
+    title : str, optional
+        The finding that the picture shows; by default which rank makes the others wait.
+    ax : matplotlib Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+        The lateness in ms after the first rank to come is written in where there are few columns;
+        else there is a scale beside it.
+
+    Raises
+    ------
+    ValueError
+        If there is no collective.
+    """
+    columns, names, what = _columns(run)
+    each = -(-len(columns) // MOST_COLUMNS)
+    late = np.array([_mean(columns[i : i + each]) for i in range(0, len(columns), each)]).T
+    ax = ax or style.new_axes(run.world_size)
+    image = ax.imshow(late, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+    style.name_rows(ax, run.world_size)
+    ax.set_ylim(run.world_size - 0.5, -0.5)
+    _mark_last(ax, late)
+    note = "● comes last"
+    if late.shape[1] <= MOST_NUMBERS and run.world_size <= 16:
+        _write_numbers(ax, late, image)
+        note = f"numbers: ms after the first; {note}"
+    else:
+        bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
+        bar.set_label("ms after the first")
+    ticks = range(0, late.shape[1], max(1, late.shape[1] // 12))
+    ax.set_xticks(list(ticks), [str(names[tick * each]) for tick in ticks])
+    means = [f"each column is the mean of {each}"] if each > 1 else []
+    ax.set_xlabel("\n".join([f"{what}  ({note})", *means, *style.losses(run)]))
+    style.head(ax, title or finding(run), [])
+    return ax
+
+
+def _columns(run: Run) -> tuple[list[Any], list[int], str]:
+    """The lateness in ms, `(ranks,)` each, NaN for who is not there; the columns' numbers."""
+    found = run.arrivals()
+    if not found:
+        raise ValueError("no collective was recorded: there is nothing that ranks come to")
+    rows = [[np.nan if ns is None else ns / 1e6 for ns in a.lateness_ns] for a in found]
+    steps = sorted({a.step for a in found if a.step is not None})
+    if not steps:
+        return rows, list(range(len(rows))), "collective"
+    by_step = [[r for a, r in zip(found, rows, strict=True) if a.step == s] for s in steps]
+    return [_mean(rows) for rows in by_step], steps, "step"
+
+
+def _mean(rows: Any) -> Any:
+    """The mean over rows that leaves out NaN; NaN where there is nothing else."""
+    values = np.array(rows, dtype=float)
+    there = ~np.isnan(values)
+    counts = there.sum(axis=0)
+    sums = np.where(there, values, 0).sum(axis=0)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _mark_last(ax: Axes, late: Any) -> None:
+    columns = [c for c in range(late.shape[1]) if not np.isnan(late[:, c]).all()]
+    last = [int(np.nanargmax(late[:, c])) for c in columns]
+    right = [c + 0.33 for c in columns] if late.shape[1] <= MOST_NUMBERS else columns
+    ax.scatter(right, last, s=14, color=style.ORANGE, edgecolor=style.INK, linewidth=0.6, zorder=3)
+
+
+def _write_numbers(ax: Axes, late: Any, image: Any) -> None:
+    for (rank, column), ms in np.ndenumerate(late):
+        if not np.isnan(ms):
+            dark = image.norm(ms) > 0.55
+            text = f"{ms:.0f}" if ms >= 9.5 else f"{ms:.1f}"
+            ax.text(
+                column - 0.05,
+                rank,
+                text,
+                ha="center",
+                va="center",
+                fontsize=FONT,
+                color="white" if dark else style.INK,
+            )

@@ -1,0 +1,90 @@
+"""What each rank's time went on, in all or in a mean step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ddp_lessons.analysis import Segment, segments
+from ddp_lessons.plots import style
+from ddp_lessons.plots.waits import HEIGHT, LOOKS, OWN, SEEN, WAIT, entries, finding
+from ddp_lessons.results import RankResult, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FONT = 8.5
+WARM_UP, MANY_STEPS = 2, 4
+
+
+def totals(
+    run: Run, *, title: str | None = None, legend: bool = True, ax: Axes | None = None
+) -> Axes:
+    """Draw one bar a rank, of its own work, waiting and transfer; the lengths in ms are written in.
+
+    Parameters
+    ----------
+    run : Run
+        What `launch` returned.
+    title : str, optional
+        The finding that the picture shows; by default which rank makes the others wait.
+    legend : bool
+        Whether to say what the colours are; beside `plots.waits` they are said already.
+    ax : matplotlib Axes, optional
+        Where to draw; by default a new figure. Its rows are those of `plots.waits`.
+
+    Returns
+    -------
+    matplotlib Axes
+        The x axis is the mean of a training step in ms, where there are steps (of more than four
+        without the first two), and else of the whole function.
+    """
+    ax = ax or style.new_axes(run.world_size)
+    steps = _steps(run)
+    held: dict[int, list[Segment]] = {rank.rank: [] for rank in run.ranks}
+    for segment in segments(run):
+        if not steps or segment.step in steps:
+            held[segment.rank].append(segment)
+    parts = [_parts(rank, held[rank.rank], steps) for rank in run.ranks]
+    longest = max([sum(by_kind.values()) for by_kind in parts] + [1e-6])
+    ax.set_xlim(0, longest * 1.02)
+    style.name_rows(ax, run.world_size)
+    for rank, by_kind in zip(run.ranks, parts, strict=True):
+        _draw(ax, rank.rank, by_kind)
+    label = "mean ms per step" if steps else "ms in the function"
+    ax.set_xlabel("\n".join([label, *style.losses(run)]))
+    kinds = [kind for by_kind in parts for kind, ms in by_kind.items() if ms > SEEN * longest]
+    style.head(ax, title or finding(run), entries(kinds) if legend else [])
+    return ax
+
+
+def _steps(run: Run) -> set[int]:
+    numbers = sorted({s.step for s in run.spans() if s.lane == "steps" and s.step is not None})
+    return {*numbers[WARM_UP:]} if len(numbers) > MANY_STEPS else {*numbers}
+
+
+def _parts(rank: RankResult, held: list[Segment], steps: set[int]) -> dict[str, float]:
+    """The ms of each kind, in the order in which they are drawn."""
+    marks = [s for s in rank.spans if s.lane == "steps" and s.step in steps]
+    if steps:
+        whole = sum((s.t1_ns or rank.ended_ns) - s.t0_ns for s in marks) / 1e6
+    else:
+        whole = rank.seconds * 1e3
+    parts = {
+        kind: sum(s.t1_ns - s.t0_ns for s in held if s.kind == kind) / 1e6
+        for kind in LOOKS
+        if kind != OWN
+    }
+    parts = {OWN: max(0.0, whole - sum(parts.values())), **parts}
+    return {kind: ms / max(1, len(marks)) for kind, ms in parts.items()}
+
+
+def _draw(ax: Axes, rank: int, parts: dict[str, float]) -> None:
+    left = 0.0
+    for kind, ms in parts.items():
+        if ms > 0:
+            ax.broken_barh([(left, ms)], (rank - HEIGHT / 2, HEIGHT), **LOOKS[kind])
+            text = f"{ms:.0f}" if ms >= 9.5 else f"{ms:.1f}"
+            plain = {"color": "white"} if kind == OWN else {}
+            look = {"bbox": style.WAIT_LABEL} if kind == WAIT else plain
+            style.write(ax, [text], (left, left + ms), rank, FONT, **look)
+            left += ms

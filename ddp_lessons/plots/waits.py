@@ -1,0 +1,253 @@
+"""Who waits for whom: each rank's own work, its waiting for late ranks, and transfer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from matplotlib.patches import Patch
+
+from ddp_lessons.analysis import Segment, segments
+from ddp_lessons.collectives import GROUP_CALLS
+from ddp_lessons.meetings import ALL_TO_ALL, Share
+from ddp_lessons.plots import style
+from ddp_lessons.results import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HEIGHT = 0.72  # of a row
+DRAWN_SINGLY = 1500  # segments; of more, the mean over short times is drawn
+COLUMNS = 160  # such times in a picture
+SEEN = 0.003  # part of the picture that a kind must take to be in the legend
+MARKED = 0.02  # part of the picture that a wait must take for its last arrival to be marked
+FONT = 8.5
+
+Look = dict[str, Any]
+Window = tuple[int, int]  # ns
+
+OWN, WAIT, TRANSFER, GROUP, DATA = "own", "wait", "transfer", "group", "data"
+LOOKS: dict[str, Look] = {
+    OWN: {"facecolor": style.BLUE},
+    DATA: {"facecolor": style.PALE, "edgecolor": style.EDGE, "linewidth": 0.5, "hatch": "...."},
+    WAIT: style.WAIT_LOOK,
+    TRANSFER: {"facecolor": style.ORANGE},
+    GROUP: {"facecolor": "#FCE7B8", "edgecolor": style.ORANGE, "linewidth": 0.6},
+}
+NAMES = {
+    OWN: "own work",
+    DATA: "next batch",
+    WAIT: "waits for a later rank",
+    TRANSFER: "transfer, all have come",
+    GROUP: "joining or leaving the group",
+}
+
+
+def waits(
+    run: Run,
+    *,
+    steps: tuple[int, int] | None = None,
+    title: str | None = None,
+    legend: bool = True,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw one row a rank: what was its own work, waiting for a later rank, and transfer.
+
+    A vertical line is where the last rank comes to a collective, and says which rank that is. Own
+    work is all the time in which nothing held the rank up, marked or not.
+
+    Parameters
+    ----------
+    run : Run
+        What `launch` returned, also of a run that failed.
+    steps : (int, int), optional
+        The first and the last training step to show; by default all from the last join to the first
+        leave of a group.
+    title : str, optional
+        The finding that the picture shows; by default which rank makes the others wait.
+    legend : bool
+        Whether to say what the colours are.
+    ax : matplotlib Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+        The x axis counts milliseconds. Of a run with very many collectives, each column is the mean
+        over a short time, and its parts are stacked.
+
+    Raises
+    ------
+    ValueError
+        If no rank has such steps.
+    """
+    window = _window(run, steps)
+    held = [s for s in segments(run) if s.t1_ns > window[0] and s.t0_ns < window[1]]
+    ax = ax or style.new_axes(run.world_size)
+    width = (window[1] - window[0]) / 1e6
+    ax.set_xlim(0, width * 1.005)
+    style.name_rows(ax, run.world_size)
+    notes = []
+    if len(held) <= DRAWN_SINGLY:
+        _draw_singly(ax, run, held, window)
+        _mark_last(ax, run, window)
+    else:
+        _draw_means(ax, run, held, window)
+        notes.append(f"the height of a colour is its part of {width / COLUMNS:.2g} ms")
+    for rank in run.ranks:
+        style.mark_failure(ax, rank, (rank.ended_ns - window[0]) / 1e6)
+    since = "all had joined" if steps is None else f"step {steps[0]} began"
+    ax.set_xlabel("\n".join([f"ms since {since}", *notes, *style.losses(run)]))
+    seen = dict.fromkeys(LOOKS, 0.0)
+    for segment in held:
+        seen[segment.kind] += _clipped(segment.t0_ns, segment.t1_ns, window).width
+    kinds = [OWN, *(k for k, ms in seen.items() if ms > SEEN * width * run.world_size)]
+    handles = entries(kinds, any(map(_is_open, held))) if legend else []
+    style.head(ax, title or finding(run), handles)
+    return ax
+
+
+def finding(run: Run) -> str:
+    """What `run.straggler()` says, as a title."""
+    verdict = run.straggler()
+    if verdict.kind == "chronic":
+        return f"rank {verdict.rank} makes the others wait"
+    if verdict.kind == "rotating":
+        return "the ranks take turns in making the others wait"
+    return f"{run.name}: no rank makes the others wait"
+
+
+def entries(kinds: Iterable[str], is_open: bool = False) -> list[Patch]:
+    """The legend: an entry for each kind, always in the same order."""
+    present = {*kinds}
+    patches = [Patch(**LOOKS[kind], label=NAMES[kind]) for kind in LOOKS if kind in present]
+    return (
+        [*patches, Patch(facecolor="white", label="never ended", **style.OPEN_EDGE)]
+        if is_open
+        else patches
+    )
+
+
+def _window(run: Run, steps: tuple[int, int] | None) -> Window:
+    spans = run.spans()
+    ends = [rank.ended_ns for rank in run.ranks]
+    if steps is None:
+        joins = [s.t1_ns for s in spans if s.op in GROUP_CALLS[:2] and s.t1_ns is not None]
+        leaves = [s.t0_ns for s in spans if s.op == GROUP_CALLS[2]]
+        starts = [rank.started_ns for rank in run.ranks if rank.started_ns is not None]
+        begin = max(joins or starts or [run.begin_ns])
+        end = min((t for t in leaves if t > begin), default=max(ends))
+        return begin, max(end, begin + 1)
+    first, last = steps
+    shown = [s for s in spans if s.lane == "steps" and s.step is not None]
+    shown = [s for s in shown if first <= (s.step or 0) <= last]
+    if not shown:
+        raise ValueError(f"no rank has a step from {first} to {last}")
+    return min(s.t0_ns for s in shown), max(s.t1_ns or max(ends) for s in shown)
+
+
+def _is_open(segment: Segment) -> bool:
+    return segment.share is not None and segment.share.open
+
+
+class _Bar(NamedTuple):
+    left: float
+    width: float
+
+
+def _clipped(t0_ns: int, t1_ns: int, window: Window) -> _Bar:
+    begin, end = window
+    left, right = (min(max(t, begin), end) - begin for t in (t0_ns, t1_ns))
+    return _Bar(left / 1e6, (right - left) / 1e6)
+
+
+def _draw_singly(ax: Axes, run: Run, held: Sequence[Segment], window: Window) -> None:
+    bars: dict[tuple[int, str, bool], list[_Bar]] = {}
+    for rank in run.ranks:
+        whole = _clipped(rank.started_ns or rank.ended_ns, rank.ended_ns, window)
+        bars[rank.rank, OWN, False] = [whole]
+    for segment in held:
+        key = (segment.rank, segment.kind, _is_open(segment))
+        bar = _clipped(segment.t0_ns, segment.t1_ns, window)
+        bars.setdefault(key, []).append(bar)
+    for (row, kind, is_open), found in bars.items():
+        look = {**LOOKS[kind], **style.OPEN_EDGE} if is_open else LOOKS[kind]
+        ax.broken_barh(found, (row - HEIGHT / 2, HEIGHT), **look)
+    for (row, kind, is_open), found in bars.items():
+        for bar in found if kind == WAIT else ():
+            _write_length(ax, row, bar, is_open)
+
+
+def _write_length(ax: Axes, row: int, bar: _Bar, is_open: bool) -> None:
+    left, width = bar
+    texts = [f"{width:.0f} ms, never ended", "never ended"] if is_open else []
+    texts += [f"{width:.0f} ms", f"{width:.0f}"] if width >= 1 else []
+    style.write(ax, texts, (left, left + width), row, FONT, bbox=style.WAIT_LABEL)
+
+
+def _draw_means(ax: Axes, run: Run, held: Sequence[Segment], window: Window) -> None:
+    """Each rank's row as stacked areas: how much of each short time went on what."""
+    edges = np.linspace(window[0], window[1], COLUMNS + 1)
+    x = (edges - window[0]) / 1e6
+    kinds = [kind for kind in LOOKS if kind != OWN]
+    for rank in run.ranks:
+        top = np.zeros(COLUMNS)
+        mine = [s for s in held if s.rank == rank.rank]
+        present = _parts([(rank.started_ns or rank.ended_ns, rank.ended_ns)], edges)
+        parts = {k: _parts([(s.t0_ns, s.t1_ns) for s in mine if s.kind == k], edges) for k in kinds}
+        parts[OWN] = np.clip(present - sum(parts.values()), 0, None)
+        for kind in (OWN, *kinds):
+            bottom, top = top, top + parts[kind]
+            if parts[kind].any():
+                lower, upper = (rank.rank + HEIGHT / 2 - HEIGHT * y for y in (bottom, top))
+                y1, y2 = (np.append(y, y[-1]) for y in (lower, upper))
+                ax.fill_between(x, y1, y2, step="post", **LOOKS[kind])
+
+
+def _parts(intervals: Iterable[tuple[int, int]], edges: Any) -> Any:
+    """Which part of each column the intervals cover, `(COLUMNS,)`."""
+    covered = np.zeros(len(edges))
+    for begin, end in intervals:
+        covered += np.clip(edges, begin, end) - begin
+    return np.diff(covered) / np.diff(edges)
+
+
+def _mark_last(ax: Axes, run: Run, window: Window) -> None:
+    """A line where the last rank comes to a collective, with its number as far as it fits."""
+    subgroups = any(share.group != "world" for share in run.waits())
+    top = -0.5 - 0.035 * run.world_size
+    marks = sorted((at, last, shares) for at, last, shares in _last(run, window))
+    times = [at for at, *_ in marks]
+    for (at, last, shares), room in zip(marks, _room(times), strict=True):
+        rows = [share.rank for share in shares]
+        edges = [row - 0.5 for row in rows], [row + 0.5 for row in rows]
+        ax.vlines([at] * len(rows), *edges, color=style.INK, linewidth=1.2)
+        group = f" of {shares[0].group}" if subgroups else ""
+        texts = [f"rank {last} comes last{group}", f"rank {last} last", f"rank {last}", f"{last}"]
+        where = (at - room / 2, at + room / 2)
+        style.write(ax, texts, where, top, FONT, va="bottom", clip_on=False)
+    ax.set_ylim(top=top - 0.35 - 0.02 * run.world_size)
+
+
+def _room(times: Sequence[float]) -> list[float]:
+    """How wide the label at each time can be: the way to the nearest other one."""
+    edges = [-math.inf, *times, math.inf]
+    around = zip(edges, edges[1:], edges[2:], strict=False)
+    return [min(at - before, after - at, 1e9) for before, at, after in around]
+
+
+def _last(run: Run, window: Window) -> Iterator[tuple[float, int, list[Share]]]:
+    """Of each collective that cost somebody time: when in ms and who came last, and the shares."""
+    meetings: dict[tuple[str, str, int], list[Share]] = {}
+    for share in run.waits():
+        if share.pattern == ALL_TO_ALL and share.last_rank is not None:
+            meetings.setdefault((share.op, share.group, share.seq), []).append(share)
+    least = MARKED * (window[1] - window[0])
+    for shares in meetings.values():
+        at = max(share.t0_ns for share in shares)
+        last = shares[0].last_rank
+        worst = max(share.wait_ns for share in shares)
+        if last is not None and window[0] <= at <= window[1] and worst >= least:
+            yield (at - window[0]) / 1e6, last, shares

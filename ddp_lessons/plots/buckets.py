@@ -75,7 +75,9 @@ def buckets(
     if not any(row.buckets for row in rows):
         raise ValueError(f"no buckets were recorded in step {step} of these ranks")
     heights = [MAIN + BUCKET * row.depth + GAP for row in rows]
-    ax = ax or style.new_axes(len(rows), sum(heights) / len(rows))
+    # A figure's size is in a notebook's text: it must not hang on what overlaps by chance.
+    most = min(MOST_ROWS, max(len(row.buckets) for row in rows))
+    ax = ax or style.new_axes(len(rows), MAIN + BUCKET * most + GAP)
     ax.set_xlim(0, max((end_ns - begin_ns) / 1e6 * 1.02, ax.get_xlim()[1]))
     works = list(dict.fromkeys(bar.name for row in rows for bar in row.work))
     tops = [sum(heights[:n]) for n in range(len(rows))]

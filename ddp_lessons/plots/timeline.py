@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch
@@ -64,7 +64,8 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     """
     looks = Looks(run.spans())
     bars = [bar for rank in run.ranks for bar in _bars(run, rank, looks)]
-    ax = ax or style.new_axes(run.world_size, 1 + 0.15 * _side_rows(bars))
+    # A figure's size is in a notebook's text: it must not hang on what overlaps by chance.
+    ax = ax or style.new_axes(run.world_size, 1.5 if any(b.side_rows for b in bars) else 1.0)
     last = max((bar.right for bar in bars), default=1.0)
     ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer scale
     style.name_rows(ax, run.world_size)
@@ -175,10 +176,6 @@ def _placed(sides: dict[str, list[Bar]]) -> Iterator[tuple[int, Bar]]:
         for row, bar in zip(rows, bars, strict=True):
             yield base + row, bar
         base += max(rows) + 1
-
-
-def _side_rows(bars: Iterable[Bar]) -> int:
-    return max((bar.side_rows for bar in bars), default=0)
 
 
 def _ms(run: Run, t_ns: int) -> float:

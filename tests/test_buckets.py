@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -69,6 +70,49 @@ def test_the_weights_are_the_same_to_the_last_bit(ranks: int, hook: Any) -> None
     for ours, theirs in zip(watched, plain, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(watched[0], watched[1])
+
+
+PLAIN = """
+import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+from torch import nn
+
+def train(rank, port, folder):
+    where = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", where, rank=rank, world_size=3)
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers), bucket_cap_mb=0.03)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.manual_seed(1 + rank)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64)).square().mean().backward()
+        optimizer.step()
+    dist.destroy_process_group()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    torch.save(weights, f"{folder}/{rank}.pt")
+
+if __name__ == "__main__":
+    mp.spawn(train, args=tuple(sys.argv[1:]), nprocs=3)
+"""
+
+
+def test_the_weights_are_those_of_plain_torch(tmp_path: Path) -> None:
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    command = [sys.executable, str(script), str(port), str(tmp_path)]
+    subprocess.run(command, env=environment, check=True, timeout=100)
+    plain = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
+    ours = launch(train, nprocs=3).values
+    assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 
 
 def as_views(rank: int, watched: bool) -> torch.Tensor:

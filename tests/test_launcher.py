@@ -6,6 +6,7 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -22,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_lessons import BadLaunch, CannotSend, launch
+from ddp_lessons import BadLaunch, CannotSend, launch, span
 
 # As functions of a notebook cell do, those of this file travel by value.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -441,3 +442,43 @@ def test_text_of_buffers_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     launch(lambda rank: print("ä€😀"), nprocs=1)
     assert capsys.readouterr().out == "[rank 0] ä€😀\n"
     assert isinstance(sys.stdout, io.TextIOBase)
+
+
+def raise_late(rank: int) -> None:
+    raise ValueError("late")
+
+
+def kill_late(rank: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang_late(rank: int) -> None:
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("end", [raise_late, kill_late, hang_late])
+def test_what_a_failing_run_did_until_then_is_kept(end: Callable[[int], None]) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for _ in range(3):
+            dist.all_reduce(torch.ones(1))
+        with span("the end"):
+            if rank == 1:
+                end(rank)
+            dist.barrier()
+
+    run = launch(work, nprocs=3, check=False, timeout=1)
+    assert not run.ok
+    for rank in run.ranks:
+        calls = [s for s in rank.spans if s.op == "all_reduce"]
+        assert [s.seq for s in calls] == [0, 1, 2]
+        assert all(s.t1_ns is not None for s in calls)
+        (last,) = [s for s in rank.spans if s.name == "the end"]
+        barriers = [s for s in rank.spans if s.op == "barrier"]
+        assert len(barriers) == (rank.rank != 1)
+        if rank.status == "stopped" or rank.exitcode < 0:  # it had no chance to end its span
+            assert last.t1_ns is None
+            assert all(s.t1_ns is None for s in barriers)
+    stuck = [share for share in run.waits() if share.op == "barrier"]
+    assert {share.rank for share in stuck} == {0, 2}
+    assert all(share.last_rank is None for share in stuck)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import threading
 import time
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from ddp_lessons import recording
@@ -67,12 +68,12 @@ class Group:
         self.process_group = process_group  # a weak reference
         self.name = name
         self.ranks = ranks
-        self.seqs: Counter[Any] = Counter()
+        self.collectives = itertools.count()  # next() of it is atomic
+        self.pairs: defaultdict[tuple[int, int], Iterator[int]] = defaultdict(itertools.count)
 
     def next(self, pair: tuple[int, int] | None = None) -> int:
         """The number of the next call; sends and recvs count for each (sender, receiver)."""
-        self.seqs[pair] += 1
-        return self.seqs[pair] - 1
+        return next(self.collectives if pair is None else self.pairs[pair])
 
 
 class Groups:
@@ -81,6 +82,11 @@ class Groups:
     def __init__(self) -> None:
         self._known: dict[int, Group] = {}
         self._names: Counter[str] = Counter()
+        self.world: Group | None = None  # of the default group, while there is one
+
+    def update_world(self) -> None:
+        """Look up the default group: it was made, or may have been left."""
+        self.world = self.of(default_group())
 
     def of(self, group: Any) -> Group | None:
         """The record of a process group; None if it is none, or this rank is not in it."""
@@ -136,19 +142,23 @@ class Call:
         self.always_asynchronous = name in ISSUED
 
     def is_asynchronous(self, args: Args, kwargs: Kwargs) -> bool:
-        return self.always_asynchronous or bool(
-            _argument(args, kwargs, self.async_place, "async_op")
-        )
+        if self.async_place < len(args):
+            return bool(args[self.async_place])
+        return self.always_asynchronous or bool(kwargs.get("async_op"))
 
     def facts(self, args: Args, kwargs: Kwargs, rank: int) -> Facts:
         """What the spans of this call say."""
         nbytes = _nbytes(_argument(args, kwargs, self.tensor_place, self.tensor))
-        group = groups.of(_argument(args, kwargs, self.group_place, "group") or default_group())
+        process_group = _argument(args, kwargs, self.group_place, "group")
+        if process_group is None:
+            group = groups.world or groups.of(default_group())
+        else:
+            group = groups.of(process_group)
         if group is None:
             return Facts(self.name, nbytes=nbytes)
         peer = self._peer(group, args, kwargs) if self.peer else -1
         if not self.pairwise:
-            seq = group.next()
+            seq = next(group.collectives)
         elif peer < 0:  # a recv from whoever sends first
             seq = -1
         else:
@@ -266,20 +276,39 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
             return function(*args, **kwargs)
         t0_ns = time.perf_counter_ns()
         facts = call.facts(args, kwargs, recorder.rank)
-        flight = Flight(recorder, t0_ns, facts) if call.is_asynchronous(args, kwargs) else None
-        slot = recorder.begin("issue" if flight else "comm", name, t0_ns, facts)
-        work = None
+        if call.is_asynchronous(args, kwargs):
+            return _issued(recorder, t0_ns, facts, function, args, kwargs)
+        slot = recorder.begin("comm", name, t0_ns, facts)
         _inside.call = True
         try:
-            work = function(*args, **kwargs)
-            return work
+            return function(*args, **kwargs)
         finally:
             _inside.call = False
-            if flight is not None:
-                flight.carry(work)
             recorder.end(slot)
 
     return recorded
+
+
+def _issued(
+    recorder: Recorder,
+    t0_ns: int,
+    facts: Facts,
+    function: Callable[..., Any],
+    args: Args,
+    kwargs: Kwargs,
+) -> Any:
+    """Call a function that only starts the work, and follow that."""
+    flight = Flight(recorder, t0_ns, facts)
+    slot = recorder.begin("issue", facts.op or "work", t0_ns, facts)
+    work = None
+    _inside.call = True
+    try:
+        work = function(*args, **kwargs)
+        return work
+    finally:
+        _inside.call = False
+        flight.carry(work)
+        recorder.end(slot)
 
 
 class Flight:
@@ -387,6 +416,7 @@ def _plain(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _inside.call = False
             recorder.end(slot)
             recorder.joined()
+            groups.update_world()
 
     return recorded
 
@@ -417,9 +447,6 @@ def _joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             recorder.send(Joining(seconds))
             if kwargs.get("store") is None:
                 await_store(init_method, rank_of(init_method, kwargs), seconds or 1800.0)
-        result = function(backend, init_method, *args, **kwargs)
-        if recorder is not None:
-            groups.of(default_group())
-        return result
+        return function(backend, init_method, *args, **kwargs)
 
     return _plain(name, join)

@@ -41,7 +41,8 @@ class Recorder:
         """Note that something begins."""
         if not self._step_t0_ns:
             self._step_t0_ns = t0_ns
-        return self.tape.begin(lane or self.lane(), kind, name, t0_ns, 0, self.step, facts)
+        lane = lane or self._lanes.get(threading.get_ident()) or self.lane()
+        return self.tape.begin(lane, kind, name, t0_ns, 0, self.step, facts)
 
     def end(self, slot: Slot) -> None:
         """Note that it ended, now."""
@@ -49,9 +50,7 @@ class Recorder:
 
     def lane(self) -> str:
         """Where the calling thread's spans belong: "main", or "thread 1" and so on."""
-        thread = threading.get_ident()
-        name = self._lanes.get(thread)
-        return name or self._lanes.setdefault(thread, f"thread {len(self._lanes)}")
+        return self._lanes.setdefault(threading.get_ident(), f"thread {len(self._lanes)}")
 
     def begin_step(self, t0_ns: int) -> Slot:
         """Begin a step that `steps` counts."""

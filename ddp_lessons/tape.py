@@ -98,27 +98,29 @@ class Tape:
                 KINDS[kind],
             )  # fmt: skip
             if t1_ns:
-                self._done(slot)
+                self.end(slot, t1_ns)
         return slot
 
     def end(self, slot: Slot, t1_ns: int) -> None:
         """Note when a span ended."""
         if slot:
             _T1.pack_into(self._memory, slot + _T1.size, t1_ns)
-            self._done(slot)
+            self._progress += 1
+            _COUNT.pack_into(self._memory, _PROGRESS, self._progress)
+            if slot >= _SPARE_START:
+                self._give_back(slot)
 
     def moved(self) -> None:
         """Note that the rank goes on, where no span shows it."""
         self._progress += 1
         _COUNT.pack_into(self._memory, _PROGRESS, self._progress)
 
-    def _done(self, slot: Slot) -> None:
-        self.moved()
-        if slot >= _SPARE_START:  # only what is open may stay there
-            with self._lock:
-                self._memory[slot : slot + RECORD.size] = bytes(RECORD.size)
-                self._spare.append(slot)
-                self._drop()
+    def _give_back(self, slot: Slot) -> None:
+        """Free a spare record: only what is open may stay there."""
+        with self._lock:
+            self._memory[slot : slot + RECORD.size] = bytes(RECORD.size)
+            self._spare.append(slot)
+            self._drop()
 
     def _spare_slot(self) -> Slot:
         with self._lock:

@@ -24,8 +24,12 @@ from ddp_lessons.output import cut_lines
 
 LINES_SHOWN = 1000  # of all ranks together
 
-# torch's store warns, with a time stamp, where no name server answers: no matter on loopback.
-_NOISE = re.compile(r"\[W.*socket\.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be ")
+# Lines of torch's log with the time of day: its store warns where no name server answers, which
+# does not matter on loopback; monitored_barrier says what its exception says, too.
+_NOISE = re.compile(
+    r"\[W.*socket\.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be "
+    r"|(?:\[rank\d+\]:)?\[E.*ProcessGroupGloo\.cpp:\d+\] .*\bmonitoredBarrier\b"
+)
 
 Status = Literal["returned", "raised", "died", "stopped", "unsendable"]
 

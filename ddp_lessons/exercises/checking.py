@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import html
+import inspect
 import io
 import re
 import reprlib
@@ -141,6 +142,7 @@ def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
 
 def is_unattempted(answer: Any) -> bool:
     """True for `...`, and for a function whose body is, or still contains, `...`."""
+    answer = inspect.unwrap(answer) if callable(answer) else answer  # under its decorators
     if answer is ...:
         return True
     code = getattr(answer, "__code__", None)

@@ -87,7 +87,7 @@ def waits(
     held = [s for s in segments(run) if s.t1_ns > window[0] and s.t0_ns < window[1]]
     ax = ax or style.new_axes(run.world_size)
     width = (window[1] - window[0]) / 1e6
-    ax.set_xlim(0, width * 1.005)
+    ax.set_xlim(0, max(width * 1.005, ax.get_xlim()[1]))  # axes that share x keep the longer scale
     style.name_rows(ax, run.world_size)
     notes = []
     if len(held) <= DRAWN_SINGLY:

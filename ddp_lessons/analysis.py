@@ -45,7 +45,8 @@ class Overlap(NamedTuple):
     """A rank's communication in one step.
 
     `comm_ns` is how long at least one collective was in flight, `exposed_ns` for how much of that
-    the main thread was blocked, `overlapped_ns` the rest.
+    the main thread was blocked, `overlapped_ns` the rest. With NCCL the thread is hardly ever
+    blocked: what the device waits for does not count as exposed.
     """
 
     rank: int

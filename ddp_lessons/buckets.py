@@ -7,12 +7,14 @@ what DDP does without one, or what the learner's own hook does, and writes down 
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ddp_lessons import collectives, recording
+from ddp_lessons import device, recording
+from ddp_lessons.groups import groups
 from ddp_lessons.recording import Recorder
 from ddp_lessons.tape import Facts
 
@@ -82,12 +84,16 @@ class Backward:
         self._in_flight = 0
         self._waiting = 0  # the open span, if there is one
 
-    def begin(self, bucket: Any, facts: Facts, t0_ns: int) -> int:
-        """A bucket is handed over."""
+    def begin(self, bucket: Any, facts: Facts, t0_ns: int) -> Callable[[], None]:
+        """A bucket is handed over. Call what this returns when its gradients are there."""
+        name = f"bucket {bucket.index()}"
+        on = device.of(bucket.buffer()) if groups.any_streamed else None
+        if on is not None:
+            return device.Stopwatch(self._recorder, on, name, facts, "buckets").stop
         with self._lock:
             self._in_flight += 1
-        name = f"bucket {bucket.index()}"
-        return self._recorder.begin("comm", name, t0_ns, facts, "buckets")
+        slot = self._recorder.begin("comm", name, t0_ns, facts, "buckets")
+        return functools.partial(self._end, slot)
 
     def handed_over(self, bucket: Any) -> None:
         """After the last bucket, backward has only to wait for those that are in flight."""
@@ -97,7 +103,7 @@ class Backward:
                     now_ns = time.perf_counter_ns()
                     self._waiting = self._recorder.begin("wait", "wait for buckets", now_ns)
 
-    def end(self, slot: int) -> None:
+    def _end(self, slot: int) -> None:
         """A bucket's gradients are there, or it failed. Called from a thread of the backend."""
         self._recorder.end(slot)
         with self._lock:
@@ -123,7 +129,7 @@ def _as_ddp_does(model: Any) -> Callable[[Backward, Any, Any], Any]:
     import torch.distributed as dist
 
     process_group = model.process_group
-    group = collectives.groups.of(process_group)
+    group = groups.of(process_group)
     assert group is not None
     mean = 1.0 / dist.get_world_size(process_group)  # DDP multiplies; dividing rounds otherwise
 
@@ -131,10 +137,10 @@ def _as_ddp_does(model: Any) -> Callable[[Backward, Any, Any], Any]:
         t0_ns = time.perf_counter_ns()
         gradients = bucket.buffer()
         facts = Facts("all_reduce", group.name, group.next(), gradients.nbytes, bucket.index())
-        slot = backward.begin(bucket, facts, t0_ns)
+        end = backward.begin(bucket, facts, t0_ns)
 
         def done(future: Any) -> Any:
-            backward.end(slot)
+            end()
             return future.value()[0]
 
         work = process_group.allreduce([gradients.mul_(mean)])
@@ -149,10 +155,10 @@ def _facts_of(hook: Hook) -> Callable[[Backward, Any, Any], Any]:
     def run(backward: Backward, state: Any, bucket: Any) -> Any:
         t0_ns = time.perf_counter_ns()
         facts = Facts(nbytes=bucket.buffer().nbytes, bucket=bucket.index())
-        slot = backward.begin(bucket, facts, t0_ns)
+        end = backward.begin(bucket, facts, t0_ns)
         future = hook(state, bucket)
         if hasattr(future, "add_done_callback"):  # else DDP says what is wrong
-            future.add_done_callback(lambda _: backward.end(slot))
+            future.add_done_callback(lambda _: end())
         backward.handed_over(bucket)
         return future
 

@@ -6,6 +6,7 @@ learner's function is unpickled; without a recorder the replacements only call. 
     sync           comm on the thread's lane
     asynchronous   issue on the thread's lane, comm on lane "comm" until it is done, and
                    wait on the lane of the thread that waits for it
+    NCCL           issue on the thread's lane, comm on lane "cuda" with the device's times
 
 `seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective.
 """
@@ -14,19 +15,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-import threading
 import time
-import weakref
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from ddp_lessons import recording
+from ddp_lessons import device, flights, recording
+from ddp_lessons.flights import Flight
+from ddp_lessons.groups import Group, default_group, groups
 from ddp_lessons.messages import Joining
-from ddp_lessons.recording import Recorder
+from ddp_lessons.recording import inside
 from ddp_lessons.rendezvous import await_store, rank_of
-from ddp_lessons.tape import NO_FACTS, Facts
+from ddp_lessons.tape import Facts
 
 GROUP_CALLS = ("init_process_group", "new_group", "destroy_process_group")
 # The public functions, and the parameter whose bytes count as one rank's piece.
@@ -57,73 +56,6 @@ ISSUED = ("irecv", "isend")  # they return before the work is done
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-
-_inside = threading.local()  # .call: this thread is in a recorded call
-
-
-class Group:
-    """What the recorder knows of one process group: its name, and how many calls it has seen."""
-
-    def __init__(self, process_group: Callable[[], Any], name: str, ranks: Sequence[int]) -> None:
-        self.process_group = process_group  # a weak reference
-        self.name = name
-        self.ranks = ranks
-        self.collectives = itertools.count()  # next() of it is atomic
-        self.pairs: defaultdict[tuple[int, int], Iterator[int]] = defaultdict(itertools.count)
-
-    def next(self, pair: tuple[int, int] | None = None) -> int:
-        """The number of the next call; sends and recvs count for each (sender, receiver)."""
-        return next(self.collectives if pair is None else self.pairs[pair])
-
-
-class Groups:
-    """The groups of this process. All members give a group the same name."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, Group] = {}
-        self._names: Counter[str] = Counter()
-        self.world: Group | None = None  # of the default group, while there is one
-
-    def update_world(self) -> None:
-        """Look up the default group: it was made, or may have been left."""
-        self.world = self.of(default_group())
-
-    def of(self, group: Any) -> Group | None:
-        """The record of a process group; None if it is none, or this rank is not in it."""
-        known = self._known.get(id(group))
-        return known if known is not None and known.process_group() is group else self._add(group)
-
-    def _add(self, group: Any) -> Group | None:
-        import torch.distributed as dist
-
-        if not isinstance(group, dist.ProcessGroup):
-            return None
-        ranks = dist.get_process_group_ranks(group)
-        if dist.get_rank() not in ranks:
-            return None
-        name = "world" if group is dist.GroupMember.WORLD else f"ranks {_ranges(ranks)}"
-        description = getattr(group, "group_desc", "")
-        if name != "world" and description not in ("", "undefined"):
-            name = f"{description}: {name}"
-        self._names[name] += 1
-        if self._names[name] > 1:
-            name += f" #{self._names[name]}"
-        self._known[id(group)] = Group(weakref.ref(group), name, ranks)
-        return self._known[id(group)]
-
-
-def _ranges(ranks: Sequence[int]) -> str:
-    """Ranks as text: 0 2 5-7."""
-    parts: list[list[int]] = []
-    for rank in sorted(ranks):
-        if parts and parts[-1][-1] == rank - 1:
-            parts[-1].append(rank)
-        else:
-            parts.append([rank])
-    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else " ".join(map(str, p)) for p in parts)
-
-
-groups = Groups()
 
 
 class Call:
@@ -165,6 +97,14 @@ class Call:
             seq = group.next((rank, peer) if self.sends else (peer, rank))
         return Facts(self.name, group.name, seq, nbytes, -1, peer)
 
+    def device(self, args: Args, kwargs: Kwargs) -> Any:
+        """The GPU in whose stream the work will be done; None if the call does it itself."""
+        process_group = _argument(args, kwargs, self.group_place, "group") or default_group()
+        group = groups.of(process_group)
+        if group is None or not group.streamed:
+            return None
+        return device.of(_argument(args, kwargs, self.tensor_place, self.tensor))
+
     def _peer(self, group: Group, args: Args, kwargs: Kwargs) -> int:
         peer = _argument(args, kwargs, self.peer_place, self.peer)
         if peer is None:
@@ -178,13 +118,6 @@ class Call:
 
 def _argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
     return args[place] if place < len(args) else kwargs.get(name)
-
-
-def default_group() -> Any:
-    """The group that a call without `group` means; None before there is one."""
-    import torch.distributed as dist
-
-    return dist.GroupMember.WORLD
 
 
 def _nbytes(tensors: Any) -> int:
@@ -217,7 +150,7 @@ def wrap_torch() -> None:
     for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
         _replace(name, functools.partial(_recorded, tensor=tensor))
     _replace("batch_isend_irecv", _batched)
-    dist.Work.wait = _waiting(dist.Work.wait)
+    dist.Work.wait = flights.waiting(dist.Work.wait)
 
 
 def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -259,133 +192,56 @@ def keep_groups_of_ddp() -> None:
     DistributedDataParallel.__init__ = init_and_keep
 
 
-def _recorder_unless_inside() -> Recorder | None:
-    # Object collectives call tensor collectives, and those wait for their work: only the call that
-    # the learner wrote counts.
-    recorder = recording.current()
-    return None if recorder is None or getattr(_inside, "call", False) else recorder
-
-
 def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[..., Any]:
     call = Call(name, function, tensor)
 
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        recorder = _recorder_unless_inside()
+        recorder = recording.outermost()
         if recorder is None:
             return function(*args, **kwargs)
         t0_ns = time.perf_counter_ns()
         facts = call.facts(args, kwargs, recorder.rank)
-        if call.is_asynchronous(args, kwargs):
-            return _issued(recorder, t0_ns, facts, function, args, kwargs)
+        on = call.device(args, kwargs) if groups.any_streamed else None
+        if call.is_asynchronous(args, kwargs) or on is not None:
+            return flights.issued(recorder, t0_ns, facts, on, function, args, kwargs)
         slot = recorder.begin("comm", name, t0_ns, facts)
-        _inside.call = True
+        inside.call = True
         try:
             return function(*args, **kwargs)
         finally:
-            _inside.call = False
+            inside.call = False
             recorder.end(slot)
 
     return recorded
 
 
-def _issued(
-    recorder: Recorder,
-    t0_ns: int,
-    facts: Facts,
-    function: Callable[..., Any],
-    args: Args,
-    kwargs: Kwargs,
-) -> Any:
-    """Call a function that only starts the work, and follow that."""
-    flight = Flight(recorder, t0_ns, facts)
-    slot = recorder.begin("issue", facts.op or "work", t0_ns, facts)
-    work = None
-    _inside.call = True
-    try:
-        work = function(*args, **kwargs)
-        return work
-    finally:
-        _inside.call = False
-        flight.carry(work)
-        recorder.end(slot)
-
-
-class Flight:
-    """Asynchronous work between its issue and its end."""
-
-    def __init__(self, recorder: Recorder, t0_ns: int, facts: Facts) -> None:
-        self.recorder = recorder
-        self.facts = facts
-        self._slot = recorder.begin("comm", facts.op or "work", t0_ns, facts, "comm")
-
-    def carry(self, work: Any) -> None:
-        """Watch the work that a call returned."""
-        if work is None:  # the call failed, or this rank is not in the group
-            self.done()
-            return
-        _flights[work] = self
-        try:
-            future = work.get_future()
-        except (RuntimeError, NotImplementedError):
-            return  # gloo has none for reduce_scatter, isend and irecv: it ends when waited for
-        future.add_done_callback(self.done)
-
-    def done(self, _: Any = None) -> None:
-        """Note the end, once."""
-        slot, self._slot = self._slot, 0
-        self.recorder.end(slot)
-
-
-_flights: weakref.WeakKeyDictionary[Any, Flight] = weakref.WeakKeyDictionary()
-
-
-def _waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(wait)
-    def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = _recorder_unless_inside()
-        if recorder is None:
-            return wait(self, *args, **kwargs)
-        flight = _flights.get(self)
-        facts = flight.facts if flight is not None else NO_FACTS
-        name = f"wait for {facts.op or 'work'}"
-        slot = recorder.begin("wait", name, time.perf_counter_ns(), facts)
-        try:
-            result = wait(self, *args, **kwargs)
-            if flight is not None:
-                flight.done()
-            return result
-        finally:
-            recorder.end(slot)
-
-    return waited
-
-
 def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def batched(p2p_op_list: Any) -> Any:
-        recorder = _recorder_unless_inside()
+        recorder = recording.outermost()
         if recorder is None:
             return function(p2p_op_list)
-        _inside.call = True
+        inside.call = True
         t0_ns = time.perf_counter_ns()
         slot = recorder.begin("issue", name, t0_ns, Facts(name))
         try:
-            flights = [Flight(recorder, t0_ns, _facts(op)) for op in _p2p_ops(p2p_op_list)]
+            started = [Flight(recorder, t0_ns, *_facts(op)) for op in _p2p_ops(p2p_op_list)]
             works = function(p2p_op_list)
-            for flight, work in zip(flights, works, strict=False):
+            for flight, work in zip(started, works, strict=False):
                 flight.carry(work)
             return works
         finally:
-            _inside.call = False
+            inside.call = False
             recorder.end(slot)
 
-    def _facts(op: Any) -> Facts:
+    def _facts(op: Any) -> tuple[Facts, Any]:
         issue = calls[getattr(op.op, "__name__", "")]
         recorder = recording.current()
         assert recorder is not None
         arguments = {"tensor": op.tensor, "group": op.group, issue.peer: op.peer}
-        return issue.facts((), arguments, recorder.rank)
+        on = issue.device((), arguments) if groups.any_streamed else None
+        return issue.facts((), arguments, recorder.rank), on
 
     import torch.distributed as dist
 
@@ -405,15 +261,15 @@ def _plain(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        recorder = _recorder_unless_inside()
+        recorder = recording.outermost()
         if recorder is None:
             return function(*args, **kwargs)
-        _inside.call = True
+        inside.call = True
         slot = recorder.begin("comm", name, time.perf_counter_ns(), Facts(name))
         try:
             return function(*args, **kwargs)
         finally:
-            _inside.call = False
+            inside.call = False
             recorder.end(slot)
             recorder.joined()
             groups.update_world()

@@ -89,6 +89,7 @@ class Recorder:
             write()
 
 
+inside = threading.local()  # .call: this thread is in a recorded call
 _recorder: Recorder | None = None  # this process's one recorder; None outside workers
 
 
@@ -104,6 +105,15 @@ def install(recorder: Recorder) -> None:
 def current() -> Recorder | None:
     """The recorder of this process; None outside workers."""
     return _recorder
+
+
+def outermost() -> Recorder | None:
+    """The recorder, unless this thread is in a recorded call.
+
+    Object collectives call tensor collectives, and those wait for their work: only the call that
+    the learner wrote counts.
+    """
+    return None if getattr(inside, "call", False) else _recorder
 
 
 def in_worker() -> bool:

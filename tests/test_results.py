@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import cloudpickle
 import pytest
+import torch.distributed as dist
 
 from ddp_lessons import Run, WorkerDied, WorkerFailed, launch
 from ddp_lessons.results import LINES_SHOWN
@@ -198,6 +200,19 @@ def test_the_warning_about_a_missing_name_server_is_not_shown() -> None:
     run = launch(noisy, nprocs=1)
     assert run.output_lines() == ["[rank 0] before", "[rank 0] after"]
     assert run.ranks[0].output == f"before\n{NOISE}\nafter\n"
+
+
+def test_nor_is_what_monitored_barrier_logs_besides_its_exception() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            dist.monitored_barrier(timeout=timedelta(seconds=0.2))
+        time.sleep(0.5)
+
+    run = launch(work, check=False)
+    assert "monitoredBarrier" in run.ranks[0].output
+    assert run.output_lines() == []
+    assert "Rank 1 failed to pass monitoredBarrier" in run.explain()
 
 
 def test_nor_is_it_in_the_story_of_a_dead_rank() -> None:

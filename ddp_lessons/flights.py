@@ -1,0 +1,101 @@
+"""Asynchronous work: from the call that starts it to its end, and who waits for it.
+
+Runs in workers, called by collectives.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from ddp_lessons import device, recording
+from ddp_lessons.recording import Recorder
+from ddp_lessons.tape import NO_FACTS, Facts
+
+
+class Flight:
+    """Asynchronous work between its issue and its end.
+
+    `on` is the GPU in whose stream the work is done, if it is (device.py).
+    """
+
+    def __init__(self, recorder: Recorder, t0_ns: int, facts: Facts, on: Any = None) -> None:
+        self.recorder = recorder
+        self.facts = facts
+        self._slot = 0
+        self._stopwatch: device.Stopwatch | None = None
+        name = facts.op or "work"
+        if on is None:
+            self._slot = recorder.begin("comm", name, t0_ns, facts, "comm")
+        else:
+            self._stopwatch = device.Stopwatch(recorder, on, name, facts)
+
+    def carry(self, work: Any) -> None:
+        """Watch the work that a call returned."""
+        if work is None:  # the call failed, or this rank is not in the group
+            self.done()
+            return
+        _flights[work] = self
+        try:
+            future = work.get_future()
+        except (RuntimeError, NotImplementedError):
+            return  # gloo has none for reduce_scatter, isend and irecv: it ends when waited for
+        future.add_done_callback(self.done)
+
+    def done(self, _: Any = None) -> None:
+        """Note the end, once."""
+        slot, self._slot = self._slot, 0
+        self.recorder.end(slot)
+        if self._stopwatch is not None:
+            self._stopwatch.stop()
+
+
+_flights: weakref.WeakKeyDictionary[Any, Flight] = weakref.WeakKeyDictionary()
+
+
+def issued(
+    recorder: Recorder,
+    t0_ns: int,
+    facts: Facts,
+    on: Any,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a function that only starts the work, and follow that."""
+    flight = Flight(recorder, t0_ns, facts, on)
+    slot = recorder.begin("issue", facts.op or "work", t0_ns, facts)
+    work = None
+    recording.inside.call = True
+    try:
+        work = function(*args, **kwargs)
+        return work
+    finally:
+        recording.inside.call = False
+        flight.carry(work)
+        recorder.end(slot)
+
+
+def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
+    """`Work.wait` that says how long it was waited for, and that the work is done."""
+    @functools.wraps(wait)
+    def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = recording.outermost()
+        if recorder is None:
+            return wait(self, *args, **kwargs)
+        flight = _flights.get(self)
+        facts = flight.facts if flight is not None else NO_FACTS
+        name = f"wait for {facts.op or 'work'}"
+        slot = recorder.begin("wait", name, time.perf_counter_ns(), facts)
+        try:
+            result = wait(self, *args, **kwargs)
+            if flight is not None:
+                flight.done()
+            return result
+        finally:
+            recorder.end(slot)
+
+    return waited

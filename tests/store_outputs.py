@@ -16,7 +16,12 @@ import nbformat
 from nbclient import NotebookClient
 
 CELL_SECONDS = 120
-README_PICTURE = Path("notebooks/pictures/00_start_here.png")
+PICTURES = Path("notebooks/pictures")
+README_PICTURES = {  # (notebook, the place of the picture in it): the file that README.md shows
+    ("00_start_here", 0): "00_start_here.png",
+    ("07_ddp_timing", 1): "07_buckets.png",
+    ("07_ddp_timing", 3): "07_waits.png",
+}
 MOST_BYTES = 1 << 20  # of a notebook with its outputs
 _TITLE = re.compile(r'title="([^"]+)"')  # a picture's title states what it shows: its alt text
 _CELL_FILE = re.compile(r"/\S*/ipykernel_\d+/\d+\.py")
@@ -34,19 +39,20 @@ def store(path: Path) -> None:
     client.execute()
     normalise(notebook)
     nbformat.write(notebook, path)
-    if path.parent.name == "notebooks" and path.stem == README_PICTURE.stem:
-        README_PICTURE.write_bytes(base64.b64decode(first_picture(notebook)))
+    if path.parent.name == "notebooks":
+        for (stem, place), name in README_PICTURES.items():
+            if stem == path.stem:
+                (PICTURES / name).write_bytes(base64.b64decode(pictures(notebook)[place]))
     size = path.stat().st_size
     print(f"{path}: {size // 1024} kB")
     if size > MOST_BYTES:
         sys.exit(f"{path} is larger than {MOST_BYTES} bytes")
 
 
-def first_picture(notebook: nbformat.NotebookNode) -> str:
-    """The first picture of a notebook, as base64."""
+def pictures(notebook: nbformat.NotebookNode) -> list[str]:
+    """The pictures of a notebook, as base64."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
-    return str(pictures[0])
+    return [str(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
 
 
 def normalise(notebook: nbformat.NotebookNode) -> None:

@@ -224,17 +224,18 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         recorder = recording.outermost()
         if recorder is None:
             return function(p2p_op_list)
-        inside.call = True
         t0_ns = time.perf_counter_ns()
         slot = recorder.begin("issue", name, t0_ns, Facts(name))
+        started = [Flight(recorder, t0_ns, *_facts(op)) for op in _p2p_ops(p2p_op_list)]
+        works = None
+        inside.call = True
         try:
-            started = [Flight(recorder, t0_ns, *_facts(op)) for op in _p2p_ops(p2p_op_list)]
             works = function(p2p_op_list)
-            for flight, work in zip(started, works, strict=False):
-                flight.carry(work)
             return works
         finally:
             inside.call = False
+            for flight, work in zip(started, works or [None] * len(started), strict=False):
+                flight.carry(work)
             recorder.end(slot)
 
     def _facts(op: Any) -> tuple[Facts, Any]:

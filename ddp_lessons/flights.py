@@ -81,6 +81,7 @@ def issued(
 
 def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
     """`Work.wait` that says how long it was waited for, and that the work is done."""
+
     @functools.wraps(wait)
     def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = recording.outermost()

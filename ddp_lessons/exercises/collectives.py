@@ -1,0 +1,221 @@
+"""The checks of lesson 03: a mean over ranks, predicted tensors, an all_reduce by hand."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ddp_lessons.collectives import COLLECTIVES, SENDS
+from ddp_lessons.errors import WorkersHung
+from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
+from ddp_lessons.results import Run
+
+Numbers = list[float]
+MEANS: tuple[tuple[str, Sequence[Sequence[float]]], ...] = (
+    ("2 ranks with integers", [[1, 2, 7], [2, 2, 2]]),
+    ("3 ranks", [[0.5, 1.0], [2.0, 4.0], [0.0, 1.0]]),
+    ("1 rank", [[3, 4]]),
+)
+
+
+def _mean_of(rank: int, mean_over_ranks: Callable[..., Any], rows: Any) -> tuple[Any, bool]:
+    dist.init_process_group("gloo")
+    x = torch.tensor(rows[rank])
+    before = x.clone()
+    mean = mean_over_ranks(x)
+    dist.destroy_process_group()
+    return (mean.tolist() if isinstance(mean, torch.Tensor) else mean), torch.equal(x, before)
+
+
+@exercise(
+    "`all_reduce` works in place, and integers have no fractions. Give it a copy that has.",
+    "`total = x.clone().float()`, all_reduce it, and divide by `dist.get_world_size()`.",
+)
+def check_mean_over_ranks(mean_over_ranks: Callable[..., Any]) -> str:
+    """Check that `mean_over_ranks(x)` is the mean over ranks, by element, and leaves x alone."""
+    for what, rows in MEANS:
+        run = run_quietly(_mean_of, (mean_over_ranks, rows), nprocs=len(rows))
+        run.raise_for_failure()
+        _judge_mean(what, rows, run.values)
+    return "right for integers, for fractions and for a single rank, and `x` stayed as it was."
+
+
+def _judge_mean(what: str, rows: Sequence[Sequence[float]], values: list[tuple[Any, bool]]) -> None:
+    sums = [sum(column) for column in zip(*rows, strict=True)]
+    means = [number / len(rows) for number in sums]
+    for rank, (mean, unchanged) in enumerate(values):
+        seen = f"{what}, x is {rows[rank]} on rank {rank}: you returned {mean!r}, not {means}."
+        if not isinstance(mean, list) or len(mean) != len(means):
+            raise Wrong(
+                seen,
+                "Return a tensor with as many numbers as x. (`dist.all_reduce` returns None: the "
+                "sums are in the tensor that it was given.)",
+            )
+        if not all(abs(a - b) < 1e-4 for a, b in zip(mean, means, strict=True)):
+            raise Wrong(seen, _why_no_mean(mean, sums, rows[rank]))
+        if not unchanged:
+            raise Wrong(
+                f"{what}: the result is right, but x was changed on rank {rank}.",
+                "`all_reduce` puts the sums into the tensor that it is given. Give it a copy: "
+                "`x.clone()`.",
+            )
+
+
+def _why_no_mean(mean: Numbers, sums: Numbers, own: Sequence[float]) -> str:
+    if mean == sums:
+        return "That is the sum. all_reduce adds up; to get a mean, divide by the world size."
+    if mean == list(own):
+        return "That is what this rank had itself. Only a collective brings in the others."
+    if all(float(number).is_integer() for number in mean):
+        return "Integers cannot hold the mean: `x.float()` before the collective, `/` after it."
+    return "Add up over all ranks first, then divide by the number of ranks (not of elements)."
+
+
+def _after(rank: int, op: str, before: Sequence[Numbers]) -> Numbers | None:
+    """What the collective does for real."""
+    dist.init_process_group("gloo")
+    world_size = dist.get_world_size()
+    x = torch.tensor(before[rank])
+    pieces = list(x.chunk(world_size))
+    room = [torch.empty_like(x) for _ in range(world_size)]
+    piece = torch.empty_like(pieces[0])
+    result: Any = x
+    if op == "broadcast":
+        dist.broadcast(x, src=0)
+    elif op == "all_reduce":
+        dist.all_reduce(x)
+    elif op == "reduce":
+        dist.reduce(x, dst=0)
+        result = x if rank == 0 else None
+    elif op == "all_gather":
+        dist.all_gather(room, x)
+        result = torch.cat(room)
+    elif op == "gather":
+        dist.gather(x, room if rank == 0 else None, dst=0)
+        result = torch.cat(room) if rank == 0 else None
+    elif op == "scatter":
+        dist.scatter(piece, pieces if rank == 0 else None, src=0)
+        result = piece
+    else:
+        dist.reduce_scatter(piece, pieces)
+        result = piece
+    dist.destroy_process_group()
+    return None if result is None else result.tolist()
+
+
+OPS = ("broadcast", "all_reduce", "reduce", "all_gather", "gather", "scatter", "reduce_scatter")
+
+
+@exercise(
+    "Write down who has what in the pictures above, and take rank 0 where the picture has another.",
+    "With `n = len(before)` and `sums = [sum(c) for c in zip(*before)]`, each op is one line; rank "
+    "r's piece is `row[r * k : (r + 1) * k]` with `k = len(row) // n`.",
+)
+def check_predict(predict: Callable[..., Any]) -> str:
+    """Check `predict(op, before)` against what real ranks have after each collective."""
+    numbers = random.Random(3)
+    for op in OPS:
+        for ranks, length in ((2, 4), (3, 3)):
+            before = [[numbers.randrange(100) for _ in range(length)] for _ in range(ranks)]
+            run = run_quietly(_after, (op, before), nprocs=ranks)
+            run.raise_for_failure()
+            given = [list(row) for row in before]
+            predicted = call(predict, op, given, because="It takes a name and a list of lists.")
+            _judge_prediction(op, before, run.values, predicted)
+    return "right for all seven collectives on 2 and on 3 ranks."
+
+
+_ABOUT = {
+    "broadcast": "All ranks, `src` too, have what `src` had.",
+    "all_reduce": "All ranks have the sums, number by number.",
+    "reduce": "Only `dst` has the sums. What is in the others' tensors does not count: None.",
+    "all_gather": "All ranks have all tensors one after the other, in the order of ranks.",
+    "gather": "Only `dst` has all tensors one after the other; the others have nothing: None.",
+    "scatter": "Rank r has piece r of what `src` had, and nothing of its own.",
+    "reduce_scatter": "Rank r has the sums of piece r only.",
+}
+
+
+def _judge_prediction(op: str, before: Any, after: list[Any], predicted: Any) -> None:
+    what = f"{op} of {before}"
+    if not isinstance(predicted, list | tuple) or len(predicted) != len(after):
+        raise Wrong(
+            f"{what}: you returned {predicted!r}.",
+            f"Return one list for each of the {len(after)} ranks. Is this op missing?",
+        )
+    for rank, (have, said) in enumerate(zip(after, predicted, strict=True)):
+        if (None if said is None else list(said)) != have:
+            raise Wrong(f"{what}: rank {rank} has {have}; you said {said}.", _ABOUT[op])
+
+
+RINGS = ((2, 4), (4, 10), (3, 2), (1, 5))  # (ranks, length)
+
+
+def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> Numbers:
+    dist.init_process_group("gloo")
+    x = _row(rank, length)
+    ring_all_reduce(x)
+    dist.destroy_process_group()
+    return [float(number) for number in x]
+
+
+def _row(rank: int, length: int) -> torch.Tensor:
+    return torch.arange(length, dtype=torch.float32) + 100.0**rank
+
+
+@exercise(
+    "`x.tensor_split(world_size)` cuts into pieces that are views of x, also where the length is "
+    "not divisible. In step s, rank r sends piece r - s to the next rank and gets piece r - s - 1.",
+    "`isend` before `recv`, and `wait` after it. In the first n - 1 steps add what you got to your "
+    "piece. Then pass on: in step s send piece r + 1 - s, and overwrite piece r - s.",
+)
+def check_ring_all_reduce(ring_all_reduce: Callable[..., Any]) -> str:
+    """Check `ring_all_reduce(x)`: the sums, in place, with neighbours only and few bytes."""
+    for ranks, length in RINGS:
+        run = run_quietly(_ring, (ring_all_reduce, length), nprocs=ranks)
+        if isinstance(run.error, WorkersHung):
+            raise Wrong(
+                f"{ranks} ranks: they wait for each other.\n{run.error}",
+                "A `send` may wait until its `recv` has begun. If every rank sends first, nobody "
+                "receives: start with `isend`, then `recv`, then `wait()`.",
+            )
+        run.raise_for_failure()
+        _judge_ring(run, ranks, length)
+    return "the sums on 1 to 4 ranks, with neighbours only, and less than twice the tensor sent."
+
+
+def _judge_ring(run: Run, ranks: int, length: int) -> None:
+    what = f"{ranks} ranks, {length} numbers" if ranks > 1 else f"1 rank, {length} numbers"
+    used = {s.op for s in run.spans() if s.op in COLLECTIVES}
+    if used:
+        raise Wrong(f"{what}: you called {', '.join(sorted(map(str, used)))}.", "Build it by hand.")
+    expected = sum(_row(rank, length) for rank in range(ranks))
+    assert isinstance(expected, torch.Tensor)
+    for rank, have in enumerate(run.values):
+        if have != expected.tolist():
+            raise Wrong(
+                f"{what}: rank {rank} has {have}, not {expected.tolist()}.",
+                "After the first round each piece is complete on one rank only; after the second "
+                "everywhere. Work on views of x, so that x itself changes; check which piece goes "
+                "to whom in each step.",
+            )
+    sends = [s for s in run.spans() if s.op in SENDS and s.kind == "comm"]
+    strangers = [s for s in sends if (int(s.peer or 0) - s.rank) % ranks not in (1, ranks - 1)]
+    if strangers:
+        raise Wrong(
+            f"{what}: rank {strangers[0].rank} sent to rank {strangers[0].peer}.",
+            "In a ring each rank talks to the next and the previous one only: then all links "
+            "work at once, and none carries everything.",
+        )
+    most = 2 * (ranks - 1) * -(-length // ranks) * 4
+    sent = max(sum(s.nbytes or 0 for s in sends if s.rank == rank) for rank in range(ranks))
+    if sent > most:
+        raise Wrong(
+            f"{what}: the sums are right, but a rank sent {sent} bytes; {most} are enough.",
+            "Passing whole tensors round sends each n - 1 times. Send pieces: 2 (n - 1) of them, "
+            "each an n-th of the tensor, however many ranks there are.",
+        )

@@ -40,7 +40,8 @@ class Flight:
             return
         _flights[work] = self
         try:
-            future = work.get_future()
+            # The coalesced calls return a Future at once.
+            future = work.get_future() if hasattr(work, "get_future") else work
         except (RuntimeError, NotImplementedError):
             return  # gloo has none for reduce_scatter, isend and irecv: it ends when waited for
         future.add_done_callback(self.done)

@@ -1,0 +1,399 @@
+"""Every public call of torch.distributed marks itself, once, with what it was."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from itertools import pairwise
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from ddp_lessons import Run, launch, span
+from ddp_lessons.collectives import COLLECTIVES, GROUP_CALLS, RECVS, SENDS
+from ddp_lessons.messages import Span
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+BYTES = 4 * 6  # of one rank's tensor, below
+
+
+def x() -> torch.Tensor:
+    return torch.ones(6)
+
+
+def pieces() -> list[torch.Tensor]:
+    return [torch.zeros(6), torch.zeros(6)]
+
+
+# The call of rank r, and the bytes and the root that it should be recorded with.
+CALLS: dict[str, tuple[Callable[[int, Any], Any], int | None, int | None]] = {
+    "all_reduce": (lambda r, o: dist.all_reduce(x(), **o), BYTES, None),
+    "broadcast": (lambda r, o: dist.broadcast(x(), 1, **o), BYTES, 1),
+    "reduce": (lambda r, o: dist.reduce(x(), dst=1, **o), BYTES, 1),
+    "all_gather": (lambda r, o: dist.all_gather(pieces(), x(), **o), BYTES, None),
+    "all_gather_into_tensor": (
+        lambda r, o: dist.all_gather_into_tensor(torch.zeros(12), x(), **o),
+        BYTES,
+        None,
+    ),
+    "gather": (
+        lambda r, o: dist.gather(x(), pieces() if r == 0 else None, dst=0, **o),
+        BYTES,
+        0,
+    ),
+    "scatter": (
+        lambda r, o: dist.scatter(x(), pieces() if r == 1 else None, src=1, **o),
+        BYTES,
+        1,
+    ),
+    "reduce_scatter": (lambda r, o: dist.reduce_scatter(x(), pieces(), **o), BYTES, None),
+    "reduce_scatter_tensor": (
+        lambda r, o: dist.reduce_scatter_tensor(x(), torch.zeros(12), **o),
+        BYTES,
+        None,
+    ),
+    "all_to_all_single": (
+        lambda r, o: dist.all_to_all_single(torch.zeros(6), x(), **o),
+        BYTES,
+        None,
+    ),
+    "all_reduce_coalesced": (lambda r, o: dist.all_reduce_coalesced([x(), x()], **o), 48, None),
+    "barrier": (lambda r, o: dist.barrier(**o), None, None),
+}
+BLOCKING: dict[str, tuple[Callable[[int, Any], Any], int | None, int | None]] = {
+    "monitored_barrier": (lambda r, o: dist.monitored_barrier(), None, None),
+    "all_gather_object": (lambda r, o: dist.all_gather_object([None] * 2, r), None, None),
+    "gather_object": (
+        lambda r, o: dist.gather_object(r, [None] * 2 if r == 0 else None, dst=0),
+        None,
+        0,
+    ),
+    "broadcast_object_list": (lambda r, o: dist.broadcast_object_list([r], src=1), None, 1),
+    "scatter_object_list": (
+        lambda r, o: dist.scatter_object_list([None], [1, 2] if r == 0 else None, src=0),
+        None,
+        0,
+    ),
+}
+
+
+def marks(run: Run, rank: int = 0) -> list[Span]:
+    """What one rank recorded of calls, but for joining and leaving."""
+    return [s for s in run.ranks[rank].spans if s.op not in (None, *GROUP_CALLS)]
+
+
+def alone(rank: int, name: str, asynchronous: bool) -> bool:
+    """Make one call; whether it returned something."""
+    dist.init_process_group("gloo")
+    call = {**CALLS, **BLOCKING}[name][0]
+    work = call(rank, {"async_op": True} if asynchronous else {})
+    if asynchronous:
+        work.wait()
+    dist.destroy_process_group()
+    return work is not None
+
+
+@pytest.mark.parametrize("name", [*CALLS, *BLOCKING])
+def test_a_blocking_call_is_one_span(name: str) -> None:
+    run = launch(alone, args=(name, False))
+    _, nbytes, peer = {**CALLS, **BLOCKING}[name]
+    for rank in (0, 1):
+        (mark,) = marks(run, rank)
+        assert (mark.lane, mark.kind, mark.name, mark.op) == ("main", "comm", name, name)
+        assert (mark.group, mark.seq, mark.nbytes, mark.peer) == ("world", 0, nbytes, peer)
+        assert mark.t1_ns is not None
+    assert run.values == [False, False]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_asynchronous_call_is_its_issue_its_flight_and_its_wait(name: str) -> None:
+    run = launch(alone, args=(name, True))
+    for rank in (0, 1):
+        found = {s.kind: s for s in marks(run, rank)}
+        if name == "all_reduce_coalesced":  # it returns a Future, whose wait is not a Work's
+            found["wait"] = found["comm"]._replace(lane="main", t0_ns=found["comm"].t1_ns or 0)
+        assert {k: s.lane for k, s in found.items()} == {
+            "issue": "main",
+            "comm": "comm",
+            "wait": "main",
+        }
+        assert {(s.op, s.group, s.seq) for s in found.values()} == {(name, "world", 0)}
+        issue, flight, wait = found["issue"], found["comm"], found["wait"]
+        assert issue.t1_ns is not None
+        assert wait.t1_ns is not None
+        assert flight.t0_ns <= issue.t0_ns <= issue.t1_ns <= wait.t0_ns <= wait.t1_ns
+        assert flight.t1_ns is not None
+    assert run.values == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_every_public_call_that_communicates_is_recorded() -> None:
+    quiet = {  # these only look something up, or make groups by calls that are recorded
+        *("get_backend", "get_backend_config", "get_global_rank", "get_group_rank"),
+        *("get_process_group_ranks", "get_rank", "get_world_size", "new_subgroups"),
+        *("new_subgroups_by_enumeration", "split_group", "shrink_group"),
+        "P2POp",
+    }
+    known = {*COLLECTIVES, *SENDS, *RECVS, *GROUP_CALLS, *quiet}
+    for name in {*distributed_c10d.__all__, *(n for n in dir(dist) if n[0] != "_")}:
+        call = getattr(distributed_c10d, name, None)
+        if inspect.isfunction(call) and not name.startswith("_"):
+            assert "group" not in inspect.signature(call).parameters or name in known, name
+
+
+def test_sends_and_recvs_belong_together() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            dist.send(torch.ones(2), 1)
+            dist.send(torch.ones(3), dst=1)
+            dist.isend(torch.ones(4), 1).wait()
+            dist.send_object_list(["x"], dst=1)
+        else:
+            for size in (2, 3):
+                dist.recv(torch.zeros(size), 0)
+            dist.irecv(torch.zeros(4), 0).wait()
+            dist.recv_object_list([None], src=0)
+        dist.destroy_process_group()
+
+    run = launch(work)
+    pairs = [[(s.seq, s.peer, s.nbytes) for s in marks(run, r) if s.kind == "comm"] for r in (0, 1)]
+    sizes = (8, 12, 16, None)
+    assert pairs == [[(n, peer, size) for n, size in enumerate(sizes)] for peer in (1, 0)]
+    assert [s.last_rank is not None for s in run.waits()] == [True] * 8
+
+
+def test_a_recv_from_whoever_sends_first_has_no_number() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            dist.recv(torch.zeros(1))
+        else:
+            dist.send(torch.ones(1), 0)
+        dist.destroy_process_group()
+
+    (recv,) = marks(launch(work))
+    assert (recv.op, recv.seq, recv.peer) == ("recv", None, None)
+
+
+def test_batched_sends_and_recvs() -> None:
+    def work(rank: int) -> float:
+        dist.init_process_group("gloo")
+        got = torch.zeros(2)
+        ops = [
+            dist.P2POp(dist.isend, torch.full((2,), rank + 1.0), 1 - rank),
+            dist.P2POp(dist.irecv, got, 1 - rank),
+        ]
+        for each in dist.batch_isend_irecv(ops):
+            each.wait()
+        dist.destroy_process_group()
+        return float(got.sum())
+
+    run = launch(work)
+    assert run.values == [4.0, 2.0]
+    flights = [(s.op, s.seq, s.peer) for s in marks(run) if s.kind == "comm"]
+    assert flights == [("isend", 0, 1), ("irecv", 0, 1)]
+    assert [s.name for s in marks(run) if s.kind == "issue"] == ["batch_isend_irecv"]
+
+
+def test_subgroups_have_names_and_numbers_of_their_own() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        even, odd = dist.new_group([0, 2]), dist.new_group([1, 3], group_desc="odd")
+        dist.all_reduce(x())
+        for _ in range(2):
+            dist.all_reduce(x(), group=even if rank % 2 == 0 else odd)
+        again = dist.new_group([0, 2])
+        if rank % 2 == 0:
+            dist.barrier(again)
+            dist.broadcast(x(), src=2, group=even)
+        dist.destroy_process_group()
+
+    run = launch(work, nprocs=4)
+    numbers = [[(s.group, s.seq) for s in marks(run, rank)] for rank in range(4)]
+    assert (
+        numbers[0]
+        == numbers[2]
+        == [
+            ("world", 0),
+            ("ranks 0 2", 0),
+            ("ranks 0 2", 1),
+            ("ranks 0 2 #2", 0),
+            ("ranks 0 2", 2),
+        ]
+    )
+    assert (
+        numbers[1]
+        == numbers[3]
+        == [
+            ("world", 0),
+            ("odd: ranks 1 3", 0),
+            ("odd: ranks 1 3", 1),
+        ]
+    )
+    assert marks(run)[-1].peer == 2
+
+
+def test_a_group_that_is_left_and_made_again() -> None:
+    def work(rank: int) -> None:
+        for _ in range(3):
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.all_reduce(x())
+            dist.destroy_process_group()
+
+    run = launch(work, nprocs=1)
+    assert [(s.group, s.seq) for s in marks(run)] == [
+        ("world", 0),
+        ("world #2", 0),
+        ("world #3", 0),
+    ]
+
+
+def test_a_rank_outside_a_group_is_no_part_of_it() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        group = dist.new_group([0])
+        dist.all_reduce(x(), group=group)  # torch warns on rank 1 and goes on
+        dist.destroy_process_group()
+
+    run = launch(work)
+    assert [(s.group, s.seq) for s in marks(run, 0)] == [("ranks 0", 0)]
+    assert [(s.group, s.seq) for s in marks(run, 1)] == [(None, None)]
+
+
+def test_work_that_is_never_waited_for() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for _ in range(50):
+            dist.all_reduce(torch.ones(1000), async_op=True)
+        dist.barrier()
+
+    for _ in range(5):
+        run = launch(work)
+        flights = [s for s in marks(run) if s.lane == "comm"]
+        assert len(flights) == 50
+        assert all(rank.exitcode == 0 for rank in run.ranks)
+
+
+def test_work_that_is_waited_for_twice_and_asked_for() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        handle = dist.all_reduce(x(), async_op=True)
+        while not handle.is_completed():
+            time.sleep(0.001)
+        handle.wait()
+        handle.wait(timedelta(seconds=5))
+        dist.destroy_process_group()
+
+    found = marks(launch(work))
+    assert [s.kind for s in found].count("wait") == 2
+    assert len(found) == 4
+    assert all(s.t1_ns is not None for s in found)
+
+
+def test_collectives_of_two_threads() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        groups = [dist.new_group([0, 1]), dist.new_group([0, 1])]
+
+        def many(group: Any) -> None:
+            for _ in range(50):
+                dist.all_reduce(x(), group=group)
+
+        threads = [threading.Thread(target=many, args=(group,)) for group in groups]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        dist.destroy_process_group()
+
+    run = launch(work)
+    for rank in (0, 1):
+        found = marks(run, rank)
+        assert {s.lane for s in found} == {"thread 1", "thread 2"}
+        for lane in ("thread 1", "thread 2"):
+            assert [s.seq for s in found if s.lane == lane] == list(range(50))
+    assert all(share.last_rank is not None for share in run.waits())
+
+
+def test_a_wait_in_another_thread() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        handle = dist.all_reduce(x(), async_op=True)
+        thread = threading.Thread(target=handle.wait)
+        thread.start()
+        thread.join()
+        dist.destroy_process_group()
+
+    lanes = {s.kind: s.lane for s in marks(launch(work))}
+    assert lanes == {"issue": "main", "comm": "comm", "wait": "thread 1"}
+
+
+def test_a_call_that_fails_is_marked_and_leaves_nothing_open() -> None:
+    def work(rank: int) -> int:
+        dist.init_process_group("gloo")
+        calls: tuple[Callable[[], Any], ...] = (
+            lambda: dist.broadcast(x(), 7),
+            lambda: dist.all_reduce("no tensor"),
+            lambda: dist.all_reduce("no tensor", async_op=True),
+            lambda: dist.batch_isend_irecv([dist.P2POp(dist.isend, x(), 1 - rank), "nonsense"]),
+        )
+        for call in calls:
+            try:
+                call()
+            except (ValueError, TypeError, RuntimeError):
+                pass
+            else:
+                return 0
+        dist.all_reduce(x())
+        dist.destroy_process_group()
+        return 1
+
+    run = launch(work)
+    assert run.values == [1, 1]
+    assert all(s.t1_ns is not None for s in marks(run))
+    last = [share for share in run.waits() if share.op == "all_reduce"][-1]
+    assert last.last_rank is not None
+
+
+def test_what_the_learner_imported_by_name_is_recorded_too() -> None:
+    from torch.distributed import all_reduce
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        all_reduce(x())
+        distributed_c10d.all_reduce(x())
+        torch.distributed.distributed_c10d.barrier()
+        dist.destroy_process_group()
+
+    assert [s.op for s in marks(launch(work))] == ["all_reduce", "all_reduce", "barrier"]
+
+
+def test_nested_marks_and_steps_of_an_optimizer() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        weight = torch.nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for _ in range(3):
+            with span("backward"):
+                weight.grad = torch.ones(1)
+                dist.all_reduce(weight.grad)
+            optimizer.step()
+        dist.destroy_process_group()
+
+    run = launch(work)
+    assert [s.step for s in marks(run)] == [0, 1, 2]
+    lanes = [s for s in run.ranks[0].spans if s.lane == "steps"]
+    assert [s.name for s in lanes] == ["step 0", "step 1", "step 2"]
+    for one, following in pairwise(lanes):
+        assert one.t1_ns is not None
+        assert one.t1_ns <= following.t0_ns

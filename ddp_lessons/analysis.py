@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddp_lessons.collectives import GROUP_CALLS
+from ddp_lessons.collectives import GROUP_CALLS, RECVS
+from ddp_lessons.intervals import Intervals, common, length, union
 from ddp_lessons.meetings import ALL_TO_ALL, Share, ended, meetings, waits
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 MOST = 2 / 3  # of all waiting: who causes so much is the straggler
 NOTEWORTHY = 0.05  # of the ranks' time: less waiting is the noise of any machine
 WARM_UP, MANY_STEPS = 2, 4  # so many steps are left out where there are more than so many
-
-Intervals = list[tuple[int, int]]
 
 
 class Segment(NamedTuple):
@@ -121,11 +120,11 @@ def overlap(run: Run) -> list[Overlap]:
 
     Joining and leaving groups does not count.
     """
-    found = [
-        _overlap(rank.rank, step, intervals, _blocked(rank))
-        for rank in run.ranks
-        for step, intervals in _communication(rank).items()
-    ]
+    found = []
+    for rank in run.ranks:
+        blocked = union(_blocked(rank))
+        for step, intervals in _communication(rank).items():
+            found.append(_overlap(rank.rank, step, union(intervals), blocked))
     return sorted(found, key=lambda o: (o.rank, -1 if o.step is None else o.step))
 
 
@@ -190,7 +189,7 @@ def measured(run: Run) -> Iterator[tuple[str, str, int, int]]:
         sizes = [span.nbytes for span in spans if span.nbytes is not None]
         ends = [t1_ns for rank, (_, t1_ns) in meeting.parts.items() if meeting.waits(rank)]
         if sizes and ends and meeting.complete and all(s.t1_ns is not None for s in spans):
-            span = min(spans, key=lambda s: s.op or "")  # of a pair the recv
+            span = next((s for s in spans if s.op in RECVS), spans[0])
             time_ns = max(ends) - meeting.last_ns
             if time_ns > 0:
                 yield span.op or span.name, span.group or "", max(sizes), time_ns
@@ -198,7 +197,7 @@ def measured(run: Run) -> Iterator[tuple[str, str, int, int]]:
 
 def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
     """The segments of one rank."""
-    by_call = {(s.op, s.group, s.seq): s for s in shares}
+    by_call = {(s.op, s.group, s.seq, s.peer): s for s in shares}
     by_step: dict[int | None, list[Share]] = {}
     for share in shares:
         by_step.setdefault(share.step, []).append(share)
@@ -210,7 +209,8 @@ def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
         elif span.op in GROUP_CALLS:
             yield Segment(span.rank, "group", span.step, span.t0_ns, t1_ns)
         else:
-            call = by_call.get((span.op or "", span.group or "", span.seq or 0))
+            seq = -1 if span.seq is None else span.seq
+            call = by_call.get((span.op or "", span.group or "", seq, span.peer))
             in_flight = by_step.get(span.step, []) if call is None else [call]
             yield from _split(span, t1_ns, in_flight)
 
@@ -246,8 +246,7 @@ def _blocked(rank: RankResult) -> Intervals:
 
 
 def _overlap(rank: int, step: int | None, comm: Intervals, blocked: Intervals) -> Overlap:
-    whole = length(comm)
-    exposed = whole + length(blocked) - length(comm + blocked)  # what both have in common
+    whole, exposed = length(comm), common(comm, blocked)
     return Overlap(rank, step, whole, exposed, whole - exposed)
 
 
@@ -317,12 +316,3 @@ def _fit(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
         squares = sum(w * n * n for w, (n, _) in zip(weights, points, strict=True))
         slope = sum(w * n * t for w, (n, t) in zip(weights, points, strict=True)) / squares
     return max(0.0, latency), 1e9 / slope
-
-
-def length(intervals: Iterable[tuple[int, int]]) -> int:
-    """How long at least one of the intervals goes on."""
-    total, until = 0, 0
-    for begin, end in sorted(intervals):
-        total += max(0, end - max(begin, until))
-        until = max(until, end)
-    return total

@@ -8,26 +8,29 @@ learner's function is unpickled; without a recorder the replacements only call. 
                    wait on the lane of the thread that waits for it
     NCCL           issue on the thread's lane, comm on lane "cuda" with the device's times
 
-`seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective.
+`seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective. What C++
+calls by itself is not seen: DDP's all_reduces (but see buckets.py) and functional collectives.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ddp_lessons import device, flights, recording
 from ddp_lessons.flights import Flight
 from ddp_lessons.groups import Group, default_group, groups
 from ddp_lessons.messages import Joining
-from ddp_lessons.recording import inside
+from ddp_lessons.recording import Recorder, inside
 from ddp_lessons.rendezvous import await_store, rank_of
 from ddp_lessons.tape import Facts
 
-GROUP_CALLS = ("init_process_group", "new_group", "destroy_process_group")
+MAKES_GROUP = ("new_group", "split_group", "shrink_group")
+GROUP_CALLS = ("init_process_group", *MAKES_GROUP, "destroy_process_group")
 # The public functions, and the parameter whose bytes count as one rank's piece.
 COLLECTIVES = {
     "all_gather": "tensor",
@@ -72,22 +75,26 @@ class Call:
         self.peer = next((p for p in ("src", "dst") if p in places), "")
         self.peer_place = places.get(self.peer, 99)
         self.group_peer_place = places.get(f"group_{self.peer}", 99)
-        self.pairwise, self.sends = name in SENDS or name in RECVS, name in SENDS
+        self.sends, self.receives = name in SENDS, name in RECVS
+        self.pairwise = self.sends or self.receives
         self.always_asynchronous = name in ISSUED
+        self.of_objects = "object" in name
 
     def is_asynchronous(self, args: Args, kwargs: Kwargs) -> bool:
         if self.async_place < len(args):
             return bool(args[self.async_place])
         return self.always_asynchronous or bool(kwargs.get("async_op"))
 
-    def facts(self, args: Args, kwargs: Kwargs, rank: int) -> Facts:
-        """What the spans of this call say."""
-        nbytes = _nbytes(_argument(args, kwargs, self.tensor_place, self.tensor))
+    def group(self, args: Args, kwargs: Kwargs) -> Group | None:
+        """The group in which it is called; None if this rank is not in it."""
         process_group = _argument(args, kwargs, self.group_place, "group")
         if process_group is None:
-            group = groups.world or groups.of(default_group())
-        else:
-            group = groups.of(process_group)
+            return groups.world or groups.of(default_group())
+        return groups.of(process_group)
+
+    def facts(self, group: Group | None, args: Args, kwargs: Kwargs, rank: int) -> Facts:
+        """What the spans of this call say. It counts from here."""
+        nbytes = _nbytes(_argument(args, kwargs, self.tensor_place, self.tensor))
         if group is None:
             return Facts(self.name, nbytes=nbytes)
         peer = self._peer(group, args, kwargs) if self.peer else -1
@@ -96,13 +103,19 @@ class Call:
         elif peer < 0:  # a recv from whoever sends first
             seq = -1
         else:
-            seq = group.next((rank, peer) if self.sends else (peer, rank))
+            seq = group.next(self._pair(rank, peer))
         return Facts(self.name, group.name, seq, nbytes, -1, peer)
 
-    def device(self, args: Args, kwargs: Kwargs) -> Any:
+    def take_back(self, group: Group | None, facts: Facts, rank: int) -> None:
+        """It failed and does not count: it has not met the others, or broken the group for good.
+
+        Only a call of objects may meet the others and then fail to unpickle what they sent.
+        """
+        if group is not None and facts.seq >= 0 and not self.of_objects:
+            group.take_back(facts.seq, self._pair(rank, facts.peer) if self.pairwise else None)
+
+    def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> Any:
         """The GPU in whose stream the work will be done; None if the call does it itself."""
-        process_group = _argument(args, kwargs, self.group_place, "group") or default_group()
-        group = groups.of(process_group)
         if group is None or not group.streamed:
             return None
         return device.of(_argument(args, kwargs, self.tensor_place, self.tensor))
@@ -115,7 +128,15 @@ class Call:
                 peer = group.ranks[place]
             elif not self.pairwise:
                 peer = group.ranks[0]
-        return peer if isinstance(peer, int) else -1
+        try:
+            number = operator.index(peer)
+        except TypeError:
+            return -1
+        return number if number in group.ranks else -1
+
+    def _pair(self, rank: int, peer: int) -> tuple[int, int]:
+        """Sender and receiver."""
+        return (rank, peer) if self.sends else (peer, rank)
 
 
 def _argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
@@ -147,7 +168,8 @@ def wrap_torch() -> None:
     register_optimizer_step_post_hook(_stepped)
     keep_groups_of_ddp()
     _replace("init_process_group", _joining)
-    _replace("new_group", _making_group)
+    for name in MAKES_GROUP:
+        _replace(name, _making_group)
     _replace("destroy_process_group", _plain)
     for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
         _replace(name, functools.partial(_recorded, tensor=tensor))
@@ -203,17 +225,25 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
         if recorder is None:
             return function(*args, **kwargs)
         t0_ns = time.perf_counter_ns()
-        facts = call.facts(args, kwargs, recorder.rank)
-        on = call.device(args, kwargs) if groups.any_streamed else None
-        if call.is_asynchronous(args, kwargs) or on is not None:
-            return flights.issued(recorder, t0_ns, facts, on, function, args, kwargs)
-        slot = recorder.begin("comm", name, t0_ns, facts)
-        inside.call = True
+        group = call.group(args, kwargs)
+        facts = call.facts(group, args, kwargs, recorder.rank)
+        on = call.device(group, args, kwargs) if groups.any_streamed else None
         try:
-            return function(*args, **kwargs)
-        finally:
-            inside.call = False
-            recorder.end(slot)
+            if call.is_asynchronous(args, kwargs) or on is not None:
+                return flights.issued(recorder, t0_ns, facts, group, on, function, args, kwargs)
+            slot = recorder.begin("comm", name, t0_ns, facts)
+            inside.call = True
+            try:
+                result = function(*args, **kwargs)
+                if call.receives and facts.peer < 0 and group is not None:
+                    flights.received(recorder, group, result, slot)
+                return result
+            finally:
+                inside.call = False
+                recorder.end(slot)
+        except Exception:
+            call.take_back(group, facts, recorder.rank)
+            raise
 
     return recorded
 
@@ -226,29 +256,35 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(p2p_op_list)
         t0_ns = time.perf_counter_ns()
         slot = recorder.begin("issue", name, t0_ns, Facts(name))
-        started = [Flight(recorder, t0_ns, *_facts(op)) for op in _p2p_ops(p2p_op_list)]
-        works = None
+        started = [_start(recorder, t0_ns, op) for op in _p2p_ops(p2p_op_list)]
+        works: Sequence[Any] = ()
         inside.call = True
         try:
             works = function(p2p_op_list)
             return works
+        except Exception:
+            for flight in reversed(started):
+                calls[flight.facts.op].take_back(flight.group, flight.facts, recorder.rank)
+            raise
         finally:
             inside.call = False
-            for flight, work in zip(started, works or [None] * len(started), strict=False):
-                flight.carry(work)
+            for place, flight in enumerate(started):  # NCCL returns one work for all of them
+                flight.carry(works[min(place, len(works) - 1)] if works else None)
             recorder.end(slot)
 
-    def _facts(op: Any) -> tuple[Facts, Any]:
-        issue = calls[getattr(op.op, "__name__", "")]
-        recorder = recording.current()
-        assert recorder is not None
-        arguments = {"tensor": op.tensor, "group": op.group, issue.peer: op.peer}
-        on = issue.device((), arguments) if groups.any_streamed else None
-        return issue.facts((), arguments, recorder.rank), on
+    def _start(recorder: Recorder, t0_ns: int, op: Any) -> Flight:
+        call = calls[op.op.__name__]
+        arguments = {"tensor": op.tensor, "group": op.group, call.peer: op.peer}
+        group = call.group((), arguments)
+        facts = call.facts(group, (), arguments, recorder.rank)
+        on = call.device(group, (), arguments) if groups.any_streamed else None
+        return Flight(recorder, t0_ns, facts, group, on)
 
     import torch.distributed as dist
 
-    calls = {name: Call(name, getattr(dist, name), "tensor") for name in ISSUED}
+    calls: dict[str | None, Call] = {
+        name: Call(name, getattr(dist, name), "tensor") for name in ISSUED
+    }
     return batched
 
 

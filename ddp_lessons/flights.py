@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from ddp_lessons import device, recording
+from ddp_lessons.groups import Group
 from ddp_lessons.recording import Recorder
-from ddp_lessons.tape import NO_FACTS, Facts
+from ddp_lessons.tape import NO_FACTS, Facts, Slot
 
 
 class Flight:
@@ -22,9 +23,12 @@ class Flight:
     `on` is the GPU in whose stream the work is done, if it is (device.py).
     """
 
-    def __init__(self, recorder: Recorder, t0_ns: int, facts: Facts, on: Any = None) -> None:
+    def __init__(
+        self, recorder: Recorder, t0_ns: int, facts: Facts, group: Group | None, on: Any = None
+    ) -> None:
         self.recorder = recorder
         self.facts = facts
+        self.group = group
         self._slot = 0
         self._stopwatch: device.Stopwatch | None = None
         name = facts.op or "work"
@@ -39,12 +43,24 @@ class Flight:
             self.done()
             return
         _flights[work] = self
+        get_future = getattr(work, "get_future", None)
         try:
             # The coalesced calls return a Future at once.
-            future = work.get_future() if hasattr(work, "get_future") else work
+            future = get_future() if callable(get_future) else work
         except (RuntimeError, NotImplementedError):
             return  # gloo has none for reduce_scatter, isend and irecv: it ends when waited for
-        future.add_done_callback(self.done)
+        if callable(getattr(future, "add_done_callback", None)):
+            future.add_done_callback(self.done)
+        else:  # torch has only noted the call, as one of those that it will coalesce
+            self.done()
+
+    def arrived(self, work: Any, waiting: Slot) -> None:
+        """It was waited for. Of a recv from any rank it is known only now who sent."""
+        if self.facts.op == "irecv" and self.facts.peer < 0 and self.group is not None:
+            source = self.group.ranks[work._source_rank()]
+            seq = received(self.recorder, self.group, source, self._slot, waiting)
+            self.facts = self.facts._replace(seq=seq, peer=source)
+        self.done()
 
     def done(self, _: Any = None) -> None:
         """Note the end, once."""
@@ -57,17 +73,26 @@ class Flight:
 _flights: weakref.WeakKeyDictionary[Any, Flight] = weakref.WeakKeyDictionary()
 
 
+def received(recorder: Recorder, group: Group, source: int, *slots: Slot) -> int:
+    """Number a recv from any rank, now that it is known who sent; return the number."""
+    seq = group.next((source, recorder.rank))
+    for slot in slots:
+        recorder.tape.match(slot, seq, source)
+    return seq
+
+
 def issued(
     recorder: Recorder,
     t0_ns: int,
     facts: Facts,
+    group: Group | None,
     on: Any,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Call a function that only starts the work, and follow that."""
-    flight = Flight(recorder, t0_ns, facts, on)
+    flight = Flight(recorder, t0_ns, facts, group, on)
     slot = recorder.begin("issue", facts.op or "work", t0_ns, facts)
     work = None
     recording.inside.call = True
@@ -95,7 +120,7 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
         try:
             result = wait(self, *args, **kwargs)
             if flight is not None:
-                flight.done()
+                flight.arrived(self, slot)
             return result
         finally:
             recorder.end(slot)

@@ -14,6 +14,8 @@ from typing import Any
 
 from ddp_lessons import device
 
+LONGEST_DESCRIPTION = 50  # characters: the ranks after it must have room (tape.LONGEST_NAME)
+
 
 class Group:
     """What the recorder knows of one process group: its name, and how many calls it has seen."""
@@ -29,6 +31,13 @@ class Group:
     def next(self, pair: tuple[int, int] | None = None) -> int:
         """The number of the next call; sends and recvs count for each (sender, receiver)."""
         return next(self.collectives if pair is None else self.pairs[pair])
+
+    def take_back(self, seq: int, pair: tuple[int, int] | None = None) -> None:
+        """Give the number again to the next call."""
+        if pair is None:
+            self.collectives = itertools.count(seq)
+        else:
+            self.pairs[pair] = itertools.count(seq)
 
 
 class Groups:
@@ -54,11 +63,14 @@ class Groups:
 
         if not isinstance(group, dist.ProcessGroup):
             return None
-        ranks = dist.get_process_group_ranks(group)
+        try:
+            ranks = dist.get_process_group_ranks(group)
+        except (KeyError, ValueError):  # it was destroyed
+            return None
         if dist.get_rank() not in ranks:
             return None
         name = "world" if group is dist.GroupMember.WORLD else f"ranks {_ranges(ranks)}"
-        description = getattr(group, "group_desc", "")
+        description = getattr(group, "group_desc", "")[:LONGEST_DESCRIPTION]
         if name != "world" and description not in ("", "undefined"):
             name = f"{description}: {name}"
         self._names[name] += 1

@@ -7,7 +7,9 @@ Spans that never ended and ranks that never came do not raise: of them less is k
 
 from __future__ import annotations
 
+import functools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +42,8 @@ class Share(NamedTuple):
         receiver" (a send waits for its recv).
     open : bool
         It never ended; `t1_ns` is when the rank did.
+    peer : int or None
+        The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
     """
 
     rank: int
@@ -56,6 +60,7 @@ class Share(NamedTuple):
     last_rank: int | None
     pattern: str
     open: bool = False
+    peer: int | None = None
 
 
 class Arrival(NamedTuple):
@@ -162,15 +167,18 @@ def _meeting(parts: dict[int, tuple[Span, int]], members: Members) -> Meeting:
 
 
 def _members(run: Run) -> Members:
-    joined = {s.rank for r in run.ranks for s in r.spans if s.op == "init_process_group"}
-    active = {s.rank for r in run.ranks for s in r.spans if s.group is not None}
-    world = tuple(sorted(joined | active)) if joined else tuple(range(run.world_size))
-    known: dict[str, tuple[int, ...]] = {}
+    spans = [s for rank in run.ranks for s in rank.spans]
+    joined = Counter(s.rank for s in spans if s.op == "init_process_group")
 
+    @functools.cache
     def members(group: str) -> tuple[int, ...]:
-        if group not in known:
-            known[group] = _listed(group) or world
-        return known[group]
+        listed = _listed(group)
+        if listed or not joined:
+            return listed or tuple(range(run.world_size))
+        _, _, number = group.partition(" #")  # of "world #2" are those who joined twice
+        times = int(number) if number.isdecimal() else 1
+        active = {s.rank for s in spans if s.group == group}
+        return tuple(sorted(active.union(r for r, count in joined.items() if count >= times)))
 
     return members
 
@@ -187,10 +195,11 @@ def _shares(meeting: Meeting) -> Iterator[Share]:
     complete = meeting.complete
     awaited = [rank for rank in meeting.awaited if rank in begun] if complete else []
     last = max(awaited, key=begun.__getitem__, default=None)
+    came_ns = max((begun[rank] for rank in awaited), default=0)
     for rank, (span, t1_ns) in meeting.parts.items():
         until_ns = span.t0_ns
         if meeting.waits(rank):
-            until_ns = t1_ns if last is None else min(t1_ns, max(begun[last], span.t0_ns))
+            until_ns = min(t1_ns, max(came_ns, span.t0_ns)) if complete else t1_ns
         yield Share(
             rank,
             span.op or span.name,
@@ -206,6 +215,7 @@ def _shares(meeting: Meeting) -> Iterator[Share]:
             last,
             LATE_RECEIVER if span.op in SENDS else meeting.pattern,
             span.t1_ns is None,
+            span.peer,
         )
 
 

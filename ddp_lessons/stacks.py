@@ -23,7 +23,8 @@ _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function
 _ESCAPE = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _INFRASTRUCTURE = tuple(
-    os.path.join(_HERE, name) for name in ("worker.py", "recording.py", "rendezvous.py")
+    os.path.join(_HERE, f"{name}.py")
+    for name in ("worker", "recording", "rendezvous", "collectives", "flights", "buckets")
 )
 _LIBRARIES = tuple(
     {

@@ -35,6 +35,8 @@ _PROGRESS, _DROPPED, _TEXT_USED = 0, 8, 16
 # t0_ns, t1_ns, nbytes, step, seq, bucket, peer, name, op, group, lane, kind
 RECORD = struct.Struct("<qqqiiiiIIIIBxxxxxxx")
 _T1 = struct.Struct("<q")
+_INT = struct.Struct("<i")
+_SEQ, _PEER = 28, 36  # where they are in a record
 _LENGTH = struct.Struct("<H")
 _TEXT_START = 64
 _TEXT_END = 1 << 20
@@ -110,6 +112,12 @@ class Tape:
             if slot >= _SPARE_START:
                 self._give_back(slot)
 
+    def match(self, slot: Slot, seq: int, peer: int) -> None:
+        """Note what a recv has met, which it did not know when it began."""
+        if slot:
+            _INT.pack_into(self._memory, slot + _SEQ, seq)
+            _INT.pack_into(self._memory, slot + _PEER, peer)
+
     def moved(self) -> None:
         """Note that the rank goes on, where no span shows it."""
         self._progress += 1
@@ -177,9 +185,10 @@ class Tapes:
     def spans(self, rank: int) -> list[Span]:
         """The spans of a rank in the order in which they began; `t1_ns` None: never ended."""
         base = rank * REGION
+        records = self._records(base)  # before the texts, to which they refer
         (text_used,) = _COUNT.unpack_from(self._memory, base + _TEXT_USED)
         texts = self._texts(base + _TEXT_START, text_used)
-        return sorted(_spans(rank, self._records(base), texts), key=lambda span: span.t0_ns)
+        return sorted(_spans(rank, records, texts), key=lambda span: span.t0_ns)
 
     def _records(self, base: int) -> list[tuple[int, ...]]:
         """All records but the empty ones."""
@@ -205,7 +214,7 @@ class Tapes:
             (length,) = _LENGTH.unpack_from(self._memory, start)
             start += _LENGTH.size
             data = self._memory[start : start + length]
-            texts.append(data.decode("utf-8", errors="replace"))
+            texts.append(data.decode("utf-8", errors="ignore"))  # the last character may be cut
             start += length
         return texts
 
@@ -221,7 +230,7 @@ def _spans(
             rank,
             texts[lane] or "",
             kinds[kind],
-            texts[name] or "(name not kept)",
+            "(name not kept)" if (text := texts[name]) is None else text,
             t0,
             t1 or None,
             step if 0 <= step < steps else None,

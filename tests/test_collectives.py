@@ -12,12 +12,15 @@ from itertools import pairwise
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+import torch.distributed.nn
 from torch.distributed import distributed_c10d
 
-from ddp_lessons import Run, launch, span
+from ddp_lessons import Run, WorkerFailed, launch, span
 from ddp_lessons.collectives import COLLECTIVES, GROUP_CALLS, RECVS, SENDS
 from ddp_lessons.messages import Span
 
@@ -64,6 +67,22 @@ CALLS: dict[str, tuple[Callable[[int, Any], Any], int | None, int | None]] = {
     "all_to_all_single": (
         lambda r, o: dist.all_to_all_single(torch.zeros(6), x(), **o),
         BYTES,
+        None,
+    ),
+    "all_to_all": (lambda r, o: dist.all_to_all(pieces(), pieces(), **o), 2 * BYTES, None),
+    "all_gather_single": (
+        lambda r, o: distributed_c10d.all_gather_single(torch.zeros(12), x(), **o),
+        BYTES,
+        None,
+    ),
+    "reduce_scatter_single": (
+        lambda r, o: distributed_c10d.reduce_scatter_single(x(), torch.zeros(12), **o),
+        BYTES,
+        None,
+    ),
+    "all_gather_coalesced": (
+        lambda r, o: dist.all_gather_coalesced([[x(), x()], [x(), x()]], [x(), x()], **o),
+        2 * BYTES,
         None,
     ),
     "all_reduce_coalesced": (lambda r, o: dist.all_reduce_coalesced([x(), x()], **o), 48, None),
@@ -119,7 +138,7 @@ def test_an_asynchronous_call_is_its_issue_its_flight_and_its_wait(name: str) ->
     run = launch(alone, args=(name, True))
     for rank in (0, 1):
         found = {s.kind: s for s in marks(run, rank)}
-        if name == "all_reduce_coalesced":  # it returns a Future, whose wait is not a Work's
+        if "coalesced" in name:  # it returns a Future, whose wait is not a Work's
             found["wait"] = found["comm"]._replace(lane="main", t0_ns=found["comm"].t1_ns or 0)
         assert {k: s.lane for k, s in found.items()} == {
             "issue": "main",
@@ -133,6 +152,167 @@ def test_an_asynchronous_call_is_its_issue_its_flight_and_its_wait(name: str) ->
         assert flight.t0_ns <= issue.t0_ns <= issue.t1_ns <= wait.t0_ns <= wait.t1_ns
         assert flight.t1_ns is not None
     assert run.values == [True, True]
+
+
+def test_every_call_that_is_recorded_is_tried_here() -> None:
+    assert {*CALLS, *BLOCKING} == {*COLLECTIVES}
+
+
+# The same call in all the ways to write it: the root by global rank or by place in the group.
+WAYS: dict[str, Callable[[int, Any, Any], Any]] = {
+    "by position": lambda r, t, g: dist.broadcast(t, 3, g, False),
+    "by name": lambda r, t, g: dist.broadcast(async_op=False, group=g, src=3, tensor=t),
+    "by place": lambda r, t, g: dist.broadcast(t, group=g, group_src=1),
+    "by a number of NumPy's": lambda r, t, g: dist.broadcast(t, np.int64(3), g),
+    "reduce": lambda r, t, g: dist.reduce(t, 3, dist.ReduceOp.SUM, g),
+    "gather by place": lambda r, t, g: dist.gather(
+        t, pieces() if r == 3 else None, group=g, group_dst=1
+    ),
+    "scatter by place": lambda r, t, g: dist.scatter(
+        t, pieces() if r == 3 else None, group=g, group_src=1
+    ),
+    "send and recv": lambda r, t, g: dist.send(t, 3, g) if r == 1 else dist.recv(t, 1, g),
+    "by place there, too": lambda r, t, g: (
+        dist.send(t, group=g, group_dst=1) if r == 1 else dist.recv(t, group=g, group_src=0)
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_write_a_call_is_understood(way: str) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        group = dist.new_group([1, 3])
+        if rank in (1, 3):
+            WAYS[way](rank, x(), group)
+        dist.destroy_process_group()
+
+    run = launch(work, nprocs=4)
+    for rank in (1, 3):
+        (mark,) = marks(run, rank)
+        assert (mark.group, mark.seq, mark.nbytes) == ("ranks 1 3", 0, BYTES)
+        assert mark.peer == (1 if mark.op == "recv" else 3)
+
+
+def test_pieces_of_unequal_size() -> None:
+    def work(rank: int) -> Any:
+        dist.init_process_group("gloo")
+        out, mine = torch.zeros(3), torch.full((2 * rank + 2,), float(rank))
+        dist.all_to_all_single(out, mine, [1, 2], [rank + 1] * 2)
+        dist.destroy_process_group()
+        return out.tolist()
+
+    run = launch(work)
+    assert run.values == [[0, 1, 1], [0, 1, 1]]
+    assert [marks(run, rank)[0].nbytes for rank in (0, 1)] == [8, 16]
+
+
+def test_results_are_those_of_plain_torch() -> None:
+    def work(rank: int) -> list[bool]:
+        dist.init_process_group("gloo")
+        same = []
+        for call in (dist.all_reduce, dist.reduce, dist.broadcast):
+            results = []
+            for each in (call, call.__wrapped__):
+                torch.manual_seed(rank)
+                results.append(torch.randn(1000))
+                each(results[-1], *([] if call is dist.all_reduce else [1]))
+            same.append(torch.equal(*results))
+        return same
+
+    run = launch(work)
+    assert run.values == [[True] * 3] * 2
+    assert len(marks(run)) == 3  # the plain ones are not seen
+
+
+def test_all_calls_keep_their_names_signatures_and_documentation() -> None:
+    def described() -> dict[str, tuple[str, str, str | None]]:
+        found = {}
+        for name in (*COLLECTIVES, *SENDS, *RECVS, *GROUP_CALLS, "batch_isend_irecv"):
+            for module in (dist, distributed_c10d):
+                call = getattr(module, name, None)
+                if call is not None:
+                    key = f"{module.__name__}.{name}"
+                    found[key] = (call.__name__, str(inspect.signature(call)), call.__doc__)
+        return found
+
+    (there,) = launch(lambda rank: described(), nprocs=1).values
+    assert len(there) > 50
+    assert there == described()
+
+
+def test_a_call_that_fails_on_one_rank_alone_does_not_count() -> None:
+    def work(rank: int) -> int:
+        dist.init_process_group("gloo")
+        other = 1 - rank
+        wrong: list[Callable[[], Any]] = [
+            lambda: dist.all_reduce("no tensor"),
+            lambda: dist.all_reduce("no tensor", async_op=True),
+            lambda: dist.broadcast(x(), 7),
+            lambda: dist.broadcast(x(), 2**40),
+            lambda: dist.send("no tensor", other),
+            lambda: dist.isend("no tensor", other),
+            lambda: dist.irecv("no tensor", other),
+            lambda: dist.send(x(), 2**40),
+            lambda: dist.batch_isend_irecv([dist.P2POp(dist.isend, x(), other)] * 2 + ["x"]),
+        ]
+        failed = 0
+        for call in wrong if rank == 0 else []:
+            try:
+                call()
+            except (TypeError, ValueError, RuntimeError):
+                failed += 1
+        dist.all_reduce(x())
+        handle = dist.isend(x(), other)
+        dist.recv(x(), other)
+        handle.wait()
+        dist.barrier()
+        dist.destroy_process_group()
+        return failed
+
+    run = launch(work)
+    assert run.values == [9, 0]
+    last = [[(s.op, s.seq) for s in marks(run, rank) if s.kind == "comm"][-4:] for rank in (0, 1)]
+    assert last[0] == last[1] == [("all_reduce", 0), ("isend", 0), ("recv", 0), ("barrier", 1)]
+    arrivals = [a for a in run.arrivals() if a.op in ("all_reduce", "barrier")]
+    assert [a.last_rank is not None for a in arrivals] == [True, True]
+
+
+@pytest.mark.parametrize("how", ["blocking", "asynchronous", "batched", "joining"])
+def test_an_error_shows_no_line_of_the_recorder(how: str) -> None:
+    def work(rank: int) -> None:
+        if how == "joining":
+            dist.init_process_group("nonsense")
+        dist.init_process_group("gloo")
+        if how == "blocking":
+            dist.monitored_barrier(timeout="soon")
+        elif how == "asynchronous":
+            dist.all_reduce("no tensor", async_op=True)
+        else:
+            dist.batch_isend_irecv("nothing")
+
+    with pytest.raises(WorkerFailed) as caught:
+        launch(work)
+    text = str(caught.value)
+    assert "def work" not in text
+    assert "dist." in text
+    assert "ddp_lessons" not in text
+
+
+def test_what_autograd_and_functional_collectives_call() -> None:
+    def work(rank: int) -> tuple[float, float]:
+        dist.init_process_group("gloo")
+        weight = torch.ones(1, requires_grad=True)
+        dist.nn.functional.all_reduce(weight).sum().backward()
+        total = functional.all_reduce(torch.ones(1), "sum", dist.group.WORLD)
+        assert weight.grad is not None
+        result = (weight.grad.item(), float(total))
+        dist.destroy_process_group()
+        return result
+
+    run = launch(work)
+    assert run.values[0] == (2.0, 2.0)
+    assert [s.op for s in marks(run)] == ["all_reduce"] * 2  # forward and backward; not C++'s own
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -172,17 +352,21 @@ def test_sends_and_recvs_belong_together() -> None:
     assert [s.last_rank is not None for s in run.waits()] == [True] * 8
 
 
-def test_a_recv_from_whoever_sends_first_has_no_number() -> None:
+def test_a_recv_from_whoever_sends_first_learns_who_it_was() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")
-        if rank == 0:
+        if rank == 1:
             dist.recv(torch.zeros(1))
-        else:
-            dist.send(torch.ones(1), 0)
+            dist.irecv(torch.zeros(1)).wait()
+        elif rank == 2:
+            dist.send(torch.ones(1), 1)
+            dist.send(torch.ones(1), 1)
         dist.destroy_process_group()
 
-    (recv,) = marks(launch(work))
-    assert (recv.op, recv.seq, recv.peer) == ("recv", None, None)
+    run = launch(work, nprocs=3)
+    received = [(s.op, s.seq, s.peer) for s in marks(run, 1) if s.kind == "comm"]
+    assert received == [("recv", 0, 2), ("irecv", 1, 2)]
+    assert [share.last_rank is not None for share in run.waits()] == [True] * 4
 
 
 def test_batched_sends_and_recvs() -> None:
@@ -268,20 +452,6 @@ def test_a_rank_outside_a_group_is_no_part_of_it() -> None:
     run = launch(work)
     assert [(s.group, s.seq) for s in marks(run, 0)] == [("ranks 0", 0)]
     assert [(s.group, s.seq) for s in marks(run, 1)] == [(None, None)]
-
-
-def test_work_that_is_never_waited_for() -> None:
-    def work(rank: int) -> None:
-        dist.init_process_group("gloo")
-        for _ in range(50):
-            dist.all_reduce(torch.ones(1000), async_op=True)
-        dist.barrier()
-
-    for _ in range(5):
-        run = launch(work)
-        flights = [s for s in marks(run) if s.lane == "comm"]
-        assert len(flights) == 50
-        assert all(rank.exitcode == 0 for rank in run.ranks)
 
 
 def test_work_that_is_waited_for_twice_and_asked_for() -> None:

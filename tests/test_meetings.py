@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from typing import Any
@@ -119,6 +120,19 @@ def test_where_a_rank_never_came_all_is_waiting_and_nobody_is_blamed() -> None:
     assert [a.last_rank for a in run.arrivals() if a.op == "all_reduce"] == [None]
 
 
+def test_where_all_came_and_one_never_left_the_rest_is_transfer() -> None:
+    run = run_of(call(0, 100, None), call(1, 300, 400), call(2, 200, 400))
+    assert split(run) == {0: (200, END - 300), 1: (0, 100), 2: (100, 100)}
+    assert [share.open for share in run.waits()] == [True, False, False]
+
+
+def test_different_calls_under_one_number_do_not_meet() -> None:
+    run = run_of(call(0, 100, 500), call(1, 100, 500, "broadcast", peer=0), call(2, 100, 500))
+    assert len(run.arrivals()) == 2
+    assert last(run) == {None}
+    assert {a.last_rank for a in run.arrivals()} == {None}
+
+
 def test_of_a_rank_that_lost_spans_nothing_is_claimed() -> None:
     spans = [call(0, 100, 500), call(2, 200, 500), call(1, 0, 50, "barrier", 9)]
     assert [s.op for s in run_of(*spans, dropped={1: 5}).waits()] == ["barrier"]
@@ -133,6 +147,17 @@ def test_a_group_consists_of_the_ranks_in_its_name(group: str, members: tuple[in
     complete = [call(r, 100 * (r + 1), 500, group=group) for r in members]
     assert last(run_of(*complete)) == {members[-1]}
     assert last(run_of(*complete[:-1])) == {None}
+
+
+def test_to_a_world_that_is_made_again_belong_those_who_joined_again() -> None:
+    def joining(rank: int, at: int) -> Span:
+        return call(rank, at, at + 5, "init_process_group", None, group=None)
+
+    first = [joining(rank, 10) for rank in range(3)] + [call(r, 100 + r, 150) for r in range(3)]
+    again = [joining(rank, 200) for rank in (0, 2)]
+    spans = [*first, *again, call(0, 300, 400, group="world #2")]
+    assert last(run_of(*spans)) == {2, None}
+    assert last(run_of(*spans, call(2, 350, 400, group="world #2"))) == {2}
 
 
 def test_groups_do_not_mix() -> None:
@@ -156,6 +181,38 @@ def test_a_table_of_it(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_one_rank_waits_for_nobody() -> None:
     assert split(run_of(call(0, 100, 500), ranks=1)) == {0: (0, 400)}
+
+
+@pytest.mark.parametrize("op", ["reduce", "broadcast", "gather", "barrier"])
+def test_alone_in_a_group_a_rank_waits_for_nobody(op: str) -> None:
+    run = run_of(call(1, 100, 500, op, group="ranks 1", peer=1))
+    assert split(run) == {1: (0, 400)}
+
+
+def counted(spans: dict[int, tuple[int, int]], awaited: set[int], waiting: set[int]) -> Any:
+    """The split, by looking at every nanosecond."""
+    found = {}
+    for rank, (t0, t1) in spans.items():
+        missing = [t for t in range(t0, t1) if any(spans[other][0] > t for other in awaited)]
+        wait = len(missing) if rank in waiting else 0
+        found[rank] = (wait, t1 - t0 - wait)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("op", ["all_reduce", "broadcast", "reduce", "recv"])
+def test_counting_every_nanosecond_finds_the_same(op: str, seed: int) -> None:
+    numbers = random.Random(seed)
+    ranks = {*range(2 if op == "recv" else 4)}
+    root = numbers.randrange(len(ranks))
+    times = {rank: numbers.randrange(1, 500) for rank in ranks}
+    spans = {rank: (t0, t0 + numbers.randrange(400)) for rank, t0 in times.items()}
+    awaited = {"broadcast": {root}, "reduce": ranks - {root}}.get(op, ranks)
+    waiting = ranks - awaited if op in ("broadcast", "reduce") else ranks
+    peers = {rank: 1 - rank if op == "recv" else root for rank in ranks}
+    ops = {rank: "send" if op == "recv" and rank == root else op for rank in ranks}
+    made = [call(rank, *spans[rank], ops[rank], peer=peers[rank]) for rank in ranks]
+    assert split(run_of(*made, ranks=len(ranks))) == counted(spans, awaited, waiting)
 
 
 def test_nothing_at_all() -> None:

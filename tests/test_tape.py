@@ -78,8 +78,25 @@ def test_odd_names(tapes: Tapes, name: str) -> None:
     odd, following = tapes.spans(0)
     assert following.name == "next"
     readable = name.encode(errors="replace").decode()
-    assert readable.startswith(odd.name.rstrip("\ufffd")) or not name
-    assert len(odd.name.encode()) <= LONGEST_NAME + 3
+    assert readable.startswith(odd.name)
+    assert len(odd.name.encode()) == min(LONGEST_NAME, len(readable.encode()))
+
+
+def test_a_long_name_is_cut_between_two_characters(tapes: Tapes) -> None:
+    writer(tapes).begin("main", "compute", "€" * 100, 10, 20)
+    assert tapes.spans(0)[0].name == "€" * (LONGEST_NAME // 3)
+
+
+def test_what_a_recv_has_met_is_noted_later(tapes: Tapes) -> None:
+    mine = writer(tapes)
+    facts = Facts("recv", "world", -1, 2**40, 3)
+    slot = mine.begin("main", "comm", "recv", 10, step=0, facts=facts)
+    mine.match(slot, 7, 2)
+    mine.end(slot, 20)
+    mine.match(0, 8, 3)  # a span that was not kept
+    (recv,) = tapes.spans(0)
+    assert recv[:6] == (0, "main", "comm", "recv", 10, 20)
+    assert recv[7:] == ("recv", "world", 7, 2**40, 3, 2)
 
 
 def test_names_beyond_the_room_for_them_are_admitted(tapes: Tapes) -> None:
@@ -135,6 +152,26 @@ def test_what_a_killed_process_wrote_stays_readable(tapes: Tapes) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert [(s.name, s.t1_ns) for s in tapes.spans(0)] == [("before", 20), ("barrier", None)]
+
+
+def test_it_can_be_killed_and_read_at_any_moment(tapes: Tapes) -> None:
+    mine = writer(tapes)
+    child = os.fork()
+    if child == 0:
+        for number in range(1, MOST_SPANS):
+            mine.begin("main", "compute", f"span {number % 1000}", number, number + 1)
+        os._exit(0)
+    counts = [0]
+    try:
+        while counts[-1] < 20_000:
+            counts.append(len(tapes.spans(0)))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    *spans, last = tapes.spans(0)
+    assert counts == sorted(counts)
+    assert all((s.name, s.t1_ns) == (f"span {s.t0_ns % 1000}", s.t0_ns + 1) for s in spans)
+    assert last.name in (f"span {last.t0_ns % 1000}", "(name not kept)")  # perhaps half of it
 
 
 def test_it_takes_memory_only_where_it_is_written() -> None:

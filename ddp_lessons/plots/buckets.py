@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch
 
-from ddp_lessons.analysis import length
+from ddp_lessons.intervals import length
 from ddp_lessons.meetings import ended
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import lanes, style

@@ -30,7 +30,8 @@ from ddp_lessons.rendezvous import await_store, rank_of
 from ddp_lessons.tape import Facts
 
 MAKES_GROUP = ("new_group", "split_group", "shrink_group")
-GROUP_CALLS = ("init_process_group", *MAKES_GROUP, "destroy_process_group")
+JOINING = ("init_process_group", *MAKES_GROUP)
+GROUP_CALLS = (*JOINING, "destroy_process_group")
 # The public functions, and the parameter whose bytes count as one rank's piece.
 COLLECTIVES = {
     "all_gather": "tensor",

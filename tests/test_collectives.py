@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+import random
 import sys
 import threading
 import time
@@ -18,9 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.distributed.nn
-from torch.distributed import distributed_c10d
+from torch.distributed import all_reduce, distributed_c10d
 
-from ddp_lessons import Run, WorkerFailed, launch, span
+from ddp_lessons import Run, WorkerFailed, collectives, launch, span
 from ddp_lessons.collectives import COLLECTIVES, GROUP_CALLS, RECVS, SENDS
 from ddp_lessons.messages import Span
 
@@ -110,6 +112,60 @@ def marks(run: Run, rank: int = 0) -> list[Span]:
     return [s for s in run.ranks[rank].spans if s.op not in (None, *GROUP_CALLS)]
 
 
+def many_calls(rank: int) -> None:
+    dist.init_process_group("gloo")
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    all_reduce(ones)
+    from torch.distributed import all_reduce as reduce_all
+
+    reduce_all(ones)
+    distributed_c10d.all_reduce(ones)
+    dist.barrier()
+    dist.all_gather_object([None] * dist.get_world_size(), {"rank": rank})
+    dist.send(ones, 1) if rank == 0 else dist.recv(ones, 0)
+    dist.all_reduce(ones, group=dist.new_group([0, 1]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_calls_are_recorded_once_by_their_names(method: str) -> None:
+    run = launch(many_calls, start_method=method)
+    for rank, point_to_point in enumerate(("send", "recv")):
+        spans = [s for s in run.ranks[rank].spans if s.lane != "process"]
+        assert [s.op for s in spans] == [
+            "init_process_group",
+            *["all_reduce"] * 4,
+            "barrier",
+            "all_gather_object",
+            point_to_point,
+            "new_group",
+            "all_reduce",
+            "destroy_process_group",
+        ]
+        assert {(s.kind, s.lane) for s in spans} == {("comm", "main")}
+        assert all(s.op == s.name for s in spans)
+
+
+def test_a_collective_is_as_long_as_its_wait() -> None:
+    def work(rank: int) -> tuple[int, int]:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 1:
+            time.sleep(0.2)
+        began = time.perf_counter_ns()
+        dist.barrier()
+        return began, time.perf_counter_ns()
+
+    run = launch(work)
+    early, late = (marks(run, rank)[-1] for rank in (0, 1))
+    for barrier, (began, ended) in zip((early, late), run.values, strict=True):
+        assert barrier.t1_ns is not None
+        assert began <= barrier.t0_ns < barrier.t1_ns <= ended
+        assert barrier.t1_ns >= late.t0_ns  # nobody leaves before the last has come
+    assert (early.t1_ns or 0) - early.t0_ns > (late.t1_ns or 0) - late.t0_ns
+
+
 def alone(rank: int, name: str, asynchronous: bool) -> bool:
     """Make one call; whether it returned something."""
     dist.init_process_group("gloo")
@@ -163,6 +219,7 @@ WAYS: dict[str, Callable[[int, Any, Any], Any]] = {
     "by position": lambda r, t, g: dist.broadcast(t, 3, g, False),
     "by name": lambda r, t, g: dist.broadcast(async_op=False, group=g, src=3, tensor=t),
     "by place": lambda r, t, g: dist.broadcast(t, group=g, group_src=1),
+    "asynchronous by position": lambda r, t, g: dist.broadcast(t, 3, g, True).wait(),
     "by a number of NumPy's": lambda r, t, g: dist.broadcast(t, np.int64(3), g),
     "reduce": lambda r, t, g: dist.reduce(t, 3, dist.ReduceOp.SUM, g),
     "gather by place": lambda r, t, g: dist.gather(
@@ -189,7 +246,8 @@ def test_every_way_to_write_a_call_is_understood(way: str) -> None:
 
     run = launch(work, nprocs=4)
     for rank in (1, 3):
-        (mark,) = marks(run, rank)
+        (mark,) = (s for s in marks(run, rank) if s.kind == "comm")
+        assert mark.lane == ("comm" if "asynchronous" in way else "main")
         assert (mark.group, mark.seq, mark.nbytes) == ("ranks 1 3", 0, BYTES)
         assert mark.peer == (1 if mark.op == "recv" else 3)
 
@@ -233,6 +291,7 @@ def test_all_calls_keep_their_names_signatures_and_documentation() -> None:
                 call = getattr(module, name, None)
                 if call is not None:
                     key = f"{module.__name__}.{name}"
+                    assert pickle.loads(pickle.dumps(call)) is call
                     found[key] = (call.__name__, str(inspect.signature(call)), call.__doc__)
         return found
 
@@ -535,17 +594,67 @@ def test_a_call_that_fails_is_marked_and_leaves_nothing_open() -> None:
     assert last.last_rank is not None
 
 
-def test_what_the_learner_imported_by_name_is_recorded_too() -> None:
-    from torch.distributed import all_reduce
+def test_one_work_for_a_whole_batch_ends_all_of_it() -> None:
+    """As NCCL returns it."""
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> int:
         dist.init_process_group("gloo")
-        all_reduce(x())
-        distributed_c10d.all_reduce(x())
-        torch.distributed.distributed_c10d.barrier()
-        dist.destroy_process_group()
 
-    assert [s.op for s in marks(launch(work))] == ["all_reduce", "all_reduce", "barrier"]
+        def start(p2p_op_list: list[Any]) -> list[Any]:
+            return [dist.all_reduce.__wrapped__(x(), async_op=True)]
+
+        batch = collectives._batched("batch_isend_irecv", start)
+        (handle,) = batch([dist.P2POp(call, x(), 1 - rank) for call in (dist.isend, dist.irecv)])
+        handle.wait()
+        dist.destroy_process_group()
+        return 1
+
+    run = launch(work)
+    flights = [s for s in marks(run) if s.lane == "comm"]
+    assert [s.op for s in flights] == ["isend", "irecv"]
+    assert all(s.t1_ns is not None for s in flights)
+
+
+def drawn(rank: int, seed: int) -> None:
+    """A random program: all ranks draw the same calls, and each its own pauses."""
+    dist.init_process_group("gloo")
+    teams = [[0, 1, 2, 3], [0, 1], [2, 3], [0, 2, 3]]
+    groups = [dist.new_group(team) for team in teams]
+    numbers, mine, handles = random.Random(seed), random.Random(rank), []
+    for _ in range(150):
+        at, what, root = numbers.randrange(4), numbers.randrange(5), numbers.choice([0, 3])
+        if mine.random() < 0.1:
+            time.sleep(0.002)
+        if rank not in teams[at]:
+            continue
+        group, source = groups[at], teams[at][min(root, len(teams[at]) - 1)]
+        if what == 0:
+            handles.append(dist.all_reduce(x(), group=group, async_op=True))
+        elif what == 1:
+            dist.broadcast(x(), source, group)
+        elif what == 2:
+            dist.reduce(x(), source, group=group)
+        elif what == 3:
+            dist.all_gather_object([None] * len(teams[at]), rank, group)
+        elif rank in teams[at][:2]:
+            first, second = teams[at][:2]
+            dist.send(x(), second, group) if rank == first else dist.recv(x(), first, group)
+    for handle in handles:
+        handle.wait()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_of_a_random_program_every_call_finds_its_others(seed: int) -> None:
+    run = launch(drawn, args=(seed,), nprocs=4)
+    comm = [s for rank in range(4) for s in marks(run, rank) if s.kind == "comm"]
+    shares = run.waits()
+    assert len(shares) == len(comm) > 300
+    assert all(share.last_rank is not None for share in shares)
+    assert all(share.wait_ns + share.transfer_ns == share.t1_ns - share.t0_ns for share in shares)
+    assert all(min(share.wait_ns, share.transfer_ns) >= 0 for share in shares)
+    assert all(overlap.exposed_ns <= overlap.comm_ns for overlap in run.overlap())
 
 
 def test_nested_marks_and_steps_of_an_optimizer() -> None:

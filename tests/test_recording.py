@@ -1,4 +1,4 @@
-"""What the ranks record of themselves: spans by hand, and every call of torch.distributed."""
+"""What is marked by hand: spans, in one thread or several, and none in children of a rank."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import sys
 import threading
 import time
 from collections import Counter
-from typing import Any
 
 import cloudpickle
 import pytest
-import torch
 import torch.distributed as dist
-from torch.distributed import all_reduce
 
 from ddp_lessons import Run, WorkerFailed, launch, span
 from ddp_lessons.messages import Span
@@ -162,118 +159,6 @@ def test_beyond_the_bound_spans_are_dropped_and_counted() -> None:
     (rank,) = launch(work, nprocs=1).ranks
     assert len([s for s in rank.spans if s.lane == "main"]) == MOST_SPANS
     assert rank.dropped == 1234
-
-
-def collectives(rank: int) -> None:
-    dist.init_process_group("gloo")
-    x = torch.ones(1)
-    dist.all_reduce(x)
-    all_reduce(x)
-    from torch.distributed import all_reduce as reduce_all
-
-    reduce_all(x)
-    dist.barrier()
-    dist.broadcast(x, 0)
-    dist.all_gather_object([None] * dist.get_world_size(), {"rank": rank})
-    dist.broadcast_object_list([rank], 0)
-    dist.send(x, 1) if rank == 0 else dist.recv(x, 0)
-    group = dist.new_group([0, 1])
-    dist.all_reduce(x, group=group)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_collectives_are_recorded_once_by_their_names(method: str) -> None:
-    run = launch(collectives, start_method=method)
-    for rank, point_to_point in enumerate(("send", "recv")):
-        assert names(run, rank) == [
-            "init_process_group",
-            "all_reduce",
-            "all_reduce",
-            "all_reduce",
-            "barrier",
-            "broadcast",
-            "all_gather_object",
-            "broadcast_object_list",
-            point_to_point,
-            "new_group",
-            "all_reduce",
-            "destroy_process_group",
-        ]
-        assert {(s.kind, s.lane) for s in recorded(run, rank)} == {("comm", "main")}
-        assert all(s.op == s.name for s in recorded(run, rank))
-
-
-def test_a_collective_is_as_long_as_its_wait() -> None:
-    def work(rank: int) -> tuple[int, int]:
-        dist.init_process_group("gloo")
-        dist.barrier()
-        if rank == 1:
-            time.sleep(0.2)
-        began = time.perf_counter_ns()
-        dist.barrier()
-        return began, time.perf_counter_ns()
-
-    run = launch(work)
-    early, late = (recorded(run, rank)[-1] for rank in (0, 1))
-    for barrier, (began, ended) in zip((early, late), run.values, strict=True):
-        assert barrier.t1_ns is not None
-        assert began <= barrier.t0_ns < barrier.t1_ns <= ended
-        assert barrier.t1_ns >= late.t0_ns  # nobody leaves before the last has come
-    assert length(early) > length(late)
-
-
-IN_FLIGHT = [("comm", "comm"), ("main", "issue"), ("main", "wait")]
-
-
-def asynchronous(rank: int, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    dist.init_process_group("gloo")
-    dist.all_reduce(torch.ones(1), *args, **options).wait()
-    dist.destroy_process_group()
-
-
-def test_an_asynchronous_call_only_issues_the_work() -> None:
-    run = launch(asynchronous, args=((), {"async_op": True}))
-    assert [(s.lane, s.kind) for s in recorded(run) if s.op == "all_reduce"] == IN_FLIGHT
-
-
-def test_also_where_it_says_so_by_position() -> None:
-    run = launch(asynchronous, args=((dist.ReduceOp.SUM, None, True), {}))
-    assert [(s.lane, s.kind) for s in recorded(run) if s.op == "all_reduce"] == IN_FLIGHT
-
-
-def test_an_error_inside_a_collective_shows_no_recorder() -> None:
-    def work(rank: int) -> None:
-        dist.init_process_group("gloo")
-        group = dist.new_group([0, 1])
-        with span("sync"):
-            dist.broadcast(torch.ones(1), 7, group=group)
-
-    with pytest.raises(WorkerFailed, match="ranks 0 and 1 of 2 raised ValueError") as caught:
-        launch(work)
-    text = str(caught.value)
-    assert "dist.broadcast(torch.ones(1), 7, group=group)" in text
-    assert "ddp_lessons" not in text
-    assert "in recorded" not in text
-    assert caught.value.run is not None
-    assert names(caught.value.run)[1:] == ["new_group", "sync", "broadcast"]
-
-
-def test_a_collective_keeps_its_signature_and_docstring() -> None:
-    def work(rank: int) -> tuple[str, str, bool]:
-        import inspect
-        import pickle
-
-        call: Any = dist.all_reduce
-        same = pickle.loads(pickle.dumps(call)) is call
-        return str(inspect.signature(call)), call.__doc__, same
-
-    import inspect
-
-    for signature, documentation, same in launch(work).values:
-        assert signature == str(inspect.signature(dist.all_reduce))
-        assert documentation == dist.all_reduce.__doc__
-        assert same
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from ddp_lessons.analysis import Segment, segments
-from ddp_lessons.collectives import GROUP_CALLS
+from ddp_lessons.collectives import JOINING
 from ddp_lessons.meetings import ALL_TO_ALL, Share
 from ddp_lessons.plots import style
 from ddp_lessons.results import Run
@@ -134,8 +134,8 @@ def _window(run: Run, steps: tuple[int, int] | None) -> Window:
     spans = run.spans()
     ends = [rank.ended_ns for rank in run.ranks]
     if steps is None:
-        joins = [s.t1_ns for s in spans if s.op in GROUP_CALLS[:2] and s.t1_ns is not None]
-        leaves = [s.t0_ns for s in spans if s.op == GROUP_CALLS[2]]
+        joins = [s.t1_ns for s in spans if s.op in JOINING and s.t1_ns is not None]
+        leaves = [s.t0_ns for s in spans if s.op == "destroy_process_group"]
         starts = [rank.started_ns for rank in run.ranks if rank.started_ns is not None]
         begin = max(joins or starts or [run.begin_ns])
         end = min((t for t in leaves if t > begin), default=max(ends))

@@ -264,6 +264,11 @@ def _hang_advice(run: Run, waiting: Sequence[RankResult], away: Sequence[RankRes
             f"{count(run.world_size, 'rank')} were launched. Does world_size= or WORLD_SIZE say "
             "the same, does every rank have a number of its own, and do all name the same place?"
         )
+    if {position.call for position in positions} == {"send"}:
+        return (
+            "A send may wait until its recv has begun, and here all of them send first. Start with "
+            "isend and wait for it after the recv, or let some ranks receive first."
+        )
     if len(positions) == 1:
         return (
             "All of them make the same call. Do their tensors have the same shape and dtype, and "

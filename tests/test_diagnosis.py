@@ -62,6 +62,17 @@ def test_a_deadlock_in_python() -> None:
     assert "lock.acquire()" in str(caught.value)
 
 
+def test_a_ring_in_which_all_send_first() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.send(torch.ones(1), (rank + 1) % 3)
+        dist.recv(torch.ones(1), (rank - 1) % 3)
+
+    with pytest.raises(WorkersHung, match="ranks 0, 1 and 2 wait in send") as caught:
+        launch(work, nprocs=3, timeout=1)
+    assert "isend" in str(caught.value)
+
+
 def test_a_rank_that_ended_is_missed_long_before_the_timeout() -> None:
     def work(rank: int) -> str:
         if rank == 2:

@@ -36,6 +36,28 @@ def in_place(x: torch.Tensor) -> torch.Tensor:
     return x / dist.get_world_size()
 
 
+def float_is_no_copy(x: torch.Tensor) -> torch.Tensor:
+    total = x.float()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def for_one_rank(x: torch.Tensor) -> torch.Tensor:
+    total = x.clone().float()
+    dist.reduce(total, dst=0)
+    return total / dist.get_world_size()
+
+
+def stacked(x: torch.Tensor) -> torch.Tensor:
+    pieces = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(pieces, x)
+    return torch.stack(pieces)
+
+
+def over_elements(x: torch.Tensor) -> torch.Tensor:
+    return only_summed(x) / len(x)
+
+
 def floored(x: torch.Tensor) -> torch.Tensor:
     total = x.clone()
     dist.all_reduce(total)
@@ -60,6 +82,10 @@ def predict(op: str, before: list[list[int]]) -> list[Any]:
         "reduce_scatter": [sums[r * k : (r + 1) * k] for r in range(n)],
     }
     return answers[op]
+
+
+def as_tensors(rows: list[Any]) -> list[Any]:
+    return [None if row is None else torch.tensor(row) for row in rows]
 
 
 def but(op: str, change: Callable[[list[Any], list[list[int]]], list[Any]]) -> Any:
@@ -119,6 +145,27 @@ def all_to_zero(x: torch.Tensor) -> None:
             dist.send(x, dst=other)
 
 
+def first_round_only(x: torch.Tensor) -> None:
+    rank, n = dist.get_rank(), dist.get_world_size()
+    pieces = x.tensor_split(n)
+    for step in range(n - 1):
+        received = pieces[(rank - step - 1) % n].clone()
+        sending = dist.isend(pieces[(rank - step) % n], dst=(rank + 1) % n)
+        dist.recv(received, src=(rank - 1) % n)
+        sending.wait()
+        pieces[(rank - step - 1) % n].add_(received)
+
+
+def only_equal_pieces(x: torch.Tensor) -> None:
+    length = len(x) // dist.get_world_size() * dist.get_world_size()
+    ring_all_reduce(x[:length])
+
+
+def zero_returns(x: torch.Tensor) -> None:
+    if dist.get_rank():
+        ring_all_reduce(x)
+
+
 def on_a_copy(x: torch.Tensor) -> torch.Tensor:
     y = x.clone()
     ring_all_reduce(y)
@@ -128,11 +175,16 @@ def on_a_copy(x: torch.Tensor) -> torch.Tensor:
 RIGHT: list[tuple[Any, Any]] = [
     (check_mean_over_ranks, mean_over_ranks),
     (check_predict, predict),
+    (check_predict, lambda op, before: as_tensors(predict(op, before))),
     (check_ring_all_reduce, ring_all_reduce),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_mean_over_ranks, only_summed, "you returned .*That is the sum"),
-    (check_mean_over_ranks, in_place, "x was changed on rank 0.*Give it a copy"),
+    (check_mean_over_ranks, in_place, "on rank 0: .* x was changed.*Give it a copy"),
+    (check_mean_over_ranks, float_is_no_copy, "3 ranks, .* x was changed.*only if x had another"),
+    (check_mean_over_ranks, for_one_rank, "on rank 1.*`reduce` gives the sums to `dst` only"),
+    (check_mean_over_ranks, stacked, "as many numbers as x"),
+    (check_mean_over_ranks, over_elements, "number of ranks .not of elements"),
     (check_mean_over_ranks, floored, "Integers cannot hold the mean"),
     (check_mean_over_ranks, nothing, "you returned None.*all_reduce` returns None"),
     (check_mean_over_ranks, lambda x: x.float(), "what this rank had itself"),
@@ -152,20 +204,35 @@ WRONG: list[tuple[Any, Any, str]] = [
         but("scatter", lambda right, before: [row[: len(right[0])] for row in before]),
         "scatter of .*: rank 1 .*nothing of its own",
     ),
-    (check_predict, lambda op, before: before[0], "one list for each|rank 0 has"),
+    (
+        check_predict,
+        but("reduce_scatter", lambda right, before: [row[: len(right[0])] for row in before]),
+        "reduce_scatter of .*: rank 0 .*sums of piece r only",
+    ),
+    (
+        check_predict,
+        but("all_reduce", lambda right, before: right[0]),
+        "all_reduce of .* one list for each of the 2 ranks",
+    ),
+    (check_predict, but("gather", lambda right, before: [1, 2]), r"rank 0 has \[.*you said 1"),
+    (check_predict, lambda op, before: before[0], "one list for each"),
     (check_predict, lambda op: op, "raised TypeError"),
-    (check_ring_all_reduce, send_first, "they wait for each other.*start with `isend`"),
+    (check_ring_all_reduce, send_first, "all wait in send.*start with `isend`"),
+    (check_ring_all_reduce, zero_returns, "never ends.*rank 0.*Do all ranks take all steps"),
+    (check_ring_all_reduce, first_round_only, "rank 0 has .*After the first round each piece"),
+    (check_ring_all_reduce, only_equal_pieces, "4 ranks, 10 numbers: rank 0 has"),
     (check_ring_all_reduce, whole_tensors, "4 ranks.*a rank sent 120 bytes; 72 are enough"),
-    (check_ring_all_reduce, all_to_zero, "rank 2 sent to rank 0.*In a ring"),
+    (check_ring_all_reduce, all_to_zero, "rank 0 sent to rank 2.*In a ring"),
     (check_ring_all_reduce, on_a_copy, "rank 0 has .*Work on views of x"),
     (check_ring_all_reduce, lambda x: dist.all_reduce(x), "you called all_reduce"),
 ]
 
 
-@pytest.mark.parametrize(("check", "answer"), RIGHT, ids=[c.__name__ for c, _ in RIGHT])
+@pytest.mark.parametrize(("check", "answer"), RIGHT)
 def test_a_right_answer_passes(check: Any, answer: Any) -> None:
     verdict = check(answer)
     assert verdict.passed, verdict
+    assert verdict.because == ""
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import cloudpickle
@@ -15,13 +16,15 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.distributed as dist
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 
 from ddp_lessons import launch, plots
 from ddp_lessons.plots.tensors import COLOURS
 from tests.test_plots import figure_of, rows
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+GREY = (0.299, 0.587, 0.114)  # how red, green and blue become grey
 
 
 @pytest.fixture(autouse=True)
@@ -33,12 +36,16 @@ def _no_figure_stays_open() -> Iterator[None]:
 def cells(ax: Any) -> list[tuple[int, str, str]]:
     """(rank, number, colour) of every cell, row by row from the left."""
     boxes = [(patch.get_bbox(), to_hex(patch.get_facecolor())) for patch in ax.patches]
-    texts = [text for text in ax.texts if text.get_text()]
+    texts = [text for text in ax.texts if text.get_text() not in ("", "–")]
     found = [
         (round(box.y0 + box.height / 2), box.x0, text.get_text(), colour)
         for (box, colour), text in zip(boxes, texts, strict=True)
     ]
     return [(rank, text, colour) for rank, _, text, colour in sorted(found)]
+
+
+def legend(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()] if ax.get_legend() else []
 
 
 def test_a_real_collective_in_the_colours_of_its_ranks() -> None:
@@ -52,17 +59,36 @@ def test_a_real_collective_in_the_colours_of_its_ranks() -> None:
     before = [torch.arange(2.0) + 10 * rank for rank in range(2)]
     ax = plots.tensors(before, launch(gather).values)
     assert rows(ax) == ["rank 0", "rank 1"]
-    blue, orange = (colour.lower() for colour in COLOURS[:2])
-    gathered = [("0", blue), ("1", blue), ("10", orange), ("11", orange)]
+    first, second = (colour.lower() for colour in COLOURS[:2])
+    gathered = [("0", first), ("1", first), ("10", second), ("11", second)]
     assert [cell[1:] for cell in cells(ax) if cell[0] == 0] == [*gathered[:2], *gathered]
     assert [cell[1:] for cell in cells(ax) if cell[0] == 1] == [*gathered[2:], *gathered]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["before", "after"]
 
 
 def test_a_sum_belongs_to_nobody() -> None:
-    ax = plots.tensors([[1], [2]], [[3], None])
+    ax: Any = plots.tensors([[1], [2]], [[3], None])
     assert [cell[1:] for cell in cells(ax)][1] == ("3", "#ffffff")
-    assert len(cells(ax)) == 3
+    assert [bool(patch.get_hatch()) for patch in ax.patches] == [False, True, False]
+    assert legend(ax) == ["put together from several ranks"]
+    assert legend(plots.tensors([[1], [2]], [[2], [1]])) == []
+
+
+def test_who_has_nothing_gets_a_dash() -> None:
+    ax = plots.tensors([[1], [2]], [[3], None])
+    assert len(ax.patches) == 3
+    assert [(round(t.get_position()[1]), t.get_text()) for t in ax.texts][-2:-1] == [(1, "–")]
+
+
+def test_what_a_rank_has_before_is_its_own_though_others_have_the_same() -> None:
+    ax = plots.tensors([[1], [1]], [[2], [2]])
+    colours = [cell[2] for cell in cells(ax)]
+    assert colours[::2] == [colour.lower() for colour in COLOURS[:2]]
+
+
+def test_colours_are_told_apart_in_grey() -> None:
+    greys = [sum(c * w for c, w in zip(to_rgb(c), GREY, strict=True)) for c in COLOURS]
+    assert all(lighter - darker > 0.07 for darker, lighter in pairwise([*greys, 1.0]))
 
 
 def test_more_ranks_than_colours_are_told_apart_by_hatching() -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ddp_lessons.collectives import COLLECTIVES, SENDS
+from ddp_lessons.collectives import COLLECTIVES, RECVS, SENDS
+from ddp_lessons.diagnosis import count
 from ddp_lessons.errors import WorkersHung
 from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
-from ddp_lessons.results import Run
+from ddp_lessons.messages import Span
+from ddp_lessons.recording import span
+from ddp_lessons.results import RankResult, Run
 
 Numbers = list[float]
 MEANS: tuple[tuple[str, Sequence[Sequence[float]]], ...] = (
@@ -27,8 +30,9 @@ def _mean_of(rank: int, mean_over_ranks: Callable[..., Any], rows: Any) -> tuple
     x = torch.tensor(rows[rank])
     before = x.clone()
     mean = mean_over_ranks(x)
+    unchanged = torch.equal(x, before)
     dist.destroy_process_group()
-    return (mean.tolist() if isinstance(mean, torch.Tensor) else mean), torch.equal(x, before)
+    return (mean.tolist() if isinstance(mean, torch.Tensor) else mean), unchanged
 
 
 @exercise(
@@ -47,25 +51,42 @@ def check_mean_over_ranks(mean_over_ranks: Callable[..., Any]) -> str:
 def _judge_mean(what: str, rows: Sequence[Sequence[float]], values: list[tuple[Any, bool]]) -> None:
     sums = [sum(column) for column in zip(*rows, strict=True)]
     means = [number / len(rows) for number in sums]
+    right = [_agree(mean, means) for mean, _ in values]
     for rank, (mean, unchanged) in enumerate(values):
-        seen = f"{what}, x is {rows[rank]} on rank {rank}: you returned {mean!r}, not {means}."
-        if not isinstance(mean, list) or len(mean) != len(means):
-            raise Wrong(
-                seen,
-                "Return a tensor with as many numbers as x. (`dist.all_reduce` returns None: the "
-                "sums are in the tensor that it was given.)",
-            )
-        if not all(abs(a - b) < 1e-4 for a, b in zip(mean, means, strict=True)):
-            raise Wrong(seen, _why_no_mean(mean, sums, rows[rank]))
+        x = f"{what}, x is {rows[rank]} on rank {rank}"
+        if not right[rank]:
+            seen = f"{x}: you returned {mean!r}, not {means}."
+            raise Wrong(seen, ONLY_ONE if right[0] else _why_no_mean(mean, sums, rows[rank]))
         if not unchanged:
-            raise Wrong(
-                f"{what}: the result is right, but x was changed on rank {rank}.",
-                "`all_reduce` puts the sums into the tensor that it is given. Give it a copy: "
-                "`x.clone()`.",
-            )
+            raise Wrong(f"{x}: the result is right, but x was changed.", IN_PLACE)
 
 
-def _why_no_mean(mean: Numbers, sums: Numbers, own: Sequence[float]) -> str:
+ONLY_ONE = (
+    "Rank 0 has the mean, and the others do not. `reduce` gives the sums to `dst` only; "
+    "`all_reduce` gives them to all."
+)
+IN_PLACE = (
+    "`all_reduce` puts the sums into the tensor that it is given. Give it a copy, `x.clone()`. "
+    "(`x.float()` is a copy only if x had another type; of floats it returns x itself.)"
+)
+
+
+def _agree(mean: Any, means: Numbers) -> bool:
+    if not _are_numbers(mean) or len(mean) != len(means):
+        return False
+    return all(abs(a - b) < 1e-4 for a, b in zip(mean, means, strict=True))
+
+
+def _are_numbers(answer: Any) -> bool:
+    return isinstance(answer, list) and all(isinstance(n, int | float) for n in answer)
+
+
+def _why_no_mean(mean: Any, sums: Numbers, own: Sequence[float]) -> str:
+    if not _are_numbers(mean) or len(mean) != len(sums):
+        return (
+            "Return a tensor with as many numbers as x. (`dist.all_reduce` returns None: the sums "
+            "are in the tensor that it was given.)"
+        )
     if mean == sums:
         return "That is the sum. all_reduce adds up; to get a mean, divide by the world size."
     if mean == list(own):
@@ -148,19 +169,30 @@ def _judge_prediction(op: str, before: Any, after: list[Any], predicted: Any) ->
             f"Return one list for each of the {len(after)} ranks. Is this op missing?",
         )
     for rank, (have, said) in enumerate(zip(after, predicted, strict=True)):
-        if (None if said is None else list(said)) != have:
-            raise Wrong(f"{what}: rank {rank} has {have}; you said {said}.", _ABOUT[op])
+        if _plain(said) != have:
+            raise Wrong(f"{what}: rank {rank} has {have}; you said {said!r}.", _ABOUT[op])
+
+
+def _plain(said: Any) -> Any:
+    """A predicted row as a list of numbers, whatever kind of row it is."""
+    if hasattr(said, "tolist"):  # a tensor or an array
+        return said.tolist()
+    return list(said) if isinstance(said, tuple) else said
 
 
 RINGS = ((2, 4), (4, 10), (3, 2), (1, 5))  # (ranks, length)
+ANSWER = "answer"  # the span in which the learner's function runs
 
 
-def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> Numbers:
+def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> tuple[Numbers, Numbers]:
+    """What the learner's all_reduce leaves in x, and what `dist.all_reduce` does."""
     dist.init_process_group("gloo")
-    x = _row(rank, length)
-    ring_all_reduce(x)
+    x, same = _row(rank, length), _row(rank, length)
+    with span(ANSWER):
+        ring_all_reduce(x)
+    dist.all_reduce(same)
     dist.destroy_process_group()
-    return [float(number) for number in x]
+    return x.tolist(), same.tolist()
 
 
 def _row(rank: int, length: int) -> torch.Tensor:
@@ -178,32 +210,53 @@ def check_ring_all_reduce(ring_all_reduce: Callable[..., Any]) -> str:
     for ranks, length in RINGS:
         run = run_quietly(_ring, (ring_all_reduce, length), nprocs=ranks)
         if isinstance(run.error, WorkersHung):
-            raise Wrong(
-                f"{ranks} ranks: they wait for each other.\n{run.error}",
-                "A `send` may wait until its `recv` has begun. If every rank sends first, nobody "
-                "receives: start with `isend`, then `recv`, then `wait()`.",
-            )
+            raise _hung(run, ranks)
         run.raise_for_failure()
         _judge_ring(run, ranks, length)
     return "the sums on 1 to 4 ranks, with neighbours only, and less than twice the tensor sent."
 
 
+def _hung(run: Run, ranks: int) -> Wrong:
+    stuck = {s.op for s in run.spans() if s.t1_ns is None and s.op in (*SENDS, *RECVS)}
+    if stuck == {"send"}:
+        seen = "all wait in send."
+        because = (
+            "A `send` may wait until its `recv` has begun. If every rank sends first, nobody "
+            "receives: start with `isend`, then `recv`, then `wait()`."
+        )
+    else:
+        seen = f"it never ends.\n{run.error}"
+        because = (
+            "Each send needs its recv on the rank that it names, and each recv its send: as many, "
+            "and in the same order. Do all ranks take all steps?"
+        )
+    return Wrong(f"{ranks} ranks: {seen}", because)
+
+
 def _judge_ring(run: Run, ranks: int, length: int) -> None:
-    what = f"{ranks} ranks, {length} numbers" if ranks > 1 else f"1 rank, {length} numbers"
-    used = {s.op for s in run.spans() if s.op in COLLECTIVES}
+    what = f"{count(ranks, 'rank')}, {length} numbers"
+    calls = [s for rank in run.ranks for s in _answer(rank)]
+    used = {str(s.op) for s in calls if s.op in COLLECTIVES}
     if used:
-        raise Wrong(f"{what}: you called {', '.join(sorted(map(str, used)))}.", "Build it by hand.")
-    expected = sum(_row(rank, length) for rank in range(ranks))
-    assert isinstance(expected, torch.Tensor)
-    for rank, have in enumerate(run.values):
-        if have != expected.tolist():
+        raise Wrong(f"{what}: you called {', '.join(sorted(used))}.", "Build it by hand.")
+    for rank, (have, expected) in enumerate(run.values):
+        if have != expected:
             raise Wrong(
-                f"{what}: rank {rank} has {have}, not {expected.tolist()}.",
+                f"{what}: rank {rank} has {have}; after dist.all_reduce it has {expected}.",
                 "After the first round each piece is complete on one rank only; after the second "
                 "everywhere. Work on views of x, so that x itself changes; check which piece goes "
                 "to whom in each step.",
             )
-    sends = [s for s in run.spans() if s.op in SENDS and s.kind == "comm"]
+    _judge_sends(what, [s for s in calls if s.op in SENDS and s.kind == "comm"], ranks, length)
+
+
+def _answer(rank: RankResult) -> Iterator[Span]:
+    """What the rank recorded during the learner's function."""
+    answer = next(s for s in rank.spans if s.name == ANSWER)
+    return (s for s in rank.spans if answer.t0_ns <= s.t0_ns < (answer.t1_ns or 0))
+
+
+def _judge_sends(what: str, sends: Sequence[Span], ranks: int, length: int) -> None:
     strangers = [s for s in sends if (int(s.peer or 0) - s.rank) % ranks not in (1, ranks - 1)]
     if strangers:
         raise Wrong(

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from ddp_lessons.plots import style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# One colour a rank; beyond four, hatched.
-COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+# One colour a rank, from dark to light, so that grey print tells them apart; beyond four, hatched.
+COLOURS = (style.BLUE, style.GREEN, style.ORANGE, "#F0CFE0")
 DARK = (style.BLUE, style.GREEN)
 HATCHES = ("", "////", "....", "xxxx")
+MIXED: dict[str, Any] = {"facecolor": "white", "edgecolor": style.EDGE, "hatch": "////"}
 MOST_CELLS = 24  # of a tensor
 ARROW = 1.6  # cells between before and after
-HEIGHT = 0.78
+WIDTH, HEIGHT = 0.92, 0.78  # of a cell
 FONT = 9
 
 Tensors = Sequence[Any]
+Look = dict[str, Any]
 
 
 def tensors(
@@ -29,14 +31,14 @@ def tensors(
 ) -> Axes:
     """Draw each rank's tensor before a collective, on the left, and after it, on the right.
 
-    A number has the colour of the rank that had it before. What no single rank had, such as a sum,
-    is white. So give each rank different numbers.
+    On the right a number has the colour of the rank that had it before. What no single rank had,
+    such as a sum, is white and hatched. So give all ranks different numbers.
 
     Parameters
     ----------
     before, after : sequence
         `(world_size,)`: for each rank a tensor, a list of tensors, a number, or None where a rank
-        has nothing or nothing that counts. At most 24 numbers a rank.
+        has nothing, or nothing that counts. At most 24 numbers a rank.
     title : str, optional
         The finding that the picture shows.
     ax : matplotlib Axes, optional
@@ -52,31 +54,32 @@ def tensors(
         If `before` and `after` are not of the same number of ranks, or a tensor is too long.
     """
     left, right = [_numbers(t) for t in before], [_numbers(t) for t in after]
+    _check(left, right)
+    owners = _owners(left)
+    ax = ax or style.new_axes(len(left))
+    widths = [max(1, *map(len, side)) for side in (left, right)]
+    start = widths[0] + ARROW
+    for rank, (old, new) in enumerate(zip(left, right, strict=True)):
+        _draw(ax, rank, 0, old, [_look(rank)] * len(old))
+        _draw(ax, rank, start, new, [_look(owners.get(number)) for number in new])
+        _draw_arrow(ax, rank, widths[0])
+    style.name_rows(ax, len(left))
+    ax.set_xlim(-0.1, start + max(widths) + 0.1)
+    ax.spines["bottom"].set_visible(False)
+    ax.set_xticks([widths[0] / 2, start + widths[1] / 2], ["before", "after"])
+    ax.tick_params(axis="x", length=0)
+    mixed = any(number not in owners for row in right for number in row)
+    legend = [Patch(**MIXED, label="put together from several ranks")] if mixed else []
+    style.head(ax, title or "before and after", legend)
+    return ax
+
+
+def _check(left: Sequence[Sequence[float]], right: Sequence[Sequence[float]]) -> None:
     if len(left) != len(right) or not left:
         raise ValueError(f"before has {len(left)} ranks and after {len(right)}: one row each")
-    longest = [max(map(len, side)) for side in (left, right)]
-    if max(longest) > MOST_CELLS:
-        raise ValueError(f"a tensor has {max(longest)} numbers; {MOST_CELLS} are legible")
-    ax = ax or style.new_axes(len(left))
-    owners = _owners(left)
-    start = max(longest[0], 1) + ARROW
-    for rank, (old, new) in enumerate(zip(left, right, strict=True)):
-        _draw(ax, rank, 0, old, owners)
-        _draw(ax, rank, start, new, owners)
-        ax.annotate(
-            "",
-            (start - 0.35, rank),
-            (start - ARROW + 0.35, rank),
-            arrowprops={"arrowstyle": "->", "color": style.EDGE},
-        )
-    style.name_rows(ax, len(left))
-    ax.set_xlim(-0.1, start + max(*longest, 1) + 0.1)
-    ax.spines["bottom"].set_visible(False)
-    middles = [max(longest[0], 1) / 2, start + max(longest[1], 1) / 2]
-    ax.set_xticks(middles, ["before", "after"])
-    ax.tick_params(axis="x", length=0)
-    style.head(ax, title or "before and after", [])
-    return ax
+    longest = max(map(len, [*left, *right]))
+    if longest > MOST_CELLS:
+        raise ValueError(f"a tensor has {longest} numbers; {MOST_CELLS} are legible")
 
 
 def _numbers(tensor: Any) -> list[float]:
@@ -99,24 +102,32 @@ def _owners(rows: Sequence[Sequence[float]]) -> dict[float, int]:
     return {number: min(ranks) for number, ranks in having.items() if len(ranks) == 1}
 
 
-def _draw(ax: Axes, rank: int, left: float, row: Sequence[float], owners: dict[float, int]) -> None:
-    for place, number in enumerate(row):
-        owner = owners.get(number)
-        colour = "white" if owner is None else COLOURS[owner % len(COLOURS)]
-        hatch = "" if owner is None else HATCHES[owner // len(COLOURS) % len(HATCHES)]
-        cell = Rectangle(
-            (left + place + 0.04, rank - HEIGHT / 2),
-            0.92,
-            HEIGHT,
-            facecolor=colour,
-            edgecolor=style.INK,
-            linewidth=0.7,
-            hatch=hatch,
-        )
-        ax.add_patch(cell)
-        ink = "white" if colour in DARK else style.INK
-        bbox = {"facecolor": colour, "edgecolor": "none", "pad": 1} if hatch else None
-        where = (left + place + 0.5, rank)
+def _look(owner: int | None) -> Look:
+    if owner is None:
+        return MIXED
+    hatch = HATCHES[owner // len(COLOURS) % len(HATCHES)]
+    return {"facecolor": COLOURS[owner % len(COLOURS)], "edgecolor": style.INK, "hatch": hatch}
+
+
+def _draw(ax: Axes, rank: int, left: float, row: Sequence[float], looks: Sequence[Look]) -> None:
+    if not row:
+        ax.text(left + 0.5, rank, "–", ha="center", va="center", fontsize=12, color=style.EDGE)
+    for place, (number, look) in enumerate(zip(row, looks, strict=True), start=1):
+        corner = left + place - (1 + WIDTH) / 2, rank - HEIGHT / 2
+        ax.add_patch(Rectangle(corner, WIDTH, HEIGHT, linewidth=0.7, **look))
         ax.text(
-            *where, f"{number:g}", ha="center", va="center", fontsize=FONT, color=ink, bbox=bbox
+            left + place - 0.5,
+            rank,
+            f"{number:g}",
+            ha="center",
+            va="center",
+            fontsize=FONT,
+            color="white" if look["facecolor"] in DARK else style.INK,
+            bbox={**look, "edgecolor": "none", "hatch": "", "pad": 2} if look["hatch"] else None,
         )
+
+
+def _draw_arrow(ax: Axes, rank: int, begin: float) -> None:
+    arrow = {"arrowstyle": "->", "color": style.EDGE}
+    ends = (begin + ARROW - 0.35, rank), (begin + 0.35, rank)
+    ax.annotate("", *ends, arrowprops=arrow)

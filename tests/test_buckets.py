@@ -73,7 +73,7 @@ def test_the_weights_are_the_same_to_the_last_bit(ranks: int, hook: Any) -> None
 
 
 PLAIN = """
-import sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+import gc, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 
 def train(rank, port, folder):
@@ -88,9 +88,11 @@ def train(rank, port, folder):
         optimizer.zero_grad()
         model(torch.randn(8, 64)).square().mean().backward()
         optimizer.step()
-    dist.destroy_process_group()
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     torch.save(weights, f"{folder}/{rank}.pt")
+    del model, optimizer, weights  # freed after the group is left, DDP may abort the process
+    gc.collect()
+    dist.destroy_process_group()
 
 if __name__ == "__main__":
     mp.spawn(train, args=tuple(sys.argv[1:]), nprocs=3)

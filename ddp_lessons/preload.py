@@ -5,6 +5,7 @@ random number behind, because every worker is a copy of this process.
 """
 
 import atexit
+import contextlib
 import gc
 import os
 import signal
@@ -54,9 +55,11 @@ import torch.profiler  # noqa: E402
 import torch.utils.data.distributed  # noqa: E402, F401
 
 import ddp_lessons.worker  # noqa: E402
-from ddp_lessons import collectives  # noqa: E402
+from ddp_lessons import collectives, data  # noqa: E402
 
 collectives.wrap_torch()
+with contextlib.suppress(ModuleNotFoundError):  # of scikit-learn, which only lessons need
+    data.digits()
 
 if not _had_cache:
     ddp_lessons.worker.remove_unused_cache()

@@ -122,6 +122,7 @@ def test_scikit_learn_itself_is_not_imported() -> None:
 def test_without_scikit_learn_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    data._rows.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install scikit-learn"):
         data.digits()
@@ -201,3 +202,8 @@ def learn(rank: int, model: type[nn.Module]) -> float:
 def test_the_models_learn_the_digits_in_a_worker(model: type[nn.Module]) -> None:
     (accuracy,) = launch(learn, args=(model,), nprocs=1).values
     assert accuracy > 0.9
+
+
+def test_each_call_returns_tensors_of_its_own() -> None:
+    data.digits().tensors[0].zero_()
+    assert data.digits().tensors[0].max() == 1

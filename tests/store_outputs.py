@@ -69,8 +69,8 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
             continue
         cell.metadata.pop("execution", None)
         for output in cell.outputs:
-            if "image/png" in output.get("data", {}):
-                output.metadata["image/png"] = {"alt": "; ".join(_TITLE.findall(cell.source))}
+            if "image/png" in output.get("data", {}) and (titles := _TITLE.findall(cell.source)):
+                output.metadata["image/png"] = {"alt": "; ".join(titles)}
             for line in range(len(output.get("traceback", ()))):
                 output.traceback[line] = _CELL_FILE.sub("cell", output.traceback[line])
 

@@ -1,0 +1,44 @@
+"""Lesson 04: how long each rank works before it comes to the barrier, and who then waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ddp_lessons import plots
+from ddp_lessons.widgets.explorer import Explorer, run_ranks, whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ddp_lessons.results import Run
+
+RANKS = 4
+MILLISECONDS = (0, 60, 120, 180)  # of work, by rank, to begin with
+
+
+def explore(arrive: Callable[[int, list[float]], Any]) -> Explorer:
+    """Sliders for the delays of four ranks, above the picture of who waited for whom.
+
+    Parameters
+    ----------
+    arrive : callable
+        ``arrive(rank, delays)`` works for `delays[rank]` seconds and comes to a barrier.
+    """
+    controls = {
+        f"rank{rank}": whole(f"rank {rank}, ms", MILLISECONDS[rank], 0, 200, 20)
+        for rank in range(RANKS)
+    }
+
+    def start(**milliseconds: int) -> Run:
+        delays = [value / 1000 for value in milliseconds.values()]
+        return run_ranks(arrive, (delays,), RANKS)
+
+    return Explorer(controls, start, _draw)
+
+
+def _draw(run: Run, **milliseconds: int) -> Axes:
+    slowest = max(milliseconds.values())
+    late = [rank for rank, value in enumerate(milliseconds.values()) if value == slowest]
+    title = f"Rank {late[0]} comes last; the others wait for it"
+    return plots.waits(run, title=title if len(late) == 1 else "Nobody is alone in coming last")

@@ -1,0 +1,46 @@
+"""Lesson 07: the size of buckets, a late rank and a slow link: what backward hides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ddp_lessons import plots
+from ddp_lessons.simulated import SimulatedLink
+from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ddp_lessons.results import Run
+
+BUCKETS_MB = (0.5, 1, 2, 4, 25)
+LINKS = {"as it is": None, "simulated: 300 MB/s": 300, "simulated: 100 MB/s": 100}
+
+
+def explore(train: Callable[..., Any]) -> Explorer:
+    """Controls for bucket size, lateness of rank 1 and the link, above two ranks' buckets.
+
+    Parameters
+    ----------
+    train : callable
+        ``train(rank, bucket_cap_mb, link, late_ms)`` trains for a few steps; rank 1 comes `late_ms`
+        late to each. `link` is None or a communication hook.
+    """
+    controls = {
+        "bucket_cap_mb": one_of("bucket_cap_mb", BUCKETS_MB, 2),
+        "late_ms": whole("rank 1 late, ms", 0, 0, 30, 5),
+        "megabytes": one_of("link", LINKS, None),
+    }
+
+    def start(bucket_cap_mb: float, late_ms: int, megabytes: int | None) -> Run:
+        link = SimulatedLink(megabytes_per_second=megabytes) if megabytes else None
+        return run_ranks(train, (bucket_cap_mb, link, late_ms), 2)
+
+    return Explorer(controls, start, _draw)
+
+
+def _draw(run: Run, bucket_cap_mb: float, late_ms: int, megabytes: int | None) -> Axes:
+    link = f", simulated link of {megabytes} MB/s" if megabytes else ""
+    late = f", rank 1 late by {late_ms} ms" if late_ms else ""
+    return plots.buckets(run, title=f"Buckets of up to {bucket_cap_mb:g} MB{link}{late}")

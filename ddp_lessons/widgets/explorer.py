@@ -1,0 +1,154 @@
+"""The common part of all explorers: controls, a run of real ranks for each setting, its picture.
+
+Runs in the parent. An explorer launches the learner's own function from the cell. The picture is a
+display of its own below the controls, so that a reader without a kernel sees it, too.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import ipywidgets
+import matplotlib.pyplot as plt
+from IPython.core.getipython import get_ipython
+from IPython.core.pylabtools import print_figure
+from IPython.display import display
+from IPython.utils.capture import capture_output
+
+from ddp_lessons.errors import LaunchError
+from ddp_lessons.launcher import launch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ddp_lessons.results import Run
+
+SOON = 0.03  # seconds in which further moves of a control are taken together
+TIMEOUT = 10.0  # seconds without progress: nobody watches a slider longer
+LABEL = {"description_width": "7em"}
+LAYOUT = {"width": "26em"}
+MOST_ERROR = 1500  # characters shown of a failure
+
+
+class Explorer:
+    """Controls, and a picture of the run that they describe.
+
+    Shown by the cell whose last expression it is. A move of a control launches real ranks as soon
+    as the kernel is free, with the values that the controls have then: moves that come faster than
+    runs are skipped, so runs never pile up. What fails is explained in place of the picture.
+
+    Parameters
+    ----------
+    controls : mapping of str to Widget
+        ipywidgets with a `value`, by the name under which `start` and `draw` get it.
+    start : callable
+        ``start(**values) -> Run``: launches the ranks. See `run_ranks`.
+    draw : callable
+        ``draw(run, **values) -> Axes``: draws on new Axes; their titles are the picture's alt text.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[str, ipywidgets.Widget],
+        start: Callable[..., Run],
+        draw: Callable[..., Axes],
+    ) -> None:
+        self.controls = dict(controls)
+        self.run: Run | None = None
+        self._start, self._draw = start, draw
+        self._due = False
+        self._picture: Any = None  # the handle of its display
+        self._failure = ipywidgets.HTML()
+        box = ipywidgets.Box(
+            list(self.controls.values()), layout={"flex_flow": "row wrap", "max_width": "60em"}
+        )
+        self.panel = ipywidgets.VBox([box, self._failure])
+        for control in self.controls.values():
+            control.observe(self._moved, "value")
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the controls say now."""
+        return {name: control.value for name, control in self.controls.items()}
+
+    def _ipython_display_(self) -> None:
+        self._picture = None
+        display(self.panel)
+        self.redraw()
+
+    def _moved(self, _: Any) -> None:
+        # The frontend may tell of a move in another thread; ranks are launched in the main one.
+        kernel = getattr(get_ipython(), "kernel", None)
+        if kernel is None:
+            self.redraw()
+        else:
+            kernel.io_loop.add_callback(self._redraw_soon, kernel.io_loop)
+
+    def _redraw_soon(self, loop: Any) -> None:
+        if not self._due:
+            self._due = True
+            loop.call_later(SOON, self._redraw_now)
+
+    def _redraw_now(self) -> None:
+        self._due = False
+        self.redraw()
+
+    def redraw(self) -> None:
+        """Launch the ranks with the values of the controls, and show what they did."""
+        values = self.values
+        try:
+            with capture_output():  # what ranks print, and the panel of a long run
+                self.run = self._start(**values)
+                self.run.raise_for_failure()
+                ax = self._draw(self.run, **values)
+        except LaunchError as error:
+            self._explain(str(error))
+        except Exception as error:  # after a move there is no cell that would show it
+            self._explain(f"{type(error).__name__}: {error}")
+        else:
+            self._explain("")
+            self._show(ax)
+
+    def _explain(self, failure: str) -> None:
+        text = failure[:MOST_ERROR] + ("\n..." if len(failure) > MOST_ERROR else "")
+        self._failure.value = f"<pre>{html.escape(text)}</pre>" if text else ""
+
+    def _show(self, ax: Axes) -> None:
+        png = base64.b64encode(print_figure(ax.figure)).decode()
+        alt = "; ".join(filter(None, (axes.get_title("left") for axes in ax.figure.axes)))
+        plt.close(ax.figure)
+        data = {"image/png": png, "text/plain": alt}
+        metadata = {"image/png": {"alt": alt}}
+        if self._picture is None:
+            self._picture = display(data, metadata=metadata, raw=True, display_id=True)
+        else:
+            self._picture.update(data, metadata=metadata, raw=True)
+
+
+def run_ranks(
+    worker: Callable[..., Any], args: tuple[Any, ...], nprocs: int, nnodes: int = 1
+) -> Run:
+    """`launch` for an explorer: gives up soon and returns a failure as a record."""
+    return launch(worker, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=False)
+
+
+def whole(label: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:
+    """A slider for whole numbers."""
+    return ipywidgets.IntSlider(
+        value, low, high, step, description=label, style=LABEL, layout=LAYOUT
+    )
+
+
+def one_of(label: str, options: Any, value: Any) -> ipywidgets.Dropdown:
+    """A choice from a list."""
+    return ipywidgets.Dropdown(
+        options=options, value=value, description=label, style=LABEL, layout=LAYOUT
+    )
+
+
+def switch(label: str, value: bool) -> ipywidgets.Checkbox:
+    """A box to tick."""
+    return ipywidgets.Checkbox(value, description=label, style=LABEL, layout=LAYOUT)

@@ -1,0 +1,39 @@
+"""Lesson 01: machines and ranks on each, and the numbers that every rank gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from ddp_lessons import plots
+from ddp_lessons.widgets.explorer import Explorer, run_ranks, whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ddp_lessons.results import Run
+
+
+def explore(place: Callable[[int], Sequence[str]]) -> Explorer:
+    """Sliders for machines and ranks on each, above the picture of who is where.
+
+    Parameters
+    ----------
+    place : callable
+        ``place(rank)`` returns GROUP_RANK and LOCAL_RANK, and whatever else after them.
+    """
+    controls = {
+        "nnodes": whole("machines", 2, 1, 4),
+        "nprocs": whole("ranks on each", 3, 1, 4),
+    }
+
+    def start(nnodes: int, nprocs: int) -> Run:
+        return run_ranks(place, (), nprocs, nnodes)
+
+    return Explorer(controls, start, _draw)
+
+
+def _draw(run: Run, nnodes: int, nprocs: int) -> Axes:
+    places = [(int(group_rank), int(local_rank)) for group_rank, local_rank, *_ in run.values]
+    title = f"rank = machine x {nprocs} + local rank; WORLD_SIZE = {nnodes} x {nprocs}"
+    return plots.machines(places, title=title)

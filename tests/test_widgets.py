@@ -1,0 +1,236 @@
+"""Explorers: a move of a control launches real ranks and draws what they did."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ipywidgets
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+import torch.distributed as dist
+
+from ddp_lessons import plots
+from ddp_lessons.widgets import barriers, collectives, ddp_timing, init_process_group, spawn
+from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, switch, whole
+from tests.kernels import Cell, Kernel
+
+matplotlib.use("agg")
+
+SETUP = """
+import os, time
+import torch.distributed as dist
+from ddp_lessons.widgets.barriers import explore
+
+def arrive(rank, delays):
+    dist.init_process_group("gloo")
+    time.sleep(delays[rank])
+    dist.barrier()
+    dist.destroy_process_group()
+
+explorer = explore(arrive)
+explorer
+"""
+
+
+def meet(rank: int, title: str) -> str:
+    dist.init_process_group("gloo")
+    dist.barrier()
+    dist.destroy_process_group()
+    if title == "broken":
+        raise RuntimeError("<b>meant</b>")
+    return title
+
+
+def make() -> Explorer:
+    return Explorer(
+        {
+            "nprocs": whole("ranks", 1, 0, 3),
+            "title": one_of("title", ["one", "two", "broken"], "one"),
+            "big": switch("big", False),
+        },
+        lambda nprocs, title, big: run_ranks(meet, (title,), nprocs),
+        lambda run, nprocs, title, big: plots.timeline(run, title=f"{title} on {nprocs}"),
+    )
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """What an explorer shows and updates, outside of a notebook."""
+    bundles: list[dict[str, Any]] = []
+
+    class Handle:
+        def update(self, data: dict[str, Any], **_: Any) -> None:
+            bundles.append(data)
+
+    def display(data: Any, **_: Any) -> Handle:
+        if isinstance(data, dict):
+            bundles.append(data)
+        return Handle()
+
+    monkeypatch.setattr("ddp_lessons.widgets.explorer.display", display)
+    yield bundles
+    assert not plt.get_fignums()
+
+
+def test_a_move_launches_ranks_and_draws_them(shown: list[dict[str, Any]]) -> None:
+    explorer = make()
+    explorer._ipython_display_()
+    explorer.controls["nprocs"].value = 3
+    assert [bundle["text/plain"] for bundle in shown] == ["one on 1", "one on 3"]
+    assert all(base64.b64decode(b["image/png"]).startswith(b"\x89PNG") for b in shown)
+    assert explorer.run is not None
+    assert explorer.run.values == ["one"] * 3
+
+
+def test_a_failure_is_explained_and_the_next_move_repairs_it(shown: list[dict[str, Any]]) -> None:
+    explorer = make()
+    explorer._ipython_display_()
+    explorer.controls["title"].value = "broken"
+    failure = explorer.panel.children[1]
+    assert "RuntimeError: &lt;b&gt;meant&lt;/b&gt;" in failure.value
+    explorer.controls["title"].value = "two"
+    assert failure.value == ""
+    explorer.controls["nprocs"].value = 0
+    assert "nprocs" in failure.value
+    explorer._draw = lambda run, **values: plots.buckets(run)
+    explorer.controls["nprocs"].value = 1
+    assert "ValueError: no buckets were recorded" in failure.value
+    assert [bundle["text/plain"] for bundle in shown] == ["one on 1", "two on 1"]
+
+
+def test_every_control_has_a_label() -> None:
+    for control in make().controls.values():
+        assert control.description
+        assert isinstance(control, ipywidgets.ValueWidget)
+
+
+def place(rank: int) -> list[str]:
+    import os
+
+    return [os.environ[name] for name in ("GROUP_RANK", "LOCAL_RANK")]
+
+
+def arrive_late(rank: int, late: int, delay: float) -> None:
+    time.sleep(delay if rank == late else 0)
+    dist.init_process_group("gloo")
+    dist.destroy_process_group()
+
+
+def collective(rank: int, op: str, size: int) -> tuple[list[int], list[int] | None]:
+    return list(range(size)), [rank] * size if op == "all" or rank == 0 else None
+
+
+def arrive(rank: int, delays: list[float]) -> None:
+    dist.init_process_group("gloo")
+    time.sleep(delays[rank])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(rank: int, bucket_cap_mb: float, link: Any, late_ms: int) -> None:
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from ddp_lessons import steps, watch_ddp
+
+    dist.init_process_group("gloo")
+    layer = torch.nn.Linear(500, 500)
+    model = watch_ddp(DistributedDataParallel(layer, bucket_cap_mb=bucket_cap_mb), link)
+    for _ in steps(range(3)):
+        time.sleep(late_ms / 1000 if rank == 1 else 0)
+        model(torch.ones(1, 500)).sum().backward()
+    dist.destroy_process_group()
+
+
+EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
+    "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
+    "init_process_group": (
+        lambda: init_process_group.explore(arrive_late),
+        {"late": 3, "delay_ms": 0},
+    ),
+    "collectives": (
+        lambda: collectives.explore(collective, ops=["all", "one"]),
+        {"op": "one", "nprocs": 4, "size": 6},
+    ),
+    "barriers": (lambda: barriers.explore(arrive), {"rank0": 180, "rank3": 0}),
+    "ddp_timing": (
+        lambda: ddp_timing.explore(train),
+        {"bucket_cap_mb": 0.5, "late_ms": 10, "megabytes": 300},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_each_explorer_draws_every_setting(name: str, shown: list[dict[str, Any]]) -> None:
+    explore, moves = EXPLORERS[name]
+    explorer = explore()
+    explorer._ipython_display_()
+    for control, value in moves.items():
+        before = len(shown)
+        explorer.controls[control].value = value
+        assert explorer.panel.children[1].value == ""
+        assert len(shown) == before + 1
+        assert shown[-1]["text/plain"]
+    assert explorer.run is not None
+    assert explorer.run.ok
+
+
+def move(kernel: Kernel, model_id: str, value: int) -> None:
+    """Tell the kernel of a move, as the frontend does."""
+    data = {"method": "update", "state": {"value": value}, "buffer_paths": []}
+    session = kernel.client.session
+    message = session.msg("comm_msg", {"comm_id": model_id, "data": data})
+    kernel.client.shell_channel.send(message)
+
+
+def pictures_until(kernel: Kernel, alt: str, timeout: float = 60.0) -> list[str]:
+    """The texts of the pictures that are drawn, until one is `alt`."""
+    texts: list[str] = []
+    deadline = time.monotonic() + timeout
+    while alt not in texts:
+        message = kernel.client.get_iopub_msg(timeout=max(0.1, deadline - time.monotonic()))
+        if message["msg_type"] == "update_display_data":
+            texts.append(message["content"]["data"]["text/plain"])
+    return texts
+
+
+def shown_in(kernel: Kernel) -> tuple[Cell, str]:
+    cell = kernel.run(SETUP)
+    assert not cell.error, cell.error
+    return cell, kernel.run("print(explorer.controls['rank0'].model_id)").stdout.strip()
+
+
+def test_in_a_notebook_the_picture_is_a_display_of_its_own(kernel: Kernel) -> None:
+    cell, _ = shown_in(kernel)
+    controls, picture = cell.displays
+    assert "application/vnd.jupyter.widget-view+json" in controls
+    assert picture["text/plain"] == "Rank 3 comes last; the others wait for it"
+    assert "image/png" in picture
+    assert not cell.result
+
+
+def test_quick_moves_never_pile_up(kernel: Kernel) -> None:
+    _, model_id = shown_in(kernel)
+    for value in [*range(0, 200, 5), 200]:
+        move(kernel, model_id, value)
+    texts = pictures_until(kernel, "Rank 0 comes last; the others wait for it")
+    assert len(texts) <= 10  # of 41 moves
+    assert kernel.run("print(explorer.values['rank0'])").stdout == "200\n"
+
+
+def test_a_kernel_killed_in_the_middle_of_a_move_leaves_nothing(kernel: Kernel) -> None:
+    _, model_id = shown_in(kernel)
+    kernel.run("arrive.__code__ = (lambda rank, delays: time.sleep(60)).__code__")
+    move(kernel, model_id, 100)
+    deadline = time.monotonic() + 30
+    while len(kernel.children()) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ranks = kernel.children()
+    kernel.manager.shutdown_kernel(now=True)
+    while any(rank.is_running() for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(rank.is_running() for rank in ranks)

@@ -1,7 +1,8 @@
 """The panel that a cell shows while a run of over a second goes on; gone when the run has ended.
 
 Runs in the parent, in the thread of the cell. Off outside notebooks and where DDP_LESSONS_LIVE=0,
-which is set when notebooks are stored or tested: there a panel would only be noise.
+which is set when notebooks are stored or tested: there a panel would only be noise. Off, too, where
+`hidden` says that there is no cell to show it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import html
 import os
 import time
 from collections.abc import Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +19,7 @@ from ddp_lessons.processes import WorkerProcess
 from ddp_lessons.warm import in_kernel
 
 FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
+hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 class Panel:
@@ -26,7 +29,8 @@ class Panel:
         self._workers = workers
         self._due = time.monotonic() + FIRST_AFTER
         self._handle: Any = None
-        self._on = in_kernel() and os.environ.get("DDP_LESSONS_LIVE", "1") != "0"
+        wanted = os.environ.get("DDP_LESSONS_LIVE", "1") != "0" and not hidden.get()
+        self._on = in_kernel() and wanted
 
     def __enter__(self) -> Panel:
         return self

@@ -179,11 +179,20 @@ def test_each_explorer_draws_every_setting(name: str, shown: list[dict[str, Any]
     assert explorer.run.ok
 
 
-def move(kernel: Kernel, model_id: str, value: int) -> None:
+def open_subshell(kernel: Kernel) -> str:
+    """A second thread for messages, as JupyterLab asks for; "" if the kernel knows none."""
+    channel = kernel.client.control_channel
+    channel.send(kernel.client.session.msg("create_subshell_request", {}))
+    return str(channel.get_msg(timeout=10)["content"].get("subshell_id", ""))
+
+
+def move(kernel: Kernel, model_id: str, value: int, subshell: str = "") -> None:
     """Tell the kernel of a move, as the frontend does."""
     data = {"method": "update", "state": {"value": value}, "buffer_paths": []}
     session = kernel.client.session
     message = session.msg("comm_msg", {"comm_id": model_id, "data": data})
+    if subshell:
+        message["header"]["subshell_id"] = subshell
     kernel.client.shell_channel.send(message)
 
 
@@ -213,10 +222,13 @@ def test_in_a_notebook_the_picture_is_a_display_of_its_own(kernel: Kernel) -> No
     assert not cell.result
 
 
-def test_quick_moves_never_pile_up(kernel: Kernel) -> None:
+@pytest.mark.parametrize("threaded", [False, True])
+def test_quick_moves_never_pile_up(kernel: Kernel, threaded: bool) -> None:
     _, model_id = shown_in(kernel)
+    subshell = open_subshell(kernel) if threaded else ""
     for value in [*range(0, 200, 5), 200]:
-        move(kernel, model_id, value)
+        move(kernel, model_id, value, subshell)
+        time.sleep(0.02 if threaded else 0)  # some come while ranks run
     texts = pictures_until(kernel, "Rank 0 comes last; the others wait for it")
     assert len(texts) <= 10  # of 41 moves
     assert kernel.run("print(explorer.values['rank0'])").stdout == "200\n"

@@ -7,7 +7,9 @@ display of its own below the controls, so that a reader without a kernel sees it
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
+import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +18,10 @@ import matplotlib.pyplot as plt
 from IPython.core.getipython import get_ipython
 from IPython.core.pylabtools import print_figure
 from IPython.display import display
-from IPython.utils.capture import capture_output
 
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.launcher import launch
+from ddp_lessons.live import hidden
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,10 +102,10 @@ class Explorer:
         """Launch the ranks with the values of the controls, and show what they did."""
         values = self.values
         try:
-            with capture_output():  # what ranks print, and the panel of a long run
+            with contextlib.redirect_stdout(io.StringIO()):  # what ranks print
                 self.run = self._start(**values)
-                self.run.raise_for_failure()
-                ax = self._draw(self.run, **values)
+            self.run.raise_for_failure()
+            ax = self._draw(self.run, **values)
         except LaunchError as error:
             self._explain(str(error))
         except Exception as error:  # after a move there is no cell that would show it
@@ -131,8 +133,12 @@ class Explorer:
 def run_ranks(
     worker: Callable[..., Any], args: tuple[Any, ...], nprocs: int, nnodes: int = 1
 ) -> Run:
-    """`launch` for an explorer: gives up soon and returns a failure as a record."""
-    return launch(worker, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=False)
+    """`launch` for an explorer: gives up soon, and returns a failure as a record."""
+    token = hidden.set(True)
+    try:
+        return launch(worker, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=False)
+    finally:
+        hidden.reset(token)
 
 
 def whole(label: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:

@@ -14,7 +14,14 @@ import pytest
 import torch.distributed as dist
 
 from ddp_lessons import plots
-from ddp_lessons.widgets import barriers, collectives, ddp_timing, init_process_group, spawn
+from ddp_lessons.widgets import (
+    barriers,
+    collectives,
+    ddp_timing,
+    distributed_sampler,
+    init_process_group,
+    spawn,
+)
 from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, switch, whole
 from tests.kernels import Cell, Kernel
 
@@ -131,6 +138,15 @@ def arrive(rank: int, delays: list[float]) -> None:
     dist.destroy_process_group()
 
 
+def see(rank: int, total: int, shuffle: bool, drop_last: bool, set_epoch: bool) -> list[list[int]]:
+    from torch.utils.data import DistributedSampler
+
+    dist.init_process_group("gloo")
+    sampler = DistributedSampler(range(total), shuffle=shuffle, drop_last=drop_last)
+    dist.destroy_process_group()
+    return [list(sampler)] * (2 if set_epoch else 1)
+
+
 def train(rank: int, bucket_cap_mb: float, link: Any, late_ms: int) -> None:
     import torch
     from torch.nn.parallel import DistributedDataParallel
@@ -157,6 +173,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
         {"op": "one", "nprocs": 4, "size": 6},
     ),
     "barriers": (lambda: barriers.explore(arrive), {"rank0": 180, "rank3": 0}),
+    "distributed_sampler": (
+        lambda: distributed_sampler.explore(see),
+        {"total": 1, "nprocs": 4, "shuffle": False, "drop_last": True, "set_epoch": False},
+    ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),
         {"bucket_cap_mb": 0.5, "late_ms": 10, "megabytes": 300},

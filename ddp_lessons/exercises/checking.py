@@ -141,10 +141,12 @@ def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
 
 
 def is_unattempted(answer: Any) -> bool:
-    """True for `...`, and for a function whose body is, or still contains, `...`."""
+    """True for `...`, and for a function or class that is, or still contains, `...`."""
     answer = inspect.unwrap(answer) if callable(answer) else answer  # under its decorators
     if answer is ...:
         return True
+    if inspect.isclass(answer):
+        return any(map(is_unattempted, filter(inspect.isfunction, vars(answer).values())))
     code = getattr(answer, "__code__", None)
     return code is not None and (_is_empty(code) or _holds_ellipsis(code))
 

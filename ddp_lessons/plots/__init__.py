@@ -7,9 +7,20 @@ from ddp_lessons.plots.arrivals import arrivals
 from ddp_lessons.plots.bandwidth import bandwidth
 from ddp_lessons.plots.buckets import buckets
 from ddp_lessons.plots.machines import machines
+from ddp_lessons.plots.shards import shards
 from ddp_lessons.plots.tensors import tensors
 from ddp_lessons.plots.timeline import timeline
 from ddp_lessons.plots.totals import totals
 from ddp_lessons.plots.waits import waits
 
-__all__ = ["arrivals", "bandwidth", "buckets", "machines", "tensors", "timeline", "totals", "waits"]
+__all__ = [
+    "arrivals",
+    "bandwidth",
+    "buckets",
+    "machines",
+    "shards",
+    "tensors",
+    "timeline",
+    "totals",
+    "waits",
+]

@@ -1,0 +1,317 @@
+"""The checks of lesson 05: a sampler, an exact accuracy, the epoch bug, one rank's batch size."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader, DistributedSampler
+
+from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
+
+Shards = list[list[int]]  # by rank
+
+SHARDED = ((12, 4), (10, 3), (2, 3), (7, 1))  # samples, ranks
+EVALUATED = ((10, 3, (0, 2)), (1, 2, ()), (6, 1, (5,)), (5, 4, (4,)))  # and which are wrong
+TRAINED = ((12, 3, 0, 3), (10, 2, 2, 4))  # samples, ranks, first and last epoch
+SHARED_BATCHES = ((64, 4), (66, 3), (4, 4), (8, 1))  # global batch, ranks
+IMPOSSIBLE_BATCHES = ((66, 4), (3, 4), (0, 2))
+
+
+def _loaded(rank: int, sampler: Any, total: int, drop_last: bool) -> tuple[int, list[int]]:
+    made = sampler(total, rank, _world_size(), drop_last)
+    batches = DataLoader(range(total), batch_size=2, sampler=made) if total else ()
+    return len(made), [int(index) for batch in batches for index in batch]
+
+
+def _world_size() -> int:
+    """The number of ranks, without a process group."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+@exercise(
+    "Which places of the padded order are this rank's? `range(rank, size, world_size)` walks over "
+    "them.",
+    "Without `drop_last` the size is `total` rounded up to a multiple of `world_size`, with it "
+    "rounded down. What stands at place `i` is sample `i % total`.",
+)
+def check_sampler(sampler: Callable[[int, int, int, bool], Iterable[int]]) -> str:
+    """Check `sampler(total, rank, world_size, drop_last)` against DistributedSampler's samples."""
+    for drop_last in (False, True):
+        for total, ranks in SHARDED:
+            run = run_quietly(_loaded, (sampler, total, drop_last), nprocs=ranks)
+            run.raise_for_failure()
+            what = f"{_samples(total)} on {_ranks(ranks)}, drop_last={drop_last}"
+            _judge_sampler(what, total, drop_last, run.values)
+    return "the samples of DistributedSampler, also with 10 samples on 3 ranks and with 2 on 3."
+
+
+def _judge_sampler(
+    what: str, total: int, drop_last: bool, loaded: list[tuple[int, list[int]]]
+) -> None:
+    lengths, shards = [length for length, _ in loaded], [shard for _, shard in loaded]
+    ranks = len(shards)
+    expected = [
+        list(DistributedSampler(range(total), ranks, rank, shuffle=False, drop_last=drop_last))
+        for rank in range(ranks)
+    ]
+    seen = f"{what}: the ranks got {shards}"
+    if shards != expected:
+        raise Wrong(f"{seen}.", _what_is_wrong(shards, expected, total, drop_last))
+    if lengths != [len(shard) for shard in shards]:
+        raise Wrong(
+            f"{seen}, but len() says {lengths}.",
+            "`__len__` is the number of samples of this rank: the DataLoader counts its steps by "
+            "it.",
+        )
+
+
+def _what_is_wrong(shards: Shards, expected: Shards, total: int, drop_last: bool) -> str:
+    sizes = [len(shard) for shard in shards]
+    if len(set(sizes)) > 1:
+        return (
+            f"Rank {sizes.index(max(sizes))} has {max(sizes)} samples and rank "
+            f"{sizes.index(min(sizes))} only {min(sizes)}. Ranks with more take more steps, and "
+            "wait in their last one for the others, which have none left. Pad by wrapping round, "
+            "or drop."
+        )
+    if _are_blocks(shards):
+        return (
+            "Each rank has a block of neighbours. DistributedSampler deals samples out like cards: "
+            "rank r gets every world_size-th one, beginning with r."
+        )
+    if len({tuple(shard) for shard in shards}) < len(shards) and total >= len(shards):
+        return "Two ranks have the same samples: they would do the same work twice."
+    if sizes != [len(shard) for shard in expected]:
+        return (
+            f"Each rank should have {len(expected[0])} samples. With drop_last the number of "
+            "samples is rounded down to a multiple of world_size, else up; never more than that."
+        )
+    never = sorted(set().union(*expected).difference(*shards))
+    if never:
+        return f"Sample {never[0]} was never seen."
+    if not drop_last and total % len(shards):
+        return "The padding begins again with the first samples: 0, 1 and so on."
+    return f"DistributedSampler gives {expected}."
+
+
+def _are_blocks(shards: Shards) -> bool:
+    return len(shards) > 1 and all(
+        len(shard) > 1 and shard == list(range(shard[0], shard[0] + len(shard)))
+        for shard in shards[: len(shards) - 1]
+    )
+
+
+def _evaluated(
+    _: int, accuracy: Callable[..., Any], total: int, wrong: tuple[int, ...]
+) -> tuple[Any, list[int]]:
+    asked: list[int] = []
+
+    def is_right(index: int) -> bool:
+        asked.append(int(index))
+        return int(index) not in wrong
+
+    dist.init_process_group("gloo")
+    result = accuracy(is_right, total)
+    dist.destroy_process_group()
+    return (result.item() if hasattr(result, "item") else result), asked
+
+
+@exercise(
+    "`range(rank, total, world_size)` gives every sample to one rank, without padding.",
+    "Let two numbers travel in one `all_reduce`: how many are right, and how many were asked for. "
+    "Divide afterwards. A rank without samples gives zeros.",
+)
+def check_accuracy(accuracy: Callable[..., Any]) -> str:
+    """Check `accuracy(is_right, total)`: each sample asked for once, the exact value everywhere."""
+    for total, ranks, wrong in EVALUATED:
+        run = run_quietly(_evaluated, (accuracy, total, wrong), nprocs=ranks)
+        run.raise_for_failure()
+        what = f"{_samples(total)} on {_ranks(ranks)}, {total - len(wrong)} of them right"
+        _judge_asked(what, total, [asked for _, asked in run.values])
+        results = [result for result, _ in run.values]
+        _judge_accuracy(what, results, [asked for _, asked in run.values], total, wrong)
+    return "exact on every rank, for 10 samples on 3 ranks, 5 on 4, 1 on 2 and 6 on 1."
+
+
+def _judge_asked(what: str, total: int, shards: Shards) -> None:
+    counts = Counter(index for shard in shards for index in shard)
+    twice = sorted(index for index, count in counts.items() if count > 1)
+    never = [index for index in range(total) if not counts[index]]
+    seen = f"{what}: the ranks asked for {shards}."
+    if len(shards) > 1 and all(sorted(shard) == list(range(total)) for shard in shards):
+        raise Wrong(seen, "Every rank did all the work. Each needs only its own part.")
+    if twice:
+        raise Wrong(
+            seen,
+            f"Sample {twice[0]} was counted twice. A padded sampler is for training, where ranks "
+            "need equally many steps; in evaluation each sample may count once.",
+        )
+    if never:
+        raise Wrong(seen, f"Sample {never[0]} was never asked for: it is missing in the accuracy.")
+
+
+def _judge_accuracy(
+    what: str, results: list[Any], shards: Shards, total: int, wrong: tuple[int, ...]
+) -> None:
+    exact = (total - len(wrong)) / total
+    if all(_near(result, exact) for result in results):
+        return
+    seen = f"{what}: the accuracy is {exact:.3g}, and the ranks returned {_short(results)}."
+    local = [1 - len({*shard} & {*wrong}) / len(shard) if shard else 0.0 for shard in shards]
+    if _near(results[0], exact) and len(results) > 1:
+        raise Wrong(seen, "Rank 0 is right, but every rank should know: `all_reduce` tells all.")
+    if len(results) > 1 and all(map(_near, results, local)):
+        raise Wrong(
+            seen, "These are the ranks' own accuracies. Put their counts together: `all_reduce`."
+        )
+    if _near(results[0], sum(local) / len(local)):
+        raise Wrong(
+            seen,
+            "This is the mean of the ranks' accuracies. They have different numbers of samples: "
+            "send the counts round and divide the sums.",
+        )
+    raise Wrong(seen, "Add up the right ones and the samples over all ranks, then divide.")
+
+
+def _near(value: Any, target: float) -> bool:
+    return isinstance(value, int | float) and abs(value - target) < 1e-5
+
+
+def _short(values: list[Any]) -> str:
+    texts = [f"{v:.3g}" if isinstance(v, float) else str(v)[:40] for v in values]
+    return ", ".join(texts)
+
+
+def _trained(rank: int, train: Callable[..., Any], total: int, first: int, last: int) -> Any:
+    sampler = DistributedSampler(range(total), _world_size(), rank)
+    loader = DataLoader(range(total), batch_size=2, sampler=sampler)
+    return train(sampler, loader, first, last)
+
+
+@exercise(
+    "When does the loader ask the sampler for its order: when the loop over batches begins, or for "
+    "each batch?",
+    "Call `set_epoch(epoch)` before `for batch in loader`, once an epoch.",
+)
+def check_train(train: Callable[..., Any]) -> str:
+    """Check `train(sampler, loader, first, last)`: each epoch has the shuffle of its number."""
+    for total, ranks, first, last in TRAINED:
+        run = run_quietly(_trained, (train, total, first, last), nprocs=ranks)
+        run.raise_for_failure()
+        what = f"epochs {first} to {last - 1} of {_samples(total)} on {_ranks(ranks)}"
+        _judge_trained(what, run.values, total, range(first, last))
+    return "every epoch has its own shuffle, also when training goes on from epoch 2."
+
+
+def _judge_trained(what: str, values: list[Any], total: int, epochs: range) -> None:
+    ranks = len(values)
+    right = {
+        e: [_order(total, ranks, rank, e) for rank in range(ranks)] for e in range(epochs.stop)
+    }
+    got: list[Any] = list(zip(*values, strict=False)) if all(values) else []
+    seen = f"{what}: rank 0 saw {values[0]}."
+    if len(got) != len(epochs):
+        raise Wrong(seen, f"Return one list of samples for each of the {len(epochs)} epochs.")
+    shards = [list(map(list, epoch)) for epoch in got]
+    if shards == [right[epoch] for epoch in epochs]:
+        return
+    if shards[1:] == shards[:-1]:
+        raise Wrong(
+            seen,
+            "All epochs are the same. The sampler does not count epochs: tell it the number of "
+            "each one with `set_epoch`.",
+        )
+    if shards[1] == right[epochs[0]]:
+        raise Wrong(
+            seen,
+            "Each epoch has the shuffle of the one before. The loader asks for the order when its "
+            "loop begins; `set_epoch` inside that loop comes too late.",
+        )
+    if any(set().union(*epoch) != {*range(total)} for epoch in shards):
+        raise Wrong(
+            seen,
+            "Together the ranks did not see every sample in every epoch. All ranks must set the "
+            "same epoch, so that they cut the same order into parts.",
+        )
+    if epochs[0] and shards == [right[epoch - epochs[0]] for epoch in epochs]:
+        raise Wrong(
+            seen,
+            "Training that goes on from a checkpoint began again with the shuffle of epoch 0. "
+            "Count epochs from `first`.",
+        )
+    raise Wrong(seen, "Epoch e must have the order after `sampler.set_epoch(e)`.")
+
+
+def _order(total: int, ranks: int, rank: int, epoch: int) -> list[int]:
+    sampler = DistributedSampler(range(total), ranks, rank)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def _first_batch(rank: int, batch_size: Any, total: int) -> int:
+    sampler = DistributedSampler(range(total), _world_size(), rank)
+    return len(next(iter(DataLoader(range(total), batch_size, sampler=sampler))))
+
+
+@exercise(
+    "`divmod` gives the whole part and the remainder at once.",
+    "Raise a ValueError if there is a remainder, or if nothing would be left for a rank.",
+)
+def check_per_rank_batch(per_rank_batch: Callable[[int, int], int]) -> str:
+    """Check `per_rank_batch(global_batch, world_size)`, and that ranks really take so many."""
+    for batch, ranks in SHARED_BATCHES:
+        size = call(per_rank_batch, batch, ranks, because="It takes two whole numbers.")
+        _judge_batch(batch, ranks, size)
+    for batch, ranks in IMPOSSIBLE_BATCHES:
+        _judge_impossible(per_rank_batch, batch, ranks)
+    return "right for 64, 66, 4 and 8, and 66 on 4 ranks, 3 on 4 and 0 on 2 are refused."
+
+
+def _judge_batch(batch: int, ranks: int, size: Any) -> None:
+    if not isinstance(size, int):
+        raise Wrong(
+            f"a batch of {batch} on {_ranks(ranks)}: you returned {size!r}.",
+            "A DataLoader takes whole numbers only, and `/` gives a float: use `//`.",
+        )
+    if size < 1:
+        raise Wrong(f"a batch of {batch} on {_ranks(ranks)}: {size}.", "That is no batch size.")
+    run = run_quietly(_first_batch, (size, 4 * ranks * max(batch, size)), nprocs=ranks)
+    run.raise_for_failure()
+    together = sum(run.values)
+    if together != batch:
+        because = (
+            "Every rank takes the global batch. A DataLoader's batch size counts for one rank: all "
+            "of them together take that many times the number of ranks."
+            if size == batch
+            else "The ranks' batches together must be the global batch."
+        )
+        raise Wrong(f"one step on {_ranks(ranks)} took {together} samples, not {batch}.", because)
+
+
+def _judge_impossible(per_rank_batch: Callable[[int, int], int], batch: int, ranks: int) -> None:
+    try:
+        size = per_rank_batch(batch, ranks)
+    except ValueError:
+        return
+    except Exception as error:
+        raise Wrong(
+            f"a batch of {batch} on {_ranks(ranks)}: it raised {type(error).__name__}.",
+            "Raise a ValueError: the value is what is wrong.",
+        ) from error
+    if not isinstance(size, int) or size < 1:
+        because = "No rank can take such a batch: say so with a ValueError."
+    else:
+        because = f"{ranks} x {size} is {ranks * size}: samples get lost or added in silence."
+    raise Wrong(f"a batch of {batch} on {_ranks(ranks)}: you returned {size!r}.", because)
+
+
+def _samples(count: int) -> str:
+    return f"{count} sample{'s' * (count != 1)}"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' * (count != 1)}"

@@ -17,6 +17,7 @@ from ddp_lessons import plots
 from ddp_lessons.widgets import (
     barriers,
     collectives,
+    data_parallel_by_hand,
     ddp_timing,
     distributed_sampler,
     init_process_group,
@@ -176,6 +177,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "distributed_sampler": (
         lambda: distributed_sampler.explore(see),
         {"total": 1, "nprocs": 4, "shuffle": False, "drop_last": True, "set_epoch": False},
+    ),
+    "data_parallel_by_hand": (
+        lambda: data_parallel_by_hand.explore(lambda rank, first: {"mean": [first / 240]}),
+        {"first": 120},
     ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),

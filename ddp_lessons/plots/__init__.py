@@ -6,6 +6,7 @@ Drawn in the parent, from a `Run`; matplotlib is imported here and nowhere else.
 from ddp_lessons.plots.arrivals import arrivals
 from ddp_lessons.plots.bandwidth import bandwidth
 from ddp_lessons.plots.buckets import buckets
+from ddp_lessons.plots.differences import differences
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.shards import shards
 from ddp_lessons.plots.tensors import tensors
@@ -17,6 +18,7 @@ __all__ = [
     "arrivals",
     "bandwidth",
     "buckets",
+    "differences",
     "machines",
     "shards",
     "tensors",

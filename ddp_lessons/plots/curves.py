@@ -1,0 +1,75 @@
+"""What pictures with curves share: looks that differ in grey, too, and labels at the ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from ddp_lessons.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOOKS: tuple[dict[str, Any], ...] = (
+    {"color": style.BLUE, "marker": "o"},
+    {"color": style.ORANGE, "marker": "s", "linestyle": "--"},
+    {"color": style.GREEN, "marker": "^", "linestyle": ":"},
+    {"color": style.PURPLE, "marker": "D", "linestyle": "-."},
+)
+APART = 0.09  # of the axes' height between two labels, at least
+MARKS = 12  # on a curve
+FONT = 9
+
+Curves = dict[str, np.ndarray]
+
+
+def checked(curves: Mapping[str, Sequence[float]]) -> Curves:
+    """The curves as arrays.
+
+    Raises
+    ------
+    ValueError
+        If there is none or there are more than four, or one is empty or has a value that is not
+        finite.
+    """
+    arrays = {label: np.asarray(curve, dtype=float) for label, curve in curves.items()}
+    if not 0 < len(arrays) <= len(LOOKS):
+        raise ValueError(f"one to {len(LOOKS)} curves can be told apart, got {len(arrays)}")
+    for label, curve in arrays.items():
+        if curve.ndim != 1 or not len(curve) or not np.isfinite(curve).all():
+            raise ValueError(f"{label!r} must be a list of finite numbers, one a step, got {curve}")
+    return arrays
+
+
+def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
+    """Draw the curves over their `xs`; call `label_ends` when the scales are set."""
+    for look, (label, curve) in zip(LOOKS, curves.items(), strict=False):
+        every = max(1, len(curve) // MARKS)
+        ax.plot(xs[label], curve, label=label, markersize=5, markevery=every, **look)
+    ax.set_xlim(0, max(1, *(x[-1] for x in xs.values())))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+
+
+def label_ends(ax: Axes, curves: Curves) -> None:
+    """Write each label beside its curve's end, moved up where it would cover another."""
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = {label: to_axes.transform((0, curve[-1]))[1] for label, curve in curves.items()}
+    lowest = -APART
+    for label, height in sorted(heights.items(), key=lambda item: item[1]):
+        lowest = max(float(height), lowest + APART)
+        ax.annotate(
+            label,
+            (1, lowest),
+            (8, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            color=style.INK,
+            fontsize=FONT,
+            annotation_clip=False,
+        )

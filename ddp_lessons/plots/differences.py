@@ -1,0 +1,76 @@
+"""How far several ways to compute the same thing are from the truth, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.ticker import NullLocator
+
+from ddp_lessons.plots import style
+from ddp_lessons.plots.curves import FONT, Curves, checked, draw, label_ends
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = 6  # of the figure's height
+MOST_TICKS = 5
+
+
+def differences(
+    values: Mapping[str, Sequence[float]],
+    *,
+    rounding: float | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw one curve for each way, on a logarithmic scale whose lowest line is exactly 0.
+
+    Parameters
+    ----------
+    values : mapping of str to sequence of float
+        By label, one difference a step, `(steps,)`: finite and not negative. At most four.
+    rounding : float, optional
+        Differences up to this are only rounding: the band is shaded and named.
+    title : str, optional
+        The finding that the picture shows.
+    ax : matplotlib Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw, too much, or a difference is negative or not finite.
+    """
+    curves = checked(values)
+    negative = [label for label, curve in curves.items() if (curve < 0).any()]
+    if negative:
+        raise ValueError(f"{negative} have negative differences: take the absolute value")
+    ax = ax or style.new_axes(ROWS)
+    if rounding is not None:
+        ax.axhspan(0, rounding, facecolor=style.PALE)
+        ax.text(0, rounding, " only rounding", fontsize=FONT - 1, va="top", color=style.INK)
+    draw(ax, {label: np.arange(len(curve)) for label, curve in curves.items()}, curves)
+    _scale(ax, curves, rounding or 0.0)
+    label_ends(ax, curves)
+    ax.set_xlabel("step")
+    style.head(ax, title or "difference from the truth", [])
+    return ax
+
+
+def _scale(ax: Axes, curves: Curves, rounding: float) -> None:
+    """Logarithmic down to the power of ten below all that is drawn, and then straight to 0."""
+    seen = np.concatenate([*curves.values(), [rounding]])
+    positive = seen[seen > 0] if (seen > 0).any() else np.ones(1)
+    low, high = (int(np.floor(np.log10(value))) for value in (positive.min(), positive.max()))
+    ax.set_yscale("symlog", linthresh=10.0**low, linscale=0.5)
+    ax.yaxis.set_minor_locator(NullLocator())
+    exponents = range(low, high + 2, max(1, (high + 1 - low) // MOST_TICKS))
+    ax.set_yticks([0, *(10.0**e for e in exponents)], ["0", *(f"$10^{{{e}}}$" for e in exponents)])
+    bottom = 0 if min(curve.min() for curve in curves.values()) > 0 else -(10.0**low) / 4
+    ax.set_ylim(bottom, positive.max() * 3)

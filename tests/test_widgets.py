@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ddp_lessons import plots
 from ddp_lessons.widgets import (
     barriers,
+    batch_size_and_lr,
     collectives,
     data_parallel_by_hand,
     ddp_timing,
@@ -181,6 +182,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "data_parallel_by_hand": (
         lambda: data_parallel_by_hand.explore(lambda rank, first: {"mean": [first / 240]}),
         {"first": 120},
+    ),
+    "batch_size_and_lr": (
+        lambda: batch_size_and_lr.explore(lambda rank, lr, optimizer: [lr, lr / 2]),
+        {"nprocs": 2, "rule": "square root", "optimizer": "Adam"},
     ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),

@@ -7,6 +7,7 @@ from ddp_lessons.plots.arrivals import arrivals
 from ddp_lessons.plots.bandwidth import bandwidth
 from ddp_lessons.plots.buckets import buckets
 from ddp_lessons.plots.differences import differences
+from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.shards import shards
 from ddp_lessons.plots.tensors import tensors
@@ -19,6 +20,7 @@ __all__ = [
     "bandwidth",
     "buckets",
     "differences",
+    "losses",
     "machines",
     "shards",
     "tensors",

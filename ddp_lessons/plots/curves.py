@@ -50,7 +50,7 @@ def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
         every = max(1, len(curve) // MARKS)
         ax.plot(xs[label], curve, label=label, markersize=5, markevery=every, **look)
     ax.set_xlim(0, max(1, *(x[-1] for x in xs.values())))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
 

@@ -1,0 +1,67 @@
+"""Losses of several trainings, against steps or against the samples that they have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ddp_lessons.plots import style
+from ddp_lessons.plots.curves import checked, draw, label_ends
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROWS = 6  # of the figure's height
+
+
+def losses(
+    curves: Mapping[str, Sequence[float]],
+    *,
+    batch: Mapping[str, int] | None = None,
+    labels: bool = True,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw one curve for each training.
+
+    Parameters
+    ----------
+    curves : mapping of str to sequence of float
+        By label, the loss after each step, `(steps,)`. At most four.
+    batch : mapping of str to int, optional
+        By label, how many samples all ranks together take in a step. With it, the x axis counts
+        samples instead of steps: trainings with large batches are drawn as wide as others.
+    labels : bool
+        Whether to write the labels at the ends; beside another picture of the same curves, once is
+        enough.
+    title : str, optional
+        The finding that the picture shows.
+    ax : matplotlib Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to draw or too much, a loss is not finite, or a batch is missing or
+        smaller than 1.
+    """
+    arrays = checked(curves)
+    sizes = {label: 1 if batch is None else batch.get(label, 0) for label in arrays}
+    if min(sizes.values()) < 1:
+        raise ValueError(f"each curve needs the size of its batch, at least 1; got {batch}")
+    ax = ax or style.new_axes(ROWS)
+    xs = {label: sizes[label] * np.arange(1, len(curve) + 1) for label, curve in arrays.items()}
+    draw(ax, xs, arrays)
+    ax.set_ylim(0, max(curve.max() for curve in arrays.values()) * 1.05)
+    if labels:
+        label_ends(ax, arrays)
+    ax.set_xlabel("steps" if batch is None else "samples seen")
+    ax.set_ylabel("loss")
+    style.head(ax, title or "loss", [])
+    return ax

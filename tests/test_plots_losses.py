@@ -1,0 +1,61 @@
+"""The picture of losses: against steps or samples, labelled, and what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from ddp_lessons import plots
+
+matplotlib.use("agg")
+CURVES = {"1 rank": [2.0, 1.5, 1.0, 0.5], "4 ranks": [2.0]}
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    yield
+    plt.close("all")
+
+
+def drawn(ax: Any) -> dict[str, list[list[float]]]:
+    return {line.get_label(): np.asarray(line.get_xydata()).tolist() for line in ax.lines}
+
+
+def test_against_steps() -> None:
+    ax = plots.losses(CURVES, title="the finding")
+    assert drawn(ax) == {"1 rank": [[1, 2], [2, 1.5], [3, 1], [4, 0.5]], "4 ranks": [[1, 2]]}
+    assert ax.get_xlabel() == "steps"
+    assert ax.get_title("left") == "the finding"
+    assert {text.get_text() for text in ax.texts} == set(CURVES)
+
+
+def test_against_samples_equal_work_is_equally_wide() -> None:
+    ax = plots.losses(CURVES, batch={"1 rank": 16, "4 ranks": 64}, labels=False)
+    assert [points[-1][0] for points in drawn(ax).values()] == [64, 64]
+    assert ax.get_xlabel() == "samples seen"
+    assert not ax.texts
+
+
+def test_the_scale_begins_at_zero_and_curves_differ_without_colour() -> None:
+    ax = plots.losses({name: [1.0, 2.0] for name in "abcd"})
+    assert ax.get_ylim()[0] == 0
+    assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 4
+
+
+@pytest.mark.parametrize(
+    ("curves", "batch", "said"),
+    [
+        ({}, None, "got 0"),
+        ({"a": [float("inf")]}, None, "'a' must be a list of finite numbers"),
+        ({"a": [1.0]}, {"b": 3}, "needs the size of its batch"),
+        ({"a": [1.0]}, {"a": 0}, "at least 1"),
+    ],
+)
+def test_senseless_values_are_refused(curves: Any, batch: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        plots.losses(curves, batch=batch)

@@ -88,7 +88,7 @@ def unequal_shard(
         `(world_size,)`: how much each rank gets, relative to the others; by default 1, 2, 3 and so
         on. Together the parts are all samples, each once.
     """
-    _check(rank, world_size)
+    _check(dataset, rank, world_size)
     shares = np.asarray(weights if weights is not None else range(1, world_size + 1), dtype=float)
     if shares.shape != (world_size,) or not (np.isfinite(shares) & (shares > 0)).all():
         raise ValueError(
@@ -106,12 +106,17 @@ def shifted_shard(
     Rank r gets samples r, r + world_size and so on, and `shift * r` added to each pixel: a mean
     that one rank computes is not the mean of all. The shards' sizes differ by at most 1.
     """
-    _check(rank, world_size)
+    _check(dataset, rank, world_size)
     images, *others = dataset[rank::world_size]
     return TensorDataset(images + shift * rank, *others)
 
 
-def _check(rank: int, world_size: int) -> None:
+def _check(dataset: TensorDataset, rank: int, world_size: int) -> None:
+    if not isinstance(dataset, TensorDataset):
+        raise TypeError(
+            f"dataset must be a TensorDataset of images and labels, as digits() returns it; got "
+            f"{type(dataset).__name__}"
+        )
     if world_size < 1:
         raise ValueError(f"world_size must be at least 1, got {world_size}")
     if not 0 <= rank < world_size:

@@ -207,3 +207,9 @@ def test_the_models_learn_the_digits_in_a_worker(model: type[nn.Module]) -> None
 def test_each_call_returns_tensors_of_its_own() -> None:
     data.digits().tensors[0].zero_()
     assert data.digits().tensors[0].max() == 1
+
+
+@pytest.mark.parametrize("shard", [data.unequal_shard, data.shifted_shard])
+def test_what_is_no_dataset_is_refused(shard: Any) -> None:
+    with pytest.raises(TypeError, match="must be a TensorDataset of images and labels.*got tuple"):
+        shard(data.digits()[:10], 0, 2)

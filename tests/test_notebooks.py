@@ -95,6 +95,15 @@ def test_a_lesson_has_its_parts(path: Path) -> None:
     assert f"solutions/{path.name}" in _text(path)
 
 
+@pytest.mark.parametrize("path", [p for p in ONLY_LESSONS if "01" <= str(p.id)[:2] <= "09"])
+def test_a_lesson_has_an_explorer_whose_picture_is_stored(path: Path) -> None:
+    (cell,) = [cell for cell in _code(path) if re.search(r"^explore\(", cell.source, re.M)]
+    controls, picture = cell.outputs
+    assert "application/vnd.jupyter.widget-view+json" in controls.data
+    assert picture.data["image/png"]
+    assert picture.data["text/plain"] == picture.metadata["image/png"]["alt"]
+
+
 @pytest.mark.parametrize("path", ONLY_LESSONS)
 def test_exercises_are_left_to_the_learner(path: Path) -> None:
     results = "".join(str(cell.outputs) for cell in _code(path))

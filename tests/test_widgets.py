@@ -23,6 +23,7 @@ from ddp_lessons.widgets import (
     distributed_sampler,
     init_process_group,
     spawn,
+    sync_batchnorm,
 )
 from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, switch, whole
 from tests.kernels import Cell, Kernel
@@ -186,6 +187,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "batch_size_and_lr": (
         lambda: batch_size_and_lr.explore(lambda rank, lr, optimizer: [lr, lr / 2]),
         {"nprocs": 2, "rule": "square root", "optimizer": "Adam"},
+    ),
+    "sync_batchnorm": (
+        lambda: sync_batchnorm.explore(lambda rank, n, shift: ([rank * shift, 1.0], [n, 1.0])),
+        {"n": 1, "percent": 100},
     ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),

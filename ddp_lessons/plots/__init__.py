@@ -10,6 +10,7 @@ from ddp_lessons.plots.differences import differences
 from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.shards import shards
+from ddp_lessons.plots.statistics import statistics
 from ddp_lessons.plots.tensors import tensors
 from ddp_lessons.plots.timeline import timeline
 from ddp_lessons.plots.totals import totals
@@ -23,6 +24,7 @@ __all__ = [
     "losses",
     "machines",
     "shards",
+    "statistics",
     "tensors",
     "timeline",
     "totals",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     from ddp_lessons.results import RankResult, Run
@@ -73,7 +74,7 @@ def bytes_text(nbytes: float) -> str:
     return f"{size:.3g} {unit}"
 
 
-def head(ax: Axes, title: str, handles: Sequence[Patch]) -> None:
+def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
     """Write the title, and under it the legend, in as few rows as it needs."""
     columns = MOST_COLUMNS
     while handles and _legend_width(ax, handles, columns) > 1.0 and columns > 1:
@@ -84,7 +85,7 @@ def head(ax: Axes, title: str, handles: Sequence[Patch]) -> None:
     ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows)
 
 
-def _legend_width(ax: Axes, handles: Sequence[Patch], columns: int) -> float:
+def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> float:
     """Draw the legend; how wide it is, as a part of the figure from the axes on."""
     legend = ax.legend(
         handles=handles,

@@ -25,10 +25,11 @@ from ddp_lessons.output import cut_lines
 LINES_SHOWN = 1000  # of all ranks together
 
 # Lines of torch's log with the time of day: its store warns where no name server answers, which
-# does not matter on loopback; monitored_barrier says what its exception says, too.
+# does not matter on loopback; gloo says what its exceptions say, too.
 _NOISE = re.compile(
     r"\[W.*socket\.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be "
-    r"|(?:\[rank\d+\]:)?\[E.*ProcessGroupGloo\.cpp:\d+\] .*\bmonitoredBarrier\b"
+    r"|(?:\[rank\d+\]:)?\[E.*ProcessGroupGloo\.cpp:\d+\] "
+    r"(?:.*\bmonitoredBarrier\b|Gloo connectFullMesh failed )"
 )
 
 Status = Literal["returned", "raised", "died", "stopped", "unsendable"]

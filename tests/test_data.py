@@ -211,5 +211,5 @@ def test_each_call_returns_tensors_of_its_own() -> None:
 
 @pytest.mark.parametrize("shard", [data.unequal_shard, data.shifted_shard])
 def test_what_is_no_dataset_is_refused(shard: Any) -> None:
-    with pytest.raises(TypeError, match="must be a TensorDataset of images and labels.*got tuple"):
+    with pytest.raises(TypeError, match=r"must be a TensorDataset of images and labels.*got tuple"):
         shard(data.digits()[:10], 0, 2)

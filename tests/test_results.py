@@ -220,7 +220,7 @@ def test_nor_is_what_monitored_barrier_logs_besides_its_exception() -> None:
 
 def test_nor_is_it_in_the_story_of_a_dead_rank() -> None:
     def work(rank: int) -> None:
-        noisy(rank)
+        noisy(rank, NOISE[0])
         os._exit(1)
 
     with pytest.raises(WorkerDied) as caught:

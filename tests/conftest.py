@@ -43,6 +43,15 @@ def leaves_nothing() -> Iterator[None]:
 
 
 @pytest.fixture
+def figures_closed() -> Iterator[None]:
+    """Close the figures that a test leaves open."""
+    yield
+    import matplotlib.pyplot as plt
+
+    plt.close("all")
+
+
+@pytest.fixture
 def kernel() -> Iterator[Kernel]:
     """A real notebook kernel with `launch` imported."""
     with Kernel() as kernel:

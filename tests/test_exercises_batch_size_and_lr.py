@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from typing import Any
 
 import cloudpickle
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -16,6 +14,7 @@ from ddp_lessons.exercises.batch_size_and_lr import (
     check_lr_at,
     check_one_process,
 )
+from tests import answers
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -116,16 +115,11 @@ WRONG: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "answer"), RIGHT, ids=[c.__name__ for c, _ in RIGHT])
+@answers.right(RIGHT)
 def test_a_right_answer_passes(check: Any, answer: Any) -> None:
-    verdict = check(answer)
-    assert verdict.passed, verdict
+    answers.passes(check, answer)
 
 
-@pytest.mark.parametrize(
-    ("check", "answer", "said"), WRONG, ids=[f"{c.__name__}-{said[:30]}" for c, _, said in WRONG]
-)
+@answers.wrong(WRONG)
 def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
-    verdict = check(answer)
-    assert verdict.passed is False
-    assert re.search(said, repr(verdict).replace("\n", " ")), repr(verdict)
+    answers.is_explained(check, answer, said)

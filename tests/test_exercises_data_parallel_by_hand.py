@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from typing import Any
 
 import cloudpickle
-import pytest
 import torch
 import torch.distributed as dist
 
 from ddp_lessons.exercises.data_parallel_by_hand import check_begin, check_my_ddp, check_weigh
+from tests import answers
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -157,19 +156,14 @@ WRONG: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "answer"), RIGHT, ids=[c.__name__ for c, _ in RIGHT])
+@answers.right(RIGHT)
 def test_a_right_answer_passes(check: Any, answer: Any) -> None:
-    verdict = check(answer)
-    assert verdict.passed, verdict
+    answers.passes(check, answer)
 
 
-@pytest.mark.parametrize(
-    ("check", "answer", "said"), WRONG, ids=[f"{c.__name__}-{said[:30]}" for c, _, said in WRONG]
-)
+@answers.wrong(WRONG)
 def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
-    verdict = check(answer)
-    assert verdict.passed is False
-    assert re.search(said, repr(verdict).replace("\n", " ")), repr(verdict)
+    answers.is_explained(check, answer, said)
 
 
 def test_a_check_leaves_the_generator_of_the_notebook_alone() -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 from typing import Any
 
 import cloudpickle
-import pytest
 
 from ddp_lessons.exercises.ddp_timing import (
     check_accumulate,
     check_choose_bucket,
     check_name_straggler,
 )
+from tests import answers
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -104,16 +103,11 @@ WRONG: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "answer"), RIGHT, ids=[c.__name__ for c, _ in RIGHT])
+@answers.right(RIGHT)
 def test_a_right_answer_passes(check: Any, answer: Any) -> None:
-    verdict = check(answer)
-    assert verdict.passed, verdict
+    answers.passes(check, answer)
 
 
-@pytest.mark.parametrize(
-    ("check", "answer", "said"), WRONG, ids=[f"{c.__name__}-{said[:30]}" for c, _, said in WRONG]
-)
+@answers.wrong(WRONG)
 def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
-    verdict = check(answer)
-    assert verdict.passed is False
-    assert re.search(said, repr(verdict).replace("\n", " ")), repr(verdict)
+    answers.is_explained(check, answer, said)

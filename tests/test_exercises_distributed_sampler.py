@@ -20,6 +20,7 @@ from ddp_lessons.exercises.distributed_sampler import (
     check_sampler,
     check_train,
 )
+from tests import answers
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -213,19 +214,14 @@ WRONG: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("check", "answer"), RIGHT, ids=[c.__name__ for c, _ in RIGHT])
+@answers.right(RIGHT)
 def test_a_right_answer_passes(check: Any, answer: Any) -> None:
-    verdict = check(answer)
-    assert verdict.passed, verdict
+    answers.passes(check, answer)
 
 
-@pytest.mark.parametrize(
-    ("check", "answer", "said"), WRONG, ids=[f"{c.__name__}-{said[:30]}" for c, _, said in WRONG]
-)
+@answers.wrong(WRONG)
 def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
-    verdict = check(answer)
-    assert verdict.passed is False
-    assert re.search(said, repr(verdict).replace("\n", " ")), repr(verdict)
+    answers.is_explained(check, answer, said)
 
 
 def test_a_class_with_a_hole_is_not_attempted() -> None:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from ddp_lessons import plots
 
 matplotlib.use("agg")
+pytestmark = pytest.mark.usefixtures("figures_closed")
 CURVES = {"1 rank": [2.0, 1.5, 1.0, 0.5], "4 ranks": [2.0]}
-
-
-@pytest.fixture(autouse=True)
-def closed() -> Iterator[None]:
-    yield
-    plt.close("all")
 
 
 def drawn(ax: Any) -> dict[str, list[list[float]]]:

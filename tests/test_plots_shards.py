@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
@@ -13,12 +11,7 @@ from matplotlib.patches import Rectangle
 from ddp_lessons import plots
 
 matplotlib.use("agg")
-
-
-@pytest.fixture(autouse=True)
-def closed() -> Iterator[None]:
-    yield
-    plt.close("all")
+pytestmark = pytest.mark.usefixtures("figures_closed")
 
 
 def texts(ax: Axes) -> list[str]:

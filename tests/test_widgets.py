@@ -112,6 +112,15 @@ def test_a_failure_is_explained_and_the_next_move_repairs_it(shown: list[dict[st
     assert [bundle["text/plain"] for bundle in shown] == ["one on 1", "two on 1"]
 
 
+def test_a_picture_after_a_failure_at_first_has_its_place(shown: list[dict[str, Any]]) -> None:
+    explorer = make()
+    explorer.controls["title"].value = "broken"
+    explorer._ipython_display_()
+    assert shown == [{"text/plain": ""}]
+    explorer.controls["title"].value = "two"
+    assert [bundle["text/plain"] for bundle in shown] == ["", "two on 1"]
+
+
 def test_every_control_has_a_label() -> None:
     for control in make().controls.values():
         assert control.description

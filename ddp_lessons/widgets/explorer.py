@@ -40,7 +40,7 @@ class Explorer:
 
     Shown by the cell whose last expression it is. A move of a control launches real ranks as soon
     as the kernel is free, with the values that the controls have then: moves that come faster than
-    runs are skipped, so runs never pile up. What fails is explained in place of the picture.
+    runs are skipped, so runs never pile up. What fails is explained above the picture, which stays.
 
     Parameters
     ----------
@@ -80,6 +80,8 @@ class Explorer:
         self._picture = None
         display(self.panel)
         self.redraw()
+        if self._picture is None:  # a later one must have its place in this cell
+            self._picture = display({"text/plain": ""}, raw=True, display_id=True)
 
     def _moved(self, _: Any) -> None:
         # The frontend may tell of a move in another thread; ranks are launched in the main one.

@@ -12,6 +12,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,8 @@ QUIET = {"KINETO_LOG_LEVEL": "6"}  # else the profiler prints on stderr what it 
 NOTES = f"""\
 Medians of one rank's turns, in ms; a turn's figure is the median of its {CALLS} calls or {STEPS}
 steps. Ratios: the median over the rounds of the turns' ratios, with quartiles. DDP: a step of an
-MLP with 1.9 million parameters on 256 images, forward and backward marked with `span`.
+MLP with 1.9 million parameters on 256 images, or of a CNN with 72,000 on 512, forward and backward
+marked with `span`. The MLP has little work for many gradients, which is the worst case.
 """
 
 Figures = dict[str, list[float]]  # by arm: ms of each round
@@ -82,15 +84,22 @@ def all_reduces(rank: int, rounds: int) -> Figures:
     return figures
 
 
-def network() -> nn.Module:
+def mlp() -> nn.Module:
     torch.manual_seed(0)
     hidden = [layer for _ in range(3) for layer in (nn.Linear(768, 768), nn.ReLU())]
-    return nn.Sequential(nn.Linear(64, 768), nn.ReLU(), *hidden, nn.Linear(768, 10))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 768), nn.ReLU(), *hidden, nn.Linear(768, 10))
 
 
-def ddp_steps(rank: int, rounds: int) -> Figures:
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1)]
+    head = [nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 10)]
+    return nn.Sequential(*convolutions, nn.ReLU(), nn.MaxPool2d(2), *head)
+
+
+def ddp_steps(rank: int, rounds: int, network: Callable[[], nn.Module], batch: int) -> Figures:
     dist.init_process_group("gloo")
-    images = torch.randn(256, 64)
+    images = torch.randn(batch, 1, 8, 8)
     steppers = {}
     for arm in ARMS:
         model = DistributedDataParallel(network(), bucket_cap_mb=2)
@@ -133,10 +142,10 @@ def with_a_late_rank(rank: int) -> float:
     return statistics.median(slept)
 
 
-def cost_rows(what: str, worker: Callable[..., Figures], rounds: int) -> list[list[str]]:
+def cost_rows(what: str, worker: Callable[..., Figures], *args: Any) -> list[list[str]]:
     rows = []
     for ranks in RANKS:
-        figures = launch(worker, (rounds,), nprocs=ranks, timeout=300, env=QUIET).values[0]
+        figures = launch(worker, args, nprocs=ranks, timeout=300, env=QUIET).values[0]
         medians = [f"{statistics.median(figures[arm]):.2f}" for arm in ARMS]
         ratios = [ratio(figures, arm) for arm in (ON, PROFILED)]
         rows.append([what, str(ranks), *medians, *ratios])
@@ -165,7 +174,8 @@ def straggler_line() -> str:
 def report(rounds: int) -> str:
     head = ["", "ranks", "off", "on", "profile", "on : off", "profile : off"]
     rows = cost_rows(f"all_reduce of {KILOBYTES} kB", all_reduces, rounds)
-    rows += cost_rows("step of DDP", ddp_steps, rounds)
+    rows += cost_rows("DDP, CNN", ddp_steps, rounds, cnn, 512)
+    rows += cost_rows("DDP, MLP", ddp_steps, rounds, mlp, 256)
     return "\n".join([machine("torch"), table(head, rows), NOTES, straggler_line()])
 
 

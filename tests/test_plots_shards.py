@@ -54,6 +54,10 @@ def test_what_is_missing_and_what_is_double_is_named_and_marked() -> None:
     assert legend(ax) == ["seen more than once in the epoch"]
 
 
+def test_epochs_are_counted_from_the_first() -> None:
+    assert lines(plots.shards([[[0], [0]]], 1, first=4))[1].startswith("epoch 5: ")
+
+
 def test_many_missing_ones_are_counted() -> None:
     assert lines(plots.shards([[[0]]], 9)) == ["epoch 0: 8 samples never"]
 

@@ -150,7 +150,9 @@ def arrive(rank: int, delays: list[float]) -> None:
     dist.destroy_process_group()
 
 
-def see(rank: int, total: int, shuffle: bool, drop_last: bool, set_epoch: bool) -> list[list[int]]:
+def see(
+    rank: int, total: int, shuffle: bool, drop_last: bool, set_epoch: bool, epoch: int
+) -> list[list[int]]:
     from torch.utils.data import DistributedSampler
 
     dist.init_process_group("gloo")
@@ -187,7 +189,14 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "barriers": (lambda: barriers.explore(arrive), {"rank0": 180, "rank3": 0}),
     "distributed_sampler": (
         lambda: distributed_sampler.explore(see),
-        {"total": 1, "nprocs": 4, "shuffle": False, "drop_last": True, "set_epoch": False},
+        {
+            "total": 1,
+            "nprocs": 4,
+            "shuffle": False,
+            "drop_last": True,
+            "set_epoch": False,
+            "epoch": 3,
+        },
     ),
     "data_parallel_by_hand": (
         lambda: data_parallel_by_hand.explore(lambda rank, first: {"mean": [first / 240]}),

@@ -30,6 +30,7 @@ def shards(
     values: Sequence[Sequence[Shard]],
     total: int,
     *,
+    first: int = 0,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -47,6 +48,8 @@ def shards(
         rank returns its own list. At most 64 rows in all.
     total : int
         How many samples there are; indices go from 0 to `total - 1`.
+    first : int
+        The number of the first epoch in `values`.
     title : str, optional
         The finding that the picture shows.
     ax : matplotlib Axes, optional
@@ -72,7 +75,13 @@ def shards(
         top = number * (world_size + GAP) + GAP
         ticks += [top + rank for rank in range(world_size)]
         _draw_epoch(ax, epoch, top, total, longest)
-        ax.text(0, top - 0.95, f"epoch {number}: {_seen(epoch, total)}", fontsize=FONT, va="center")
+        ax.text(
+            0,
+            top - 0.95,
+            f"epoch {first + number}: {_seen(epoch, total)}",
+            fontsize=FONT,
+            va="center",
+        )
     _name_rows(ax, ticks, world_size)
     ax.set_ylim(height - 0.4, -0.4)
     ax.set_xlim(0, longest)

@@ -20,8 +20,8 @@ def explore(see: Callable[..., list[list[int]]]) -> Explorer:
     Parameters
     ----------
     see : callable
-        ``see(rank, total, shuffle, drop_last, set_epoch)`` returns the samples that the rank sees,
-        a list for each epoch.
+        ``see(rank, total, shuffle, drop_last, set_epoch, epoch)`` returns the samples that the rank
+        sees, a list for each epoch from `epoch` on.
     """
     controls = {
         "total": whole("samples", 10, 1, 24),
@@ -29,6 +29,7 @@ def explore(see: Callable[..., list[list[int]]]) -> Explorer:
         "shuffle": switch("shuffle", True),
         "drop_last": switch("drop_last", False),
         "set_epoch": switch("set_epoch", True),
+        "epoch": whole("first epoch", 0, 0, 9),
     }
 
     def start(nprocs: int, **options: int) -> Run:
@@ -37,7 +38,7 @@ def explore(see: Callable[..., list[list[int]]]) -> Explorer:
     return Explorer(controls, start, _draw)
 
 
-def _draw(run: Run, total: int, nprocs: int, **options: bool) -> Axes:
+def _draw(run: Run, total: int, nprocs: int, epoch: int, **options: bool) -> Axes:
     chosen = [name for name, on in options.items() if on]
     title = f"{total} samples on {nprocs} ranks: {', '.join(chosen) or 'in order'}"
-    return plots.shards(run.values, total, title=title)
+    return plots.shards(run.values, total, first=epoch, title=title)

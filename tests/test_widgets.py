@@ -76,8 +76,8 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         def update(self, data: dict[str, Any], **_: Any) -> None:
             bundles.append(data)
 
-    def display(data: Any, **_: Any) -> Handle:
-        if isinstance(data, dict):
+    def display(data: dict[str, Any], **_: Any) -> Handle:
+        if "application/vnd.jupyter.widget-view+json" not in data:
             bundles.append(data)
         return Handle()
 
@@ -270,6 +270,8 @@ def test_in_a_notebook_the_picture_is_a_display_of_its_own(kernel: Kernel) -> No
     cell, _ = shown_in(kernel)
     controls, picture = cell.displays
     assert "application/vnd.jupyter.widget-view+json" in controls
+    labels = "rank 0, ms; rank 1, ms; rank 2, ms; rank 3, ms"
+    assert controls["text/plain"] == f"Controls, in a running notebook: {labels}"
     assert picture["text/plain"] == "Rank 3 comes last; the others wait for it"
     assert "image/png" in picture
     assert not cell.result

@@ -78,7 +78,10 @@ class Explorer:
 
     def _ipython_display_(self) -> None:
         self._picture = None
-        display(self.panel)
+        labels = "; ".join(control.description for control in self.controls.values())
+        # Else readers without a kernel, as on a web page, would see the widget's Python text.
+        text = {"text/plain": f"Controls, in a running notebook: {labels}"}
+        display({**self.panel._repr_mimebundle_(), **text}, raw=True)
         self.redraw()
         if self._picture is None:  # a later one must have its place in this cell
             self._picture = display({"text/plain": ""}, raw=True, display_id=True)

@@ -212,7 +212,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_load, returns_on_zero_only, "rank 1 returned None.*Every rank returns"),
     (check_load, swallows, r"fails halfway: nobody noticed; .*None"),
     (check_load, lambda: 1, "failed on real ranks.*TypeError"),
-    (check_waits, worked, "rank 0 worked 0 s, .* about 0.4 s .*the time that they work"),
+    (check_waits, worked, "rank 0 worked 0 s, .* about 0.[345] s .*the time that they work"),
     (check_waits, lambda work: [sum(map(max, work))] * len(work[0]), "at which all leave"),
     (
         check_waits,

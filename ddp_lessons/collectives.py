@@ -17,11 +17,12 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ddp_lessons import device, flights, recording
+from ddp_lessons import device, flights, recording, sites, tensors
 from ddp_lessons.flights import Flight
 from ddp_lessons.groups import Group, default_group, groups
 from ddp_lessons.messages import Joining
@@ -93,11 +94,13 @@ class Call:
             return groups.world or groups.of(default_group())
         return groups.of(process_group)
 
-    def facts(self, group: Group | None, args: Args, kwargs: Kwargs, rank: int) -> Facts:
+    def facts(
+        self, group: Group | None, args: Args, kwargs: Kwargs, rank: int, site: str | None
+    ) -> Facts:
         """What the spans of this call say. It counts from here."""
-        nbytes = _nbytes(_argument(args, kwargs, self.tensor_place, self.tensor))
+        nbytes, tensor = tensors.look(_argument(args, kwargs, self.tensor_place, self.tensor))
         if group is None:
-            return Facts(self.name, nbytes=nbytes)
+            return Facts(self.name, nbytes=nbytes, tensor=tensor, site=site)
         peer = self._peer(group, args, kwargs) if self.peer else -1
         if not self.pairwise:
             seq = next(group.collectives)
@@ -105,7 +108,7 @@ class Call:
             seq = -1
         else:
             seq = group.next(self._pair(rank, peer))
-        return Facts(self.name, group.name, seq, nbytes, -1, peer)
+        return Facts(self.name, group.name, seq, nbytes, -1, peer, tensor, site)
 
     def take_back(self, group: Group | None, facts: Facts, rank: int) -> None:
         """It failed and does not count: it has not met the others, or broken the group for good.
@@ -142,18 +145,6 @@ class Call:
 
 def _argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
     return args[place] if place < len(args) else kwargs.get(name)
-
-
-def _nbytes(tensors: Any) -> int:
-    """The bytes of a tensor, or of a list of tensors; -1 for anything else."""
-    try:
-        return int(tensors.nbytes)
-    except (AttributeError, TypeError, RuntimeError):
-        pass
-    if not isinstance(tensors, list | tuple):
-        return -1
-    parts = [_nbytes(tensor) for tensor in tensors]
-    return sum(parts) if parts and min(parts) >= 0 else -1
 
 
 @functools.cache
@@ -228,7 +219,8 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
             return function(*args, **kwargs)
         t0_ns = time.perf_counter_ns()
         group = call.group(args, kwargs)
-        facts = call.facts(group, args, kwargs, recorder.rank)
+        site = sites.of(sys._getframe(1))
+        facts = call.facts(group, args, kwargs, recorder.rank, site)
         on = call.device(group, args, kwargs) if groups.any_streamed else None
         try:
             if call.is_asynchronous(args, kwargs) or on is not None:
@@ -240,6 +232,9 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
                 if call.receives and facts.peer < 0 and group is not None:
                     flights.received(recorder, group, result, slot)
                 return result
+            except BaseException:
+                recorder.tape.fail(slot)
+                raise
             finally:
                 inside.call = False
                 recorder.end(slot)
@@ -257,8 +252,9 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return function(p2p_op_list)
         t0_ns = time.perf_counter_ns()
-        slot = recorder.begin("issue", name, t0_ns, Facts(name))
-        started = [_start(recorder, t0_ns, op) for op in _p2p_ops(p2p_op_list)]
+        site = sites.of(sys._getframe(1))
+        slot = recorder.begin("issue", name, t0_ns, Facts(name, site=site))
+        started = [_start(recorder, t0_ns, op, site) for op in _p2p_ops(p2p_op_list)]
         works: Sequence[Any] = ()
         inside.call = True
         try:
@@ -274,11 +270,11 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 flight.carry(works[min(place, len(works) - 1)] if works else None)
             recorder.end(slot)
 
-    def _start(recorder: Recorder, t0_ns: int, op: Any) -> Flight:
+    def _start(recorder: Recorder, t0_ns: int, op: Any, site: str | None) -> Flight:
         call = calls[op.op.__name__]
         arguments = {"tensor": op.tensor, "group": op.group, call.peer: op.peer}
         group = call.group((), arguments)
-        facts = call.facts(group, (), arguments, recorder.rank)
+        facts = call.facts(group, (), arguments, recorder.rank, site)
         on = call.device(group, (), arguments) if groups.any_streamed else None
         return Flight(recorder, t0_ns, facts, group, on)
 
@@ -306,9 +302,13 @@ def _plain(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return function(*args, **kwargs)
         inside.call = True
-        slot = recorder.begin("comm", name, time.perf_counter_ns(), Facts(name))
+        facts = Facts(name, site=sites.of(sys._getframe(1)))
+        slot = recorder.begin("comm", name, time.perf_counter_ns(), facts)
         try:
             return function(*args, **kwargs)
+        except BaseException:
+            recorder.tape.fail(slot)
+            raise
         finally:
             inside.call = False
             recorder.end(slot)

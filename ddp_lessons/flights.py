@@ -6,12 +6,13 @@ Runs in workers, called by collectives.py.
 from __future__ import annotations
 
 import functools
+import sys
 import time
 import weakref
 from collections.abc import Callable
 from typing import Any
 
-from ddp_lessons import device, recording
+from ddp_lessons import device, recording, sites
 from ddp_lessons.groups import Group
 from ddp_lessons.recording import Recorder
 from ddp_lessons.tape import NO_FACTS, Facts, Slot
@@ -99,6 +100,9 @@ def issued(
     try:
         work = function(*args, **kwargs)
         return work
+    except BaseException:
+        recorder.tape.fail(slot)
+        raise
     finally:
         recording.inside.call = False
         flight.carry(work)
@@ -114,7 +118,8 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return wait(self, *args, **kwargs)
         flight = _flights.get(self)
-        facts = flight.facts if flight is not None else NO_FACTS
+        site = sites.of(sys._getframe(1))
+        facts = (flight.facts if flight is not None else NO_FACTS)._replace(site=site)
         name = f"wait for {facts.op or 'work'}"
         slot = recorder.begin("wait", name, time.perf_counter_ns(), facts)
         try:
@@ -122,6 +127,9 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
             if flight is not None:
                 flight.arrived(self, slot)
             return result
+        except BaseException:
+            recorder.tape.fail(slot)
+            raise
         finally:
             recorder.end(slot)
 

@@ -48,6 +48,12 @@ class Span(NamedTuple):
         The index of a gradient bucket.
     peer : int or None
         The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
+    tensor : str or None
+        The dtype and shape of the call's tensor: "float32 (2, 3)"; of a list, "2 x " its first's.
+    site : str or None
+        The learner's line that made the call: its file, a colon and the line's number.
+    failed : bool
+        The call raised.
     """
 
     rank: int
@@ -63,6 +69,9 @@ class Span(NamedTuple):
     nbytes: int | None = None
     bucket: int | None = None
     peer: int | None = None
+    tensor: str | None = None
+    site: str | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True)

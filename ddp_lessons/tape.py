@@ -27,16 +27,16 @@ from ddp_lessons.messages import Span
 MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
 SPARE = 64  # records beyond them for what is open: a hang is seen also on a full tape
 LONGEST_NAME = 200  # bytes
-CHUNK = 1 << 20  # bytes read at once
 KINDS = {name: n for n, name in enumerate(("compute", "issue", "comm", "wait", "data", "mark"))}
 
 _COUNT = struct.Struct("<Q")
 _PROGRESS, _DROPPED, _TEXT_USED = 0, 8, 16
-# t0_ns, t1_ns, nbytes, step, seq, bucket, peer, name, op, group, lane, kind
-RECORD = struct.Struct("<qqqiiiiIIIIBxxxxxxx")
+# t0_ns, t1_ns, nbytes, step, seq, bucket, peer, name, op, group, lane, tensor, site, kind, failed
+RECORD = struct.Struct("<qqqiiiiIIIIIIBBxxxxxx")
+CHUNK = RECORD.size << 14  # bytes read at once
 _T1 = struct.Struct("<q")
 _INT = struct.Struct("<i")
-_SEQ, _PEER = 28, 36  # where they are in a record
+_SEQ, _PEER, _FAILED = 28, 36, 65  # where they are in a record
 _LENGTH = struct.Struct("<H")
 _TEXT_START = 64
 _TEXT_END = 1 << 20
@@ -58,6 +58,8 @@ class Facts(NamedTuple):
     nbytes: int = -1
     bucket: int = -1
     peer: int = -1
+    tensor: str | None = None
+    site: str | None = None
 
 
 NO_FACTS = Facts()
@@ -87,17 +89,20 @@ class Tape:
         facts: Facts = NO_FACTS,
     ) -> Slot:
         """Write a span that goes on, or has ended where `t1_ns` is given."""
-        op, group, seq, nbytes, bucket, peer = facts
+        op, group, seq, nbytes, bucket, peer, tensor, site = facts
         numbers = self._numbers
         try:
-            texts = numbers[name], numbers[op], numbers[group], numbers[lane]
+            texts = (
+                numbers[name], numbers[op], numbers[group], numbers[lane], numbers[tensor],
+                numbers[site],
+            )  # fmt: skip
         except KeyError:
-            texts = self._add(name), self._add(op), self._add(group), self._add(lane)
+            texts = tuple(map(self._add, (name, op, group, lane, tensor, site)))  # type: ignore[assignment]
         slot = next(self._slots, 0) or self._spare_slot()
         if slot:
             RECORD.pack_into(
                 self._memory, slot, t0_ns, t1_ns, nbytes, step, seq, bucket, peer, *texts,
-                KINDS[kind],
+                KINDS[kind], 0,
             )  # fmt: skip
             if t1_ns:
                 self.end(slot, t1_ns)
@@ -111,6 +116,11 @@ class Tape:
             _COUNT.pack_into(self._memory, _PROGRESS, self._progress)
             if slot >= _SPARE_START:
                 self._give_back(slot)
+
+    def fail(self, slot: Slot) -> None:
+        """Note that the call raised; `end` comes after it."""
+        if slot:
+            self._memory[slot + _FAILED] = 1
 
     def match(self, slot: Slot, seq: int, peer: int) -> None:
         """Note what a recv has met, which it did not know when it began."""
@@ -225,7 +235,9 @@ def _spans(
     """The records as spans. What comes after the last step that is marked belongs to none."""
     kinds = list(KINDS)
     steps = sum(texts[record[10]] == "steps" for record in records)
-    for t0, t1, nbytes, step, seq, bucket, peer, name, op, group, lane, kind in records:
+    for (
+        t0, t1, nbytes, step, seq, bucket, peer, name, op, group, lane, tensor, site, kind, failed
+    ) in records:  # fmt: skip
         yield Span(
             rank,
             texts[lane] or "",
@@ -240,6 +252,9 @@ def _spans(
             _known(nbytes),
             _known(bucket),
             _known(peer),
+            texts[tensor],
+            texts[site],
+            bool(failed),
         )
 
 

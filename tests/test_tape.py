@@ -28,15 +28,15 @@ def writer(tapes: Tapes, rank: int = 0) -> Tape:
 
 
 def test_all_facts_of_a_span_come_back(tapes: Tapes) -> None:
-    facts = Facts("all_reduce", "rows: ranks 0 1", 7, 2**40, 3, 1)
+    facts = Facts("all_reduce", "rows: ranks 0 1", 7, 2**40, 3, 1, "float32 (2, 3)", "cell.py:4")
     writer(tapes, 1).begin("comm", "comm", "all_reduce", 100, 250, 0, facts)
     writer(tapes, 0).begin("main", "compute", "forward", 5)
     (reduced,) = tapes.spans(1)
     assert reduced[:7] == (1, "comm", "comm", "all_reduce", 100, 250, None)
-    assert reduced[7:] == ("all_reduce", "rows: ranks 0 1", 7, 2**40, 3, 1)
+    assert reduced[7:] == (*facts, False)
     (forward,) = tapes.spans(0)
     assert forward[:6] == (0, "main", "compute", "forward", 5, None)
-    assert set(forward[6:]) == {None}
+    assert set(forward[6:-1]) == {None}
 
 
 def test_a_span_is_open_until_it_ends(tapes: Tapes) -> None:
@@ -96,7 +96,17 @@ def test_what_a_recv_has_met_is_noted_later(tapes: Tapes) -> None:
     mine.match(0, 8, 3)  # a span that was not kept
     (recv,) = tapes.spans(0)
     assert recv[:6] == (0, "main", "comm", "recv", 10, 20)
-    assert recv[7:] == ("recv", "world", 7, 2**40, 3, 2)
+    assert recv[7:13] == ("recv", "world", 7, 2**40, 3, 2)
+
+
+def test_a_call_that_raised_is_marked(tapes: Tapes) -> None:
+    mine = writer(tapes)
+    slot = mine.begin("main", "comm", "barrier", 10)
+    mine.fail(slot)
+    mine.end(slot, 20)
+    mine.fail(0)  # a span that was not kept
+    (barrier,) = tapes.spans(0)
+    assert (barrier.t1_ns, barrier.failed) == (20, True)
 
 
 def test_names_beyond_the_room_for_them_are_admitted(tapes: Tapes) -> None:

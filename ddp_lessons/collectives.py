@@ -81,6 +81,7 @@ class Call:
         self.pairwise = self.sends or self.receives
         self.always_asynchronous = name in ISSUED
         self.of_objects = "object" in name
+        self.timeout_place = places.get("timeout")
 
     def is_asynchronous(self, args: Args, kwargs: Kwargs) -> bool:
         if self.async_place < len(args):
@@ -221,6 +222,8 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
         group = call.group(args, kwargs)
         site = sites.of(sys._getframe(1))
         facts = call.facts(group, args, kwargs, recorder.rank, site)
+        if call.timeout_place is not None:
+            recorder.gives_up(_argument(args, kwargs, call.timeout_place, "timeout"))
         on = call.device(group, args, kwargs) if groups.any_streamed else None
         try:
             if call.is_asynchronous(args, kwargs) or on is not None:
@@ -323,6 +326,8 @@ def _making_group(name: str, function: Callable[..., Any]) -> Callable[..., Any]
 
     @functools.wraps(function)
     def new_group(*args: Any, **kwargs: Any) -> Any:
+        if (recorder := recording.current()) is not None:
+            recorder.gives_up(kwargs.get("timeout"))
         group = function(*args, **kwargs)
         if recording.in_worker():
             groups.of(group)

@@ -117,6 +117,7 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
         recorder = recording.outermost()
         if recorder is None:
             return wait(self, *args, **kwargs)
+        recorder.gives_up(args[0] if args else kwargs.get("timeout"))
         flight = _flights.get(self)
         site = sites.of(sys._getframe(1))
         facts = (flight.facts if flight is not None else NO_FACTS)._replace(site=site)

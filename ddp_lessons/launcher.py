@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ddp_lessons import diagnosis, orphans, recording, stacks, task
+from ddp_lessons import failures, memory, orphans, recording, stacks, task
 from ddp_lessons.errors import BadLaunch, LaunchError
 from ddp_lessons.live import Panel
 from ddp_lessons.messages import ErrorRecord, Raised, Returned, Span, Unsendable
@@ -126,6 +126,7 @@ def _carry_out(
     begin_ns = time.perf_counter_ns()
     context = multiprocessing.get_context(method)
     hung_after: float | None = None
+    kills = memory.kills()
     with (
         contextlib.closing(reserve_port()) as port,
         contextlib.closing(Tapes(len(places))) as tapes,
@@ -139,7 +140,7 @@ def _carry_out(
         except BaseException as error:
             with deferred_interrupt():
                 watch.stop(AFTER_INTERRUPT)
-            run = _record(packed.name, workers, begin_ns, interrupted=True)
+            run = _record(packed.name, workers, begin_ns, kills, interrupted=True)
             if isinstance(error, KeyboardInterrupt):
                 _show_interrupted(run)
             raise
@@ -148,7 +149,7 @@ def _carry_out(
                 worker.close()
             for forkserver in {w.forkserver for w in workers if w.forkserver is not None}:
                 orphans.end_orphans_of(forkserver)
-        run = _record(packed.name, workers, begin_ns, hung_after=hung_after)
+        run = _record(packed.name, workers, begin_ns, kills, hung_after=hung_after)
     _show_output(run)
     return run
 
@@ -219,12 +220,20 @@ def _record(
     name: str,
     workers: list[WorkerProcess],
     begin_ns: int,
+    kills: int | None,
     *,
     hung_after: float | None = None,
     interrupted: bool = False,
 ) -> Run:
     ranks = [_result(worker, name) for worker in workers if worker.exitcode is not None]
-    return Run(name, ranks, begin_ns=begin_ns, hung_after=hung_after, interrupted=interrupted)
+    return Run(
+        name,
+        ranks,
+        begin_ns=begin_ns,
+        hung_after=hung_after,
+        interrupted=interrupted,
+        out_of_memory=None if kills is None else memory.kills() != kills,
+    )
 
 
 def _result(worker: WorkerProcess, name: str) -> RankResult:
@@ -241,7 +250,7 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
         case Unsendable(_, type_name, reason):
             status, error = "unsendable", ErrorRecord(type_name, reason, ())
         case None if worker.lost_forkserver:
-            error = ErrorRecord("ForkserverEnded", diagnosis.FORKSERVER_ENDED, ())
+            error = ErrorRecord("ForkserverEnded", failures.FORKSERVER_ENDED, ())
     return RankResult(
         rank=worker.rank,
         status=status,
@@ -255,6 +264,7 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
         started_ns=worker.started_ns,
         ended_ns=worker.ended_ns,
         stack=stacks.parse(worker.stack_text),
+        activity=worker.activity,
         dropped=worker.tapes.dropped(worker.rank),
     )
 
@@ -285,7 +295,7 @@ def _life(worker: WorkerProcess, name: str) -> list[Span]:
 
 def _show_output(run: Run) -> None:
     # The parent prints, in the cell's own thread and rank by rank: the same text on every run.
-    lines = run.output_lines()
+    lines = [*run.output_lines(), *run.warnings]
     if lines:
         print("\n".join(lines))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_lessons.collectives import RECVS, SENDS
@@ -142,22 +142,22 @@ def meetings(run: Run) -> Iterator[Meeting]:
         for span, t1_ns in ended(rank.spans, rank.ended_ns):
             if span.kind == "comm" and span.seq is not None:
                 parts.setdefault(key_of(span), {}).setdefault(span.rank, (span, t1_ns))
-    members = _members(run)
+    groups = members([s for rank in run.ranks for s in rank.spans], run.world_size)
     lossy = {rank.rank for rank in run.ranks if rank.dropped}
     for by_rank in parts.values():
-        meeting = _meeting(by_rank, members)
+        meeting = _meeting(by_rank, groups)
         # A rank whose spans were dropped may well have come: nothing can be said then.
         if lossy.isdisjoint(meeting.awaited) or lossy.isdisjoint({*meeting.awaited} - {*by_rank}):
             yield meeting
 
 
-def _meeting(parts: dict[int, tuple[Span, int]], members: Members) -> Meeting:
+def _meeting(parts: dict[int, tuple[Span, int]], members_of: Members) -> Meeting:
     span, _ = next(iter(parts.values()))
     last_ns = max(part.t0_ns for part, _ in parts.values())
     if span.op in SENDS or span.op in RECVS:
         pair = (span.rank, -1 if span.peer is None else span.peer)
         return Meeting(LATE_SENDER, parts, pair, pair, last_ns)
-    ranks = members(span.group or "")
+    ranks = members_of(span.group or "")
     if span.op in FROM_ROOT:
         return Meeting(LATE_ROOT, parts, ranks, (span.peer,), last_ns)
     if span.op in TO_ROOT:
@@ -166,21 +166,21 @@ def _meeting(parts: dict[int, tuple[Span, int]], members: Members) -> Meeting:
     return Meeting(ALL_TO_ALL, parts, ranks, ranks, last_ns)
 
 
-def _members(run: Run) -> Members:
-    spans = [s for rank in run.ranks for s in rank.spans]
+def members(spans: Sequence[Span], world_size: int) -> Members:
+    """How to find the ranks of a group by its name, from the spans of all ranks."""
     joined = Counter(s.rank for s in spans if s.op == "init_process_group")
 
     @functools.cache
-    def members(group: str) -> tuple[int, ...]:
+    def of(group: str) -> tuple[int, ...]:
         listed = _listed(group)
         if listed or not joined:
-            return listed or tuple(range(run.world_size))
+            return listed or tuple(range(world_size))
         _, _, number = group.partition(" #")  # of "world #2" are those who joined twice
         times = int(number) if number.isdecimal() else 1
         active = {s.rank for s in spans if s.group == group}
         return tuple(sorted(active.union(r for r, count in joined.items() if count >= times)))
 
-    return members
+    return of
 
 
 def _listed(group: str) -> tuple[int, ...]:

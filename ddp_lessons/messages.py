@@ -122,6 +122,13 @@ class Joining:
 
 
 @dataclass(frozen=True)
+class GivesUp:
+    """A call that waits for other ranks gives up by itself after `timeout` seconds."""
+
+    timeout: float
+
+
+@dataclass(frozen=True)
 class Returned:
     """The function returned; `value` is its pickle."""
 
@@ -148,7 +155,7 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Joining | Returned | Raised | Unsendable
+Message = Started | Joining | GivesUp | Returned | Raised | Unsendable
 
 
 def encode(message: Message) -> bytes:

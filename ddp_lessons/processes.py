@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_lessons import orphans
 from ddp_lessons.messages import (
     Decoder,
+    GivesUp,
     Joining,
     Raised,
     Returned,
@@ -31,9 +32,13 @@ from ddp_lessons.task import Argument, Place, Task
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
+    from ddp_lessons.results import Activity
+
 STACK_SIGNAL = signal.SIGUSR1  # asks a worker for its Python stack
 UNKNOWN_EXIT = 255  # what multiprocessing makes of a forkserver that no longer answers
 CHUNK = 1 << 16  # bytes read from a pipe at once
+NOTED_OVER = 0.4  # seconds, at least, over which use of the processor is measured
+BUSY = 0.1  # share of that time: a rank that uses more computes
 
 
 class WorkerProcess:
@@ -51,14 +56,16 @@ class WorkerProcess:
         self.began_ns = time.perf_counter_ns()
         self.started_ns: int | None = None
         self.ended_ns: int | None = None
-        self.group_timeout: float | None = None
+        self.own_timeout: float | None = None  # seconds after which it gives up by itself
         self.outcome: Returned | Raised | Unsendable | None = None
         self.exitcode: int | None = None
         self.forkserver: int | None = None  # its process id
         self.lost_forkserver = False
         self.stopped = False  # the parent ended it
+        self.activity: Activity | None = None  # what it did when it was stopped
         self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
         self._progress = 0
+        self._cpu_noted: tuple[float, float] | None = None  # when, and the time used until then
         self._decoder = Decoder()
         self._handlers: dict[Connection, Callable[[bytes], None]] = {}
         self._process: Any = None
@@ -181,6 +188,22 @@ class WorkerProcess:
             return 0.0
         return float(times.user + times.system)
 
+    def note_activity(self) -> None:
+        """See what the rank does: whether it has used the processor since the last note."""
+        import psutil
+
+        now = time.monotonic()
+        if self._cpu_noted is not None and now - self._cpu_noted[0] < NOTED_OVER:
+            return
+        used = self.cpu_seconds()
+        if self._cpu_noted is not None:
+            then, before = self._cpu_noted
+            self.activity = "busy" if used - before > BUSY * (now - then) else "idle"
+        self._cpu_noted = now, used
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(self.pid).status() == psutil.STATUS_STOPPED:
+                self.activity = "suspended"
+
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal to the rank's own process."""
         with contextlib.suppress(ProcessLookupError):
@@ -205,7 +228,9 @@ class WorkerProcess:
                 case Started(t_ns):
                     self.started_ns = t_ns
                 case Joining(timeout):
-                    self.group_timeout = timeout
+                    self.own_timeout = timeout
+                case GivesUp(timeout):
+                    self.own_timeout = min(timeout, self.own_timeout or timeout)
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):
                     self.outcome = message
                     self.ended_ns = t_ns

@@ -11,10 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ddp_lessons.messages import Message
+from ddp_lessons.messages import GivesUp, Message
 from ddp_lessons.tape import NO_FACTS, Facts, Slot, Tape
 
 T = TypeVar("T")
@@ -30,6 +31,7 @@ class Recorder:
         self.step = 0
         self.groups: list[Any] = []  # of DDP models, see collectives.keep_groups_of_ddp
         self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over
+        self._told: timedelta | None = None
         self._step_t0_ns = 0
         self._in_steps = False
         self._stepping: int | None = None  # id of the optimizer whose steps are the training's
@@ -77,6 +79,12 @@ class Recorder:
         slot = self.begin_step(self._step_t0_ns or now_ns)
         self.end_step(slot, now_ns)
         self._step_t0_ns = now_ns
+
+    def gives_up(self, timeout: timedelta | None) -> None:
+        """Tell the parent that a call will give up by itself, if it has a timeout."""
+        if timeout is not None and timeout != self._told:
+            self._told = timeout
+            self.send(GivesUp(timeout.total_seconds()))
 
     def joined(self) -> None:
         """A group was made or left: the first training step has not begun before."""

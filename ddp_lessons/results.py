@@ -15,12 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ddp_lessons import analysis, diagnosis, meetings, trace
+from ddp_lessons import analysis, diagnosis, meetings, stacks, trace, wording
 from ddp_lessons.analysis import Link, Overlap, Straggler, Total
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.meetings import Arrival, Share
 from ddp_lessons.messages import ErrorRecord, Frame, Span
 from ddp_lessons.output import cut_lines
+from ddp_lessons.verdict import Verdict
 
 LINES_SHOWN = 1000  # of all ranks together
 
@@ -33,6 +34,7 @@ _NOISE = re.compile(
 )
 
 Status = Literal["returned", "raised", "died", "stopped", "unsendable"]
+Activity = Literal["busy", "idle", "suspended"]
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 200  # characters
@@ -64,6 +66,8 @@ class RankResult:
         What it did when, in the order in which it began; at least one span of its life.
     stack : tuple of Frame
         Where it was when it was stopped; empty if it was not.
+    activity : str or None
+        What it did when it was stopped: "busy" (it used the processor), "idle" or "suspended".
     dropped : int
         Spans that were not kept because there were too many.
     began_ns, started_ns, ended_ns : int or None
@@ -83,6 +87,7 @@ class RankResult:
     ended_ns: int
     exception: BaseException | None = field(default=None, repr=False)
     stack: tuple[Frame, ...] = field(default=(), repr=False)
+    activity: Activity | None = None
     dropped: int = 0
 
     @property
@@ -110,9 +115,9 @@ class RankResult:
             case "unsendable":
                 return "returned a value that cannot be pickled"
             case "died":
-                return f"died: {diagnosis.exit_name(self.exitcode)}"
+                return f"died: {wording.exit_name(self.exitcode)}"
             case "stopped":
-                return f"stopped{diagnosis.waiting_where(self.stack)}"
+                return f"stopped{stacks.waiting_where(self.stack)}"
 
 
 class Run:
@@ -129,13 +134,17 @@ class Run:
         begin_ns: int,
         hung_after: float | None = None,
         interrupted: bool = False,
+        out_of_memory: bool | None = None,
     ) -> None:
         self.name = name
         self.ranks = list(ranks)
         self.begin_ns = begin_ns
         self.hung_after = hung_after
         self.interrupted = interrupted
-        self.error: LaunchError | None = diagnosis.verdict(self)
+        self.out_of_memory = out_of_memory  # the system killed a process for want of memory
+        self.verdict: Verdict | None = diagnosis.verdict(self)
+        self.error: LaunchError | None = diagnosis.error(self)
+        self.warnings = diagnosis.warnings(self)  # lines on what went wrong without a failure
 
     @property
     def world_size(self) -> int:
@@ -196,7 +205,7 @@ class Run:
         """What failed or hung and why; one line if nothing did."""
         if self.error is not None:
             return f"{type(self.error).__name__}: {self.error}"
-        return f"{diagnosis.all_ranks(self.world_size)} returned."
+        return "\n".join([f"{wording.all_ranks(self.world_size)} returned.", *self.warnings])
 
     def raise_for_failure(self) -> None:
         """Raise the error of this run, if it has one."""
@@ -219,7 +228,7 @@ class Run:
         ]
 
     def __repr__(self) -> str:
-        head = f"Run of {self.name} on {diagnosis.count(self.world_size, 'rank')}"
+        head = f"Run of {self.name} on {wording.count(self.world_size, 'rank')}"
         return "\n".join([f"{head}:", *(f"  rank {r.rank} {r.outcome()}" for r in self.ranks)])
 
     def _repr_html_(self) -> str:
@@ -229,7 +238,7 @@ class Run:
             f"<td style='text-align:left'><code>{html.escape(r.outcome())}</code></td></tr>"
             for r in self.ranks
         )
-        head = f"{html.escape(self.name)} on {diagnosis.count(self.world_size, 'rank')}"
+        head = f"{html.escape(self.name)} on {wording.count(self.world_size, 'rank')}"
         return (
             f"<table><caption style='text-align:left'><b>{head}</b></caption>"
             f"<tr><th>rank</th><th></th><th style='text-align:left'>outcome</th></tr>{rows}</table>"

@@ -21,6 +21,7 @@ CONTEXT = 1  # lines shown before and after the marked one
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
 _ESCAPE = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
+_DDP = "DistributedDataParallel"
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _INFRASTRUCTURE = tuple(
     os.path.join(_HERE, f"{name}.py")
@@ -54,20 +55,33 @@ def is_infrastructure(filename: str) -> bool:
 
 def parse(dump: str) -> tuple[Frame, ...]:
     """The stack of the thread that runs the learner's function, from what faulthandler printed."""
-    threads = re.split(r"\n(?=(?:Current t|T)hread 0x)", _unescaped(dump))
-    for thread in reversed(threads):
-        found = [_FRAME.match(line) for line in thread.splitlines()]
-        frames = [
-            Frame(m["file"], int(m["line"]), m["function"], _source(m["file"], int(m["line"])))
-            for m in found[::-1]
-            if m
-        ]
+    threads = _threads(dump)
+    for frames in reversed(threads):
         started = [i for i, frame in enumerate(frames) if frame.filename == _INFRASTRUCTURE[0]]
         if started:
             return tuple(frames[started[-1] + 1 :]) or (frames[started[-1]],)
-        if thread is threads[-1] and thread.rstrip().endswith("\n  ..."):
+        if frames is threads[-1] and dump.rstrip().endswith("\n  ..."):
             return tuple(frames)  # the main thread comes last, cut after its 100 innermost frames
     return ()
+
+
+def _threads(dump: str) -> list[list[Frame]]:
+    """The frames of every thread."""
+    found = []
+    for thread in re.split(r"\n(?=(?:Current t|T)hread 0x)", _unescaped(dump)):
+        lines = [_FRAME.match(line) for line in thread.splitlines()]
+        found.append([_frame(line) for line in lines[::-1] if line])
+    return found
+
+
+def frame_at(filename: str, lineno: int) -> Frame:
+    """The line as a frame, with its source."""
+    return Frame(filename, lineno, "", _source(filename, lineno))
+
+
+def _frame(line: re.Match[str]) -> Frame:
+    number = int(line["line"])
+    return Frame(line["file"], number, line["function"], _source(line["file"], number))
 
 
 def _unescaped(dump: str) -> str:
@@ -79,10 +93,26 @@ def position(frames: Sequence[Frame]) -> Position:
     """Where a stack or traceback stands, in the learner's terms."""
     own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
     below = frames[own[-1] + 1 :] if own else frames
-    call = next((frame.function for frame in below if _is_distributed(frame)), None)
+    call = next((name for frame in below if (name := _call_of(frame))), None)
     if call is None and any(frame.filename == _INFRASTRUCTURE[2] for frame in below):
         call = "init_process_group"  # waiting for rank 0's store
     return Position(frames[own[-1]] if own else None, call)
+
+
+def waiting_where(frames: Sequence[Frame]) -> str:
+    """`, waiting in barrier, Cell In[3], line 4`; "" for an unknown stack."""
+    frame, call = position(frames)
+    if frame is None:
+        return ""
+    return f", waiting in {call}, {line_name(frame)}" if call else f" at {line_name(frame)}"
+
+
+def all_wait_for_others(dump: str) -> bool:
+    """True if the function's thread, and any other of the learner's, is in torch.distributed."""
+    if position(parse(dump)).call is None:
+        return False
+    positions = [position(frames) for frames in _threads(dump)]
+    return all(call is not None for frame, call in positions if frame is not None)
 
 
 def is_learners(filename: str) -> bool:
@@ -159,9 +189,16 @@ def _excerpt(frame: Frame) -> list[str]:
     ]
 
 
-def _is_distributed(frame: Frame) -> bool:
+def _call_of(frame: Frame) -> str | None:
+    """The call in which ranks wait for each other, if the frame is one."""
     directory, name = os.path.split(frame.filename)
-    return directory.endswith(os.path.join("torch", "distributed")) and name != "c10d_logger.py"
+    if directory.endswith(os.path.join("torch", "distributed")):
+        return None if name == "c10d_logger.py" else frame.function
+    if directory.endswith(os.path.join("torch", "nn", "parallel")) and name == "distributed.py":
+        return _DDP
+    if directory.endswith(os.path.join("torch", "autograd")) and frame.function == "backward":
+        return "backward"  # of a model in DDP, which sums the gradients there
+    return None
 
 
 def _source(filename: str, lineno: int) -> str:

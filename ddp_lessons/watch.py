@@ -15,13 +15,13 @@ from multiprocessing.connection import wait
 from types import FrameType
 
 from ddp_lessons import stacks
-from ddp_lessons.diagnosis import waits_for_others
-from ddp_lessons.processes import STACK_SIGNAL, WorkerProcess
+from ddp_lessons.calls import Calls
+from ddp_lessons.processes import NOTED_OVER, STACK_SIGNAL, WorkerProcess
 
 START = 120.0  # seconds that a new process may take until it calls the function
 TICK = 0.1  # seconds between two looks at the clock
 GRACE = 1.0  # seconds that the others get after the first failure
-QUIET = 1.0  # seconds without progress after which a rank that has ended is missed
+QUIET = 1.0  # seconds without progress after which to ask whether anything can still move
 STACK_WAIT = 0.5  # seconds that a rank has to print its stack
 SETTLE = 0.03  # seconds of silence after which a stack is taken to be complete
 
@@ -46,27 +46,29 @@ class Watch:
         """Watch until every process has ended, then return None.
 
         After the first failure the others are stopped. Returns the seconds without progress if the
-        run was given up as hung: after `timeout`, or sooner where a rank that has ended is awaited.
+        run was given up as hung: after `timeout`, or sooner where nothing can move any more.
         """
         failed_at: float | None = None
-        missed_at = 0.0
+        looked_at = 0.0
         began = time.monotonic()
         while self.alive:
             self.pump(TICK)
             now = time.monotonic()
             quiet = now - max(began, *(worker.moved_at for worker in self._workers))
+            if quiet > QUIET / 4:
+                self._note_activity()
             if failed_at is None and any(worker.failed for worker in self._workers):
                 failed_at = now
             if failed_at is not None:
                 if now - failed_at > GRACE:
                     self.stop(AFTER_FAILURE)
             elif quiet > (timeout if self._all_started else max(timeout, START)):
-                self.stop(AFTER_FAILURE)
+                self._give_up()
                 return timeout
-            elif quiet > QUIET and now - missed_at > QUIET:
-                missed_at = now
-                if self._someone_ended_is_awaited(timeout):
-                    self.stop(AFTER_FAILURE)
+            elif quiet > QUIET and now - looked_at > QUIET:
+                looked_at = now
+                if self._nothing_can_move(timeout):
+                    self._give_up()
                     return quiet
         return None
 
@@ -123,25 +125,43 @@ class Watch:
             if answered and time.monotonic() - since > SETTLE:
                 return
 
-    def _someone_ended_is_awaited(self, timeout: float) -> bool:
-        """True if a rank has ended and every other waits, idle, in a call of torch.distributed.
+    def _give_up(self) -> None:
+        """Stop a run that hangs, once it is known of each rank whether it is busy."""
+        self._note_activity()
+        deadline = time.monotonic() + 2 * NOTED_OVER
+        while any(w.activity is None for w in self.alive) and time.monotonic() < deadline:
+            self.pump(TICK)
+            self._note_activity()
+        self.stop(AFTER_FAILURE)
 
-        Such a run can never go on. Only if the learner gave the process group a timeout of its own
-        that ends before ours, the wait will end by itself, and is theirs to see.
+    def _note_activity(self) -> None:
+        for worker in self.alive:
+            worker.note_activity()
+
+    def _nothing_can_move(self, timeout: float) -> bool:
+        """True if every rank waits, idle, in a call of torch.distributed, and none can be met.
+
+        A rank that has ended meets nobody; nor do ranks that wait for each other in a ring. Only
+        where a call gives up by itself before our timeout, that is the learner's to see.
         """
         waiting = self.alive
-        if len(waiting) == len(self._workers) or any(w.started_ns is None for w in waiting):
+        if any(w.started_ns is None for w in waiting):
             return False
-        if any(w.group_timeout is not None and w.group_timeout < timeout for w in waiting):
+        if any(w.own_timeout is not None and w.own_timeout < timeout for w in waiting):
             return False
-        before = [worker.cpu_seconds() for worker in waiting]
+        if len(waiting) == len(self._workers) and not self._stuck_for_good():
+            return False
+        if any(worker.activity != "idle" for worker in waiting):
+            return False
+        moved_at = max(worker.moved_at for worker in waiting)
         self.take_stacks()
-        if self.alive != waiting:
+        if self.alive != waiting or max(worker.moved_at for worker in waiting) != moved_at:
             return False
-        used = [w.cpu_seconds() - b for w, b in zip(waiting, before, strict=True)]
-        return max(used) < 0.02 and all(
-            waits_for_others(stacks.parse(worker.stack_text)) for worker in waiting
-        )
+        return all(stacks.all_wait_for_others(worker.stack_text) for worker in waiting)
+
+    def _stuck_for_good(self) -> bool:
+        calls = Calls([worker.tapes.spans(worker.rank) for worker in self._workers])
+        return calls.stuck_for_good([worker.rank for worker in self.alive])
 
 
 @contextlib.contextmanager

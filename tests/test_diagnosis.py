@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import WorkerFailed, WorkersHung, launch
-from ddp_lessons.diagnosis import count, exit_name, ranks_text
+from ddp_lessons.wording import count, exit_name, ranks_text
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -31,10 +31,10 @@ def test_no_progress_names_every_ranks_line() -> None:
     assert time.monotonic() - began < 6
     text = str(caught.value)
     first = text.splitlines()[0]
-    assert first.startswith("ranks 0 and 2 wait in barrier, but rank 1 is busy at")
+    assert first.startswith("ranks 0 and 2 wait in barrier, but rank 1 is idle at")
     assert "rank 0 waits in barrier" in text
     assert "dist.barrier()" in text
-    assert "rank 1 is busy" in text
+    assert "rank 1 is idle" in text
     assert "time.sleep(60)" in text
     assert caught.value.rank == 1
 

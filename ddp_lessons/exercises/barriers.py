@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ddp_lessons.diagnosis import count
 from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
 from ddp_lessons.recording import span
 from ddp_lessons.results import Run
+from ddp_lessons.wording import count
 
 LIMIT = timedelta(seconds=3)  # of a process group: a barrier that some rank misses fails soon
 TOLERANCE = 0.15  # seconds

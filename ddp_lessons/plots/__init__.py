@@ -7,6 +7,7 @@ from ddp_lessons.plots.arrivals import arrivals
 from ddp_lessons.plots.bandwidth import bandwidth
 from ddp_lessons.plots.buckets import buckets
 from ddp_lessons.plots.differences import differences
+from ddp_lessons.plots.hang_board import hang_board
 from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.shards import shards
@@ -21,6 +22,7 @@ __all__ = [
     "bandwidth",
     "buckets",
     "differences",
+    "hang_board",
     "losses",
     "machines",
     "shards",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
-from ddp_lessons.diagnosis import exit_name
+from ddp_lessons.wording import exit_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +124,7 @@ def points_per_unit(ax: Axes) -> float:
 
 def fitting(texts: Sequence[str], points: float, size: float) -> str:
     """The first of the texts that fits into so many points; "" if none does."""
-    fits = (t for t in texts if len(t) * CHARACTER * size + 4 <= points)
+    fits = (t for t in texts if max(map(len, t.split("\n"))) * CHARACTER * size + 4 <= points)
     return next(fits, "")
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.patches import Patch
 
 from ddp_lessons.collectives import GROUP_CALLS, RECVS, SENDS
-from ddp_lessons.diagnosis import count
 from ddp_lessons.meetings import ended
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import lanes, style
 from ddp_lessons.results import RankResult, Run
+from ddp_lessons.wording import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

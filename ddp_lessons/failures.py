@@ -1,0 +1,186 @@
+"""Why a run failed in which a rank raised, died or could not send its value. Runs in the parent.
+
+The earliest failure is the cause; ranks that only lost their partner are collateral and get one
+line. If all failures are such losses, hangs.py tells who was missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ddp_lessons import hangs, stacks
+from ddp_lessons.losses import lost_partner
+from ddp_lessons.verdict import Kind, Verdict
+from ddp_lessons.wording import agree, at_head, exit_name, ranks_text
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RankResult, Run
+
+FORKSERVER_ENDED = (
+    "The process that starts the ranks, multiprocessing's forkserver, was ended while they ran. "
+    "The next launch starts a new one."
+)
+LAST_LINES = 5  # of a dead rank's output, shown as evidence
+FAILED = ("raised", "died", "unsendable")
+_NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
+
+
+def explain(run: Run) -> Verdict | None:
+    """The verdict on a run in which ranks failed; None if none did."""
+    failures = [rank for rank in run.ranks if rank.status in FAILED]
+    if not failures:
+        return None
+    own = [rank for rank in failures if not lost_partner(rank)]
+    if own and all(_aborted_by_gloo(rank) for rank in own):
+        verdict = hangs.explain(run)  # gloo gives up on tensors of another size
+        if verdict.kind == "unlike tensors":
+            return verdict
+    if not own:
+        return hangs.explain(run)
+    cause = _cause(own)
+    match cause.status:
+        case "raised":
+            return _raised(run, cause)
+        case "unsendable":
+            return _unsendable(run, cause)
+        case _:
+            return _died(run, cause)
+
+
+def _aborted_by_gloo(rank: RankResult) -> bool:
+    return rank.status == "died" and any("gloo::EnforceNotMet" in line for line in rank.lines)
+
+
+def _cause(failures: Sequence[RankResult]) -> RankResult:
+    """The failure that came first; of ranks that failed alike, the lowest."""
+    first = min(failures, key=lambda rank: rank.ended_ns)
+    return min((rank for rank in failures if _alike(rank, first)), key=lambda rank: rank.rank)
+
+
+def _alike(one: RankResult, other: RankResult) -> bool:
+    if one.error is None or other.error is None:
+        return one is other
+    return (one.error.type_name, stacks.position(one.error.frames)) == (
+        other.error.type_name,
+        stacks.position(other.error.frames),
+    )
+
+
+def _raised(run: Run, cause: RankResult) -> Verdict:
+    assert cause.error is not None
+    same = [
+        rank.rank
+        for rank in run.ranks
+        if rank.status == "raised" and _alike(rank, cause) and not lost_partner(rank)
+    ]
+    who = f"{ranks_text(same)} of {run.world_size}" if run.world_size > 1 else "the rank"
+    return Verdict(
+        "raised",
+        tuple(same),
+        f"{who} raised {cause.error.summary}",
+        (stacks.render(cause.error), *_others(run, same)),
+        _advice(run, cause),
+        stacks.position(cause.error.frames).frame,
+    )
+
+
+def _advice(run: Run, cause: RankResult) -> str:
+    assert cause.error is not None
+    if cause.error.type_name == "TypeError" and not cause.error.frames:
+        return f"launch() calls {run.name}(rank, *args): does it take these arguments?"
+    if any(text in cause.error.text for text in _NO_MEMORY):
+        return "Memory ran out: use smaller tensors or batches, or fewer ranks."
+    return ""
+
+
+def _unsendable(run: Run, cause: RankResult) -> Verdict:
+    assert cause.error is not None
+    return Verdict(
+        "unsendable",
+        (cause.rank,),
+        f"rank {cause.rank} of {run.world_size} returned a value of type {cause.error.type_name}, "
+        f"which cannot travel back to the notebook: {cause.error.text}",
+        advice="Return plain data instead: numbers, strings, lists, tensors, state_dict().",
+    )
+
+
+def _died(run: Run, cause: RankResult) -> Verdict:
+    what, why = _death(run, cause)
+    lines = [why]
+    if cause.shown_lines:
+        lines += ["", f"The last lines of rank {cause.rank}'s output:"]
+        lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
+    kind: Kind = "killed" if cause.exitcode < 0 else "exited"
+    return Verdict(
+        "forkserver ended" if cause.error is not None else kind,
+        (cause.rank,),
+        f"rank {cause.rank} of {run.world_size} {what}",
+        (*lines, *_others(run, [cause.rank])),
+    )
+
+
+def _death(run: Run, rank: RankResult) -> tuple[str, str]:
+    """What happened to a rank that died, and the likely reason."""
+    name = exit_name(rank.exitcode)
+    if rank.error is not None:
+        return "was lost", rank.error.text
+    if rank.started_ns is None:
+        return (
+            f"ended with {name} before its function was called",
+            "See what the rank printed below; a shortage of memory is a common reason.",
+        )
+    verb = "was ended by" if rank.exitcode < 0 else "ended with"
+    return f"{verb} {name}", _reason(run, rank, name)
+
+
+def _reason(run: Run, rank: RankResult, name: str) -> str:
+    out = any(text in line for line in rank.shown_lines[-LAST_LINES:] for text in _NO_MEMORY)
+    match name:
+        case "SIGKILL" if run.out_of_memory:
+            return (
+                "The system killed a process during this run because memory had run out: use "
+                "fewer ranks or smaller tensors."
+            )
+        case "SIGKILL" if run.out_of_memory is None:
+            return (
+                "Most often that is the system, out of memory: use fewer ranks or smaller tensors."
+            )
+        case "SIGKILL":
+            return (
+                "The system counted no kill for want of memory during this run, so another "
+                "process, or the rank itself, sent that signal."
+            )
+        case "SIGABRT" if out:
+            return "Memory ran out: use smaller tensors or batches, or fewer ranks."
+        case "SIGABRT":
+            return "C++ code gave up; the reason is in the last lines of its output."
+        case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":
+            return "C or C++ code crashed; nothing in Python can catch that."
+        case _ if rank.exitcode < 0:
+            return "Another process sent that signal."
+    return (
+        f"Its process left without returning: os._exit({rank.exitcode}), "
+        "or a library that calls exit()."
+    )
+
+
+def _others(run: Run, told: Sequence[int]) -> list[str]:
+    """One line for each kind of collateral damage."""
+    rest = [r for r in run.ranks if r.rank not in told]
+    lost = [r for r in rest if lost_partner(r)]
+    stopped = [r for r in rest if r.status == "stopped"]
+    own = [r for r in rest if r.status in FAILED and r not in lost]
+    lines = [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
+    for where in dict.fromkeys(_lost_where(r) for r in lost):
+        there = [r.rank for r in lost if _lost_where(r) == where]
+        partner = agree(there, "its partner", "their partner")
+        lines.append(f"{at_head(ranks_text(there))} lost {partner} by that{where}.")
+    lines += [f"rank {r.rank} was {r.outcome()}" for r in stopped[:4]]
+    if len(stopped) > 4:
+        lines.append(f"... and {len(stopped) - 4} more ranks were stopped")
+    return ["", *lines] if lines else []
+
+
+def _lost_where(rank: RankResult) -> str:
+    return stacks.waiting_where(rank.error.frames) if rank.error is not None else ""

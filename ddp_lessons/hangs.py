@@ -1,0 +1,347 @@
+"""Why ranks wait for ever, or lost each other, from their calls and stacks. Runs in the parent.
+
+Two questions, in this order. Did the ranks' calls part: at one number in a group, other functions
+or tensors? If not, who is awaited and did not come, and what does it do instead?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ddp_lessons import partings, stacks
+from ddp_lessons.calls import Call, Calls
+from ddp_lessons.collectives import SENDS
+from ddp_lessons.losses import lost_partner
+from ddp_lessons.messages import Frame
+from ddp_lessons.partings import Parting, frame_of, line_of
+from ddp_lessons.verdict import Kind, Verdict
+from ddp_lessons.wording import agree, at_head, count, exit_name, listed, ranks_text
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RankResult, Run
+
+JOIN = "init_process_group"
+_ORDER = (
+    "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
+    "`continue` or the early `return` that lets some ranks take another way."
+)
+_TENSORS = (
+    "All ranks must pass {op} a tensor of the same shape and dtype. Print x.shape and x.dtype on "
+    "every rank before that line. The last, smaller batch of an epoch is a common reason: "
+    "drop_last=True."
+)
+_MISSING = (
+    "A collective returns only when every rank of its group has called it. Look for the `if`, the "
+    "early `return` or the exception that keeps the missing rank from it."
+)
+_SLOW = (
+    "If a rank is slow rather than stuck, let it print a line or use span() now and then, or raise "
+    "launch(timeout=...)."
+)
+# Of several that are awaited, the kind that says most.
+_WORST: tuple[Kind, ...] = (
+    "suspended",
+    "computing",
+    "blocked in Python",
+    "left the group",
+    "never joined",
+    "returned early",
+    "unmatched recv",
+    "unmatched send",
+    "no answer",
+)
+
+
+def explain(run: Run) -> Verdict:
+    """The verdict on a run in which ranks wait for ever, or lost each other and nothing else."""
+    return _Hang(run).verdict()
+
+
+class _Hang:
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.calls = Calls([rank.spans for rank in run.ranks])
+        self.waiting = [rank for rank in run.ranks if waits(rank)]
+        self.away = [rank for rank in run.ranks if rank not in self.waiting]
+        self.standing = {
+            rank.rank: call
+            for rank in self.waiting
+            if (call := self.calls.standing(rank.rank)) is not None
+        }
+
+    def verdict(self) -> Verdict:
+        parting = self._parting()
+        if parting is not None:
+            return self._parted(parting)
+        awaited = self._awaited()
+        if awaited:
+            return self._missed(awaited)
+        return self._among_themselves()
+
+    # Calls that do not fit
+
+    def _parting(self) -> Parting | None:
+        """The first call at which ranks parted, in the groups where some wait now."""
+        last: dict[str, int] = {}
+        for call in self.standing.values():
+            if call.group is not None and call.seq is not None and not call.pairwise:
+                last[call.group] = max(call.seq, last.get(call.group, 0))
+        if not last and any(call_of(rank) in ("backward", "DistributedDataParallel")
+                            for rank in self.waiting):  # fmt: skip
+            last = {group: max(numbers) for group, numbers in self.calls.met.items()}
+        found = [partings.first(self.calls, group, until) for group, until in last.items()]
+        return min(
+            (p for p in found if p is not None),
+            key=lambda p: min(call.t0_ns for call in p.calls),
+            default=None,
+        )
+
+    def _parted(self, parting: Parting) -> Verdict:
+        lines = self._whereabouts()
+        if any(self._stands_elsewhere(call) for call in parting.calls):
+            lines = [f"{at_head(parting.place)}:", *parting.lines(), "", "Now:", *lines]
+        op = parting.calls[0].op
+        advice = _ORDER if parting.why == "order" else _TENSORS.format(op=op)
+        return Verdict(
+            parting.kind,
+            parting.odd_ranks,
+            parting.title(),
+            (*self._errors(), *lines),
+            advice,
+            parting.frame,
+        )
+
+    def _stands_elsewhere(self, call: Call) -> bool:
+        stands = self.standing.get(call.rank)
+        return stands is None or stands.site != call.site
+
+    # Ranks that do not come
+
+    def _awaited(self) -> dict[int, Kind]:
+        """The ranks that others wait for and that do not wait themselves, and why."""
+        missing: dict[int, Call | None] = {}
+        for call in self.standing.values():
+            missing.update(dict.fromkeys(self.calls.missing(call), call))
+        if len(self.standing) < len(self.waiting):  # DDP's own calls: all may be awaited
+            missing = {**{r.rank: None for r in self.away}, **missing}
+        away = {rank.rank: rank for rank in self.away}
+        found = {r: self._why_away(away[r], call) for r, call in missing.items() if r in away}
+        if not found and not self.standing:
+            found = {r: self._why_away(rank, None) for r, rank in away.items()}
+        return found
+
+    def _why_away(self, rank: RankResult, call: Call | None) -> Kind:
+        left = self.calls.left(rank.rank, call.group if call else "world")
+        never = call is not None and call.op == JOIN
+        if rank.status == "returned":
+            return "never joined" if never else "returned early"
+        if left is not None and not never:
+            return "left the group"
+        match rank.activity:
+            case "suspended":
+                return "suspended"
+            case "busy":
+                return "computing"
+        if not rank.stack:
+            return "no answer"
+        return "blocked in Python"
+
+    def _missed(self, awaited: dict[int, Kind]) -> Verdict:
+        kind = min(awaited.values(), key=_WORST.index)
+        ranks = tuple(sorted(r for r, why in awaited.items() if why == kind))
+        gone = listed(self._short(kind, ranks) for kind, ranks in _by_kind(awaited))
+        title = f"{self._who_waits()}, but {gone}" if self.waiting else self._nobody_waits()
+        limit = ""
+        if self.run.hung_after is not None and kind in ("computing", "blocked in Python"):
+            limit = f"No rank made progress for {self.run.hung_after:g} s. "
+        advice = {
+            "computing": f"{limit}{_SLOW}",
+            "blocked in Python": f"{limit}An idle rank uses no processor time: it waits for a "
+            f"lock, a queue, a thread or the clock. {_SLOW}",
+            "suspended": "SIGSTOP suspends a process until SIGCONT: `kill -CONT`, or `fg` in the "
+            "terminal. Nothing in its Python code needs repair.",
+            "left the group": "destroy_process_group is for the very end: no rank may call it "
+            "while others still communicate.",
+            "no answer": f"It did not print its stack: it is busy in C code. {_SLOW}",
+        }.get(kind, _MISSING)
+        frame = stacks.position(self.run.ranks[ranks[0]].stack).frame
+        if frame is None and (call := self.calls.not_made(ranks[0])) is not None:
+            frame = frame_of(call.site)
+        return Verdict(kind, ranks, title, (*self._errors(), *self._whereabouts()), advice, frame)
+
+    def _nobody_waits(self) -> str:
+        after = self.run.hung_after
+        return f"no rank made progress for {after:g} s" if after is not None else "no rank goes on"
+
+    def _short(self, kind: Kind, ranks: Sequence[int]) -> str:
+        who, rank = ranks_text(ranks), self.run.ranks[ranks[0]]
+        has, is_ = agree(ranks, "has", "have"), agree(ranks, "is", "are")
+        frame = stacks.position(rank.stack).frame
+        where = f" at {stacks.line_name(frame)}" if frame else ""
+        match kind:
+            case "never joined":
+                return f"{who} {has} returned"
+            case "returned early":
+                call = self.calls.not_made(ranks[0])
+                before = f" before {call.op} at {line_of(call.site)}" if call else ""
+                return f"{who} {has} returned{before}"
+            case "left the group":
+                call = self.calls.left(ranks[0], "world")
+                return f"{who} {has} left the group at {line_of(call.site if call else None)}"
+            case "computing":
+                return f"{who} {is_} busy{where}"
+            case "suspended":
+                return f"{who} {is_} suspended{where}"
+            case "no answer":
+                return f"{who} did not answer"
+            case _:
+                return f"{who} {is_} idle{where}"
+
+    # Ranks that wait for each other
+
+    def _among_themselves(self) -> Verdict:
+        lines = (*self._errors(), *self._whereabouts())
+        frame = self._waiting_frame()
+        calls = {call_of(rank) for rank in self.waiting}
+        everyone = tuple(rank.rank for rank in self.waiting)
+        if calls == {JOIN}:
+            title = f"{self._who_waits()} for ranks that never came"
+            return Verdict("never joined", everyone, title, lines, self._join_advice(), frame)
+        title = f"all ranks wait for each other: {self._who_waits()}"
+        if not self.standing or self.run.hung_after is None:
+            return Verdict("gave up waiting", everyone, self._who_waits(), lines, _MISSING, frame)
+        unmatched = [c for c in self.standing.values() if c.pairwise and self.calls.missing(c)]
+        groups = {c.group for c in self.standing.values() if not c.pairwise and c.group}
+        if unmatched and len(unmatched) == len(self.standing):
+            return self._all_pairwise(title, unmatched, lines)
+        if unmatched:
+            return self._unmatched(unmatched[0], lines)
+        if len(groups) > 1:
+            return Verdict(
+                "groups in different order",
+                everyone,
+                f"{title}, in groups that they take in different order",
+                lines,
+                "Ranks that share two groups must use them in the same order: while one waits in "
+                "the first group, the other waits in the second. Choose one order for all.",
+                frame,
+            )
+        advice = (
+            "All of them make the same call. Do their tensors have the same shape and dtype, and "
+            "did all of them make the same calls before?"
+        )
+        return Verdict("waiting for each other", everyone, title, lines, advice, frame)
+
+    def _join_advice(self) -> str:
+        return (
+            f"{count(self.run.world_size, 'rank')} were launched. Does world_size= or WORLD_SIZE "
+            "say the same, does every rank have a number of its own, and do all name the same "
+            "place?"
+        )
+
+    def _all_pairwise(self, title: str, calls: list[Call], lines: tuple[str, ...]) -> Verdict:
+        sends = {call.op in SENDS for call in calls}
+        ranks = tuple(sorted(call.rank for call in calls))
+        if sends == {True}:
+            advice = (
+                "A send may wait until its recv has begun, and here all of them send first. Start "
+                "with isend and wait for it after the recv, or let some ranks receive first."
+            )
+            return Verdict("unmatched send", ranks, title, lines, advice, frame_of(calls[0].site))
+        advice = (
+            "A recv waits for its send, and here all of them receive first. Send before receiving, "
+            "or start with irecv and wait for it after the send."
+        )
+        return Verdict("unmatched recv", ranks, title, lines, advice, frame_of(calls[0].site))
+
+    def _unmatched(self, call: Call, lines: tuple[str, ...]) -> Verdict:
+        sends = call.op in SENDS
+        other = "any rank" if call.peer is None else f"rank {call.peer}"
+        title = (
+            f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}, which does "
+            f"not {'receive' if sends else 'send'}: it waits, too"
+        )
+        advice = (
+            "Each send needs one recv on the rank that it names, and each recv one send. Check "
+            "dst= and src=, and the order of the calls on both ranks."
+        )
+        kind: Kind = "unmatched send" if sends else "unmatched recv"
+        return Verdict(kind, (call.rank,), title, lines, advice, frame_of(call.site))
+
+    # Words
+
+    def _who_waits(self) -> str:
+        who = self.waiting
+        calls = listed(sorted({str(call_of(rank)) for rank in who}))
+        waits = agree(who, "waits", "wait") if any(r.status == "stopped" for r in who) else "waited"
+        return f"{ranks_text([rank.rank for rank in who])} {waits} in {calls}"
+
+    def _waiting_frame(self) -> Frame | None:
+        first = next(iter(self.waiting), None)
+        return None if first is None else stacks.position(frames_of(first)).frame
+
+    def _errors(self) -> list[str]:
+        """The tracebacks of those that raised something of their own, or gave up waiting."""
+        raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
+        own = [r for r in raised if not lost_partner(r)] or raised
+        return [*stacks.render(own[0].error).splitlines(), ""] if own and own[0].error else []
+
+    def _whereabouts(self) -> list[str]:
+        """What every rank did, those together that did the same."""
+        texts: dict[str, list[int]] = {}
+        for rank in self.run.ranks:
+            texts.setdefault(_whereabouts(rank), []).append(rank.rank)
+        return [
+            f"{ranks_text(ranks)} {agree(ranks, text, _plural(text))}"
+            for text, ranks in texts.items()
+        ]
+
+
+def waits(rank: RankResult) -> bool:
+    """True if a rank waits in a call of torch.distributed, or did until that failed."""
+    if rank.status == "stopped":
+        return call_of(rank) is not None and rank.activity != "busy"
+    return lost_partner(rank)
+
+
+def call_of(rank: RankResult) -> str | None:
+    """The call in which a rank waits or waited."""
+    return stacks.position(frames_of(rank)).call
+
+
+def frames_of(rank: RankResult) -> Sequence[Frame]:
+    """Where it was when it was stopped, or when it raised."""
+    return rank.stack if rank.error is None else rank.error.frames
+
+
+def _by_kind(awaited: dict[int, Kind]) -> Iterable[tuple[Kind, list[int]]]:
+    for kind in sorted(set(awaited.values()), key=_WORST.index):
+        yield kind, sorted(rank for rank, why in awaited.items() if why == kind)
+
+
+def _whereabouts(rank: RankResult) -> str:
+    frame, call = stacks.position(rank.stack)
+    if rank.error is not None:
+        frame, call = stacks.position(rank.error.frames)
+        where = f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
+        if lost_partner(rank):
+            return f"lost its partner in {call}{where}"
+        return f"raised {rank.error.summary}{where}"
+    if rank.status == "died":
+        return f"died: {exit_name(rank.exitcode)}"
+    if rank.status != "stopped":
+        return rank.outcome()
+    if frame is None:
+        return "did not answer: suspended, or busy in C code"
+    doing = f"waits in {call}" if call else "is busy" if rank.activity == "busy" else "is idle"
+    if rank.activity == "suspended":
+        doing = "is suspended"
+    return f"{doing}: {stacks.line_name(frame)}:  {frame.source}"
+
+
+def _plural(text: str) -> str:
+    first, _, rest = text.partition(" ")
+    forms = {"waits": "wait", "is": "are", "lost": "lost"}
+    rest = rest.replace("its partner", "their partner", 1) if first == "lost" else rest
+    return f"{forms.get(first, first)} {rest}"

@@ -1,0 +1,220 @@
+"""Who came to which call, and where each rank stands now: the board of a hang."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from matplotlib.patches import Patch, Rectangle
+
+from ddp_lessons import stacks
+from ddp_lessons.calls import Call, Calls
+from ddp_lessons.collectives import JOINING
+from ddp_lessons.hangs import frames_of, waits
+from ddp_lessons.plots import style
+from ddp_lessons.wording import count, exit_name, ranks_text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from matplotlib.axes import Axes
+
+    from ddp_lessons.results import RankResult, Run
+
+MOST_COLUMNS = 6
+MOST_ROWS = 8  # beyond, ranks that did the same share a row
+WIDTH, HEIGHT = 0.94, 0.72  # of a cell
+FONT = 8.5
+NOTE = 44  # characters of what is written beside a row
+NOTE_WIDTH = 3.9  # cells
+TITLE = 95  # characters in a line
+
+SAME: dict[str, Any] = {"facecolor": style.BLUE, "edgecolor": style.BLUE}
+OTHER: dict[str, Any] = {"facecolor": style.ORANGE, "edgecolor": style.ORANGE}
+OTHER_WAITS: dict[str, Any] = {**OTHER, "edgecolor": style.INK, "hatch": "////", "linewidth": 0.6}
+NEVER: dict[str, Any] = {"facecolor": "none", "edgecolor": style.EDGE, "linestyle": "--"}
+LABELS = {
+    "same": ("done", SAME),
+    "waits": ("waits, or lost its partner", style.WAIT_LOOK),
+    "other": ("another call than most ranks make", OTHER),
+    "never": ("did not come", NEVER),
+}
+
+
+class Cell(NamedTuple):
+    """What a rank did at one place of the board."""
+
+    text: str
+    looks: tuple[str, ...]  # keys of LABELS
+
+
+class Column(NamedTuple):
+    """One place in the order of calls."""
+
+    label: str
+    calls: dict[int, Call]
+    ranks: tuple[int, ...]  # who should come
+    t0_ns: int  # when the first came
+
+
+class Row(NamedTuple):
+    """One rank, or ranks that did the same."""
+
+    label: str
+    cells: tuple[Cell | None, ...]  # None: the rank is not in that group
+    note: str  # where it is
+
+
+def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw ranks x calls, in the order of the calls: who came, who waits, who called what else.
+
+    The last six calls are shown, up to those where ranks stand; beside them the line on which each
+    rank is. In runs of more than eight ranks, those that did the same share a row. It serves for
+    any run of `launch(..., check=False)`, also for one that went well.
+
+    Parameters
+    ----------
+    run : Run
+        The run; of a failed one, `error.run`.
+    title : str, optional
+        The finding that the picture shows; by default the title of the run's verdict.
+    ax : matplotlib Axes, optional
+        Where to draw; by default a new figure.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    columns = _columns(Calls([rank.spans for rank in run.ranks]))
+    shown = columns[-MOST_COLUMNS:]
+    rows = _rows(run, shown)
+    ax = ax or style.new_axes(len(rows), 1.15)
+    ax.set_xlim(0, max(1, len(shown)) + NOTE_WIDTH)
+    for y, row in enumerate(rows):
+        for x, cell in enumerate(row.cells):
+            if cell is not None:
+                _draw(ax, x, y, cell)
+        note = textwrap.shorten(row.note, NOTE, placeholder="…")
+        ax.text(len(shown) + 0.12, y, note, va="center", fontsize=FONT, family="monospace")
+    _label(ax, rows, shown, len(columns) - len(shown))
+    used = {look for row in rows for cell in row.cells if cell for look in cell.looks}
+    legend = [Patch(**look, label=text) for key, (text, look) in LABELS.items() if key in used]
+    finding = title or (run.verdict.title if run.verdict else "every rank came to every call")
+    style.head(ax, textwrap.fill(finding, TITLE), legend)
+    return ax
+
+
+def _columns(calls: Calls) -> list[Column]:
+    """The places where ranks met or should have, by the first arrival."""
+    found = []
+    for group, numbers in calls.met.items():
+        name = "" if group == "world" else f"\n{group}"
+        for seq, there in numbers.items():
+            found.append(_column(f"call {seq + 1}{name}", there, calls.members(group)))
+    standing = [calls.standing(rank) for rank in range(calls.world_size)]
+    for call in standing:
+        if call is not None and call.pairwise:
+            found.append(_pair(call))
+    joining = {call.rank: call for call in standing if call is not None and call.op in JOINING}
+    if joining:
+        found.append(_column("to join", joining, range(calls.world_size)))
+    return sorted(found, key=lambda column: column.t0_ns)
+
+
+def _column(label: str, calls: dict[int, Call], ranks: Sequence[int]) -> Column:
+    return Column(label, calls, tuple(ranks), min(call.t0_ns for call in calls.values()))
+
+
+def _pair(call: Call) -> Column:
+    """A send or recv that found no partner."""
+    peer = "any" if call.peer is None else call.peer
+    arrow = "→" if "send" in call.op else "←"
+    ranks = [call.rank] if call.peer is None else [call.rank, call.peer]
+    return _column(f"{call.rank} {arrow} {peer}", {call.rank: call}, ranks)
+
+
+def _rows(run: Run, columns: Sequence[Column]) -> list[Row]:
+    """A row a rank, or for ranks that did the same."""
+    odd = [_odd(column) for column in columns]
+    found: dict[object, list[int]] = {}
+    for rank in run.ranks:
+        pairs = zip(columns, odd, strict=True)
+        cells = tuple(_cell(column, rank.rank, others) for column, others in pairs)
+        alone = rank.rank if run.world_size <= MOST_ROWS else None
+        found.setdefault((alone, cells, _note(rank)), []).append(rank.rank)
+    return [Row(ranks_text(ranks), key[1], key[2]) for key, ranks in found.items()]  # type: ignore[index]
+
+
+def _odd(column: Column) -> set[int]:
+    """The ranks whose call there is not that of most."""
+    kinds = {rank: (call.op, call.peer, call.look) for rank, call in column.calls.items()}
+    ((most, _),) = Counter(kinds.values()).most_common(1)
+    return {rank for rank, kind in kinds.items() if kind != most}
+
+
+def _cell(column: Column, rank: int, odd: set[int]) -> Cell | None:
+    call = column.calls.get(rank)
+    if call is None:
+        return Cell("–", ("never",)) if rank in column.ranks else None
+    looks = ["other"] if rank in odd else []
+    looks += ["waits"] if call.state != "done" else []
+    return Cell(f"{call.op}{_unlike(column, call)}", tuple(looks) or ("same",))
+
+
+def _unlike(column: Column, call: Call) -> str:
+    """A second line for a tensor that is not like the others: its shape, or else its dtype."""
+    if len({other.look for other in column.calls.values()}) == 1 or call.tensor is None:
+        return ""
+    dtype, _, shape = call.tensor.partition(" ")
+    shapes = {other.tensor.partition(" ")[2] for other in column.calls.values() if other.tensor}
+    return f"\n{shape if len(shapes) > 1 else dtype}"
+
+
+def _note(rank: RankResult) -> str:
+    """Where a rank is, in a few words."""
+    frame = stacks.position(frames_of(rank)).frame
+    where = f"line {frame.lineno}: {frame.source}" if frame else ""
+    match rank.status:
+        case "returned" | "unsendable":
+            return "has returned"
+        case "died":
+            return f"died: {exit_name(rank.exitcode)}"
+        case "raised" if not waits(rank):
+            return f"{rank.error.type_name if rank.error else 'raised'}, {where}"
+    if waits(rank) or not where:
+        return where or rank.activity or "did not answer"
+    return f"{rank.activity or 'stopped'}, {where}"
+
+
+def _draw(ax: Axes, x: int, y: int, cell: Cell) -> None:
+    look = OTHER_WAITS if len(cell.looks) > 1 else LABELS[cell.looks[0]][1]
+    corner = x + (1 - WIDTH) / 2, y - HEIGHT / 2
+    ax.add_patch(Rectangle(corner, WIDTH, HEIGHT, **look))
+    box = {"facecolor": look["facecolor"], "edgecolor": "none", "pad": 1}
+    style.write(
+        ax,
+        _texts(cell.text),
+        (x, x + 1),
+        y,
+        FONT - 0.5,
+        color="white" if look is SAME else style.INK,
+        bbox=box if "hatch" in look else None,
+    )
+
+
+def _texts(text: str) -> list[str]:
+    """The text, and shorter ones in its place; a second line stands by itself."""
+    return [text, text.partition("\n")[2] or text.replace("_tensor", ""), f"{text[:7]}…"]
+
+
+def _label(ax: Axes, rows: Sequence[Row], columns: Sequence[Column], left_out: int) -> None:
+    ax.set_yticks(range(len(rows)), [row.label for row in rows])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    labels = [column.label for column in columns]
+    ax.set_xticks([x + 0.5 for x in range(len(columns))], labels, fontsize=FONT)
+    if left_out:
+        ax.set_xlabel(f"not shown: {count(left_out, 'earlier call')}", fontsize=FONT, loc="left")
+    style.bare(ax)
+    ax.tick_params(axis="x", length=0)
+    ax.spines["bottom"].set_visible(False)

@@ -1,0 +1,152 @@
+"""Faults for a run, one function each, and what a diagnosis must say of them.
+
+`train` is a loop that every rank runs; at one moment the victim does something wrong. The campaign
+(tests/benchmarks/faults.py) draws them at random, and tests/test_faults.py runs a fixed sample.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import stat
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+STEPS = 4
+
+
+class Fault(NamedTuple):
+    """What the victim does, and which verdicts name it: kinds, and a text of the line to blame."""
+
+    act: Callable[[int], None] | None  # at the victim's moment; None: the loop itself does it
+    kinds: tuple[str, ...]  # of Verdict.kind, any of them
+    line: str  # part of the source that the verdict must show; "" for none
+    blames: bool = True  # the verdict must name the victim and nobody else
+
+
+def train(rank: int, fault: str, victim: int, moment: int) -> int:
+    """Average, report, meet, step by step; `victim` goes wrong at step `moment`."""
+    dist.init_process_group("gloo")
+    act = FAULTS[fault].act if fault else None
+    for step in range(STEPS):
+        hit = rank == victim and step == moment
+        x = torch.ones(3 if hit and fault == "unlike tensors" else 2)
+        y = torch.zeros(2)
+        if hit and act is not None:
+            act(rank)
+        if hit and fault == "swapped":
+            dist.broadcast(y, 0)
+            dist.all_reduce(x)
+            continue
+        if hit and fault == "extra":
+            dist.barrier()
+        if not (hit and fault == "skipped"):
+            dist.all_reduce(x)
+        if hit and fault == "returned early":
+            return step
+        dist.broadcast(y, 0)
+    dist.destroy_process_group()
+    return STEPS
+
+
+def kill(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def suspend(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def terminate(_: int) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail(_: int) -> None:
+    raise ValueError("a bad sample")
+
+
+def fail_like_a_lost_connection(_: int) -> None:
+    raise RuntimeError("Connection closed by peer")  # of a data base, say
+
+
+def leave(_: int) -> None:
+    os._exit(7)
+
+
+def compute_for_ever(_: int) -> None:
+    while True:
+        pass
+
+
+def wait_for_a_lock(_: int) -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def close_sockets(_: int) -> None:
+    for name in os.listdir("/proc/self/fd"):
+        number = int(name)
+        try:
+            if number > 2 and stat.S_ISSOCK(os.fstat(number).st_mode):
+                os.close(number)
+        except OSError:
+            pass
+
+
+def fill_the_disk(_: int) -> None:
+    with open("/dev/full", "w") as file:
+        file.write("a checkpoint")
+
+
+def flood(_: int) -> None:
+    line = "x" * 999 + "\n"
+    for _ in range(20_000):
+        os.write(1, line.encode())
+    raise ValueError("after 20 MB of output")
+
+
+def run_out_of_memory(_: int) -> None:
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
+    torch.zeros(1 << 30)
+
+
+def leave_the_group(_: int) -> None:
+    dist.destroy_process_group()
+    time.sleep(60)
+
+
+def receive_nothing(rank: int) -> None:
+    dist.recv(torch.zeros(1), src=(rank + 1) % dist.get_world_size())
+
+
+FAULTS = {
+    "killed": Fault(kill, ("killed",), ""),
+    "suspended": Fault(suspend, ("suspended",), ""),
+    "terminated": Fault(terminate, ("killed",), ""),
+    "raised": Fault(fail, ("raised",), "a bad sample"),
+    "raised like a lost connection": Fault(
+        fail_like_a_lost_connection, ("raised",), "of a data base"
+    ),
+    "exited": Fault(leave, ("exited",), ""),
+    "endless loop": Fault(compute_for_ever, ("computing",), "while True"),
+    "lock": Fault(wait_for_a_lock, ("blocked in Python",), "lock.acquire()"),
+    "skipped": Fault(None, ("skipped collective", "different collectives"), "dist.all_reduce(x)"),
+    "extra": Fault(None, ("skipped collective", "different collectives"), "dist.barrier()"),
+    "swapped": Fault(None, ("skipped collective", "different collectives"), "dist.all_reduce(x)"),
+    "unlike tensors": Fault(None, ("unlike tensors",), "dist.all_reduce(x)"),
+    "returned early": Fault(None, ("returned early",), "dist.broadcast(y, 0)"),
+    "left the group": Fault(leave_the_group, ("left the group",), "dist.all_reduce(x)"),
+    "recv of nothing": Fault(receive_nothing, ("unmatched recv",), "dist.recv("),
+    "closed sockets": Fault(close_sockets, ("raised", "killed"), "dist.all_reduce(x)"),
+    "full disk": Fault(fill_the_disk, ("raised",), "file.write"),
+    "flood": Fault(flood, ("raised",), "after 20 MB"),
+    "memory limit": Fault(run_out_of_memory, ("raised", "killed"), "torch.zeros(1 << 30)"),
+}

@@ -72,6 +72,8 @@ def _class(run: Run, found: Verdict) -> type[LaunchError]:
         return WorkersHung
     if found.kind == "unsendable":
         return CannotSend
-    if found.kind in ("killed", "exited", "forkserver ended"):
-        return WorkerDied
-    return WorkerFailed if any(r.status == "raised" for r in run.ranks) else WorkerDied
+    return WorkerFailed if found.kind == "raised" or not _someone_died(run) else WorkerDied
+
+
+def _someone_died(run: Run) -> bool:
+    return any(rank.status == "died" for rank in run.ranks)

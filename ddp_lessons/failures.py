@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ddp_lessons import hangs, stacks
+from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
+from ddp_lessons.partings import frame_of
 from ddp_lessons.verdict import Kind, Verdict
 from ddp_lessons.wording import agree, at_head, exit_name, ranks_text
 
@@ -107,7 +109,7 @@ def _unsendable(run: Run, cause: RankResult) -> Verdict:
 
 def _died(run: Run, cause: RankResult) -> Verdict:
     what, why = _death(run, cause)
-    lines = [why]
+    lines = [why, *_last_call(run, cause)]
     if cause.shown_lines:
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
@@ -118,6 +120,19 @@ def _died(run: Run, cause: RankResult) -> Verdict:
         f"rank {cause.rank} of {run.world_size} {what}",
         (*lines, *_others(run, [cause.rank])),
     )
+
+
+def _last_call(run: Run, rank: RankResult) -> list[str]:
+    """Where a rank was that can no longer tell: the tape stays readable."""
+    calls = Calls([rank.spans for rank in run.ranks])
+    made = calls.of_rank[rank.rank]
+    if not made:
+        return []
+    call = calls.standing(rank.rank) or made[-1]
+    frame = frame_of(call.site)
+    where = f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
+    what = "Its last call was" if call.state == "done" else "It was in"
+    return [f"{what} {call.op}{where}"]
 
 
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:
@@ -148,8 +163,8 @@ def _reason(run: Run, rank: RankResult, name: str) -> str:
             )
         case "SIGKILL":
             return (
-                "The system counted no kill for want of memory during this run, so another "
-                "process, or the rank itself, sent that signal."
+                "The system reports no kill for want of memory during this run: another process, "
+                "or the rank itself, sent that signal."
             )
         case "SIGABRT" if out:
             return "Memory ran out: use smaller tensors or batches, or fewer ranks."

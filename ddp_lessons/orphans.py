@@ -44,10 +44,27 @@ def _listening_path(descriptor: int) -> str | None:
 
 
 def remove_with_folder(path: str) -> None:
-    """Remove a socket's file and its folder, which a parent that was killed could not."""
+    """Remove a socket's file and its folder, which a parent that was killed could not.
+
+    A forkserver that was killed before may have left a socket there, too.
+    """
+    folder = os.path.dirname(path)
     with contextlib.suppress(OSError):  # the parent did it
         os.unlink(path)
-        os.rmdir(os.path.dirname(path))
+        for other in os.scandir(folder):
+            if stat.S_ISSOCK(other.stat().st_mode) and not _is_served(other.path):
+                os.unlink(other.path)
+        os.rmdir(folder)
+
+
+def _is_served(path: str) -> bool:
+    """Whether a process listens on a socket's file."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+    return True
 
 
 def parent_of(pid: int) -> int | None:

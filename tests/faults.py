@@ -18,7 +18,30 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ddp_lessons import Run, span
+
 STEPS = 4
+MARK = "the fault"  # the span that says when it happened
+FROM_OUTSIDE = ("forkserver killed", "parent interrupted", "parent killed")
+
+
+def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
+    """What is wrong with the verdict on a run with this fault; "" if nothing is."""
+    expected, found = FAULTS[fault], run.verdict
+    if not expected.kinds:
+        return "" if found is None else f"it was fine, but: {found.title}"
+    if found is None or found.kind not in expected.kinds:
+        return f"kind is {found and found.kind!r}, not one of {expected.kinds}"
+    if expected.line not in found.text():
+        return f"{expected.line!r} is not shown"
+    # Of two ranks that disagree, nobody can say which is right.
+    fair = [(victim,), (0, 1)] if world_size == 2 and found.kind in SIDES else [(victim,)]
+    if fault not in FROM_OUTSIDE and found.ranks not in fair:
+        return f"it blames {found.ranks}, not rank {victim}"
+    return ""
+
+
+SIDES = ("skipped collective", "different collectives", "unlike tensors")
 
 
 class Fault(NamedTuple):
@@ -27,15 +50,21 @@ class Fault(NamedTuple):
     act: Callable[[int], None] | None  # at the victim's moment; None: the loop itself does it
     kinds: tuple[str, ...]  # of Verdict.kind, any of them
     line: str  # part of the source that the verdict must show; "" for none
-    blames: bool = True  # the verdict must name the victim and nobody else
 
 
 def train(rank: int, fault: str, victim: int, moment: int) -> int:
     """Average, report, meet, step by step; `victim` goes wrong at step `moment`."""
+    if rank == victim and fault == "slow start":
+        time.sleep(1.5)
     dist.init_process_group("gloo")
     act = FAULTS[fault].act if fault else None
     for step in range(STEPS):
         hit = rank == victim and step == moment
+        if hit:
+            with span(MARK):
+                pass
+        if fault in FROM_OUTSIDE:
+            time.sleep(0.5)
         x = torch.ones(3 if hit and fault == "unlike tensors" else 2)
         y = torch.zeros(2)
         if hit and act is not None:
@@ -145,8 +174,12 @@ FAULTS = {
     "returned early": Fault(None, ("returned early",), "dist.broadcast(y, 0)"),
     "left the group": Fault(leave_the_group, ("left the group",), "dist.all_reduce(x)"),
     "recv of nothing": Fault(receive_nothing, ("unmatched recv",), "dist.recv("),
-    "closed sockets": Fault(close_sockets, ("raised", "killed"), "dist.all_reduce(x)"),
+    "closed sockets": Fault(close_sockets, ("raised", "killed"), "dist."),
     "full disk": Fault(fill_the_disk, ("raised",), "file.write"),
     "flood": Fault(flood, ("raised",), "after 20 MB"),
+    "slow start": Fault(None, (), ""),
+    "forkserver killed": Fault(None, ("forkserver ended",), ""),
+    "parent interrupted": Fault(None, (), ""),
+    "parent killed": Fault(None, (), ""),
     "memory limit": Fault(run_out_of_memory, ("raised", "killed"), "torch.zeros(1 << 30)"),
 }

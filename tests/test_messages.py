@@ -58,7 +58,8 @@ def test_several_messages_at_once() -> None:
 
 
 def test_fields_of_a_span() -> None:
-    fields = "rank lane kind name t0_ns t1_ns step op group seq nbytes bucket peer"
+    fields = "rank lane kind name t0_ns t1_ns step op group seq nbytes bucket peer tensor "
+    fields += "site failed"
     assert Span._fields == tuple(fields.split())
 
 

@@ -108,8 +108,8 @@ class Calls:
             return set()
         there = self.met.get(call.group, {}).get(call.seq, {})
         awaited = set(self.members(call.group)) - {call.rank}
-        if call.op in FROM_ROOT and call.peer is not None and call.rank != call.peer:
-            awaited = {call.peer}
+        if call.op in FROM_ROOT and call.peer in awaited - set(there):
+            awaited = {call.peer}  # else others on the way from the root
         return {
             r
             for r in awaited

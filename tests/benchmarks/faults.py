@@ -75,6 +75,7 @@ def host() -> None:
     def fine(rank: int) -> int:
         return rank
 
+    print("ready", flush=True)
     for line in sys.stdin:
         todo = Plan(*json.loads(line))
         report: dict[str, Any] = {}
@@ -144,6 +145,8 @@ class Host:
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        assert self.process.stdout is not None
+        self.process.stdout.readline()  # it is ready
 
     def ask(self, todo: Plan) -> dict[str, Any]:
         """Have one plan carried out; what came of it."""

@@ -24,6 +24,7 @@ from ddp_lessons.widgets import (
     init_process_group,
     spawn,
     sync_batchnorm,
+    uneven_work,
 )
 from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, switch, whole
 from tests.kernels import Cell, Kernel
@@ -176,6 +177,20 @@ def train(rank: int, bucket_cap_mb: float, link: Any, late_ms: int) -> None:
     dist.destroy_process_group()
 
 
+def train_unevenly(rank: int, counts: tuple[int, int], join: bool) -> None:
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    from ddp_lessons import steps
+
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(torch.nn.Linear(1, 1))
+    with model.join(enable=join):
+        for _ in steps(range(counts[rank])):
+            model(torch.ones(1, 1)).sum().backward()
+    dist.destroy_process_group()
+
+
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -210,6 +225,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
         lambda: sync_batchnorm.explore(lambda rank, n, shift: ([rank * shift, 1.0], [n, 1.0])),
         {"n": 1, "percent": 100},
     ),
+    "uneven_work": (
+        lambda: uneven_work.explore(train_unevenly),
+        {"extra": 0, "join": False},
+    ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),
         {"bucket_cap_mb": 0.5, "late_ms": 10, "megabytes": 300},
@@ -230,6 +249,17 @@ def test_each_explorer_draws_every_setting(name: str, shown: list[dict[str, Any]
         assert shown[-1]["text/plain"]
     assert explorer.run is not None
     assert explorer.run.ok
+
+
+def test_uneven_work_that_fails_is_drawn_and_explained(shown: list[dict[str, Any]]) -> None:
+    explorer = uneven_work.explore(train_unevenly)
+    explorer._ipython_display_()
+    explorer.controls["join"].value = False
+    assert "rank 1 of 2 raised RuntimeError" in explorer.panel.children[1].value
+    titles = [bundle["text/plain"] for bundle in shown]
+    assert titles == ["3 and 5 batches, with join", "3 and 5 batches, without join"]
+    explorer.controls["join"].value = True
+    assert explorer.panel.children[1].value == ""
 
 
 def open_subshell(kernel: Kernel) -> str:

@@ -12,6 +12,7 @@ from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.shards import shards
 from ddp_lessons.plots.statistics import statistics
+from ddp_lessons.plots.steps import steps
 from ddp_lessons.plots.tensors import tensors
 from ddp_lessons.plots.timeline import timeline
 from ddp_lessons.plots.totals import totals
@@ -27,6 +28,7 @@ __all__ = [
     "machines",
     "shards",
     "statistics",
+    "steps",
     "tensors",
     "timeline",
     "totals",

@@ -105,9 +105,16 @@ def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> 
 
 def mark_failure(ax: Axes, rank: RankResult, at: float) -> None:
     """Say beside the end of a rank's bar how it failed, if it did."""
-    if rank.status not in ("returned", "stopped"):
-        what = rank.error.type_name if rank.error is not None else exit_name(rank.exitcode)
-        ax.text(at, rank.rank, f" ✗ {what}", va="center", fontsize=8.5, color=INK)
+    if text := failure(rank):
+        ax.text(at, rank.rank, text, va="center", fontsize=8.5, color=INK)
+
+
+def failure(rank: RankResult) -> str:
+    """How a rank failed, as ` ✗ ValueError`; "" if it returned or was only stopped."""
+    if rank.status in ("returned", "stopped"):
+        return ""
+    what = rank.error.type_name if rank.error is not None else exit_name(rank.exitcode)
+    return f" ✗ {what}"
 
 
 def losses(run: Run) -> list[str]:

@@ -50,6 +50,8 @@ class Explorer:
         ``start(**values) -> Run``: launches the ranks. See `run_ranks`.
     draw : callable
         ``draw(run, **values) -> Axes``: draws on new Axes; their titles are the picture's alt text.
+    draws_failures : bool
+        Whether `draw` gets runs that failed, too.
     """
 
     def __init__(
@@ -57,10 +59,13 @@ class Explorer:
         controls: Mapping[str, ipywidgets.Widget],
         start: Callable[..., Run],
         draw: Callable[..., Axes],
+        *,
+        draws_failures: bool = False,
     ) -> None:
         self.controls = dict(controls)
         self.run: Run | None = None
         self._start, self._draw = start, draw
+        self._draws_failures = draws_failures
         self._due = False
         self._picture: Any = None  # the handle of its display
         self._failure = ipywidgets.HTML()
@@ -109,14 +114,15 @@ class Explorer:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # what ranks print
                 self.run = self._start(**values)
-            self.run.raise_for_failure()
+            if not self._draws_failures:
+                self.run.raise_for_failure()
             ax = self._draw(self.run, **values)
         except LaunchError as error:
             self._explain(str(error))
         except Exception as error:  # after a move there is no cell that would show it
             self._explain(f"{type(error).__name__}: {error}")
         else:
-            self._explain("")
+            self._explain("" if self.run.ok else self.run.explain())
             self._show(ax)
 
     def _explain(self, failure: str) -> None:

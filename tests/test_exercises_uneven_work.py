@@ -187,7 +187,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_train, goes_round, "3 and 4 batches: rank 0 used batch 0 2 times.*count once"),
     (check_train, only_two, "3 and 4 batches: each rank used 2.*All ranks have 3"),
     (check_train, logs_inside_join, "Two calls met.*answers DDP's calls only"),
-    (check_train, waits_at_the_end, "waited for the others in vain|failed on real ranks"),
+    (check_train, waits_at_the_end, "waited for the others in vain"),
     (check_train, leaves_if_empty, "0 and 2 batches: rank 1 waited.*without any batch"),
     (check_train, lambda model, optimizer: 1, "failed on real ranks.*TypeError"),
     (check_predict_weight, lambda counts, initial: sum(counts), "ends at 3.5.*it divides"),

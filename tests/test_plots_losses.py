@@ -40,6 +40,22 @@ def test_the_scale_begins_at_zero_and_curves_differ_without_colour() -> None:
     assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 4
 
 
+def test_marks_of_equal_curves_stand_beside_each_other() -> None:
+    curve = [float(step) for step in range(30)]
+    ax = plots.losses({"a": curve, "b": curve, "c": curve[::-1]})
+    assert [line.get_markevery() for line in ax.lines] == [(0, 2), (1, 2), (0, 2)]
+
+
+def test_marks_say_where_something_happened() -> None:
+    ax = plots.losses({"a": [2.0] * 10}, marks={"late": 10, "killed": 4, "saved": 3}, labels=False)
+    texts: dict[str, Any] = {text.get_text(): text for text in ax.texts}
+    assert {n: text.xy[0] for n, text in texts.items()} == {"saved": 3, "killed": 4, "late": 10}
+    lines: list[Any] = list(ax.lines[1:])
+    assert [line.get_xdata()[0] for line in lines] == [3, 4, 10]
+    assert texts["killed"].xy[1] < texts["saved"].xy[1], "labels of close marks are apart"
+    assert [texts[name].get_ha() for name in ("killed", "late")] == ["left", "right"]
+
+
 @pytest.mark.parametrize(
     ("curves", "batch", "said"),
     [

@@ -22,6 +22,7 @@ from ddp_lessons.widgets import (
     ddp_timing,
     distributed_sampler,
     init_process_group,
+    rank_zero,
     spawn,
     sync_batchnorm,
     uneven_work,
@@ -191,6 +192,20 @@ def train_unevenly(rank: int, counts: tuple[int, int], join: bool) -> None:
     dist.destroy_process_group()
 
 
+def train_and_die(rank: int, path: str, kill_at: int | None, keys: set[str]) -> Any:
+    import os
+    import signal
+
+    import torch
+
+    first = int("checkpoint" in path and os.path.exists(path))
+    if rank == 0:
+        open(path, "w").close()
+    if rank == 1 and kill_at is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [1.0, 0.5], torch.tensor([float(len(keys) + first)])
+
+
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -228,6 +243,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "uneven_work": (
         lambda: uneven_work.explore(train_unevenly),
         {"extra": 0, "join": False},
+    ),
+    "rank_zero": (
+        lambda: rank_zero.explore(train_and_die),
+        {"kill_at": 29, "loaded": "model only"},
     ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),

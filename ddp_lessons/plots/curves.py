@@ -22,6 +22,8 @@ LOOKS: tuple[dict[str, Any], ...] = (
 APART = 0.09  # of the axes' height between two labels, at least
 MARKS = 12  # on a curve
 FONT = 9
+LINE = 0.07  # of the axes' height: a line of text
+TURN = 0.85  # of the axes' width: from here on a mark's label stands left of it
 
 Curves = dict[str, np.ndarray]
 
@@ -46,9 +48,12 @@ def checked(curves: Mapping[str, Sequence[float]]) -> Curves:
 
 def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
     """Draw the curves over their `xs`; call `label_ends` when the scales are set."""
-    for look, (label, curve) in zip(LOOKS, curves.items(), strict=False):
+    for number, (look, (label, curve)) in enumerate(zip(LOOKS, curves.items(), strict=False)):
         every = max(1, len(curve) // MARKS)
-        ax.plot(xs[label], curve, label=label, markersize=5, markevery=every, **look)
+        # On top of an equal curve, marks between its marks: both are seen.
+        hides = any(np.array_equal(curve, other) for other in list(curves.values())[:number])
+        at = (every // 2 if hides else 0, every)
+        ax.plot(xs[label], curve, label=label, markersize=5, markevery=at, **look)
     ax.set_xlim(0, max(1, *(x[-1] for x in xs.values())))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for side in ("top", "right"):
@@ -72,4 +77,25 @@ def label_ends(ax: Axes, curves: Curves) -> None:
             color=style.INK,
             fontsize=FONT,
             annotation_clip=False,
+        )
+
+
+def mark(ax: Axes, marks: Mapping[str, float]) -> None:
+    """Draw a vertical line for each mark, labelled at its top; call it when the scales are set."""
+    ax.set_xlim(right=max([ax.get_xlim()[1], *marks.values()]))
+    low, high = ax.get_xlim()
+    for row, (label, x) in enumerate(sorted(marks.items(), key=lambda item: item[1])):
+        ax.axvline(x, color=style.INK, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
+        left = (x - low) / (high - low) > TURN
+        ax.annotate(
+            label,
+            (x, 1 - row * LINE),  # each lower than the last: they may be close together
+            (-4 if left else 4, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="top",
+            color=style.INK,
+            fontsize=FONT,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ddp_lessons.plots import style
-from ddp_lessons.plots.curves import checked, draw, label_ends
+from ddp_lessons.plots.curves import checked, draw, label_ends, mark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,7 @@ def losses(
     *,
     batch: Mapping[str, int] | None = None,
     labels: bool = True,
+    marks: Mapping[str, float] | None = None,
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
@@ -36,6 +37,8 @@ def losses(
     labels : bool
         Whether to write the labels at the ends; beside another picture of the same curves, once is
         enough.
+    marks : mapping of str to float, optional
+        By label, where on the x axis something happened: a vertical line each.
     title : str, optional
         The finding that the picture shows.
     ax : matplotlib Axes, optional
@@ -59,6 +62,7 @@ def losses(
     xs = {label: sizes[label] * np.arange(1, len(curve) + 1) for label, curve in arrays.items()}
     draw(ax, xs, arrays)
     ax.set_ylim(0, max(curve.max() for curve in arrays.values()) * 1.05)
+    mark(ax, marks or {})
     if labels:
         label_ends(ax, arrays)
     ax.set_xlabel("steps" if batch is None else "samples seen")

@@ -1,0 +1,471 @@
+"""The checks of lesson 12: any checkpoint into any model, and a resume to the same bits."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+from ddp_lessons.errors import WorkersHung
+from ddp_lessons.exercises.checking import Wrong, exercise, run_quietly
+from ddp_lessons.results import Run
+
+SAMPLES, BATCHES, EPOCHS = 24, 4, 3  # BATCHES of an epoch
+SAVED, CUT = (1, 2), (2, 1)  # epoch and batch before which all ranks save
+SLOW = 0.2  # seconds that rank 0 takes to write
+PARTS = ("model", "momentum", "scheduler", "random")
+
+Facts = dict[str, Any]
+
+
+class _Named(nn.Module):  # type: ignore[misc]
+    """A model with a layer whose name ends in `module`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.norm = nn.Linear(2, 3), nn.BatchNorm1d(3)
+        self.submodule = nn.Sequential(nn.Linear(3, 2))
+
+
+class _Own(nn.Module):  # type: ignore[misc]
+    """A model with a layer that is called `module`, as DDP's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.head = nn.Linear(2, 3), nn.Linear(3, 2)
+
+
+def _simple() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "two layers": _simple,
+    "a layer called `submodule`": _Named,
+    "a layer called `module`": _Own,
+}
+
+
+def _load_each(_: int, load_anywhere: Callable[..., Any], wrapped: bool) -> list[list[str]]:
+    """What went wrong, `[name, from, what]`, in the first case in which anything did."""
+    if wrapped:
+        dist.init_process_group("gloo")
+    for name, make in MODELS.items():
+        for prefixed in (True, False):
+            torch.manual_seed(1)
+            source = _filled(make())
+            prefix = "module." if prefixed else ""
+            state = {prefix + key: value.clone() for key, value in source.state_dict().items()}
+            model: nn.Module = DistributedDataParallel(make()) if wrapped else make()
+            problem = _load_one(load_anywhere, model, state, source.state_dict())
+            if problem:
+                return [[name, "DDP" if prefixed else "a plain model", problem]]
+    if wrapped:
+        dist.destroy_process_group()
+    return []
+
+
+def _filled(model: nn.Module) -> nn.Module:
+    """The model with values that no new one has, in its buffers, too."""
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(torch.randint(3, 100, value.shape))
+    return model
+
+
+def _load_one(
+    load_anywhere: Callable[..., Any], model: nn.Module, state: Facts, wanted: Facts
+) -> str:
+    try:
+        load_anywhere(model, state)
+    except Exception as error:
+        return f"raised {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    found = inner.state_dict()
+    if found.keys() != wanted.keys():
+        return "the model has other layers than before"
+    lost = [key for key, value in found.items() if not torch.equal(value, wanted[key])]
+    return f"not loaded: {len(lost)} of {len(wanted)} tensors, with no error" if lost else ""
+
+
+@exercise(
+    "`inner = model.module if isinstance(model, DDP) else model` has keys without the prefix.",
+    "If the state's keys are not those of `inner`, cut off the first seven letters of each: "
+    '`key.removeprefix("module.")`.',
+)
+def check_load_anywhere(load_anywhere: Callable[[nn.Module, dict[str, Tensor]], None]) -> str:
+    """Check `load_anywhere(model, state)` for plain models and DDP's, and states of both."""
+    for wrapped, ranks in ((False, 1), (True, 2)):
+        run = run_quietly(_load_each, (load_anywhere, wrapped), nprocs=ranks)
+        run.raise_for_failure()
+        for problem in filter(None, run.values):
+            _judge_loaded(wrapped, *problem[0])
+    return "plain into plain, DDP into plain, plain into DDP, DDP into DDP; whatever layers' names."
+
+
+def _judge_loaded(wrapped: bool, name: str, origin: str, problem: str) -> None:
+    seen = f"a model with {name}, {'in DDP' if wrapped else 'plain'}; a state from {origin}: "
+    raise Wrong(seen + problem, _why_not_loaded(wrapped, name, problem))
+
+
+def _why_not_loaded(wrapped: bool, name: str, problem: str) -> str:
+    if "no error" in problem:
+        return (
+            "`strict=False` skips every key that does not fit. Make the keys fit, and stay strict: "
+            "then an error tells of what is missing."
+        )
+    if name == "two layers" and wrapped:
+        return (
+            "DDP's own keys begin with `module.`; those of `model.module` do not. Load into the "
+            "inner model in any case."
+        )
+    if name == "two layers":
+        return (
+            "The keys of a DDP model begin with `module.`, those of the model in it do not. Cut "
+            "the prefix off, but only where there is one."
+        )
+    if "submodule" in name:
+        return (
+            "Only the beginning of a key may be cut off. `replace` also finds `submodule.`, and "
+            "`lstrip` takes away single letters, not a word."
+        )
+    return (
+        "Here `module.` begins the key of the model's own layer. What tells a prefix from a layer "
+        "is the model: do the state's keys equal its keys or not?"
+    )
+
+
+class _Disk:
+    """Stands in for `torch.save` on a rank: notes who writes where; can be slow, and kill."""
+
+    def __init__(self, rank: int, folder: str) -> None:
+        self.ended_ns = 0  # when the last write ended
+        self._log = os.path.join(folder, f"written by {rank}")
+        self._save = torch.save
+        self._writes = self._kill_in = -1  # of this `save`, counted from 0
+        self._slow = False
+
+    def begin(self, slow: bool = False, kill: bool = False) -> None:
+        """Begin a `save`, which may be slow, or killed in the middle of its last write."""
+        self._kill_in = self._writes if kill else -1
+        self._writes, self._slow = -1, slow
+
+    def __call__(self, state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        self._writes += 1
+        if self._slow and self._writes == 0:
+            time.sleep(SLOW)  # the others may be done before
+        buffer = io.BytesIO()
+        self._save(state, buffer, *args, **kwargs)
+        data, killed = buffer.getvalue(), self._writes == self._kill_in
+        self._note(file if isinstance(file, str | os.PathLike) else getattr(file, "name", ""))
+        _put(data[: len(data) // 2] if killed else data, file)
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.ended_ns = time.perf_counter_ns()
+
+    def _note(self, name: Any) -> None:
+        if name:
+            with open(self._log, "a") as log:
+                log.write(f"{os.path.basename(name)}\n")
+
+
+def _put(data: bytes, file: Any) -> None:
+    if isinstance(file, str | os.PathLike):
+        with open(file, "wb") as opened:
+            opened.write(data)
+    else:
+        file.write(data)
+        file.flush()
+
+
+def _train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
+    """Train from the beginning to the end; what the rank had when it saved, and in the end."""
+    dist.init_process_group("gloo")
+    disk, files, path = _Disk(rank, folder), checkpoint(), _path(folder)
+    parts = _set_up(seed=1, rank=rank)
+    facts: Facts = {}
+    with mock.patch.object(torch, "save", disk):
+        for epoch, batch, *samples in _batches((0, 0)):
+            if (epoch, batch) == SAVED:
+                facts = _seen(*parts)
+                disk.begin(slow=rank == 0 and not killed)
+                files.save(path, *parts, epoch, batch)
+                facts |= {"returned_ns": time.perf_counter_ns(), "written_ns": disk.ended_ns}
+            if killed and (epoch, batch) == CUT:
+                disk.begin(slow=rank == 0, kill=rank == 0)
+                files.save(path, *parts, epoch, batch)
+                os.kill(os.getpid(), signal.SIGKILL)  # if that did not write with torch.save
+            _step(*parts, *samples)
+    dist.destroy_process_group()
+    return facts | {"end": _flat(parts[0].parameters())}
+
+
+def _resume(rank: int, checkpoint: Any, folder: str) -> Facts:
+    """Load and train to the end; what the rank had when it had loaded, and in the end."""
+    dist.init_process_group("gloo")
+    parts = _set_up(seed=7, rank=rank)
+    place = _place(checkpoint().load(_path(folder), *parts))
+    facts = {"place": place, "end": None, **_seen(*parts)}
+    if place is not None and _all_at(SAVED, place):  # else training would only fail
+        for _, _, *samples in _batches(place):
+            _step(*parts, *samples)
+        facts["end"] = _flat(parts[0].parameters())
+    dist.destroy_process_group()
+    return facts
+
+
+def _path(folder: str) -> str:
+    return os.path.join(folder, "checkpoints", "last.pt")
+
+
+def _set_up(seed: int, rank: int) -> tuple[Any, Any, Any]:
+    torch.manual_seed(seed)
+    layers = nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)
+    model = DistributedDataParallel(nn.Sequential(*layers))
+    # Now, not in the first step, DDP orders its buckets: sums over three ranks keep their order.
+    model(torch.zeros(1, 3)).sum().backward()
+    torch.manual_seed(100 * seed + rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
+
+
+def _step(model: Any, optimizer: Any, scheduler: Any, inputs: Tensor, labels: Tensor) -> None:
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    scheduler.step()
+
+
+def _batches(place: tuple[int, int]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(SAMPLES, 3, generator=generator)
+    labels = torch.randint(4, (SAMPLES,), generator=generator)
+    sampler = DistributedSampler(range(SAMPLES))
+    for epoch in range(place[0], EPOCHS):
+        sampler.set_epoch(epoch)
+        chunks = torch.tensor(list(sampler)).chunk(BATCHES)
+        for batch in range(place[1] if epoch == place[0] else 0, BATCHES):
+            yield epoch, batch, inputs[chunks[batch]], labels[chunks[batch]]
+
+
+def _all_at(wanted: tuple[int, int], place: Any) -> bool:
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, place)
+    return places == [wanted] * len(places)
+
+
+def _place(returned: Any) -> tuple[int, int] | None:
+    try:
+        epoch, batch = map(int, returned)
+    except (TypeError, ValueError):
+        return None
+    return epoch, batch
+
+
+def _seen(model: nn.Module, optimizer: Any, scheduler: Any) -> Facts:
+    momentum = [state["momentum_buffer"] for state in optimizer.state.values()]
+    return {
+        "model": _flat(model.parameters()),
+        "momentum": _flat(momentum) if momentum else None,
+        "scheduler": (scheduler.last_epoch, scheduler.get_last_lr(), _rate(optimizer)),
+        "random": torch.get_rng_state(),
+    }
+
+
+def _flat(tensors: Any) -> Tensor:
+    return torch.cat([tensor.detach().clone().flatten() for tensor in tensors])
+
+
+def _rate(optimizer: Any) -> float:
+    return float(optimizer.param_groups[0]["lr"])
+
+
+@exercise(
+    "Six things: `model.module.state_dict()`, the state dicts of optimizer and scheduler, `epoch`, "
+    "`batch`, and `torch.get_rng_state()` of every rank, which `dist.gather_object` brings to "
+    "rank 0.",
+    "Rank 0 alone writes, to another name in the same folder; then `os.replace`. After that a "
+    "`dist.barrier()` of all ranks.",
+)
+def check_resume(checkpoint: Any) -> str:
+    """Check a class with `save` and `load`: killed trainings must end in the same weights."""
+    for ranks in (2, 1, 3):
+        with _folder() as folder:
+            run = _run(_train, (checkpoint, folder, False), ranks)
+            _judge_files(folder)
+            run.raise_for_failure()
+            _judge_returned(run.values)
+            resumed = _run(_resume, (checkpoint, folder), ranks)
+            resumed.raise_for_failure()
+            _judge_load(run.values, resumed.values)
+        if ranks == 2:
+            with _folder() as folder:
+                _run(_train, (checkpoint, folder, True), ranks)
+                _judge_left(run.values, _run(_resume, (checkpoint, folder), ranks))
+    return (
+        "the same weights, bit for bit, on 2 ranks, 1 and 3; also after rank 0 was killed in the "
+        "middle of a write."
+    )
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(os.path.dirname(_path(folder)))
+        yield folder
+
+
+def _run(worker: Callable[..., Facts], args: tuple[Any, ...], ranks: int) -> Run:
+    run = run_quietly(worker, args, nprocs=ranks)
+    if isinstance(run.error, WorkersHung):
+        raise Wrong(
+            run.explain(),
+            "Every rank calls `save` and `load`. A collective in them must be called by every "
+            "rank, too: not under `if rank == 0`.",
+        )
+    return run
+
+
+def _judge_files(folder: str) -> None:
+    """Raise if several ranks have written to one file."""
+    writers: dict[str, str] = {}
+    for log in sorted(Path(folder).glob("written by *")):
+        for name in set(log.read_text().splitlines()):
+            rank = log.name.split()[-1]
+            if name in writers:
+                raise Wrong(
+                    f"ranks {writers[name]} and {rank} wrote to the same file, {name}.",
+                    "Whoever writes last wins, or the file is a mixture of both. Let rank 0 write "
+                    "alone.",
+                )
+            writers[name] = rank
+
+
+def _judge_returned(ranks: list[Facts]) -> None:
+    """Raise if `save` returned on a rank before all was written."""
+    written = max(facts["written_ns"] for facts in ranks)
+    early = [rank for rank, facts in enumerate(ranks) if facts["returned_ns"] < written]
+    if early:
+        raise Wrong(
+            f"`save` returned on rank {early[0]} while another rank was still writing.",
+            "What it goes on with may read the file, or end the job. Let all ranks meet in a "
+            "`dist.barrier()` when the file is there.",
+        )
+
+
+def _judge_load(saved: list[Facts], loaded: list[Facts]) -> None:
+    several = "" if len(saved) > 1 else ", alone,"
+    for rank, facts in enumerate(loaded):
+        if facts["place"] != SAVED:
+            raise Wrong(
+                f"saved before epoch {SAVED[0]}, batch {SAVED[1]}; on rank {rank}{several} `load` "
+                f"returned {_told(facts['place'])}.",
+                _why_not_place(facts["place"]),
+            )
+    for part in PARTS:
+        wrong = [r for r, facts in enumerate(loaded) if not _same(facts[part], saved[r][part])]
+        if wrong:
+            raise Wrong(
+                f"{len(saved)} rank{'s' * (len(saved) > 1)}: after `load`, rank {wrong[0]} has "
+                f"{_what(part)} than it had when it saved.",
+                _why_not(part, wrong, saved, loaded),
+            )
+    if not all(torch.equal(a["end"], b["end"]) for a, b in zip(saved, loaded, strict=True)):
+        raise Wrong(
+            f"{len(saved)} ranks: after `load` all was there, but the weights in the end differ.",
+            "`save` and `load` must change nothing but what they load: no seeds, no new objects.",
+        )
+
+
+def _told(place: Any) -> str:
+    return "no two numbers" if place is None else f"epoch {place[0]}, batch {place[1]}"
+
+
+def _why_not_place(place: Any) -> str:
+    if place is None:
+        return "Save `epoch` and `batch`, and return both from `load`: `return epoch, batch`."
+    if place == (SAVED[0], 0):
+        return (
+            f"The epoch would begin anew: its first {SAVED[1]} batches would be trained on twice. "
+            "The place in the epoch belongs into the checkpoint."
+        )
+    return "The training goes on where `save` was called: with that epoch's order and that batch."
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+
+
+def _what(part: str) -> str:
+    return {
+        "model": "other weights",
+        "momentum": "another momentum",
+        "scheduler": "another learning rate, or another count of the scheduler's steps,",
+        "random": "another random state",
+    }[part]
+
+
+def _why_not(part: str, wrong: list[int], saved: list[Facts], loaded: list[Facts]) -> str:
+    if part == "random":
+        first = saved[0]["random"]
+        if len(saved) > 1 and all(torch.equal(loaded[rank]["random"], first) for rank in wrong):
+            return (
+                "It got that of rank 0. Then all ranks draw the same dropout from now on. Each "
+                "rank has a random state of its own: gather all, and give each its own back."
+            )
+        return (
+            "Dropout would draw other numbers than the undisturbed training. Save "
+            "`torch.get_rng_state()` of every rank, and set it last."
+        )
+    if 0 not in wrong:
+        return (
+            "Only rank 0 loaded it. DDP makes the weights equal when it wraps the model, and "
+            "never again; of the optimizer it knows nothing. Every rank must load."
+        )
+    return {
+        "model": "The weights belong into the checkpoint: `model.module.state_dict()`.",
+        "momentum": (
+            "SGD with momentum remembers a mean of past gradients; without it the first steps are "
+            "too short. Save and load `optimizer.state_dict()`."
+        ),
+        "scheduler": (
+            "It counts steps, and halves the rate after every fourth. Save and load "
+            "`scheduler.state_dict()`, and the optimizer's, where the rate is."
+        ),
+    }[part]
+
+
+def _judge_left(saved: list[Facts], run: Run) -> None:
+    """Raise if a second save that was cut off has spoilt the first one."""
+    killed = "rank 0 was killed in the middle of its second `save`. "
+    atomic = (
+        "Write to another name in the same folder, and `os.replace` it when it is complete: then "
+        "the old checkpoint is there until the new one is."
+    )
+    if not run.ok:
+        raise Wrong(f"{killed}After that `load` failed.\n{run.explain()}", atomic)
+    places = {facts["place"] for facts in run.values}
+    if len(places) > 1 or not all(map(_as_saved, saved, run.values)):
+        raise Wrong(
+            f"{killed}What `load` found then was not what the first one saved: "
+            f"{', '.join(map(_told, sorted(places, key=str)))}.",
+            "Some files were of the first save and some of the second. One file that is replaced "
+            "at once cannot be torn apart.",
+        )
+
+
+def _as_saved(saved: Facts, loaded: Facts) -> bool:
+    return loaded["place"] == SAVED and all(_same(saved[part], loaded[part]) for part in PARTS)

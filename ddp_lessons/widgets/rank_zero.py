@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 RANKS = 2
 EVERY = 5  # steps between checkpoints
-EVERYTHING = frozenset({"model", "optimizer", "scheduler", "rng"})
+EVERYTHING = frozenset({"model", "optimizer", "scheduler", "rng", "step"})
 LOADED = {
     "everything": EVERYTHING,
     "all but rng": EVERYTHING - {"rng"},
     "all but scheduler": EVERYTHING - {"scheduler"},
     "all but optimizer": EVERYTHING - {"optimizer"},
-    "model only": frozenset({"model"}),
+    "all but step": EVERYTHING - {"step"},
+    "only model and step": frozenset({"model", "step"}),
 }
 
 

@@ -1,4 +1,7 @@
-"""The checks of lesson 12: the solution passes; typical wrong answers are explained."""
+"""The checks of lesson 12: the solution passes; typical wrong answers are explained.
+
+The training that the checks kill, `exercises/killed.py`, is tested with them.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +144,7 @@ class PerRank:
 
 
 class Pickled(Checkpoint):
-    """Writes with pickle, and keeps DDP's keys; `load` returns a list."""
+    """Writes with pickle; `load` returns a list."""
 
     def write(self, state: Any, path: str) -> None:
         with open(f"{path}.new", "wb") as file:

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons import diagnosis
-from ddp_lessons.errors import WorkerDied, WorkersHung
+from ddp_lessons import hangs, losses
+from ddp_lessons.errors import WorkerDied
 from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
 from ddp_lessons.results import Run
+from ddp_lessons.wording import ranks_text
 
 Counts = tuple[int, ...]  # batches of each rank
 Batches = list[tuple[Tensor, Tensor]]
@@ -96,12 +97,7 @@ def check_train(train: Callable[..., Any]) -> str:
 
 
 def _judge_failure(counts: Counts, run: Run) -> None:
-    lonely = [
-        rank.rank
-        for rank in run.ranks
-        if diagnosis.lost_partner(rank)
-        or (rank.status == "stopped" and diagnosis.waits_for_others(rank.stack))
-    ]
+    lonely = [rank.rank for rank in run.ranks if hangs.waits(rank)]
     seen = f"ranks with {_list(counts)} batches: "
     if isinstance(run.error, WorkerDied):
         raise Wrong(
@@ -109,9 +105,7 @@ def _judge_failure(counts: Counts, run: Run) -> None:
             "Two calls met that do not belong together. A rank that has joined answers DDP's calls "
             "only, not one of your own inside the loop.",
         )
-    cause = run.ranks[run.error.rank] if run.error and run.error.rank is not None else None
-    alone = cause is not None and diagnosis.lost_partner(cause)
-    if not (alone or isinstance(run.error, WorkersHung)) or not lonely:
+    if run.verdict is None or run.verdict.kind in ("raised", "unsendable") or not lonely:
         return
     because = (
         "Each backward is a call of all ranks. A rank that has no batch left must not be missed: "
@@ -122,7 +116,7 @@ def _judge_failure(counts: Counts, run: Run) -> None:
             "The rank without any batch must do what the others do outside of the loop: the call "
             "that agrees on a number, or entering join."
         )
-    raise Wrong(f"{seen}{diagnosis.ranks_text(lonely)} waited for the others in vain.", because)
+    raise Wrong(f"{seen}{ranks_text(lonely)} waited for the others in vain.", because)
 
 
 def _judge_trained(counts: Counts, run: Run) -> bool:
@@ -355,12 +349,12 @@ def _judge_removed(told: str, used: Used, missed: set[str], left: set[str]) -> N
 
 def _what_came_of(run: Run, names: list[str]) -> str:
     """What torch or the gradients say of a training whose bucket was held back."""
-    errors = [rank.error for rank in run.ranks if rank.error and not diagnosis.lost_partner(rank)]
+    errors = [rank.error for rank in run.ranks if rank.error and not losses.lost_partner(rank)]
     if errors:
         return f"{errors[0].summary.split('. ')[0]}."
     lonely = [rank.rank for rank in run.ranks if rank.status != "returned"]
     if lonely:
-        return f"{diagnosis.ranks_text(lonely)} waited in backward for the others in vain."
+        return f"{ranks_text(lonely)} waited in backward for the others in vain."
     for step, of_ranks in enumerate(zip(*run.values, strict=True)):
         for name, found in zip(names, zip(*of_ranks, strict=True), strict=True):
             if len(set(found)) > 1:

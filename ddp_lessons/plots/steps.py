@@ -9,11 +9,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ddp_lessons.collectives import GROUP_CALLS
-from ddp_lessons.diagnosis import count
 from ddp_lessons.meetings import ended
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import lanes, style
 from ddp_lessons.results import RankResult, Run
+from ddp_lessons.wording import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

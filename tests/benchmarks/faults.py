@@ -75,6 +75,7 @@ def host() -> None:
     def fine(rank: int) -> int:
         return rank
 
+    launch(fine, nprocs=2)
     print("ready", flush=True)
     for line in sys.stdin:
         todo = Plan(*json.loads(line))
@@ -167,6 +168,8 @@ class Host:
             timer.cancel()
         if not line:
             self.process.wait()
+            self.process.stdin.close()
+            self.process.stdout.close()
             killed = todo.fault == "parent killed"
             return {"outcome": "killed" if killed else "the host hung or died"}
         report: dict[str, Any] = json.loads(line)
@@ -175,8 +178,10 @@ class Host:
     def close(self) -> None:
         """End the host as a kernel is ended."""
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
         self.process.wait(timeout=PATIENCE)
+        self.process.stdout.close()
 
     def left_behind(self) -> list[str]:
         """Processes with our marker but the host and its helpers, given a moment to go."""

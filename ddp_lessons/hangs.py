@@ -209,7 +209,7 @@ class _Hang:
             title = f"{self._who_waits()} for ranks that never came"
             return Verdict("never joined", everyone, title, lines, self._join_advice(), frame)
         title = f"all ranks wait for each other: {self._who_waits()}"
-        if not self.standing or self.run.hung_after is None:
+        if not self.standing:
             return Verdict("gave up waiting", everyone, self._who_waits(), lines, _MISSING, frame)
         unmatched = [c for c in self.standing.values() if c.pairwise and self.calls.missing(c)]
         groups = {c.group for c in self.standing.values() if not c.pairwise and c.group}
@@ -220,18 +220,28 @@ class _Hang:
         if len(groups) > 1:
             return Verdict(
                 "groups in different order",
-                everyone,
+                self._in_the_smallest_group() or everyone,
                 f"{title}, in groups that they take in different order",
                 lines,
                 "Ranks that share two groups must use them in the same order: while one waits in "
                 "the first group, the other waits in the second. Choose one order for all.",
                 frame,
             )
+        if self.run.hung_after is None:
+            return Verdict("gave up waiting", everyone, self._who_waits(), lines, _MISSING, frame)
         advice = (
             "All of them make the same call. Do their tensors have the same shape and dtype, and "
             "did all of them make the same calls before?"
         )
         return Verdict("waiting for each other", everyone, title, lines, advice, frame)
+
+    def _in_the_smallest_group(self) -> tuple[int, ...]:
+        """The ranks that wait in a group where fewer wait than in the others; () if none."""
+        by_group: dict[str | None, list[int]] = {}
+        for rank, call in self.standing.items():
+            by_group.setdefault(call.group, []).append(rank)
+        few, *_, many = sorted(by_group.values(), key=len)
+        return tuple(few) if len(few) < len(many) else ()
 
     def _join_advice(self) -> str:
         return (

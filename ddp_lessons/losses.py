@@ -20,6 +20,8 @@ _LOST_PEER = re.compile(
 _GAVE_UP = re.compile(
     r"Timed out waiting \d+ ?ms|[Tt]imed out after|Application timeout caused pair closure"
     r"|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
+    # TORCH_DISTRIBUTED_DEBUG=DETAIL, on the ranks of either side
+    r"|Detected mismatch between collectives"
 )
 
 

@@ -54,8 +54,29 @@ def is_infrastructure(filename: str) -> bool:
 
 
 def parse(dump: str) -> tuple[Frame, ...]:
-    """The stack of the thread that runs the learner's function, from what faulthandler printed."""
+    """Where a rank is, from what faulthandler printed: the stack of the learner's function.
+
+    If that only waits for another thread of the learner's, it is that thread's.
+    """
     threads = _threads(dump)
+    main = _main(threads, dump)
+    if not _waits_for_a_thread(main):
+        return main
+    others = [_own_part(thread) for thread in threads if _own_part(thread)]
+    others.sort(key=lambda frames: position(frames).call is None)
+    return next((frames for frames in others if not _waits_for_a_thread(frames)), main)
+
+
+def all_wait_for_others(dump: str) -> bool:
+    """True if the learner's threads all wait in torch.distributed, or for one that does."""
+    working = [_own_part(thread) for thread in _threads(dump)]
+    positions = [position(frames) for frames in working if not _waits_for_a_thread(frames)]
+    calls = [call for frame, call in positions if frame is not None]
+    return bool(calls) and None not in calls
+
+
+def _main(threads: Sequence[Sequence[Frame]], dump: str) -> tuple[Frame, ...]:
+    """The frames of the learner's function, from its first on."""
     for frames in reversed(threads):
         started = [i for i, frame in enumerate(frames) if frame.filename == _INFRASTRUCTURE[0]]
         if started:
@@ -63,6 +84,21 @@ def parse(dump: str) -> tuple[Frame, ...]:
         if frames is threads[-1] and dump.rstrip().endswith("\n  ..."):
             return tuple(frames)  # the main thread comes last, cut after its 100 innermost frames
     return ()
+
+
+def _own_part(frames: Sequence[Frame]) -> tuple[Frame, ...]:
+    """A thread's frames from the learner's first on; none if it has none."""
+    own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
+    return tuple(frames[own[0] :]) if own else ()
+
+
+def _waits_for_a_thread(frames: Sequence[Frame]) -> bool:
+    """Whether the innermost of the learner's lines waits for a thread, or for its result."""
+    own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
+    return bool(own) and any(
+        frame.function in ("join", "result", "result_iterator", "as_completed", "shutdown")
+        for frame in frames[own[-1] + 1 :]
+    )
 
 
 def _threads(dump: str) -> list[list[Frame]]:
@@ -105,14 +141,6 @@ def waiting_where(frames: Sequence[Frame]) -> str:
     if frame is None:
         return ""
     return f", waiting in {call}, {line_name(frame)}" if call else f" at {line_name(frame)}"
-
-
-def all_wait_for_others(dump: str) -> bool:
-    """True if the function's thread, and any other of the learner's, is in torch.distributed."""
-    if position(parse(dump)).call is None:
-        return False
-    positions = [position(frames) for frames in _threads(dump)]
-    return all(call is not None for frame, call in positions if frame is not None)
 
 
 def is_learners(filename: str) -> bool:

@@ -14,7 +14,9 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,8 @@ import torch.distributed as dist
 from ddp_lessons import Run, span
 
 STEPS = 4
+SETTINGS = ("plain", "detail", "own timeout", "subgroup", "beside a thread", "in a thread")
+OWN_TIMEOUT = timedelta(seconds=2)  # of the group, in a setting of that name
 MARK = "the fault"  # the span that says when it happened
 FROM_OUTSIDE = ("forkserver killed", "parent interrupted", "parent killed")
 
@@ -29,6 +33,8 @@ FROM_OUTSIDE = ("forkserver killed", "parent interrupted", "parent killed")
 def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
     """What is wrong with the verdict on a run with this fault; "" if nothing is."""
     expected, found = FAULTS[fault], run.verdict
+    if fault == "swapped alike":
+        return "" if "not the same on all ranks" in run.explain() else "no warning"
     if not expected.kinds:
         return "" if found is None else f"it was fine, but: {found.title}"
     if found is None or found.kind not in expected.kinds:
@@ -42,7 +48,12 @@ def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
     return ""
 
 
-SIDES = ("skipped collective", "different collectives", "unlike tensors")
+SIDES = (
+    "skipped collective",
+    "different collectives",
+    "unlike tensors",
+    "groups in different order",
+)
 
 
 class Fault(NamedTuple):
@@ -53,11 +64,26 @@ class Fault(NamedTuple):
     line: str  # part of the source that the verdict must show; "" for none
 
 
-def train(rank: int, fault: str, victim: int, moment: int) -> int:
+def train(rank: int, fault: str, victim: int, moment: int, setting: str = "plain") -> int:
     """Average, report, meet, step by step; `victim` goes wrong at step `moment`."""
     if rank == victim and fault == "slow start":
         time.sleep(1.5)
-    dist.init_process_group("gloo")
+    if rank == victim and fault == "never joined":
+        return 0
+    dist.init_process_group("gloo", timeout=OWN_TIMEOUT if setting == "own timeout" else None)
+    group = dist.new_group() if setting == "subgroup" else dist.group.WORLD
+    if setting == "beside a thread":
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+    if setting == "in a thread":
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(loop, rank, fault, victim, moment, group).result()
+    else:
+        loop(rank, fault, victim, moment, group)
+    dist.destroy_process_group()
+    return STEPS
+
+
+def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
     act = FAULTS[fault].act if fault else None
     for step in range(STEPS):
         hit = rank == victim and step == moment
@@ -71,18 +97,27 @@ def train(rank: int, fault: str, victim: int, moment: int) -> int:
         if hit and act is not None:
             act(rank)
         if hit and fault == "swapped":
-            dist.broadcast(y, 0)
-            dist.all_reduce(x)
+            dist.broadcast(y, 0, group)
+            dist.all_reduce(x, group=group)
+            continue
+        if hit and fault == "swapped alike":
+            dist.all_reduce(y, group=group)
+            dist.all_reduce(x, group=group)
             continue
         if hit and fault == "extra":
-            dist.barrier()
+            dist.barrier(group)
         if not (hit and fault == "skipped"):
-            dist.all_reduce(x)
+            dist.all_reduce(x, group=group)
         if hit and fault == "returned early":
-            return step
-        dist.broadcast(y, 0)
-    dist.destroy_process_group()
-    return STEPS
+            return
+        if fault == "swapped alike":
+            dist.all_reduce(y, group=group)
+        else:
+            dist.broadcast(y, 0, group)
+        if fault == "groups in different order":
+            pair = [dist.new_group(), dist.new_group()]
+            for one in pair[::-1] if hit else pair:
+                dist.barrier(one)
 
 
 def kill(_: int) -> None:
@@ -156,6 +191,7 @@ def receive_nothing(rank: int) -> None:
     dist.recv(torch.zeros(1), src=(rank + 1) % dist.get_world_size())
 
 
+ORDER = ("skipped collective", "different collectives")
 FAULTS = {
     "killed": Fault(kill, ("killed",), ""),
     "suspended": Fault(suspend, ("suspended",), ""),
@@ -167,12 +203,17 @@ FAULTS = {
     "exited": Fault(leave, ("exited",), ""),
     "endless loop": Fault(compute_for_ever, ("computing",), "sum(itertools.count())"),
     "lock": Fault(wait_for_a_lock, ("blocked in Python",), "lock.acquire()"),
-    "skipped": Fault(None, ("skipped collective", "different collectives"), "dist.all_reduce(x)"),
-    "extra": Fault(None, ("skipped collective", "different collectives"), "dist.barrier()"),
-    "swapped": Fault(None, ("skipped collective", "different collectives"), "dist.all_reduce(x)"),
-    "unlike tensors": Fault(None, ("unlike tensors",), "dist.all_reduce(x)"),
-    "returned early": Fault(None, ("returned early",), "dist.broadcast(y, 0)"),
-    "left the group": Fault(leave_the_group, ("left the group",), "dist.all_reduce(x)"),
+    "skipped": Fault(None, ORDER, "dist.all_reduce(x, group=group)"),
+    "extra": Fault(None, ORDER, "dist.barrier("),
+    "swapped": Fault(None, ORDER, "dist.all_reduce(x, group=group)"),
+    "unlike tensors": Fault(None, ("unlike tensors",), "dist.all_reduce(x"),
+    "swapped alike": Fault(None, (), ""),
+    "groups in different order": Fault(None, ("groups in different order",), "dist.barrier(one)"),
+    "never joined": Fault(None, ("never joined",), ""),
+    "returned early": Fault(None, ("returned early",), "dist.broadcast(y, 0, group)"),
+    "left the group": Fault(
+        leave_the_group, ("left the group",), "dist.all_reduce(x, group=group)"
+    ),
     "recv of nothing": Fault(receive_nothing, ("unmatched recv",), "dist.recv("),
     "closed sockets": Fault(close_sockets, ("raised", "killed"), "dist."),
     "full disk": Fault(fill_the_disk, ("raised",), "file.write"),

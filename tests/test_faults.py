@@ -38,7 +38,7 @@ def _fine(rank: int) -> int:
 def test_a_fault_from_outside_leaves_nothing(fault: str, outcome: str, tmp_path: object) -> None:
     host = Host(str(tmp_path), f"test-{fault}")
     try:
-        report = host.ask(Plan(0, fault, 3, 0, 0, 0.8))
+        report = host.ask(Plan(0, fault, 3, 0, 0, 0.8, "plain"))
         assert report["outcome"] == outcome
         assert host.left_behind() == []
         if fault != "parent killed":

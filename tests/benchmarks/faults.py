@@ -49,6 +49,7 @@ class Plan(NamedTuple):
     victim: int
     moment: int
     delay: float  # seconds from the start to what is done from outside
+    setting: str  # of faults.SETTINGS
 
 
 def plan(seed: int) -> Plan:
@@ -62,6 +63,7 @@ def plan(seed: int) -> Plan:
         draw.randrange(world_size),
         draw.randrange(faults.STEPS),
         draw.uniform(0.0, 1.5),
+        draw.choice(faults.SETTINGS) if draw.random() < 0.5 else "plain",
     )
 
 
@@ -75,6 +77,7 @@ def host() -> None:
     def fine(rank: int) -> int:
         return rank
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     launch(fine, nprocs=2)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -103,8 +106,9 @@ def _run(todo: Plan) -> dict[str, Any]:
     began = time.perf_counter_ns()
     run = launch(
         faults.train,
-        (todo.fault, todo.victim, todo.moment),
+        (todo.fault, todo.victim, todo.moment, todo.setting),
         nprocs=todo.world_size,
+        env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"} if todo.setting == "detail" else None,
         timeout=TIMEOUT,
         check=False,
     )
@@ -230,7 +234,10 @@ def campaign(runs: int, seed: int) -> int:
             report["grown_files"] = report.get("files", 0) - first.get("files", 1e9)
             report["problem"] = _problem(todo, report)
             if report["problem"]:
-                print(f"seed {todo.seed}: {todo.fault}: {report['problem']}", flush=True)
+                print(
+                    f"seed {todo.seed}: {todo.fault}, {todo.setting}: {report['problem']}",
+                    flush=True,
+                )
             results.append((todo, report))
         current.close()
         remaining = [*current.left_behind(), *os.listdir(folder)]

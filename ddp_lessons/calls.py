@@ -7,7 +7,7 @@ anything can still move, hangs.py where it went wrong, and the hang board draws 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from ddp_lessons.collectives import GROUP_CALLS, JOINING, RECVS, SENDS
@@ -123,17 +123,22 @@ class Calls:
         mine = self._pairs[call.group, _side(call), call.rank, call.peer]
         return {call.peer} if self._pairs[call.group, other, call.peer, call.rank] < mine else set()
 
-    def stuck_for_good(self, alive: Collection[int]) -> bool:
-        """True if every living rank waits for one that has ended, or itself waits for ever."""
+    def stuck_for_good(self, waiting: Mapping[int, str]) -> bool:
+        """True if every living rank waits for one that has ended, or itself waits for ever.
+
+        `waiting` names the call in which each living rank is. DDP's own collectives are not
+        recorded: who is in one waits for those that are not.
+        """
         stuck = {}
-        for rank in alive:
+        for rank, name in waiting.items():
             call = self.standing(rank)
-            if call is None or call.state != "open":
-                return False
-            stuck[rank] = self.missing(call)
+            if call is not None and call.state == "open":
+                stuck[rank] = self.missing(call)
+            else:
+                stuck[rank] = {r for r in range(self.world_size) if waiting.get(r) != name}
         while free := {rank for rank, missing in stuck.items() if not missing}:
             stuck = {r: m - free for r, m in stuck.items() if r not in free}
-        return set(stuck) == set(alive)
+        return stuck.keys() == waiting.keys()
 
     def not_made(self, rank: int) -> Call | None:
         """Another rank's call: the first that this rank did not come to."""

@@ -14,6 +14,7 @@ from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.partings import frame_of
 from ddp_lessons.verdict import Kind, Verdict
+from ddp_lessons.whereabouts import line
 from ddp_lessons.wording import agree, at_head, exit_name, ranks_text
 
 if TYPE_CHECKING:
@@ -129,10 +130,8 @@ def _last_call(run: Run, rank: RankResult) -> list[str]:
     if not made:
         return []
     call = calls.standing(rank.rank) or made[-1]
-    frame = frame_of(call.site)
-    where = f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
     what = "Its last call was" if call.state == "done" else "It was in"
-    return [f"{what} {call.op}{where}"]
+    return [f"{what} {call.op}{line(frame_of(call.site))}"]
 
 
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:

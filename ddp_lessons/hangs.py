@@ -9,19 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import partings, stacks
+from ddp_lessons import partings, stacks, whereabouts
 from ddp_lessons.calls import Call, Calls
 from ddp_lessons.collectives import SENDS
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.messages import Frame
 from ddp_lessons.partings import Parting, frame_of, line_of
 from ddp_lessons.verdict import Kind, Verdict
-from ddp_lessons.wording import agree, at_head, count, exit_name, listed, ranks_text
+from ddp_lessons.whereabouts import position, waits
+from ddp_lessons.wording import agree, at_head, count, listed, ranks_text
 
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, Run
 
 JOIN = "init_process_group"
+DDP_CALLS = {"backward", "DistributedDataParallel"}  # in which DDP makes its own collectives
+_DDP = (
+    " A model in DDP sends its buffers in forward and sums its gradients in backward: all ranks "
+    "must do both. For one rank alone, call model.module(x)."
+)
 _ORDER = (
     "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
     "`continue` or the early `return` that lets some ranks take another way."
@@ -87,7 +93,7 @@ class _Hang:
         for call in self.standing.values():
             if call.group is not None and call.seq is not None and not call.pairwise:
                 last[call.group] = max(call.seq, last.get(call.group, 0))
-        if not last and any(call_of(rank) in ("backward", "DistributedDataParallel")
+        if not last and any(position(rank).call in ("backward", "DistributedDataParallel")
                             for rank in self.waiting):  # fmt: skip
             last = {group: max(numbers) for group, numbers in self.calls.met.items()}
         found = [partings.first(self.calls, group, until) for group, until in last.items()]
@@ -98,7 +104,7 @@ class _Hang:
         )
 
     def _parted(self, parting: Parting) -> Verdict:
-        lines = self._whereabouts()
+        lines = whereabouts.lines(self.run.ranks)
         if any(self._stands_elsewhere(call) for call in parting.calls):
             lines = [f"{at_head(parting.place)}:", *parting.lines(), "", "Now:", *lines]
         op = parting.calls[0].op
@@ -168,7 +174,9 @@ class _Hang:
         frame = stacks.position(self.run.ranks[ranks[0]].stack).frame
         if frame is None and (call := self.calls.not_made(ranks[0])) is not None:
             frame = frame_of(call.site)
-        return Verdict(kind, ranks, title, (*self._errors(), *self._whereabouts()), advice, frame)
+        return Verdict(
+            kind, ranks, title, (*self._errors(), *whereabouts.lines(self.run.ranks)), advice, frame
+        )
 
     def _nobody_waits(self) -> str:
         after = self.run.hung_after
@@ -201,16 +209,14 @@ class _Hang:
     # Ranks that wait for each other
 
     def _among_themselves(self) -> Verdict:
-        lines = (*self._errors(), *self._whereabouts())
+        lines = (*self._errors(), *whereabouts.lines(self.run.ranks))
         frame = self._waiting_frame()
-        calls = {call_of(rank) for rank in self.waiting}
+        calls = {position(rank).call for rank in self.waiting}
         everyone = tuple(rank.rank for rank in self.waiting)
         if calls == {JOIN}:
             title = f"{self._who_waits()} for ranks that never came"
             return Verdict("never joined", everyone, title, lines, self._join_advice(), frame)
         title = f"all ranks wait for each other: {self._who_waits()}"
-        if not self.standing:
-            return Verdict("gave up waiting", everyone, self._who_waits(), lines, _MISSING, frame)
         unmatched = [c for c in self.standing.values() if c.pairwise and self.calls.missing(c)]
         groups = {c.group for c in self.standing.values() if not c.pairwise and c.group}
         if unmatched and len(unmatched) == len(self.standing):
@@ -227,6 +233,8 @@ class _Hang:
                 "the first group, the other waits in the second. Choose one order for all.",
                 frame,
             )
+        if len(calls) > 1:
+            return self._different(lines)
         if self.run.hung_after is None:
             return Verdict("gave up waiting", everyone, self._who_waits(), lines, _MISSING, frame)
         advice = (
@@ -234,6 +242,25 @@ class _Hang:
             "did all of them make the same calls before?"
         )
         return Verdict("waiting for each other", everyone, title, lines, advice, frame)
+
+    def _different(self, lines: tuple[str, ...]) -> Verdict:
+        """Some wait in a call of DDP's own, which is not recorded, others elsewhere."""
+        by_call: dict[str | None, list[int]] = {}
+        for rank in self.waiting:
+            by_call.setdefault(position(rank).call, []).append(rank.rank)
+        few, *_, many = sorted(by_call.values(), key=len)
+        sides = [
+            f"{ranks_text(ranks)} {agree(ranks, 'waits', 'wait')} in {call}"
+            for call, ranks in by_call.items()
+        ]
+        return Verdict(
+            "different collectives",
+            tuple(few if len(few) < len(many) else sorted(few + many)),
+            f"the ranks wait for each other in different calls: {listed(sides)}",
+            lines,
+            _ORDER + (_DDP if DDP_CALLS & by_call.keys() else ""),
+            position(self.run.ranks[few[0]]).frame,
+        )
 
     def _in_the_smallest_group(self) -> tuple[int, ...]:
         """The ranks that wait in a group where fewer wait than in the others; () if none."""
@@ -283,13 +310,13 @@ class _Hang:
 
     def _who_waits(self) -> str:
         who = self.waiting
-        calls = listed(sorted({str(call_of(rank)) for rank in who}))
+        calls = listed(sorted({str(position(rank).call) for rank in who}))
         waits = agree(who, "waits", "wait") if any(r.status == "stopped" for r in who) else "waited"
         return f"{ranks_text([rank.rank for rank in who])} {waits} in {calls}"
 
     def _waiting_frame(self) -> Frame | None:
         first = next(iter(self.waiting), None)
-        return None if first is None else stacks.position(frames_of(first)).frame
+        return None if first is None else position(first).frame
 
     def _errors(self) -> list[str]:
         """The tracebacks of those that raised something of their own, or gave up waiting."""
@@ -297,61 +324,7 @@ class _Hang:
         own = [r for r in raised if not lost_partner(r)] or raised
         return [*stacks.render(own[0].error).splitlines(), ""] if own and own[0].error else []
 
-    def _whereabouts(self) -> list[str]:
-        """What every rank did, those together that did the same."""
-        texts: dict[str, list[int]] = {}
-        for rank in self.run.ranks:
-            texts.setdefault(_whereabouts(rank), []).append(rank.rank)
-        return [
-            f"{ranks_text(ranks)} {agree(ranks, text, _plural(text))}"
-            for text, ranks in texts.items()
-        ]
-
-
-def waits(rank: RankResult) -> bool:
-    """True if a rank waits in a call of torch.distributed, or did until that failed."""
-    if rank.status == "stopped":
-        return call_of(rank) is not None and rank.activity != "busy"
-    return lost_partner(rank)
-
-
-def call_of(rank: RankResult) -> str | None:
-    """The call in which a rank waits or waited."""
-    return stacks.position(frames_of(rank)).call
-
-
-def frames_of(rank: RankResult) -> Sequence[Frame]:
-    """Where it was when it was stopped, or when it raised."""
-    return rank.stack if rank.error is None else rank.error.frames
-
 
 def _by_kind(awaited: dict[int, Kind]) -> Iterable[tuple[Kind, list[int]]]:
     for kind in sorted(set(awaited.values()), key=_WORST.index):
         yield kind, sorted(rank for rank, why in awaited.items() if why == kind)
-
-
-def _whereabouts(rank: RankResult) -> str:
-    frame, call = stacks.position(rank.stack)
-    if rank.error is not None:
-        frame, call = stacks.position(rank.error.frames)
-        where = f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
-        if lost_partner(rank):
-            return f"lost its partner in {call}{where}"
-        return f"raised {rank.error.summary}{where}"
-    if rank.status == "died":
-        return f"died: {exit_name(rank.exitcode)}"
-    if rank.status != "stopped":
-        return rank.outcome()
-    if frame is None:
-        return "did not answer: suspended, or busy in C code"
-    doing = f"waits in {call}" if call else "is busy" if rank.activity == "busy" else "is idle"
-    if rank.activity == "suspended":
-        doing = "is suspended"
-    return f"{doing}: {stacks.line_name(frame)}:  {frame.source}"
-
-
-def _plural(text: str) -> str:
-    first, _, rest = text.partition(" ")
-    forms = {"waits": "wait", "is": "are", "lost": "lost"}
-    rest = rest.replace("its partner", "their partner", 1) if first == "lost" else rest
-    return f"{forms.get(first, first)} {rest}"

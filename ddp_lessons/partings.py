@@ -18,6 +18,7 @@ from ddp_lessons.calls import Call, Calls
 from ddp_lessons.meetings import FROM_ROOT
 from ddp_lessons.messages import Frame
 from ddp_lessons.verdict import Kind
+from ddp_lessons.whereabouts import line
 from ddp_lessons.wording import agree, listed, ranks_text
 
 Why = Literal["order", "tensors"]
@@ -218,9 +219,8 @@ def _who(calls: Sequence[Call]) -> str:
 
 
 def _side(side: Sequence[Call]) -> str:
-    call, frame = side[0], frame_of(side[0].site)
-    where = f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
-    return f"{_who(side)} {agree(side, 'calls', 'call')} {_name(call)}{where}"
+    where = line(frame_of(side[0].site))
+    return f"{_who(side)} {agree(side, 'calls', 'call')} {_name(side[0])}{where}"
 
 
 def _name(call: Call) -> str:

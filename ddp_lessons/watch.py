@@ -149,19 +149,20 @@ class Watch:
             return False
         if any(w.own_timeout is not None and w.own_timeout < timeout for w in waiting):
             return False
-        if len(waiting) == len(self._workers) and not self._stuck_for_good():
-            return False
         if any(worker.activity != "idle" for worker in waiting):
             return False
         moved_at = max(worker.moved_at for worker in waiting)
         self.take_stacks()
         if self.alive != waiting or max(worker.moved_at for worker in waiting) != moved_at:
             return False
-        return all(stacks.all_wait_for_others(worker.stack_text) for worker in waiting)
+        if not all(stacks.all_wait_for_others(worker.stack_text) for worker in waiting):
+            return False
+        return len(waiting) < len(self._workers) or self._stuck_for_good()
 
     def _stuck_for_good(self) -> bool:
+        found = [(w.rank, stacks.position(stacks.parse(w.stack_text)).call) for w in self._workers]
         calls = Calls([worker.tapes.spans(worker.rank) for worker in self._workers])
-        return calls.stuck_for_good([worker.rank for worker in self.alive])
+        return calls.stuck_for_good({rank: call for rank, call in found if call is not None})
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons import hangs, losses
+from ddp_lessons import losses, whereabouts
 from ddp_lessons.errors import WorkerDied
 from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
 from ddp_lessons.results import Run
@@ -97,7 +97,7 @@ def check_train(train: Callable[..., Any]) -> str:
 
 
 def _judge_failure(counts: Counts, run: Run) -> None:
-    lonely = [rank.rank for rank in run.ranks if hangs.waits(rank)]
+    lonely = [rank.rank for rank in run.ranks if whereabouts.waits(rank)]
     seen = f"ranks with {_list(counts)} batches: "
     if isinstance(run.error, WorkerDied):
         raise Wrong(

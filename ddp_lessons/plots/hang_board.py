@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch, Rectangle
 
-from ddp_lessons import stacks
 from ddp_lessons.calls import Call, Calls
 from ddp_lessons.collectives import JOINING
-from ddp_lessons.hangs import frames_of, waits
 from ddp_lessons.plots import style
+from ddp_lessons.whereabouts import position, waits
 from ddp_lessons.wording import count, exit_name, ranks_text
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def _unlike(column: Column, call: Call) -> str:
 
 def _note(rank: RankResult) -> str:
     """Where a rank is, in a few words."""
-    frame = stacks.position(frames_of(rank)).frame
+    frame = position(rank).frame
     where = f"line {frame.lineno}: {frame.source}" if frame else ""
     match rank.status:
         case "returned" | "unsendable":

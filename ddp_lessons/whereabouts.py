@@ -1,0 +1,72 @@
+"""Where each rank is, or was when it failed, in the learner's terms. Runs in the parent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ddp_lessons import stacks
+from ddp_lessons.losses import gave_up, lost_partner
+from ddp_lessons.messages import Frame
+from ddp_lessons.stacks import Position
+from ddp_lessons.wording import agree, exit_name, ranks_text
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RankResult
+
+# The verbs with which the lines begin, for one rank and for several.
+_PLURAL = {
+    "waits in": "wait in",
+    "is": "are",
+    "lost its partner in": "lost their partner in",
+}
+
+
+def position(rank: RankResult) -> Position:
+    """Where it was when it was stopped, or when it raised, and the call in which it waited."""
+    return stacks.position(rank.stack if rank.error is None else rank.error.frames)
+
+
+def waits(rank: RankResult) -> bool:
+    """True if a rank waits in a call of torch.distributed, or did until that failed."""
+    if rank.status == "stopped":
+        return position(rank).call is not None and rank.activity != "busy"
+    return lost_partner(rank)
+
+
+def lines(ranks: Sequence[RankResult]) -> list[str]:
+    """What every rank did and where, a line for those together that did the same."""
+    texts: dict[tuple[str, str], list[int]] = {}
+    for rank in ranks:
+        texts.setdefault(_doing(rank), []).append(rank.rank)
+    return [
+        f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
+        for (verb, rest), those in texts.items()
+    ]
+
+
+def line(frame: Frame | None) -> str:
+    """`: Cell In[3], line 4:  dist.barrier()`."""
+    return f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
+
+
+def _doing(rank: RankResult) -> tuple[str, str]:
+    """A verb, and the rest of the line."""
+    frame, call = position(rank)
+    match rank.status:
+        case "died":
+            return "died:", exit_name(rank.exitcode)
+        case "raised" if gave_up(rank):
+            return "gave up waiting in", f"{call}{line(frame)}"
+        case "raised" if lost_partner(rank):
+            return "lost its partner in", f"{call}{line(frame)}"
+        case "raised":
+            return "raised", f"{rank.error.summary if rank.error else ''}{line(frame)}"
+        case "stopped" if frame is None:
+            return "did not answer:", "suspended, or busy in C code"
+        case "stopped" if rank.activity == "suspended" or call is None:
+            return "is", f"{rank.activity or 'idle'}{line(frame)}"
+        case "stopped":
+            return "waits in", f"{call}{line(frame)}"
+    verb, _, rest = rank.outcome().partition(" ")
+    return verb, rest

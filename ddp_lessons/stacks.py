@@ -41,6 +41,11 @@ _LIBRARIES = tuple(
 )
 
 
+# Functions of threading and concurrent.futures that wait until a thread is done.
+_OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
+_STDLIB = sysconfig.get_path("stdlib")
+
+
 class Position(NamedTuple):
     """Where a rank is: the learner's line, and the call of torch.distributed that it waits in."""
 
@@ -96,7 +101,7 @@ def _waits_for_a_thread(frames: Sequence[Frame]) -> bool:
     """Whether the innermost of the learner's lines waits for a thread, or for its result."""
     own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
     return bool(own) and any(
-        frame.function in ("join", "result", "result_iterator", "as_completed", "shutdown")
+        frame.function in _OF_THREADS and frame.filename.startswith(_STDLIB)
         for frame in frames[own[-1] + 1 :]
     )
 

@@ -1,0 +1,223 @@
+"""Who is awaited and does not come: real ranks, and verdicts long before the timeout."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_lessons import Run, launch
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+LONG = 60.0  # seconds: whoever waits for it has not seen that nothing can move
+
+
+def explained(fn: Any, nprocs: int = 3, timeout: float = LONG, **options: Any) -> Run:
+    """The run, which must end long before a long timeout."""
+    began = time.monotonic()
+    run = launch(fn, nprocs=nprocs, timeout=timeout, check=False, **options)
+    assert time.monotonic() - began < LONG / 2
+    assert run.verdict is not None
+    return run
+
+
+def kind(run: Run) -> tuple[str, tuple[int, ...]]:
+    assert run.verdict is not None
+    return run.verdict.kind, run.verdict.ranks
+
+
+def test_a_rank_that_returned_early_is_told_which_call_it_missed() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.all_reduce(torch.ones(1))
+        if rank == 1:
+            return
+        dist.broadcast(torch.ones(1), 0)
+
+    run = explained(work)
+    assert kind(run) == ("returned early", (1,))
+    assert "rank 1 has returned before broadcast at" in run.explain()
+
+
+def test_a_rank_that_left_the_group() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 2:
+            dist.destroy_process_group()
+            time.sleep(LONG)
+        dist.all_reduce(torch.ones(1))
+
+    run = explained(work, timeout=2)
+    assert kind(run) == ("left the group", (2,))
+    assert "rank 2 has left the group at" in run.explain()
+
+
+def test_a_recv_that_nobody_answers() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 1:
+            dist.recv(torch.ones(1), 2)
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("unmatched recv", (1,))
+    assert "rank 1 waits in recv from rank 2, which does not send" in run.explain()
+
+
+def test_two_groups_in_different_order() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        groups = [dist.new_group(), dist.new_group()]
+        for group in groups[::-1] if rank == 2 else groups:
+            dist.barrier(group)
+
+    assert kind(explained(work)) == ("groups in different order", (2,))
+
+
+class Branches(nn.Module):  # type: ignore[misc]
+    """A second layer that is only used at times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
+        x = self.first(x)
+        return self.second(x) if both else x
+
+
+def test_a_layer_that_one_rank_does_not_use() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(Branches())
+        model(torch.ones(2, 4), rank != 1).sum().backward()
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("different collectives", (1,))
+    assert "ranks 0 and 2 wait in backward and rank 1 waits in barrier" in run.explain()
+    assert "model.module(x)" in run.explain()
+
+
+def test_a_model_called_on_rank_zero_only() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+        model(torch.ones(2, 4)).sum().backward()
+        if rank == 0:
+            model(torch.ones(2, 4))
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("different collectives", (0,))
+    assert "rank 0 waits in DistributedDataParallel" in run.explain()
+
+
+def test_a_rank_that_computes_for_ever_is_named_busy() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        while rank == 1:
+            sum(range(1000))
+        dist.barrier()
+
+    run = explained(work, timeout=2)
+    assert kind(run) == ("computing", (1,))
+    assert run.ranks[1].activity == "busy"
+    assert run.ranks[0].activity == "idle"
+
+
+def test_a_collective_in_a_thread_of_the_learners() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+
+        def meet() -> None:
+            if rank == 0:
+                dist.all_reduce(torch.ones(1))
+            dist.barrier()
+
+        thread = threading.Thread(target=meet)
+        thread.start()
+        thread.join()
+
+    run = explained(work)
+    assert kind(run) == ("skipped collective", (0,))
+
+
+def test_a_thread_that_will_still_come_is_waited_for() -> None:
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        beside = dist.new_group()
+
+        def come_late() -> None:
+            time.sleep(3)
+            dist.barrier(beside)
+
+        if rank == 0:
+            thread = threading.Thread(target=come_late)
+            thread.start()
+            dist.barrier()
+            thread.join()
+        else:
+            dist.barrier(beside)
+            dist.barrier()
+        dist.destroy_process_group()
+        return "met"
+
+    assert launch(work).values == ["met", "met"]
+
+
+@pytest.mark.parametrize("debug", ["OFF", "DETAIL"])
+@pytest.mark.parametrize("seconds", [None, 2])
+def test_the_verdict_is_the_same_with_debug_and_own_timeout(
+    debug: str, seconds: int | None
+) -> None:
+    def work(rank: int) -> None:
+        timeout = timedelta(seconds=seconds) if seconds else None
+        dist.init_process_group("gloo", timeout=timeout)
+        if rank != 1:
+            dist.all_reduce(torch.ones(1))
+        dist.broadcast(torch.ones(1), 0)
+
+    run = explained(work, env={"TORCH_DISTRIBUTED_DEBUG": debug})
+    assert kind(run) == ("skipped collective", (1,))
+
+
+def test_a_caught_timeout_is_the_learners_own_affair() -> None:
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        try:
+            if rank == 0:
+                dist.monitored_barrier(timeout=timedelta(seconds=2))
+            else:
+                dist.recv(torch.ones(1), 0)
+        except RuntimeError:
+            return "caught"
+        return "met"
+
+    assert launch(work, timeout=LONG).values == ["caught", "caught"]
+
+
+def test_the_innocent_of_a_killed_rank_are_not_blamed() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 0:
+            os.kill(os.getpid(), 9)
+        dist.all_reduce(torch.ones(1))
+
+    run = explained(work)
+    assert kind(run) == ("killed", (0,))
+    assert "Its last call was barrier" in run.explain()
+    assert "Connection" not in run.explain().splitlines()[0]

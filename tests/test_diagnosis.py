@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import WorkerFailed, WorkersHung, launch
-from ddp_lessons.wording import count, exit_name, ranks_text
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -196,13 +195,3 @@ def test_a_stopped_process_does_not_answer() -> None:
 
     with pytest.raises(WorkersHung, match="did not answer"):
         launch(work, timeout=1)
-
-
-def test_words() -> None:
-    assert count(1, "rank") == "1 rank"
-    assert count(4, "rank") == "4 ranks"
-    assert ranks_text([3]) == "rank 3"
-    assert ranks_text([2, 0, 1]) == "ranks 0, 1 and 2"
-    assert ranks_text(range(8)) == "ranks 0 to 7"
-    assert exit_name(-9) == "SIGKILL"
-    assert exit_name(7) == "exit code 7"

@@ -74,7 +74,8 @@ def test_unlike_tensors_show_their_shapes() -> None:
 def test_many_ranks_share_rows() -> None:
     ax = board("endless loop", 12)
     labels = [label.get_text() for label in ax.get_yticklabels()]
-    assert labels == ["ranks 0, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 11", "rank 1"] or len(labels) == 2
+    assert len(labels) == 2
+    assert "rank 1" in labels
 
 
 def test_a_lonely_recv_has_a_column_of_its_own() -> None:

@@ -37,6 +37,7 @@ PATIENCE = 30.0  # seconds after which the host itself counts as hung
 SETTLE = 3.0  # seconds that processes may take to go once the host was killed
 MARKER = "DDP_LESSONS_FAULTS"  # an environment variable that tells our processes from others
 COMPARED = ("mp_spawn", "notebook_launcher")
+SHARED = "/dev/shm"
 LIMIT = 15.0  # seconds that the other launchers get to say something
 
 
@@ -147,6 +148,7 @@ class Host:
         environment = {**os.environ, MARKER: marker, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "tests.benchmarks.faults", "--host"]
         self.marker = marker
+        self.shared = set(os.listdir(SHARED))
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -188,11 +190,17 @@ class Host:
         self.process.stdout.close()
 
     def left_behind(self) -> list[str]:
-        """Processes with our marker but the host and its helpers, given a moment to go."""
+        """Processes with our marker but the host and its helpers, and files in shared memory.
+
+        Both are given a moment to go.
+        """
         deadline = time.monotonic() + SETTLE
-        while (found := _ours(self.marker, self.process)) and time.monotonic() < deadline:
+        while (found := self._left()) and time.monotonic() < deadline:
             time.sleep(0.05)
         return found
+
+    def _left(self) -> list[str]:
+        return [*_ours(self.marker, self.process), *(set(os.listdir(SHARED)) - self.shared)]
 
 
 def _ours(marker: str, process: subprocess.Popen[str]) -> list[str]:
@@ -217,14 +225,13 @@ def campaign(runs: int, seed: int) -> int:
     """Carry out the runs and print the report; the number of things that went wrong."""
     marker = f"{os.getpid()}"
     results: list[tuple[Plan, dict[str, Any]]] = []
-    shared = set(os.listdir("/dev/shm"))
     with tempfile.TemporaryDirectory() as folder:
         current = Host(folder, marker)
         first: dict[str, Any] = {}
         for number in range(runs):
             todo = plan(seed + number)
             report = current.ask(todo)
-            report["left"] = [*current.left_behind(), *(set(os.listdir("/dev/shm")) - shared)]
+            report["left"] = current.left_behind()
             if current.process.poll() is not None:
                 report["left"] += os.listdir(folder)
                 current, first = Host(folder, marker), {}

@@ -5,13 +5,14 @@ BIN := .venv/bin
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb) $(wildcard notebooks/solutions/*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks bench setup
+.PHONY: help lessons test check tests nbval notebooks bench faults setup
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
 	@echo "make test       check everything: style, types, tests, notebooks"
 	@echo "make notebooks  run all notebooks again and store their outputs"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
+	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
 
 setup:
 	@$(PYTHON) binder/install.py
@@ -40,3 +41,8 @@ bench: setup
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks.launch
 	$(BIN)/python -m tests.benchmarks.recording
+
+faults: setup
+	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
+	$(BIN)/python -m tests.benchmarks.faults --runs 1000
+	$(BIN)/python -m tests.benchmarks.faults --compare

@@ -301,44 +301,43 @@ def compare() -> None:
 
 
 def _compared(launcher: str, fault: str) -> str:
-    """`0.2 s rank line`: after how long there was an error, and whether it names rank and line."""
-    command = [sys.executable, "-m", "tests.benchmarks.faults", "--one", launcher, fault]
+    """`0.2 s rank line`: how long after the fault all ended, and whether rank and line are named."""
     marker = f"{os.getpid()}-{launcher}"
-    environment = {**os.environ, MARKER: marker, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(process.stdout or ()))
-    reader.start()
-    ready = time.monotonic() + 60
-    while not any("READY" in line for line in lines) and time.monotonic() < ready:
-        time.sleep(0.01)
-    began = time.monotonic()
-    try:
-        process.wait(timeout=LIMIT)
-        seconds = f"{time.monotonic() - began:.1f} s"
-    except subprocess.TimeoutExpired:
-        seconds = f"none in {LIMIT:.0f} s"
-        process.kill()
-        process.wait()
-    time.sleep(1.0)
-    left = _ours(marker, process)
-    for entry in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(entry.split()[0]), signal.SIGKILL)
-    reader.join()
-    text = "".join(lines).partition("READY")[2]
-    said = text if launcher != "launch" else text.partition("VERDICT")[2]
+    command = [sys.executable, "-m", "tests.benchmarks.faults", "--one", launcher, fault]
+    with tempfile.TemporaryDirectory() as folder:
+        note, log = Path(folder, "note"), Path(folder, "log")
+        environment = {**os.environ, MARKER: marker, faults.NOTE: str(note), "OMP_NUM_THREADS": "1"}
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+        happened = _happened(note, process)
+        try:
+            process.wait(timeout=LIMIT)
+            seconds = f"{time.time() - happened:.1f} s"
+        except subprocess.TimeoutExpired:
+            seconds = f"none in {LIMIT:.0f} s"
+            process.kill()
+            process.wait()
+        time.sleep(1.0)
+        left = _ours(marker, process)
+        for entry in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(entry.split()[0]), signal.SIGKILL)
+        text = log.read_text(errors="replace")
+    said = text.partition("VERDICT")[2] if launcher == "launch" else text
     names = [] if seconds.startswith("none") else _names(said, faults.FAULTS[fault].line)
     return " ".join([seconds, *names, *([f"left {len(left)}"] if left else [])])
+
+
+def _happened(note: Path, process: subprocess.Popen[bytes]) -> float:
+    """When the fault happened; now, if it never did."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if note.exists() and (text := note.read_text()):
+            return float(text)
+        time.sleep(0.01)
+    return float(note.read_text()) if note.exists() else time.time()
 
 
 def _names(text: str, line: str) -> list[str]:
@@ -353,18 +352,15 @@ def one(launcher: str, fault: str) -> None:
         from ddp_lessons import launch
 
         launch(_nothing, nprocs=2)
-        print("READY", flush=True)
         run = launch(faults.train, arguments, nprocs=3, timeout=TIMEOUT, check=False)
         print("VERDICT", run.explain(), flush=True)
     elif launcher == "mp_spawn":
         import torch.multiprocessing as mp
 
-        print("READY", flush=True)
         mp.spawn(_spawned, (3, _free_port(), *arguments), nprocs=3)
     else:
         from accelerate import notebook_launcher
 
-        print("READY", flush=True)
         notebook_launcher(_ranked, arguments, num_processes=3, use_port=str(_free_port()))
 
 

@@ -203,7 +203,7 @@ class Host:
         return [*_ours(self.marker, self.process), *(set(os.listdir(SHARED)) - self.shared)]
 
 
-def _ours(marker: str, process: subprocess.Popen[str]) -> list[str]:
+def _ours(marker: str, process: subprocess.Popen[Any]) -> list[str]:
     wanted = f"{MARKER}={marker}".encode()
     found = []
     for entry in os.listdir("/proc"):
@@ -301,7 +301,7 @@ def compare() -> None:
 
 
 def _compared(launcher: str, fault: str) -> str:
-    """`0.2 s rank line`: how long after the fault all ended, and whether rank and line are named."""
+    """`0.2 s rank line`: when all had ended after the fault, and what was named."""
     marker = f"{os.getpid()}-{launcher}"
     command = [sys.executable, "-m", "tests.benchmarks.faults", "--one", launcher, fault]
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,7 @@ import ipywidgets
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+import torch
 import torch.distributed as dist
 
 from ddp_lessons import plots
@@ -21,6 +22,7 @@ from ddp_lessons.widgets import (
     data_parallel_by_hand,
     ddp_timing,
     distributed_sampler,
+    hang_clinic,
     init_process_group,
     rank_zero,
     spawn,
@@ -203,6 +205,17 @@ def train_and_die(rank: int, path: str, kill_at: int | None, keys: set[str]) -> 
     return [1.0, 0.5], torch.tensor([float(len(keys))])
 
 
+def call_with_a_bug(rank: int, bug: str, odd: int) -> None:
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if rank == odd and bug == "one call less":
+        return
+    if rank == odd and bug == "one call more":
+        dist.all_reduce(torch.ones(1))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -237,6 +250,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
         lambda: sync_batchnorm.explore(lambda rank, n, shift: ([rank * shift, 1.0], [n, 1.0])),
         {"n": 1, "percent": 100},
     ),
+    "hang_clinic": (
+        lambda: hang_clinic.explore(call_with_a_bug),
+        {"bug": "none", "odd": 2},
+    ),
     "uneven_work": (
         lambda: uneven_work.explore(train_unevenly),
         {"extra": 0, "join": False},
@@ -265,6 +282,21 @@ def test_each_explorer_draws_every_setting(name: str, shown: list[dict[str, Any]
         assert shown[-1]["text/plain"]
     assert explorer.run is not None
     assert explorer.run.ok
+
+
+def test_a_bug_is_drawn_and_explained(shown: list[dict[str, Any]]) -> None:
+    explorer = hang_clinic.explore(call_with_a_bug)
+    explorer._ipython_display_()
+    assert "rank 1 has returned before barrier" in explorer.panel.children[1].value
+    explorer.controls["bug"].value = "one call more"
+    explorer.controls["odd"].value = 2
+    explorer.controls["bug"].value = "none"
+    assert explorer.panel.children[1].value == ""
+    said = [bundle["text/plain"] for bundle in shown]
+    assert "rank 1 has returned" in said[0]
+    assert "rank 1 calls all_reduce" in said[1]
+    assert "rank 2 calls all_reduce" in said[2]
+    assert said[3] == "every rank came to every call"
 
 
 def test_uneven_work_that_fails_is_drawn_and_explained(shown: list[dict[str, Any]]) -> None:

@@ -1,0 +1,48 @@
+"""Lesson 10: one rank of three has a bug: the board of who came to which call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ddp_lessons import plots
+from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ddp_lessons.results import Run
+
+RANKS = 3
+BUGS = (
+    "none",
+    "one call more",
+    "one call less",
+    "another order",
+    "another tensor",
+    "returns early",
+    "raises",
+)
+
+
+def explore(patient: Callable[[int, str, int], Any]) -> Explorer:
+    """A choice of the bug and of the rank that has it, above the hang board.
+
+    Parameters
+    ----------
+    patient : callable
+        ``patient(rank, bug, odd)`` runs as one of three ranks, of which `odd` has the bug, one of
+        `BUGS`. A run that fails or hangs is drawn, too, and explained.
+    """
+    controls = {
+        "bug": one_of("bug", BUGS, "one call less"),
+        "odd": one_of("on rank", list(range(RANKS)), 1),
+    }
+
+    def start(bug: str, odd: int) -> Run:
+        return run_ranks(patient, (bug, odd), RANKS)
+
+    def draw(run: Run, **_: Any) -> Axes:
+        return plots.hang_board(run)
+
+    return Explorer(controls, start, draw, draws_failures=True)

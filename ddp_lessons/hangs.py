@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 JOIN = "init_process_group"
 DDP_CALLS = {"backward", "DistributedDataParallel"}  # in which DDP makes its own collectives
-_DDP = (
-    " A model in DDP sends its buffers in forward and sums its gradients in backward: all ranks "
-    "must do both. For one rank alone, call model.module(x)."
-)
 _ORDER = (
     "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
     "`continue` or the early `return` that lets some ranks take another way."
@@ -40,6 +36,19 @@ _TENSORS = (
 _MISSING = (
     "A collective returns only when every rank of its group has called it. Look for the `if`, the "
     "early `return` or the exception that keeps the missing rank from it."
+)
+_LATE = (
+    "The errors are on the ranks that were in time, and on a late one that found them gone. Is it "
+    "slower, or has it more to do? Else raise timeout= of init_process_group."
+)
+_SAME_CALL = (
+    "All of them make the same call. Do their tensors have the same shape and dtype, and did all "
+    "of them make the same calls before?"
+)
+_DDP = (
+    "DistributedDataParallel makes collectives of its own, to which every rank must come: it "
+    "broadcasts buffers in forward, also under no_grad and in eval(), and adds up gradients in "
+    "backward. What a rank does alone, such as a validation, must go through model.module."
 )
 _SLOW = (
     "If a rank is slow rather than stuck, let it print a line or use span() now and then, or raise "
@@ -217,6 +226,11 @@ class _Hang:
             title = f"{self._who_waits()} for ranks that never came"
             return Verdict("never joined", everyone, title, lines, self._join_advice(), frame)
         title = f"all ranks wait for each other: {self._who_waits()}"
+        if late := self._late():
+            op = self.standing[late[0]].op
+            them = agree(late, "it", "them")
+            title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"
+            return Verdict("gave up waiting", late, title, lines, _LATE, frame)
         unmatched = [c for c in self.standing.values() if c.pairwise and self.calls.missing(c)]
         groups = {c.group for c in self.standing.values() if not c.pairwise and c.group}
         if unmatched and len(unmatched) == len(self.standing):
@@ -237,11 +251,7 @@ class _Hang:
             return self._different(lines)
         if self.run.hung_after is None:
             return Verdict("gave up waiting", everyone, self._who_waits(), lines, _MISSING, frame)
-        advice = (
-            "All of them make the same call. Do their tensors have the same shape and dtype, and "
-            "did all of them make the same calls before?"
-        )
-        return Verdict("waiting for each other", everyone, title, lines, advice, frame)
+        return Verdict("waiting for each other", everyone, title, lines, _SAME_CALL, frame)
 
     def _different(self, lines: tuple[str, ...]) -> Verdict:
         """Some wait in a call of DDP's own, which is not recorded, others elsewhere."""
@@ -258,7 +268,7 @@ class _Hang:
             tuple(few if len(few) < len(many) else sorted(few + many)),
             f"the ranks wait for each other in different calls: {listed(sides)}",
             lines,
-            _ORDER + (_DDP if DDP_CALLS & by_call.keys() else ""),
+            _DDP if DDP_CALLS & by_call.keys() else _ORDER,
             position(self.run.ranks[few[0]]).frame,
         )
 
@@ -269,6 +279,15 @@ class _Hang:
             by_group.setdefault(call.group, []).append(rank)
         few, *_, many = sorted(by_group.values(), key=len)
         return tuple(few) if len(few) < len(many) else ()
+
+    def _late(self) -> tuple[int, ...]:
+        """The ranks that came to a call only after others had failed there."""
+        standing = self.standing.values()
+        if self.run.hung_after is not None or len({(c.group, c.seq) for c in standing}) != 1:
+            return ()
+        ended = (rank.ended_ns for rank in self.waiting if rank.status == "raised")
+        first = min(ended, default=None)
+        return tuple(c.rank for c in standing if first is not None and c.t0_ns > first)
 
     def _join_advice(self) -> str:
         return (

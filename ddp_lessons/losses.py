@@ -20,9 +20,9 @@ _LOST_PEER = re.compile(
 _GAVE_UP = re.compile(
     r"Timed out waiting \d+ ?ms|[Tt]imed out after|Application timeout caused pair closure"
     r"|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
-    # TORCH_DISTRIBUTED_DEBUG=DETAIL, on the ranks of either side
-    r"|Detected mismatch between collectives"
 )
+# And how it says, under TORCH_DISTRIBUTED_DEBUG=DETAIL, that others came to another call.
+_MISMATCH = re.compile(r"Detected mismatch between collectives on ranks")
 
 
 def lost_partner(rank: RankResult) -> bool:
@@ -48,4 +48,4 @@ def _lost(error: ErrorRecord) -> bool:
 
 
 def _says_so(text: str) -> bool:
-    return bool(_LOST_PEER.search(text) or _GAVE_UP.search(text))
+    return any(pattern.search(text) for pattern in (_LOST_PEER, _GAVE_UP, _MISMATCH))

@@ -95,7 +95,7 @@ class Parting(NamedTuple):
 
     def lines(self) -> list[str]:
         """The calls, a line a side."""
-        return [_side(side) for side in self.sides]
+        return [_side(side, self.why) for side in self.sides]
 
 
 def first(calls: Calls, group: str, until: int | None = None) -> Parting | None:
@@ -218,9 +218,10 @@ def _who(calls: Sequence[Call]) -> str:
     return ranks_text(ranks_of(calls))
 
 
-def _side(side: Sequence[Call]) -> str:
-    where = line(frame_of(side[0].site))
-    return f"{_who(side)} {agree(side, 'calls', 'call')} {_name(side[0])}{where}"
+def _side(side: Sequence[Call], why: Why) -> str:
+    call = side[0]
+    what = f"{_name(call)} with {call.tensor}" if why == "tensors" else _name(call)
+    return f"{_who(side)} {agree(side, 'calls', 'call')} {what}{line(frame_of(call.site))}"
 
 
 def _name(call: Call) -> str:

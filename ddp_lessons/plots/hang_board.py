@@ -162,11 +162,12 @@ def _cell(column: Column, rank: int, odd: set[int]) -> Cell | None:
 
 
 def _unlike(column: Column, call: Call) -> str:
-    """A second line for a tensor that is not like the others: its shape, or else its dtype."""
-    if len({other.look for other in column.calls.values()}) == 1 or call.tensor is None:
+    """A second line for a tensor unlike others in the same call: its shape, or else its dtype."""
+    alike = [other for other in column.calls.values() if other.op == call.op]
+    if len({other.look for other in alike}) == 1 or call.tensor is None:
         return ""
     dtype, _, shape = call.tensor.partition(" ")
-    shapes = {other.tensor.partition(" ")[2] for other in column.calls.values() if other.tensor}
+    shapes = {other.tensor.partition(" ")[2] for other in alike if other.tensor}
     return f"\n{shape if len(shapes) > 1 else dtype}"
 
 

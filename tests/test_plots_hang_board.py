@@ -71,6 +71,11 @@ def test_unlike_tensors_show_their_shapes() -> None:
     assert any("(3,)" in text for text in cells(ax, 1))
 
 
+def test_tensors_of_other_functions_are_not_compared() -> None:
+    ax = board("extra", 3)
+    assert not any("float32" in text for row in range(3) for text in cells(ax, row))
+
+
 def test_many_ranks_share_rows() -> None:
     ax = board("endless loop", 12)
     labels = [label.get_text() for label in ax.get_yticklabels()]

@@ -102,8 +102,7 @@ class _Hang:
         for call in self.standing.values():
             if call.group is not None and call.seq is not None and not call.pairwise:
                 last[call.group] = max(call.seq, last.get(call.group, 0))
-        if not last and any(position(rank).call in ("backward", "DistributedDataParallel")
-                            for rank in self.waiting):  # fmt: skip
+        if not last and any(position(rank).call in DDP_CALLS for rank in self.waiting):
             last = {group: max(numbers) for group, numbers in self.calls.met.items()}
         found = [partings.first(self.calls, group, until) for group, until in last.items()]
         return min(

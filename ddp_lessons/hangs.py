@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import partings, stacks, whereabouts
+from ddp_lessons import advice, partings, stacks, whereabouts
 from ddp_lessons.calls import Call, Calls
-from ddp_lessons.collectives import SENDS
+from ddp_lessons.collectives import JOINING, SENDS
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.messages import Frame
 from ddp_lessons.partings import Parting, frame_of, line_of
@@ -24,36 +24,6 @@ if TYPE_CHECKING:
 
 JOIN = "init_process_group"
 DDP_CALLS = {"backward", "DistributedDataParallel"}  # in which DDP makes its own collectives
-_ORDER = (
-    "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
-    "`continue` or the early `return` that lets some ranks take another way."
-)
-_TENSORS = (
-    "All ranks must pass {op} a tensor of the same shape and dtype. Print x.shape and x.dtype on "
-    "every rank before that line. The last, smaller batch of an epoch is a common reason: "
-    "drop_last=True."
-)
-_MISSING = (
-    "A collective returns only when every rank of its group has called it. Look for the `if`, the "
-    "early `return` or the exception that keeps the missing rank from it."
-)
-_LATE = (
-    "The errors are on the ranks that were in time, and on a late one that found them gone. Is it "
-    "slower, or has it more to do? Else raise timeout= of init_process_group."
-)
-_SAME_CALL = (
-    "All of them make the same call. Do their tensors have the same shape and dtype, and did all "
-    "of them make the same calls before?"
-)
-_DDP = (
-    "DistributedDataParallel makes collectives of its own, to which every rank must come: it "
-    "broadcasts buffers in forward, also under no_grad and in eval(), and adds up gradients in "
-    "backward. What a rank does alone, such as a validation, must go through model.module."
-)
-_SLOW = (
-    "If a rank is slow rather than stuck, let it print a line or use span() now and then, or raise "
-    "launch(timeout=...)."
-)
 # Of several that are awaited, the kind that says most.
 _WORST: tuple[Kind, ...] = (
     "suspended",
@@ -116,13 +86,13 @@ class _Hang:
         if any(self._stands_elsewhere(call) for call in parting.calls):
             lines = [f"{at_head(parting.place)}:", *parting.lines(), "", "Now:", *lines]
         op = parting.calls[0].op
-        advice = _ORDER if parting.why == "order" else _TENSORS.format(op=op)
+        against = advice.ORDER if parting.why == "order" else advice.TENSORS.format(op=op)
         return Verdict(
             parting.kind,
             parting.odd_ranks,
             parting.title(),
             (*self._errors(), *lines),
-            advice,
+            against,
             parting.frame,
         )
 
@@ -141,16 +111,18 @@ class _Hang:
             missing = {**{r.rank: None for r in self.away}, **missing}
         away = {rank.rank: rank for rank in self.away}
         found = {r: self._why_away(away[r], call) for r, call in missing.items() if r in away}
-        if not found and not self.standing:
+        joining = any(call.op in JOINING for call in self.standing.values())
+        if not found and (not self.standing or (joining and self.run.hung_after is None)):
             found = {r: self._why_away(rank, None) for r, rank in away.items()}
         return found
 
     def _why_away(self, rank: RankResult, call: Call | None) -> Kind:
         left = self.calls.left(rank.rank, call.group if call else "world")
-        never = call is not None and call.op == JOIN
+        if call is not None and call.op == JOIN:
+            return "never joined"
         if rank.status == "returned":
-            return "never joined" if never else "returned early"
-        if left is not None and not never:
+            return "returned early"
+        if left is not None:
             return "left the group"
         match rank.activity:
             case "suspended":
@@ -166,25 +138,36 @@ class _Hang:
         ranks = tuple(sorted(r for r, why in awaited.items() if why == kind))
         gone = listed(self._short(kind, ranks) for kind, ranks in _by_kind(awaited))
         title = f"{self._who_waits()}, but {gone}" if self.waiting else self._nobody_waits()
-        limit = ""
-        if self.run.hung_after is not None and kind in ("computing", "blocked in Python"):
-            limit = f"No rank made progress for {self.run.hung_after:g} s. "
-        advice = {
-            "computing": f"{limit}{_SLOW}",
-            "blocked in Python": f"{limit}An idle rank uses no processor time: it waits for a "
-            f"lock, a queue, a thread or the clock. {_SLOW}",
-            "suspended": "SIGSTOP suspends a process until SIGCONT: `kill -CONT`, or `fg` in the "
-            "terminal. Nothing in its Python code needs repair.",
-            "left the group": "destroy_process_group is for the very end: no rank may call it "
-            "while others still communicate.",
-            "no answer": f"It did not print its stack: it is busy in C code. {_SLOW}",
-        }.get(kind, _MISSING)
         frame = stacks.position(self.run.ranks[ranks[0]].stack).frame
         if frame is None and (call := self.calls.not_made(ranks[0])) is not None:
             frame = frame_of(call.site)
         return Verdict(
-            kind, ranks, title, (*self._errors(), *whereabouts.lines(self.run.ranks)), advice, frame
+            kind,
+            ranks,
+            title,
+            (*self._errors(), *whereabouts.lines(self.run.ranks)),
+            self._against(kind),
+            frame,
         )
+
+    def _against(self, kind: Kind) -> str:
+        """What to try where ranks did not come."""
+        after = self.run.hung_after
+        limit = "" if after is None else f"No rank made progress for {after:g} s. "
+        match kind:
+            case "computing":
+                return limit + advice.SLOW
+            case "blocked in Python":
+                return limit + advice.IDLE + advice.SLOW
+            case "no answer":
+                return advice.IN_C + advice.SLOW
+            case "suspended":
+                return advice.SUSPENDED
+            case "never joined":
+                return advice.JOINING
+            case "left the group":
+                return advice.LEFT
+        return advice.MISSING
 
     def _nobody_waits(self) -> str:
         after = self.run.hung_after
@@ -196,8 +179,10 @@ class _Hang:
         frame = stacks.position(rank.stack).frame
         where = f" at {stacks.line_name(frame)}" if frame else ""
         match kind:
-            case "never joined":
+            case "never joined" if rank.status == "returned":
                 return f"{who} {has} returned"
+            case "never joined" if rank.activity is not None:
+                return f"{who} {is_} {rank.activity}{where}"
             case "returned early":
                 call = self.calls.not_made(ranks[0])
                 before = f" before {call.op} at {line_of(call.site)}" if call else ""
@@ -223,13 +208,14 @@ class _Hang:
         everyone = tuple(rank.rank for rank in self.waiting)
         if calls == {JOIN}:
             title = f"{self._who_waits()} for ranks that never came"
-            return Verdict("never joined", everyone, title, lines, self._join_advice(), frame)
+            place = advice.PLACE.format(ranks=count(self.run.world_size, "rank"))
+            return Verdict("never joined", everyone, title, lines, place, frame)
         title = f"all ranks wait for each other: {self._who_waits()}"
         if late := self._late():
             op = self.standing[late[0]].op
             them = agree(late, "it", "them")
             title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"
-            return Verdict("gave up waiting", late, title, lines, _LATE, frame)
+            return Verdict("gave up waiting", late, title, lines, advice.LATE, frame)
         unmatched = [c for c in self.standing.values() if c.pairwise and self.calls.missing(c)]
         groups = {c.group for c in self.standing.values() if not c.pairwise and c.group}
         if unmatched and len(unmatched) == len(self.standing):
@@ -242,15 +228,16 @@ class _Hang:
                 self._in_the_smallest_group() or everyone,
                 f"{title}, in groups that they take in different order",
                 lines,
-                "Ranks that share two groups must use them in the same order: while one waits in "
-                "the first group, the other waits in the second. Choose one order for all.",
+                advice.GROUPS,
                 frame,
             )
         if len(calls) > 1:
             return self._different(lines)
         if self.run.hung_after is None:
-            return Verdict("gave up waiting", everyone, self._who_waits(), lines, _MISSING, frame)
-        return Verdict("waiting for each other", everyone, title, lines, _SAME_CALL, frame)
+            return Verdict(
+                "gave up waiting", everyone, self._who_waits(), lines, advice.MISSING, frame
+            )
+        return Verdict("waiting for each other", everyone, title, lines, advice.SAME_CALL, frame)
 
     def _different(self, lines: tuple[str, ...]) -> Verdict:
         """Some wait in a call of DDP's own, which is not recorded, others elsewhere."""
@@ -267,7 +254,7 @@ class _Hang:
             tuple(few if len(few) < len(many) else sorted(few + many)),
             f"the ranks wait for each other in different calls: {listed(sides)}",
             lines,
-            _DDP if DDP_CALLS & by_call.keys() else _ORDER,
+            advice.DDP if DDP_CALLS & by_call.keys() else advice.ORDER,
             position(self.run.ranks[few[0]]).frame,
         )
 
@@ -288,27 +275,13 @@ class _Hang:
         first = min(ended, default=None)
         return tuple(c.rank for c in standing if first is not None and c.t0_ns > first)
 
-    def _join_advice(self) -> str:
-        return (
-            f"{count(self.run.world_size, 'rank')} were launched. Does world_size= or WORLD_SIZE "
-            "say the same, does every rank have a number of its own, and do all name the same "
-            "place?"
-        )
-
     def _all_pairwise(self, title: str, calls: list[Call], lines: tuple[str, ...]) -> Verdict:
-        sends = {call.op in SENDS for call in calls}
         ranks = tuple(sorted(call.rank for call in calls))
-        if sends == {True}:
-            advice = (
-                "A send may wait until its recv has begun, and here all of them send first. Start "
-                "with isend and wait for it after the recv, or let some ranks receive first."
-            )
-            return Verdict("unmatched send", ranks, title, lines, advice, frame_of(calls[0].site))
-        advice = (
-            "A recv waits for its send, and here all of them receive first. Send before receiving, "
-            "or start with irecv and wait for it after the send."
-        )
-        return Verdict("unmatched recv", ranks, title, lines, advice, frame_of(calls[0].site))
+        kind: Kind = "unmatched recv"
+        against = advice.RECEIVES_FIRST
+        if all(call.op in SENDS for call in calls):
+            kind, against = "unmatched send", advice.SENDS_FIRST
+        return Verdict(kind, ranks, title, lines, against, frame_of(calls[0].site))
 
     def _unmatched(self, call: Call, lines: tuple[str, ...]) -> Verdict:
         sends = call.op in SENDS
@@ -317,12 +290,8 @@ class _Hang:
             f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}, which does "
             f"not {'receive' if sends else 'send'}: it waits, too"
         )
-        advice = (
-            "Each send needs one recv on the rank that it names, and each recv one send. Check "
-            "dst= and src=, and the order of the calls on both ranks."
-        )
         kind: Kind = "unmatched send" if sends else "unmatched recv"
-        return Verdict(kind, (call.rank,), title, lines, advice, frame_of(call.site))
+        return Verdict(kind, (call.rank,), title, lines, advice.PAIRS, frame_of(call.site))
 
     # Words
 

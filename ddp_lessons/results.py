@@ -33,6 +33,13 @@ _NOISE = re.compile(
     r"(?:.*\bmonitoredBarrier\b|Gloo connectFullMesh failed )"
 )
 
+# What its store logs of a lost connection, with a C++ traceback, before the exception says it.
+_LOST_STORE = re.compile(
+    r"^\[W.*TCPStore\.cpp:\d+\] .*\n"
+    r"(?:Exception raised from .*\n(?:(?:frame #|<omitting ).*\n)*\n?)?",
+    re.MULTILINE,
+)
+
 Status = Literal["returned", "raised", "died", "stopped", "unsendable"]
 Activity = Literal["busy", "idle", "suspended"]
 
@@ -103,7 +110,8 @@ class RankResult:
     @property
     def shown_lines(self) -> list[str]:
         """The lines without those that say nothing to a learner."""
-        return [line for line in self.lines if not _NOISE.match(line)]
+        lines = _LOST_STORE.sub("", self.output).splitlines()
+        return [line for line in lines if not _NOISE.match(line)]
 
     def outcome(self) -> str:
         """The outcome in one line, without timings."""

@@ -50,6 +50,18 @@ def test_a_rank_that_returned_early_is_told_which_call_it_missed() -> None:
     assert "rank 1 has returned before broadcast at" in run.explain()
 
 
+def test_a_rank_that_is_busy_and_never_joins() -> None:
+    def work(rank: int) -> None:
+        while rank == 1:
+            sum(range(1000))
+        dist.init_process_group("gloo")
+
+    run = explained(work, timeout=2)
+    assert kind(run) == ("never joined", (1,))
+    assert "ranks 0 and 2 wait in init_process_group, but rank 1 is busy at" in run.explain()
+    assert "sum(range(1000))" in run.explain()
+
+
 def test_a_rank_that_left_the_group() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

@@ -209,6 +209,7 @@ def test_healthy_programs_give_no_warning(work: Any) -> None:
 def test_leaving_the_group_is_for_all() -> None:
     def work(rank: int, leavers: tuple[int, ...]) -> None:
         dist.init_process_group("gloo")
+        dist.barrier()
         if rank in leavers:
             dist.destroy_process_group()
 

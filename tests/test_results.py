@@ -23,6 +23,12 @@ NOISE = (
     "retrieved. err=-3",
     "[E1121 06:27:19.556688722 ProcessGroupGloo.cpp:67] Gloo connectFullMesh failed with [pair.cc] "
     "Connection closed by peer [127.0.0.1]:22447.",
+    "[W1121 13:30:26.038897151 TCPStore.cpp:138] [c10d] recvValueWithTimeout failed on SocketImpl("
+    "fd=5): Connection reset by peer\n"
+    "Exception raised from recvBytes at c10d/Utils.hpp:784 (most recent call first):\n"
+    "frame #0: c10::Error::Error() + 0x9d (0x7f57ee579b8d in libc10.so)\n"
+    "<omitting python frames>\n"
+    "frame #47: _start + 0x21 (0x564c57dbd081 in python)\n",
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torch.nn.parallel import DistributedDataParallel
 
@@ -61,6 +62,16 @@ def stripped(model: Any, state: Any) -> None:
 
 def always_cut(model: Any, state: Any) -> None:
     inner(model).load_state_dict({k[7:]: v for k, v in state.items()})
+
+
+def if_all_begin_with_it(model: Any, state: Any) -> None:
+    if all(key.startswith("module.") for key in state):
+        state = {key[len("module.") :]: value for key, value in state.items()}
+    inner(model).load_state_dict(state)
+
+
+def whatever_has_a_module(model: Any, state: Any) -> None:
+    load_anywhere(getattr(model, "module", model), state)
 
 
 def into_outer(model: Any, state: Any) -> None:
@@ -143,6 +154,30 @@ class PerRank:
         return epoch, batch
 
 
+class RandomApart(Checkpoint):
+    """Leaves out of the one file what each rank writes to one of its own, which is not replaced."""
+
+    def save(self, path: str, *parts: Any) -> None:
+        torch.save(torch.get_rng_state(), f"{path}.random.{dist.get_rank()}")
+        super().save(path, *parts)
+
+    def load(self, path: str, *modules: Any) -> Any:
+        place = super().load(path, *modules)
+        torch.set_rng_state(torch.load(f"{path}.random.{dist.get_rank()}"))
+        return place
+
+
+class Whole(Checkpoint):
+    def write(self, state: Any, path: str) -> None:
+        super().write({**state, "optimizer": nn.ReLU()}, path)
+
+
+class AllRename(Checkpoint):
+    def save(self, path: str, *parts: Any) -> None:
+        super().save(path, *parts)
+        os.replace(f"{path}.new", path)
+
+
 class Pickled(Checkpoint):
     """Writes with pickle; `load` returns a list."""
 
@@ -195,6 +230,8 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_load_anywhere, always_cut, "two layers, plain; a state from a plain.*only where there"),
     (check_load_anywhere, consumed, "layer called `module`.*own layer"),
     (check_load_anywhere, into_outer, "layer called `module`.*own layer"),
+    (check_load_anywhere, if_all_begin_with_it, "no other layer than `module`, plain.*own layer"),
+    (check_load_anywhere, whatever_has_a_module, "layer called `module`, plain; a st.*isinstance"),
     (check_load_anywhere, lambda model, state: model.eval(), "not loaded: 4 of 4.*`strict=False`"),
     (check_load_anywhere, lambda model: model.eval(), "raised TypeError"),
     (check_resume, but("optimizer"), "2 ranks: .*rank 0 has another momentum.*optimizer.state_d"),
@@ -209,8 +246,11 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_resume, but("in place"), "killed in the middle.*`load` failed.*os.replace"),
     (check_resume, but("gather on rank 0"), "gather_object.*Every rank calls `save`"),
     (check_resume, PerRank, "killed in the middle.*epoch 1, batch 2, epoch 2, batch 1.*torn apart"),
+    (check_resume, RandomApart, "killed.*epoch 1, batch 2, another random state.*torn apart"),
+    (check_resume, Whole, "Weights only load failed.*whole objects"),
+    (check_resume, AllRename, "FileNotFoundError.*Only the rank that has written"),
     (check_resume, Seeds, "all was there, but the weights in the end differ"),
-    (check_resume, Nothing, "rank 0 has other weights.*belong into the checkpoint"),
+    (check_resume, Nothing, "rank 0 has other weights.*belong in the checkpoint"),
     (check_resume, Raises, "failed on real ranks.*disk full"),
     (check_resume, dict, "failed on real ranks.*AttributeError"),
 ]

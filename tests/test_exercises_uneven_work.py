@@ -98,6 +98,28 @@ def goes_round(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
     plain(model, optimizer, loss_fn, islice(cycle(batches), number))
 
 
+def never_steps(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    with model.join():
+        for inputs, targets in batches:
+            loss_fn(model(inputs), targets).backward()
+
+
+def never_zeroes(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    for inputs, targets in batches:
+        loss_fn(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def joins_and_never_zeroes(model: Any, *others: Any) -> None:
+    with model.join():
+        never_zeroes(model, *others)
+
+
+def trims_and_never_zeroes(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    number = agreed(len(batches), dist.ReduceOp.MIN)
+    never_zeroes(model, optimizer, loss_fn, batches[:number])
+
+
 def only_two(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
     plain(model, optimizer, loss_fn, batches[:2])
 
@@ -122,6 +144,11 @@ def predict(counts: Any, initial: bool) -> float:
     return float(sum(counts) / len(counts) if initial else max(counts))
 
 
+def predict_for_two(counts: Any, initial: bool) -> float:
+    low, high = min(counts), max(counts)
+    return float(low + (high - low) / len(counts) if initial else high)
+
+
 def predict_in_steps(counts: Any, initial: bool) -> float:
     there = [sum(n < count for count in counts) for n in range(max(counts))]
     return float(sum(number / (len(counts) if initial else number) for number in there))
@@ -142,6 +169,11 @@ def plan_slowly(names: Any, used: Any) -> Any:
         elif not all(uses):
             flag = True
     return [remove, flag]
+
+
+def compares_ranks(names: Any, used: Any) -> Any:
+    """Takes no notice of steps that differ."""
+    return plan(names, used)[0], any(of_rank != step[0] for step in used for of_rank in step)
 
 
 def misses_one_rank(names: Any, used: Any) -> Any:
@@ -171,6 +203,7 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_train, counts_for_nothing),
     (check_predict_weight, predict),
     (check_predict_weight, predict_in_steps),
+    (check_predict_weight, lambda counts, initial: torch.tensor(predict(counts, initial))),
     (check_plan, plan),
     (check_plan, plan_slowly),
 ]
@@ -186,6 +219,9 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_train, averages_in_the_end, "equal weights, but not those.*averaged or sent round"),
     (check_train, goes_round, "3 and 4 batches: rank 0 used batch 0 2 times.*count once"),
     (check_train, only_two, "3 and 4 batches: each rank used 2.*All ranks have 3"),
+    (check_train, never_steps, "as they were in the beginning.*optimizer.step"),
+    (check_train, joins_and_never_zeroes, "gradients of all steps before.*zero_grad"),
+    (check_train, trims_and_never_zeroes, "gradients of all steps before.*zero_grad"),
     (check_train, logs_inside_join, "Two calls met.*answers DDP's calls only"),
     (check_train, waits_at_the_end, "waited for the others in vain"),
     (check_train, leaves_if_empty, "0 and 2 batches: rank 1 waited.*without any batch"),
@@ -194,7 +230,8 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_predict_weight, lambda counts, initial: min(counts), "predicted 3.*trimming"),
     (check_predict_weight, lambda counts, initial: max(counts), "initial=True.*still counts"),
     (check_predict_weight, lambda c, initial: sum(c) / len(c), "initial=False.*the default"),
-    (check_predict_weight, lambda counts, initial: [], r"predicted \[\]"),
+    (check_predict_weight, predict_for_two, "you predicted 2.*3, 2, 1, 1 ranks have a batch"),
+    (check_predict_weight, lambda counts, initial: [], r"predicted \[\].*one number"),
     (check_predict_weight, lambda counts: 1, "raised TypeError"),
     (check_plan, lambda names, used: (plan(names, used)[0], True), "same gradients: True.*nothing"),
     (check_plan, lambda names, used: (plan(names, used)[0], False), "Expected to have finished"),
@@ -202,11 +239,17 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_plan, lambda n, used: plan(n, used[:-1]), "no error, but in step 2.* gradients .* of a"),
     (check_plan, lambda n, used: plan(n, [[s[0]] for s in used]), "remove b, which rank 1 uses"),
     (check_plan, misses_one_rank, "no flag: rank 0 waited in backward for the others in vain"),
+    (check_plan, compares_ranks, "Expected to have finished.*In step 0, rank 0 has none of b"),
+    (check_plan, lambda n, used: plan(n, used)[::-1], "first you returned False.*set of names"),
     (check_plan, keeps_all, "c never gets a gradient, and you keep it"),
     (check_plan, removes_what_is_not_always_used, "you remove a, which rank 0 uses in step 0"),
     (check_plan, flags_what_it_removes, "you want the flag.*What is left"),
     (check_plan, lambda names, used: False, "you returned False.*two things"),
-    (check_plan, lambda names, used: (None, False), "raised TypeError|First return a set"),
+    (
+        check_plan,
+        lambda names, used: (None, False),
+        "first you returned None.*First return the set",
+    ),
     (check_plan, lambda names: 1, "raised TypeError"),
 ]
 

@@ -39,6 +39,14 @@ class _Own(nn.Module):  # type: ignore[misc]
         self.module, self.head = nn.Linear(2, 3), nn.Linear(3, 2)
 
 
+class _Only(nn.Module):  # type: ignore[misc]
+    """A model all of whose keys begin with `module.`, though it is in no DDP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(2, 3)
+
+
 def _simple() -> nn.Module:
     return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
 
@@ -47,6 +55,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "two layers": _simple,
     "a layer called `submodule`": _Named,
     "a layer called `module`": _Own,
+    "no other layer than `module`": _Only,
 }
 
 
@@ -109,10 +118,10 @@ def check_load_anywhere(load_anywhere: Callable[[nn.Module, dict[str, Tensor]], 
 
 def _judge_loaded(wrapped: bool, name: str, origin: str, problem: str) -> None:
     seen = f"a model with {name}, {'in DDP' if wrapped else 'plain'}; a state from {origin}: "
-    raise Wrong(seen + problem, _why_not_loaded(wrapped, name, problem))
+    raise Wrong(seen + problem, _why_not_loaded(wrapped, name, origin, problem))
 
 
-def _why_not_loaded(wrapped: bool, name: str, problem: str) -> str:
+def _why_not_loaded(wrapped: bool, name: str, origin: str, problem: str) -> str:
     if "no error" in problem:
         return (
             "`strict=False` skips every key that does not fit. Make the keys fit, and stay strict: "
@@ -133,6 +142,11 @@ def _why_not_loaded(wrapped: bool, name: str, problem: str) -> str:
             "Only the beginning of a key may be cut off. `replace` also finds `submodule.`, and "
             "`lstrip` takes away single letters, not a word."
         )
+    if not wrapped and origin == "DDP":
+        return (
+            "That a model has a `module` does not make it DDP's: ask `isinstance(model, DDP)`. And "
+            "cut `module.` off once: the second one in a key is the layer's."
+        )
     return (
         "Here `module.` begins the key of the model's own layer. What tells a prefix from a layer "
         "is the model: do the state's keys equal its keys or not?"
@@ -152,10 +166,10 @@ def check_resume(checkpoint: Any) -> str:
         with _folder() as folder:
             run = _run(train, (checkpoint, folder, False), ranks)
             _judge_files(folder)
-            run.raise_for_failure()
+            _judge_failure(run)
             _judge_returned(run.values)
             resumed = _run(resume, (checkpoint, folder), ranks)
-            resumed.raise_for_failure()
+            _judge_failure(resumed)
             _judge_load(run.values, resumed.values)
         if ranks == 2:
             with _folder() as folder:
@@ -180,9 +194,27 @@ def _run(worker: Callable[..., Facts], args: tuple[Any, ...], ranks: int) -> Run
         raise Wrong(
             run.explain(),
             "Every rank calls `save` and `load`. A collective in them must be called by every "
-            "rank, too: not under `if rank == 0`.",
+            "rank, too: not under `if rank == 0`, nor after a `return` for the others.",
         )
     return run
+
+
+def _judge_failure(run: Run) -> None:
+    """Raise if a rank failed; two common errors have an explanation."""
+    errors = [rank.error.summary for rank in run.ranks if rank.error]
+    if any(error.startswith("FileNotFoundError") for error in errors):
+        raise Wrong(
+            run.explain(),
+            "Only the rank that has written a file may rename it, once; and nobody may read it "
+            "before.",
+        )
+    if any("Weights only load failed" in error for error in errors):
+        raise Wrong(
+            "`torch.load` raised UnpicklingError: Weights only load failed.",
+            "The file holds whole objects, which `torch.load` does not trust. Save the "
+            "`state_dict()` of model, optimizer and scheduler, and numbers and tensors.",
+        )
+    run.raise_for_failure()
 
 
 def _judge_files(folder: str) -> None:
@@ -246,7 +278,7 @@ def _why_not_place(place: Any) -> str:
     if place == (SAVED[0], 0):
         return (
             f"The epoch would begin anew: its first {SAVED[1]} batches would be trained on twice. "
-            "The place in the epoch belongs into the checkpoint."
+            "The place in the epoch belongs in the checkpoint."
         )
     return "The training goes on where `save` was called: with that epoch's order and that batch."
 
@@ -282,7 +314,7 @@ def _why_not(part: str, wrong: list[int], saved: list[Facts], loaded: list[Facts
             "never again; of the optimizer it knows nothing. Every rank must load."
         )
     return {
-        "model": "The weights belong into the checkpoint: `model.module.state_dict()`.",
+        "model": "The weights belong in the checkpoint: `model.module.state_dict()`.",
         "momentum": (
             "SGD with momentum remembers a mean of past gradients; without it the first steps are "
             "too short. Save and load `optimizer.state_dict()`."
@@ -305,9 +337,12 @@ def _judge_left(saved: list[Facts], run: Run) -> None:
         raise Wrong(f"{killed}After that `load` failed.\n{run.explain()}", atomic)
     places = {facts["place"] for facts in run.values}
     if len(places) > 1 or not all(map(_as_saved, saved, run.values)):
+        found = [
+            *map(_told, sorted(places, key=str)),
+            *(_what(part).rstrip(",") for part in PARTS if not _all_same(part, saved, run.values)),
+        ]
         raise Wrong(
-            f"{killed}What `load` found then was not what the first one saved: "
-            f"{', '.join(map(_told, sorted(places, key=str)))}.",
+            f"{killed}What `load` found then was not what the first one saved: {', '.join(found)}.",
             "Some files were of the first save and some of the second. One file that is replaced "
             "at once cannot be torn apart.",
         )
@@ -315,3 +350,7 @@ def _judge_left(saved: list[Facts], run: Run) -> None:
 
 def _as_saved(saved: Facts, loaded: Facts) -> bool:
     return loaded["place"] == SAVED and all(_same(saved[part], loaded[part]) for part in PARTS)
+
+
+def _all_same(part: str, saved: list[Facts], loaded: list[Facts]) -> bool:
+    return all(_same(a[part], b[part]) for a, b in zip(saved, loaded, strict=True))

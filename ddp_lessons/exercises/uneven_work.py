@@ -61,16 +61,23 @@ def _trained(rank: int, train: Callable[..., Any], counts: Counts) -> tuple[list
     return seen, _flat(layer.parameters())
 
 
-def _expected(counts: Counts, steps: int, initial: bool = True) -> Tensor:
-    """The weights after so many steps in which ranks without a batch count as zeros, or not."""
+def _expected(counts: Counts, steps: int, initial: bool = True, zeroed: bool = True) -> Tensor:
+    """The weights after so many steps in which ranks without a batch count as zeros, or not.
+
+    If not `zeroed`, each backward adds to the mean gradient that the last one has left.
+    """
     layer = _layer()
     batches = [_batches(rank, number) for rank, number in enumerate(counts)]
     for step in range(steps):
         present = [of_rank[step] for of_rank in batches if step < len(of_rank)]
-        layer.zero_grad()
+        divisor = len(counts) if initial else len(present)
+        if zeroed:
+            layer.zero_grad()
+        elif step:
+            for parameter in layer.parameters():
+                parameter.grad *= len(present) / divisor
         for inputs, targets in present:
-            loss = nn.functional.mse_loss(layer(inputs), targets)
-            (loss / (len(counts) if initial else len(present))).backward()
+            (nn.functional.mse_loss(layer(inputs), targets) / divisor).backward()
         for parameter in layer.parameters():
             parameter.data -= RATE * parameter.grad
     return _flat(layer.parameters())
@@ -131,6 +138,7 @@ def _judge_trained(counts: Counts, run: Run) -> bool:
     if _near(weights[0], _expected(counts, min(counts))):
         return True
     _judge_used(seen, counts, used)
+    _judge_loop(seen, counts, weights[0])
     raise Wrong(
         f"{seen}the ranks end with equal weights, but not those of steps with a mean gradient.",
         "Weights that are averaged or sent round at the end are not those of a common training. "
@@ -168,6 +176,21 @@ def _judge_used(seen: str, counts: Counts, used: list[list[int]]) -> None:
         raise Wrong(
             f"{seen}each rank used {max(numbers)}.",
             f"All ranks have {min(counts)}: leave out only what the shortest list has not.",
+        )
+
+
+def _judge_loop(seen: str, counts: Counts, weights: Tensor) -> None:
+    """Raise if the loop would be wrong on a single rank, too."""
+    if _near(weights, _expected(counts, 0)):
+        raise Wrong(
+            f"{seen}the weights are as they were in the beginning.",
+            "Backward alone moves nothing: each batch needs an `optimizer.step()`.",
+        )
+    ways = ((max(counts), True), (max(counts), False), (min(counts), True))
+    if any(_near(weights, _expected(counts, *way, zeroed=False)) for way in ways):
+        raise Wrong(
+            f"{seen}each step was taken with the gradients of all steps before it, too.",
+            "Backward adds to `.grad`. Call `optimizer.zero_grad()` for each batch.",
         )
 
 
@@ -211,6 +234,8 @@ def check_predict_weight(predict: Callable[[Counts, bool], float]) -> str:
 
 
 def _judge_weight(counts: Counts, initial: bool, answer: Any, real: float) -> None:
+    if isinstance(answer, Tensor) and answer.numel() == 1:
+        answer = answer.item()
     if _is(answer, real):
         return
     seen = (
@@ -232,7 +257,14 @@ def _judge_weight(counts: Counts, initial: bool, answer: Any, real: float) -> No
             "That is the default. With `divide_by_initial_world_size=False` DDP divides by the "
             "ranks that still have a batch.",
         )
-    raise Wrong(seen, "In each step, divide the number of ranks with a batch by the right number.")
+    if not isinstance(answer, int | float):
+        raise Wrong(seen, "Return one number: under join all ranks end with the same weight.")
+    present = [sum(step < count for count in counts) for step in range(max(counts))]
+    raise Wrong(
+        seen,
+        f"Step by step, {_list(present)} ranks have a batch, and each gives -1. Divide each of "
+        "these numbers by the right one, and add up.",
+    )
 
 
 def _is(value: Any, target: float) -> bool:
@@ -303,19 +335,29 @@ def _judge_plan(names: set[str], used: Used, answer: Any) -> None:
         raise Wrong(
             f"{told}: you returned {answer!r}.", "Return two things: a set of names, True or False."
         )
-    remove, flag = call(set, answer[0], because="First return a set of names."), bool(answer[1])
+    if not isinstance(answer[0], Collection):
+        raise Wrong(
+            f"{told}: first you returned {answer[0]!r}.",
+            "First return the set of names to remove, then True or False.",
+        )
+    remove, flag = set(answer[0]), bool(answer[1])
     ever = set().union(*(of_rank for step in used for of_rank in step))
     _judge_removed(told, used, remove & ever, names - ever - remove)
     run = run_quietly(_used, (ever, used, flag), nprocs=len(used[0]))
-    needed = any(of_rank != ever for step in used for of_rank in step)
-    if needed and not flag:
+    missing = [
+        f"In step {n}, rank {rank} has none of {min(ever - of_rank)}."
+        for n, step in enumerate(used)
+        for rank, of_rank in enumerate(step)
+        if of_rank != ever
+    ]
+    if missing and not flag:
         raise Wrong(
             f"{told}, no flag: {_what_came_of(run, sorted(ever))}",
-            "DDP waits for the gradient of every parameter, on every rank, in every step. Where "
-            "one can be missing, it must look for it.",
+            "DDP waits for the gradient of every parameter, on every rank, in every step. "
+            f"{missing[0]} Where one can be missing, DDP needs the flag to look for it.",
         )
     run.raise_for_failure()
-    if flag and not needed:
+    if flag and not missing:
         plain = run_quietly(_used, (ever, used, False), nprocs=len(used[0]))
         plain.raise_for_failure()
         raise Wrong(

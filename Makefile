@@ -45,4 +45,4 @@ bench: setup
 faults: setup
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks.faults --runs 1000
-	$(BIN)/python -m tests.benchmarks.faults --compare
+	$(BIN)/python -m tests.benchmarks.compared

@@ -1,14 +1,13 @@
 """A campaign of faults: is every one explained, and is nothing left behind?
 
     python -m tests.benchmarks.faults --runs 1000 --seed 0
-    python -m tests.benchmarks.faults --compare
 
 Each run has a seed, from which everything follows: which fault (tests/faults.py), how many ranks,
 on which of them, when. The runs are launched in another process, the host, as a notebook's kernel
 would do it; this one looks at the machine from outside: processes, temp files, shared memory, the
 host's open files and its memory. After every fault the host must carry out a plain launch.
 
-`--compare` puts the same faults to torch.multiprocessing.spawn and accelerate's notebook_launcher.
+compared.py puts the same faults to other launchers.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ TIMEOUT = 3.0  # seconds without progress, for runs that only a timeout ends
 PATIENCE = 30.0  # seconds after which the host itself counts as hung
 SETTLE = 3.0  # seconds that processes may take to go once the host was killed
 MARKER = "DDP_LESSONS_FAULTS"  # an environment variable that tells our processes from others
-COMPARED = ("mp_spawn", "notebook_launcher")
 SHARED = "/dev/shm"
-LIMIT = 15.0  # seconds that the other launchers get to say something
 
 
 class Plan(NamedTuple):
@@ -200,10 +197,11 @@ class Host:
         return found
 
     def _left(self) -> list[str]:
-        return [*_ours(self.marker, self.process), *(set(os.listdir(SHARED)) - self.shared)]
+        return [*processes_of(self.marker, self.process), *(set(os.listdir(SHARED)) - self.shared)]
 
 
-def _ours(marker: str, process: subprocess.Popen[Any]) -> list[str]:
+def processes_of(marker: str, process: subprocess.Popen[Any]) -> list[str]:
+    """The processes with this marker but `process` and its helpers."""
     wanted = f"{MARKER}={marker}".encode()
     found = []
     for entry in os.listdir("/proc"):
@@ -280,131 +278,24 @@ def _print(results: list[tuple[Plan, dict[str, Any]]], remaining: list[str]) -> 
             continue
         good = sum(not r["problem"] for r in mine)
         seconds = sorted(r["seconds"] for r in mine if "seconds" in r) or [float("nan")]
-        kinds = ", ".join(f"{k} {n}" for k, n in Counter(r["outcome"] for r in mine).most_common())
+        kinds = ", ".join(
+            f"{k} {n}"
+            for k, n in Counter(r["outcome"].partition(":")[0] for r in mine).most_common()
+        )
         print(
             f"{fault:30} {len(mine):4}  {good:5}  {statistics.median(seconds):8.2f}  "
             f"{seconds[-1]:7.2f}  {kinds}"
         )
 
 
-# Other launchers
-
-
-def compare() -> None:
-    """Put the faults, on 3 ranks, to other launchers and to ours; print who says what, and when."""
-    print(f"fault                          {'launch':>22} {COMPARED[0]:>26} {COMPARED[1]:>26}")
-    for fault in faults.FAULTS:
-        if fault in faults.FROM_OUTSIDE:
-            continue
-        cells = [_compared(launcher, fault) for launcher in ("launch", *COMPARED)]
-        print(f"{fault:30} {cells[0]:>22} {cells[1]:>26} {cells[2]:>26}", flush=True)
-
-
-def _compared(launcher: str, fault: str) -> str:
-    """`0.2 s rank line`: when all had ended after the fault, and what was named."""
-    marker = f"{os.getpid()}-{launcher}"
-    command = [sys.executable, "-m", "tests.benchmarks.faults", "--one", launcher, fault]
-    with tempfile.TemporaryDirectory() as folder:
-        note, log = Path(folder, "note"), Path(folder, "log")
-        environment = {**os.environ, MARKER: marker, faults.NOTE: str(note), "OMP_NUM_THREADS": "1"}
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-        happened = _happened(note, process)
-        try:
-            process.wait(timeout=LIMIT)
-            seconds = f"{time.time() - happened:.1f} s"
-        except subprocess.TimeoutExpired:
-            seconds = f"none in {LIMIT:.0f} s"
-            process.kill()
-            process.wait()
-        time.sleep(1.0)
-        left = _ours(marker, process)
-        for entry in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(entry.split()[0]), signal.SIGKILL)
-        text = log.read_text(errors="replace")
-    said = text.partition("VERDICT")[2] if launcher == "launch" else text
-    names = [] if seconds.startswith("none") else _names(said, faults.FAULTS[fault].line)
-    return " ".join([seconds, *names, *([f"left {len(left)}"] if left else [])])
-
-
-def _happened(note: Path, process: subprocess.Popen[bytes]) -> float:
-    """When the fault happened; now, if it never did."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        if note.exists() and (text := note.read_text()):
-            return float(text)
-        time.sleep(0.01)
-    return float(note.read_text()) if note.exists() else time.time()
-
-
-def _names(text: str, line: str) -> list[str]:
-    rank = any(words in text for words in ("rank 2", "process 2", "Process 2", "local_rank: 2"))
-    return [*(["rank"] if rank else []), *(["line"] if line and line in text else [])]
-
-
-def one(launcher: str, fault: str) -> None:
-    """Run one fault on 3 ranks with one launcher, as a script would, to the end."""
-    arguments = (fault, 2, 1)
-    if launcher == "launch":
-        from ddp_lessons import launch
-
-        launch(_nothing, nprocs=2)
-        run = launch(faults.train, arguments, nprocs=3, timeout=TIMEOUT, check=False)
-        print("VERDICT", run.explain(), flush=True)
-    elif launcher == "mp_spawn":
-        import torch.multiprocessing as mp
-
-        mp.spawn(_spawned, (3, _free_port(), *arguments), nprocs=3)
-    else:
-        from accelerate import notebook_launcher
-
-        notebook_launcher(_ranked, arguments, num_processes=3, use_port=str(_free_port()))
-
-
-def _nothing(rank: int) -> None:
-    pass
-
-
-def _spawned(rank: int, world_size: int, port: int, *arguments: Any) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-    )
-    faults.train(rank, *arguments)
-
-
-def _ranked(*arguments: Any) -> None:
-    faults.train(int(os.environ["RANK"]), *arguments)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="a campaign of faults")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compare", action="store_true", help="other launchers, too")
     parser.add_argument("--host", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.host:
         host()
-    elif options.one:
-        one(*options.one)
-    elif options.compare:
-        compare()
     else:
         sys.exit(min(1, campaign(options.runs, options.seed)))
 

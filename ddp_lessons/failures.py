@@ -35,10 +35,8 @@ def explain(run: Run) -> Verdict | None:
     if not failures:
         return None
     own = [rank for rank in failures if not lost_partner(rank)]
-    if own and all(_aborted_by_gloo(rank) for rank in own):
-        verdict = hangs.explain(run)  # gloo gives up on tensors of another size
-        if verdict.kind == "unlike tensors":
-            return verdict
+    if own and all(_got_another_size(rank) for rank in own):
+        return hangs.explain_sizes(run, [rank.rank for rank in own])
     if not own:
         return hangs.explain(run)
     cause = _cause(own)
@@ -51,8 +49,9 @@ def explain(run: Run) -> Verdict | None:
             return _died(run, cause)
 
 
-def _aborted_by_gloo(rank: RankResult) -> bool:
-    return rank.status == "died" and any("gloo::EnforceNotMet" in line for line in rank.lines)
+def _got_another_size(rank: RankResult) -> bool:
+    """Gloo ended the process because data of another size came than its call expects."""
+    return rank.status == "died" and any("op.preamble.length" in line for line in rank.lines)
 
 
 def _cause(failures: Sequence[RankResult]) -> RankResult:

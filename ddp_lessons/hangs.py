@@ -43,6 +43,24 @@ def explain(run: Run) -> Verdict:
     return _Hang(run).verdict()
 
 
+def explain_sizes(run: Run, ended: Sequence[int]) -> Verdict:
+    """The verdict on a run in which gloo ended ranks that got data of another size."""
+    hang = _Hang(run)
+    verdict = hang.verdict()
+    if verdict.kind in ("unlike tensors", "skipped collective", "different collectives"):
+        return verdict
+    # Calls that are not recorded, such as DDP's own: it cannot be told which rank is wrong.
+    return Verdict(
+        "different collectives",
+        tuple(range(run.world_size)),
+        f"{ranks_text(ended)} got data of another size than {agree(ended, 'its', 'their')} call "
+        "expects: the calls do not match",
+        verdict.evidence,
+        f"{advice.ORDER} {advice.DDP}",
+        verdict.frame,
+    )
+
+
 class _Hang:
     def __init__(self, run: Run) -> None:
         self.run = run

@@ -137,6 +137,23 @@ def test_a_model_called_on_rank_zero_only() -> None:
     assert "rank 0 waits in DistributedDataParallel" in run.explain()
 
 
+def test_ddps_own_calls_that_do_not_match() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
+        for _ in range(2):
+            model(torch.ones(16, 4)).sum().backward()
+            if rank == 0:
+                model(torch.ones(16, 4))  # its buffers meet the gradients of rank 1
+        dist.barrier()
+
+    run = explained(work, 2)
+    assert kind(run) == ("different collectives", (0, 1))
+    assert run.error is not None
+    assert run.error.rank is None
+    assert "model.module" in run.explain()
+
+
 def test_a_rank_that_computes_for_ever_is_named_busy() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

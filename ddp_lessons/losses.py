@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # How gloo, the TCP store and NCCL say that another rank is gone (torch 2.13; gloo transport/tcp).
 _LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed"
-    r"|failed to recv, got 0 bytes|remote process has (?:terminated|exited)|NCCL.*remote error"
+    r"|[Ff]ailed to recv, got 0 bytes|remote process has (?:terminated|exited)|NCCL.*remote error"
 )
 # And how they say that it did not come in time.
 _GAVE_UP = re.compile(

@@ -30,6 +30,7 @@ def rank(error: ErrorRecord | None, output: str = "", exitcode: int = 1) -> Rank
         CLOSED,
         TIMED_OUT,
         "RuntimeError: [pair.cc:537] Read error [127.0.0.1]:81: Connection reset by peer.",
+        "torch.distributed.DistNetworkError: Failed to recv, got 0 bytes. Connection was likely",
         "torch.distributed.DistStoreError: Timed out after 4 seconds waiting for clients. 1/2",
         "RuntimeError: [Rank 0]: Rank 1 failed to pass monitoredBarrier in 1000 ms",
         "RuntimeError: Detected mismatch between collectives on ranks. Rank 1 is running ALLREDUCE",

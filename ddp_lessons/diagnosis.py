@@ -41,6 +41,8 @@ def warnings(run: Run) -> list[str]:
 
 def _all_did_the_same(run: Run) -> bool:
     """The usual case, found quickly: every rank made the same calls at the same lines."""
+    if not run.ranks:
+        return True
     first, *others = (
         [(s.op, s.group, s.peer, s.nbytes, s.tensor, s.site) for s in rank.spans if s.op]
         for rank in run.ranks

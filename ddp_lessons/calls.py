@@ -21,7 +21,6 @@ LIKE = (
 )  # fmt: skip
 NOT_OWN_LANES = ("process", "steps", "comm", "buckets", "gloo", "cuda")  # of no thread of its own
 
-
 State = Literal["done", "open", "failed"]
 
 
@@ -82,7 +81,7 @@ class Calls:
         if call.op in GROUP_CALLS:
             self._made[call.op, call.rank] += 1
         elif call.pairwise:
-            self._pairs[call.group, _side(call), call.rank, call.peer] += 1
+            self._pairs[call.group, _side(call), call.rank, call.peer] += not call.waits
         elif call.group is not None and call.seq is not None:
             there = self.met.setdefault(call.group, {}).setdefault(call.seq, {})
             before = there.get(call.rank)
@@ -120,8 +119,8 @@ class Calls:
         other = "recv" if _side(call) == "send" else "send"
         if call.peer is None:  # a recv from anyone: all others
             return set(range(self.world_size)) - {call.rank}
-        mine = self._pairs[call.group, _side(call), call.rank, call.peer]
-        return {call.peer} if self._pairs[call.group, other, call.peer, call.rank] < mine else set()
+        theirs = self._pairs[call.group, other, call.peer, call.rank]
+        return {call.peer} if call.seq is None or theirs <= call.seq else set()
 
     def stuck_for_good(self, waiting: Mapping[int, str]) -> bool:
         """True if every living rank waits for one that has ended, or itself waits for ever.
@@ -151,11 +150,14 @@ class Calls:
                 ]
         return min(beyond, key=lambda call: call.t0_ns, default=None)
 
-    def left(self, rank: int, group: str | None) -> Call | None:
-        """The call by which a rank left the default group, if it has and did not join again."""
-        made = [call for call in self.of_rank[rank] if call.op in GROUP_CALLS]
-        gone = bool(made) and made[-1].op == "destroy_process_group" and group is not None
-        return made[-1] if gone else None
+    def left(self, rank: int, group: str) -> Call | None:
+        """The call by which a rank left a group, or all, if it has and did not join again."""
+        for call in reversed(self.of_rank[rank]):
+            if call.op == "init_process_group":
+                return None
+            if call.op == "destroy_process_group" and call.group in (None, group):
+                return call
+        return None
 
 
 def _calls(spans: Iterable[Span]) -> Iterator[Call]:

@@ -305,7 +305,7 @@ def _plain(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return function(*args, **kwargs)
         inside.call = True
-        facts = Facts(name, site=sites.of(sys._getframe(1)))
+        facts = Facts(name, _subgroup(args, kwargs), site=sites.of(sys._getframe(1)))
         slot = recorder.begin("comm", name, time.perf_counter_ns(), facts)
         try:
             return function(*args, **kwargs)
@@ -319,6 +319,12 @@ def _plain(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             groups.update_world()
 
     return recorded
+
+
+def _subgroup(args: Args, kwargs: Kwargs) -> str | None:
+    """The name of the subgroup that destroy_process_group ends; None if it ends all groups."""
+    group = groups.of(_argument(args, kwargs, 0, "group"))
+    return group.name if group is not None and group is not groups.world else None
 
 
 def _making_group(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

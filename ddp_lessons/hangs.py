@@ -135,7 +135,7 @@ class _Hang:
         return found
 
     def _why_away(self, rank: RankResult, call: Call | None) -> Kind:
-        left = self.calls.left(rank.rank, call.group if call else "world")
+        left = self._left(rank.rank)
         if call is not None and call.op == JOIN:
             return "never joined"
         if rank.status == "returned":
@@ -150,6 +150,12 @@ class _Hang:
         if not rank.stack:
             return "no answer"
         return "blocked in Python"
+
+    def _left(self, rank: int) -> Call | None:
+        """The call by which a rank left a group in which others wait."""
+        groups = {"world", *(call.group for call in self.standing.values() if call.group)}
+        found = [self.calls.left(rank, group) for group in groups]
+        return next((call for call in found if call is not None), None)
 
     def _missed(self, awaited: dict[int, Kind]) -> Verdict:
         kind = min(awaited.values(), key=_WORST.index)
@@ -206,7 +212,7 @@ class _Hang:
                 before = f" before {call.op} at {line_of(call.site)}" if call else ""
                 return f"{who} {has} returned{before}"
             case "left the group":
-                call = self.calls.left(ranks[0], "world")
+                call = self._left(ranks[0])
                 return f"{who} {has} left the group at {line_of(call.site if call else None)}"
             case "computing":
                 return f"{who} {is_} busy{where}"

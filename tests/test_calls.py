@@ -127,4 +127,25 @@ def test_leaving_the_group() -> None:
     found = calls.left(1, "world")
     assert found is not None
     assert found.op == "destroy_process_group"
-    assert calls.left(1, None) is None
+
+
+def test_leaving_a_subgroup_is_not_leaving_all() -> None:
+    left = call(1, "destroy_process_group", None, 50, group="ranks 0 1")
+    calls = Calls([[joined(0)], [joined(1), left]])
+    assert calls.left(1, "world") is None
+    assert calls.left(1, "ranks 0 1") is not None
+
+
+def test_a_wait_for_an_irecv_is_no_second_recv() -> None:
+    spans = [
+        [
+            call(0, "irecv", 0, 1, kind="issue", peer=1),
+            call(0, "irecv", 1, 2, kind="issue", peer=1),
+            call(0, "irecv", 0, 3, kind="wait", peer=1, open=True),
+        ],
+        [call(1, "send", 0, peer=0)],
+    ]
+    calls = Calls(spans)
+    standing = calls.standing(0)
+    assert standing is not None
+    assert calls.missing(standing) == set()

@@ -216,3 +216,15 @@ def test_leaving_the_group_is_for_all() -> None:
     (warning,) = launch(work, ((0, 2),), nprocs=3).warnings
     assert "rank 1 returned without destroy_process_group" in warning
     assert launch(work, ((),), nprocs=3).warnings == []
+
+
+def test_a_subgroup_may_be_left_by_some() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        pair = dist.new_group([0, 1])
+        if rank == 1:
+            dist.destroy_process_group(pair)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    assert launch(work, nprocs=3).warnings == []

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ddp_lessons import device, flights, recording, sites, tensors
+from ddp_lessons import clocks, device, flights, recording, sites, tensors
 from ddp_lessons.flights import Flight
 from ddp_lessons.groups import Group, default_group, groups
 from ddp_lessons.messages import Joining
@@ -355,6 +355,8 @@ def _joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             recorder.send(Joining(seconds))
             if kwargs.get("store") is None:
                 await_store(init_method, rank_of(init_method, kwargs), seconds or 1800.0)
-        return function(backend, init_method, *args, **kwargs)
+        function(backend, init_method, *args, **kwargs)
+        if recorder is not None and not recorder.one_clock:
+            recorder.compare_clock(clocks.against_rank_zero())
 
     return _plain(name, join)

@@ -129,6 +129,14 @@ class GivesUp:
 
 
 @dataclass(frozen=True)
+class Clock:
+    """The rank's clock is `behind_ns` behind rank 0's, give or take `within_ns`."""
+
+    behind_ns: int
+    within_ns: int
+
+
+@dataclass(frozen=True)
 class Returned:
     """The function returned; `value` is its pickle."""
 
@@ -155,7 +163,7 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Joining | GivesUp | Returned | Raised | Unsendable
+Message = Started | Joining | GivesUp | Clock | Returned | Raised | Unsendable
 
 
 def encode(message: Message) -> bytes:

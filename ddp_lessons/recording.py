@@ -15,7 +15,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ddp_lessons.messages import GivesUp, Message
+from ddp_lessons.messages import Clock, GivesUp, Message
 from ddp_lessons.tape import NO_FACTS, Facts, Slot, Tape
 
 T = TypeVar("T")
@@ -24,10 +24,13 @@ T = TypeVar("T")
 class Recorder:
     """Writes one worker's spans on its tape; knows its threads and its training step."""
 
-    def __init__(self, rank: int, tape: Tape, send: Callable[[Message], None]) -> None:
+    def __init__(
+        self, rank: int, tape: Tape, send: Callable[[Message], None], *, one_clock: bool = True
+    ) -> None:
         self.rank = rank
         self.tape = tape
         self.send = send
+        self.one_clock = one_clock  # all ranks are known to read the same clock
         self.step = 0
         self.groups: list[Any] = []  # of DDP models, see collectives.keep_groups_of_ddp
         self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over
@@ -85,6 +88,11 @@ class Recorder:
         if timeout is not None and timeout != self._told:
             self._told = timeout
             self.send(GivesUp(timeout.total_seconds()))
+
+    def compare_clock(self, clock: Clock | None) -> None:
+        """Tell the parent how this rank's clock stands against rank 0's, if that is known."""
+        if clock is not None:
+            self.send(clock)
 
     def joined(self) -> None:
         """A group was made or left: the first training step has not begun before."""

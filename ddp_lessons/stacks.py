@@ -1,6 +1,7 @@
 """Stacks and tracebacks as a learner should read them: their own lines first, marked.
 
-Used in the parent. Frames run from the learner's function (first) to where it was (last).
+Used in the parent; workers describe their exceptions with it. Frames run from the learner's
+function (first) to where it was (last).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import re
 import site
 import sys
 import sysconfig
+import traceback
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ddp_lessons.messages import ErrorRecord, Frame
 
+MOST_TEXT = 20_000  # characters kept of an exception's message
 MOST_FRAMES = 5  # of the learner's, shown at either end
 CONTEXT = 1  # lines shown before and after the marked one
 
@@ -25,7 +28,7 @@ _DDP = "DistributedDataParallel"
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _INFRASTRUCTURE = tuple(
     os.path.join(_HERE, f"{name}.py")
-    for name in ("worker", "recording", "rendezvous", "collectives", "flights", "buckets")
+    for name in ("worker", "recording", "rendezvous", "collectives", "flights", "buckets", "clocks")
 )
 _LIBRARIES = tuple(
     {
@@ -178,6 +181,28 @@ def place_name(filename: str) -> str:
 def line_name(frame: Frame) -> str:
     """`Cell In[3], line 4`."""
     return f"{place_name(frame.filename)}, line {frame.lineno}"
+
+
+def describe(error: BaseException) -> ErrorRecord:
+    """The exception and those before it as plain data, without the frames of this package."""
+    return _record(traceback.TracebackException.from_exception(error))
+
+
+def _record(error: traceback.TracebackException) -> ErrorRecord:
+    previous, link = error.__cause__, "cause"
+    if previous is None and not error.__suppress_context__:
+        previous, link = error.__context__, "context"
+    return ErrorRecord(
+        type_name=error.exc_type.__name__,
+        text="".join(error.format_exception_only()).strip()[:MOST_TEXT],
+        frames=tuple(
+            Frame(f.filename, f.lineno or 0, f.name, (f.line or "").strip())
+            for f in error.stack
+            if not is_infrastructure(f.filename)
+        ),
+        previous=_record(previous) if previous else None,
+        link=link if previous else "",
+    )
 
 
 def render(error: ErrorRecord) -> str:

@@ -168,8 +168,58 @@ class Tape:
             return self._numbers.setdefault(text, len(self._numbers))
 
 
+class Reader:
+    """One rank's region as others read it, also while it is written."""
+
+    def __init__(self, memory: mmap.mmap, base: int, rank: int) -> None:
+        self._memory = memory
+        self._base = base
+        self._rank = rank
+
+    def progress(self) -> int:
+        """A number that grows with everything that the rank finishes."""
+        return self._count(_PROGRESS)
+
+    def dropped(self) -> int:
+        """How many spans were not kept."""
+        return self._count(_DROPPED)
+
+    def spans(self) -> list[Span]:
+        """The spans in the order in which they began; `t1_ns` None: never ended."""
+        records = self._records()  # before the texts, to which they refer
+        texts = self._texts(self._base + _TEXT_START, self._count(_TEXT_USED))
+        return sorted(_spans(self._rank, records, texts), key=lambda span: span.t0_ns)
+
+    def _count(self, place: int) -> int:
+        return int(_COUNT.unpack_from(self._memory, self._base + place)[0])
+
+    def _records(self) -> list[tuple[int, ...]]:
+        """All records but the empty ones."""
+        base = self._base
+        spare = self._memory[base + _SPARE_START : base + _SPARE_END]
+        records = [record for record in RECORD.iter_unpack(spare) if record[0]]
+        for start in range(base + _SPANS_START, base + _SPARE_START, CHUNK):  # written in order
+            data = self._memory[start : min(start + CHUNK, base + _SPARE_START)]
+            found = [record for record in RECORD.iter_unpack(data) if record[0]]
+            if not found:
+                break
+            records += found
+        return records
+
+    def _texts(self, start: int, used: int) -> list[str | None]:
+        texts: list[str | None] = [None]
+        end = start + used
+        while start < end:
+            (length,) = _LENGTH.unpack_from(self._memory, start)
+            start += _LENGTH.size
+            data = self._memory[start : start + length]
+            texts.append(data.decode("utf-8", errors="ignore"))  # the last character may be cut
+            start += length
+        return texts
+
+
 class Tapes:
-    """The tapes of all ranks of a run, read by the parent."""
+    """The tapes of all ranks of a run, in memory; a reader for each by its rank."""
 
     def __init__(self, world_size: int) -> None:
         self._file = _memory_file()
@@ -184,49 +234,39 @@ class Tapes:
         """
         return Connection(os.dup(self._file))
 
+    def of(self, rank: int) -> Reader:
+        """The reader of one rank's tape."""
+        return Reader(self._memory, rank * REGION, rank)
+
     def progress(self, rank: int) -> int:
         """A number that grows with everything that the rank finishes."""
-        return int(_COUNT.unpack_from(self._memory, rank * REGION + _PROGRESS)[0])
+        return self.of(rank).progress()
 
     def dropped(self, rank: int) -> int:
         """How many spans were not kept."""
-        return int(_COUNT.unpack_from(self._memory, rank * REGION + _DROPPED)[0])
+        return self.of(rank).dropped()
 
     def spans(self, rank: int) -> list[Span]:
         """The spans of a rank in the order in which they began; `t1_ns` None: never ended."""
-        base = rank * REGION
-        records = self._records(base)  # before the texts, to which they refer
-        (text_used,) = _COUNT.unpack_from(self._memory, base + _TEXT_USED)
-        texts = self._texts(base + _TEXT_START, text_used)
-        return sorted(_spans(rank, records, texts), key=lambda span: span.t0_ns)
-
-    def _records(self, base: int) -> list[tuple[int, ...]]:
-        """All records but the empty ones."""
-        spare = self._memory[base + _SPARE_START : base + _SPARE_END]
-        records = [record for record in RECORD.iter_unpack(spare) if record[0]]
-        for start in range(base + _SPANS_START, base + _SPARE_START, CHUNK):  # written in order
-            data = self._memory[start : min(start + CHUNK, base + _SPARE_START)]
-            found = [record for record in RECORD.iter_unpack(data) if record[0]]
-            if not found:
-                break
-            records += found
-        return records
+        return self.of(rank).spans()
 
     def close(self) -> None:
         """Give the memory back."""
         self._memory.close()
         os.close(self._file)
 
-    def _texts(self, start: int, used: int) -> list[str | None]:
-        texts: list[str | None] = [None]
-        end = start + used
-        while start < end:
-            (length,) = _LENGTH.unpack_from(self._memory, start)
-            start += _LENGTH.size
-            data = self._memory[start : start + length]
-            texts.append(data.decode("utf-8", errors="ignore"))  # the last character may be cut
-            start += length
-        return texts
+
+def read_file(path: str | os.PathLike[str], rank: int) -> tuple[list[Span], int]:
+    """The spans on a tape that is a file of its own, and how many were not kept.
+
+    Raises ValueError if it is no whole tape.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size != REGION:
+            raise ValueError(f"{path} is no whole tape: it has not {REGION:,} bytes")
+        with mmap.mmap(file.fileno(), REGION, prot=mmap.PROT_READ) as memory:
+            reader = Reader(memory, 0, rank)
+            return reader.spans(), reader.dropped()
 
 
 def _spans(

@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import types
 from collections.abc import Callable
 from multiprocessing import parent_process
@@ -30,8 +29,6 @@ import cloudpickle
 
 from ddp_lessons import profiling, recording
 from ddp_lessons.messages import (
-    ErrorRecord,
-    Frame,
     Message,
     Raised,
     Returned,
@@ -39,11 +36,9 @@ from ddp_lessons.messages import (
     Unsendable,
     encode,
 )
-from ddp_lessons.stacks import is_infrastructure
+from ddp_lessons.stacks import describe
 from ddp_lessons.tape import Tape
 from ddp_lessons.task import PackedArgument, Place, Task
-
-MOST_TEXT = 20_000  # characters kept of an exception's message
 
 
 def main(
@@ -242,25 +237,3 @@ def _pickled_or_none(error: BaseException) -> bytes | None:
         return bytes(cloudpickle.dumps(error))
     except Exception:  # its text travels anyway, in the ErrorRecord
         return None
-
-
-def describe(error: BaseException) -> ErrorRecord:
-    """The exception and those before it as plain data, without the frames of this package."""
-    return _record(traceback.TracebackException.from_exception(error))
-
-
-def _record(error: traceback.TracebackException) -> ErrorRecord:
-    previous, link = error.__cause__, "cause"
-    if previous is None and not error.__suppress_context__:
-        previous, link = error.__context__, "context"
-    return ErrorRecord(
-        type_name=error.exc_type.__name__,
-        text="".join(error.format_exception_only()).strip()[:MOST_TEXT],
-        frames=tuple(
-            Frame(f.filename, f.lineno or 0, f.name, (f.line or "").strip())
-            for f in error.stack
-            if not is_infrastructure(f.filename)
-        ),
-        previous=_record(previous) if previous else None,
-        link=link if previous else "",
-    )

@@ -20,7 +20,7 @@ from ddp_lessons.messages import (
     Unsendable,
     encode,
 )
-from ddp_lessons.worker import describe
+from ddp_lessons.stacks import describe
 
 ERROR = ErrorRecord("KeyError", "KeyError: 'x'", (Frame("/cell.py", 3, "work", "d['x']"),))
 MESSAGES: list[Message] = [

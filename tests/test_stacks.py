@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from ddp_lessons import Run, launch, stacks
 from ddp_lessons.messages import Frame
-from ddp_lessons.worker import describe
+from ddp_lessons.stacks import describe
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -43,6 +43,10 @@ LEFT = (
     "destroy_process_group is for the very end: no rank may call it while others still communicate."
 )
 IN_C = "It did not print its stack: it is busy in C code. "
+RECORD = (
+    "A record tells of the calls of torch.distributed. Where a rank is between them, `py-spy dump "
+    "--pid` on its machine tells, while it hangs."
+)
 GROUPS = (
     "Ranks that share two groups must use them in the same order: while one waits in the first "
     "group, the other waits in the second. Choose one order for all."

@@ -182,6 +182,16 @@ def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., 
                 setattr(module, name, wrapped)
 
 
+def replace_in(names: dict[str, Any]) -> None:
+    """Replace what a script has imported by name before us, from torch.distributed."""
+    import torch.distributed as dist
+
+    for name, function in list(names.items()):
+        wrapped = getattr(dist, getattr(function, "__name__", ""), None)
+        if wrapped is not None and getattr(wrapped, "__wrapped__", None) is function:
+            names[name] = wrapped
+
+
 def _stepped(optimizer: Any, *_: Any) -> None:
     if (recorder := recording.current()) is not None:
         recorder.optimizer_stepped(optimizer)

@@ -24,6 +24,10 @@ FORKSERVER_ENDED = (
     "The process that starts the ranks, multiprocessing's forkserver, was ended while they ran. "
     "The next launch starts a new one."
 )
+_NO_WORD = (
+    "Its record just stops: it was killed (for want of memory, say), it left by os._exit, or its "
+    "machine is gone. The log of torchrun tells which."
+)
 LAST_LINES = 5  # of a dead rank's output, shown as evidence
 FAILED = ("raised", "died", "unsendable")
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
@@ -113,7 +117,7 @@ def _died(run: Run, cause: RankResult) -> Verdict:
     if cause.shown_lines:
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
-    kind: Kind = "killed" if cause.exitcode < 0 else "exited"
+    kind: Kind = "exited" if cause.exitcode is not None and cause.exitcode >= 0 else "killed"
     return Verdict(
         "forkserver ended" if cause.error is not None else kind,
         (cause.rank,),
@@ -143,11 +147,14 @@ def _death(run: Run, rank: RankResult) -> tuple[str, str]:
             f"ended with {name} before its function was called",
             "See what the rank printed below; a shortage of memory is a common reason.",
         )
+    if rank.exitcode is None:
+        return "ended without a word", _NO_WORD
     verb = "was ended by" if rank.exitcode < 0 else "ended with"
-    return f"{verb} {name}", _reason(run, rank, name)
+    return f"{verb} {name}", _reason(run, rank, rank.exitcode)
 
 
-def _reason(run: Run, rank: RankResult, name: str) -> str:
+def _reason(run: Run, rank: RankResult, exitcode: int) -> str:
+    name = exit_name(exitcode)
     out = any(text in line for line in rank.shown_lines[-LAST_LINES:] for text in _NO_MEMORY)
     match name:
         case "SIGKILL" if run.out_of_memory:
@@ -170,11 +177,10 @@ def _reason(run: Run, rank: RankResult, name: str) -> str:
             return "C++ code gave up; the reason is in the last lines of its output."
         case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":
             return "C or C++ code crashed; nothing in Python can catch that."
-        case _ if rank.exitcode < 0:
+        case _ if exitcode < 0:
             return "Another process sent that signal."
     return (
-        f"Its process left without returning: os._exit({rank.exitcode}), "
-        "or a library that calls exit()."
+        f"Its process left without returning: os._exit({exitcode}), or a library that calls exit()."
     )
 
 

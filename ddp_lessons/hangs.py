@@ -178,11 +178,15 @@ class _Hang:
         """What to try where ranks did not come."""
         after = self.run.hung_after
         limit = "" if after is None else f"No rank made progress for {after:g} s. "
+        recorded = any(rank.exitcode is None for rank in self.away)
+        slow = "" if recorded else advice.SLOW
         match kind:
             case "computing":
-                return limit + advice.SLOW
+                return limit + slow
             case "blocked in Python":
-                return limit + advice.IDLE + advice.SLOW
+                return limit + advice.IDLE + slow
+            case "no answer" if recorded:
+                return advice.RECORD
             case "no answer":
                 return advice.IN_C + advice.SLOW
             case "suspended":
@@ -218,6 +222,8 @@ class _Hang:
                 return f"{who} {is_} busy{where}"
             case "suspended":
                 return f"{who} {is_} suspended{where}"
+            case "no answer" if rank.exitcode is None:
+                return f"{who} did not come"
             case "no answer":
                 return f"{who} did not answer"
             case _:

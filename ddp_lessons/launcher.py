@@ -266,6 +266,7 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
         stack=stacks.parse(worker.stack_text),
         activity=worker.activity,
         dropped=worker.tapes.dropped(worker.rank),
+        group_rank=worker.place.group_rank,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import stacks
+from ddp_lessons import sites, stacks
 from ddp_lessons.losses import gave_up, lost_partner
 from ddp_lessons.messages import Frame
 from ddp_lessons.stacks import Position
@@ -50,6 +50,15 @@ def line(frame: Frame | None) -> str:
     return f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
 
 
+def _after(rank: RankResult) -> str:
+    """`, after all_reduce at train.py, line 7`: its last call, where a record ends."""
+    calls = [span for span in rank.spans if span.op and span.site]
+    if not calls:
+        return ""
+    frame = stacks.frame_at(*sites.split(calls[-1].site or ""))
+    return f", after {calls[-1].op} at {stacks.line_name(frame)}"
+
+
 def _doing(rank: RankResult) -> tuple[str, str]:
     """A verb, and the rest of the line."""
     frame, call = position(rank)
@@ -62,7 +71,9 @@ def _doing(rank: RankResult) -> tuple[str, str]:
             return "lost its partner in", f"{call}{line(frame)}"
         case "raised":
             return "raised", f"{rank.error.summary if rank.error else ''}{line(frame)}"
-        case "stopped" if frame is None:
+        case "stopped" if call is None and frame is None and rank.exitcode is None:
+            return "is", f"outside torch.distributed{_after(rank)}"
+        case "stopped" if call is None and frame is None:
             return "did not answer:", "suspended, or busy in C code"
         case "stopped" if rank.activity == "suspended" or call is None:
             return "is", f"{rank.activity or 'idle'}{line(frame)}"

@@ -13,11 +13,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_lessons import cells, import_lines
+from ddp_lessons import cells, import_lines, per_rank
 from ddp_lessons.cells import FUNCTIONS, CannotExport, Cell, Statement
 from ddp_lessons.import_lines import LINE_LENGTH, Import
 from ddp_lessons.launches import Call, check_arguments, find_call
-from ddp_lessons.needs import Needs, Use
+from ddp_lessons.needs import Needs
 
 __all__ = ["CannotExport", "script"]
 
@@ -45,7 +45,8 @@ def script(notebook: Path, function: str, args: str | None = None) -> str:
     needs = Needs(read, statements, call.position, call.statement)
     needs.require(function)
     for name in sorted(call.names):
-        needs.require(name, use=Use())
+        needs.require(name)
+    per_rank.refuse(needs, call.arguments)
     return _written(notebook, definition, call, needs)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -203,11 +204,17 @@ def _given(args: str) -> list[str]:
         raise CannotExport(f"--args {args!r} are no arguments: {error.msg}.") from error
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         raise CannotExport(f"--args {args!r} are no arguments of a call.")
-    found = [ast.get_source_segment(text, one) or "" for one in node.args]
+    found = [_double_quoted(ast.get_source_segment(text, one) or "") for one in node.args]
     for keyword in node.keywords:
-        value = ast.get_source_segment(text, keyword.value) or ""
+        value = _double_quoted(ast.get_source_segment(text, keyword.value) or "")
         found.append(f"{keyword.arg}={value}" if keyword.arg else f"**{value}")
     return found
+
+
+def _double_quoted(text: str) -> str:
+    """A shell's quotes leave only single ones to the user; a script has double ones."""
+    simple = re.compile(r"""(?<![\w'"\\])'([^'"\\\n]*)'(?!')""")
+    return text if '"' in text else simple.sub(r'"\1"', text)
 
 
 def _not_of_a_comprehension(call: Call, statement: Statement, node: ast.Call) -> None:

@@ -182,9 +182,10 @@ class Needs:
         """Refuse a name that something out of sight may have bound or changed."""
         around = self._compound_around(before)
         if around and name in around.binds | around.changes:
+            advice = "Bind it in a cell above." if use.chain else "Give the arguments with --args."
             raise CannotExport(
                 f"{use} needs {name!r} ({use.place(name)}), which is bound by the statement "
-                f"around launch(...) itself ({around}). Give the arguments with --args."
+                f"around launch(...) itself ({around}). {advice}"
             )
         since = history[0].position if history else (0, 0)
         for statement in self.statements:

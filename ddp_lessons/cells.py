@@ -7,10 +7,11 @@ executed; magics are taken out with IPython's own transformer.
 from __future__ import annotations
 
 import ast
+import copy
 import json
 import re
 import symtable
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,6 @@ from pathlib import Path
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 LOOPS = (ast.For, ast.AsyncFor, ast.While)
 COMPOUND = (*LOOPS, ast.If, ast.With, ast.AsyncWith, ast.Try, ast.TryStar, ast.Match)
-_COMPREHENSIONS = {"listcomp", "setcomp", "dictcomp", "genexpr"}
 # Cell magics whose cell is Python that runs in the notebook's own namespace.
 _PYTHON_MAGICS = {"capture", "time", "prun"}
 
@@ -38,7 +38,7 @@ class Cell:
     @cached_property
     def lines(self) -> list[str]:
         """The lines of the source."""
-        return self.source.splitlines()
+        return self.source.split("\n")
 
 
 @dataclass(eq=False)
@@ -103,7 +103,7 @@ class Statement:
         if self.shares_a_line:
             return ast.get_source_segment(self.cell.source, self.node) or ""
         first, last = self.span
-        return "\n".join(line.rstrip() for line in self.cell.lines[first:last])
+        return "\n".join(self.cell.lines[first:last]).rstrip()
 
     def line_of(self, name: str) -> int:
         """The first line of its cell in which it uses `name`."""
@@ -135,12 +135,14 @@ def read(notebook: Path) -> list[Cell]:
 
 def statements(cells: Iterable[Cell]) -> list[Statement]:
     """All top-level statements of the cells that parse, in the notebook's order."""
-    return [
+    found = [
         _analysed(Statement(cell, node, (cell.number, index)))
         for cell in cells
         if cell.tree is not None
         for index, node in enumerate(cell.tree.body)
     ]
+    _note_changed_arguments(found)
+    return found
 
 
 def runs_at_once(node: ast.AST) -> Iterator[ast.AST]:
@@ -158,7 +160,7 @@ def names_in(arguments: str) -> set[str]:
     """The global names that the arguments of a call need, those of lambdas in it included."""
     node = ast.parse(f"_({arguments}\n)").body[0]
     statement = Statement(Cell(0, "", None), node, (0, 0))
-    _names(symtable.symtable(f"_({arguments}\n)", "arguments", "exec"), statement, at_once=True)
+    _names(_scopes(node), statement, at_once=True)
     return (statement.at_once | statement.later) - {"_"}
 
 
@@ -217,11 +219,7 @@ def _cell(number: int, source: str) -> Cell:
 
 def _analysed(statement: Statement) -> Statement:
     node = statement.node
-    source = ast.get_source_segment(statement.cell.source, node) or ""
-    decorators = getattr(node, "decorator_list", [])
-    if decorators:
-        source = "\n".join(statement.cell.lines[statement.first_line - 1 : node.end_lineno])
-    _names(symtable.symtable(source, "cell", "exec"), statement, at_once=True)
+    _names(_scopes(node), statement, at_once=True)
     for part in runs_at_once(node):
         statement.changes |= set(_changed(part))
     statement.at_once |= statement.changes
@@ -232,11 +230,42 @@ def _analysed(statement: Statement) -> Statement:
     return statement
 
 
+def _scopes(node: ast.stmt) -> symtable.SymbolTable:
+    """The scopes of a statement, as Python itself sees them."""
+    return symtable.symtable(ast.unparse(_Plain().visit(copy.deepcopy(node))), "cell", "exec")
+
+
+class _Plain(ast.NodeTransformer):
+    """The same names in the same scopes, without what symtable or unparse treat in their own ways.
+
+    From Python 3.12 on, comprehensions are part of the scope around them, but generators are not.
+    """
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp) -> ast.AST:
+        return self.generic_visit(ast.GeneratorExp(node.elt, node.generators))
+
+    visit_SetComp = visit_ListComp
+
+    def visit_DictComp(self, node: ast.DictComp) -> ast.AST:
+        pair = ast.Tuple([node.key, node.value], ast.Load())
+        return self.generic_visit(ast.GeneratorExp(pair, node.generators))
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        parts = [
+            p
+            for value in node.values
+            if isinstance(value, ast.FormattedValue)
+            for p in (value.value, value.format_spec)
+            if p is not None
+        ]
+        return self.generic_visit(ast.Tuple(parts, ast.Load()))
+
+
 def _names(table: symtable.SymbolTable, statement: Statement, at_once: bool) -> None:
     """Sort the global names of a scope, and of those inside it, by when they are looked up."""
     top = table.get_type() == "module"
     if table.get_type() == "function":
-        at_once = at_once and table.get_name() in _COMPREHENSIONS
+        at_once = at_once and table.get_name() == "genexpr"
     for symbol in table.get_symbols():
         if not (top or symbol.is_global()):
             continue
@@ -248,9 +277,26 @@ def _names(table: symtable.SymbolTable, statement: Statement, at_once: bool) -> 
         _names(inner, statement, at_once)
 
 
+def _note_changed_arguments(found: Sequence[Statement]) -> None:
+    """Note that `fill(x)` changes x where the notebook's function `fill` changes its argument."""
+    changed: dict[str, set[int]] = {}
+    for statement in found:
+        if isinstance(node := statement.node, ast.FunctionDef):
+            names = {name for part in ast.walk(node) for name in _changed(part)}
+            changed[node.name] = {i for i, a in enumerate(node.args.args) if a.arg in names}
+        for part in runs_at_once(statement.node):
+            if isinstance(part, ast.Call) and isinstance(part.func, ast.Name):
+                for index, argument in enumerate(part.args):
+                    if index in changed.get(part.func.id, ()):
+                        statement.changes |= set(root(argument))
+
+
 def _changed(node: ast.AST) -> Iterator[str]:
     """The names whose objects a node changes."""
     match node:
+        case ast.Expr(value=ast.Call(func=called, args=[first, *_])) if _in_place(called):
+            yield from root(first)
+            yield from root(called)
         case ast.AugAssign(target=ast.Name() as target):
             yield target.id
         case (
@@ -259,6 +305,12 @@ def _changed(node: ast.AST) -> Iterator[str]:
             yield from root(node)
         case ast.Expr(value=ast.Call(func=ast.Attribute() as called)):
             yield from root(called)
+
+
+def _in_place(called: ast.expr) -> bool:
+    """True for `random.shuffle`, `setattr`, `nn.init.zeros_`: they change their first argument."""
+    name = getattr(called, "attr", getattr(called, "id", ""))
+    return name in ("shuffle", "setattr", "heapify", "heappush") or bool(re.search(r"\w_$", name))
 
 
 def root(node: ast.AST) -> Iterator[str]:

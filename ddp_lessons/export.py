@@ -16,7 +16,7 @@ from pathlib import Path
 from ddp_lessons import cells, import_lines, per_rank
 from ddp_lessons.cells import FUNCTIONS, CannotExport, Cell, Statement
 from ddp_lessons.import_lines import LINE_LENGTH, Import
-from ddp_lessons.launches import Call, check_arguments, find_call
+from ddp_lessons.launches import Call, check_arguments, environment, find_call
 from ddp_lessons.needs import Needs
 
 __all__ = ["CannotExport", "script"]
@@ -42,6 +42,7 @@ def script(notebook: Path, function: str, args: str | None = None) -> str:
     definition = _definition(function, read, statements)
     call = find_call(function, definition, statements, args)
     check_arguments(definition, call)
+    call.env = environment(statements, call.position) | call.env
     needs = Needs(read, statements, call.position, call.statement)
     needs.require(function)
     for name in sorted(call.names):

@@ -55,6 +55,23 @@ def find_call(
     return call
 
 
+def environment(statements: Sequence[Statement], position: Position) -> dict[str, str]:
+    """What the cells before the place put into os.environ: the ranks of a launch see it."""
+    found: dict[str, str] = {}
+    for statement in statements:
+        match statement.node:
+            case ast.Assign(
+                targets=[
+                    ast.Subscript(
+                        value=ast.Attribute(attr="environ"), slice=ast.Constant(value=key)
+                    )
+                ],
+                value=ast.Constant(value=value),
+            ) if statement.position < position:
+                found[str(key)] = str(value)
+    return found
+
+
 def check_arguments(definition: Statement, call: Call) -> None:
     """Refuse arguments with which the function cannot be called."""
     node = definition.node

@@ -144,6 +144,8 @@ class Needs:
         """Require what the statement needs when it runs, and what its functions need later."""
         here = statement.position
         for name in sorted(statement.at_once):
+            if name in statement.binds and not self.history(name, here):
+                continue  # as in `with open(path) as file: text = file.read()`
             self.require(name, here, at, use)
             if _calls(statement):
                 self.require(name, here, here, use)

@@ -176,6 +176,27 @@ def test_a_submodule_is_imported_where_it_is_used(export: Export) -> None:
             id="own-names-are-not-the-notebook's",
         ),
         pytest.param(
+            ["with open('a') as file:\n    a = file.read()", "def f(rank):\n    return a"],
+            "with open('a') as file:\n    a = file.read()\n\n\ndef f(rank):\n    return a",
+            id="a-with-is-whole",
+        ),
+        pytest.param(
+            [
+                "def fill(x):\n    x['a'] = 1",
+                "a, b, k = {}, [k for k in (1, 2)], 3",
+                "fill(a)\nprint(b)\nawait b",
+                "def f(rank):\n    return a",
+            ],
+            "def fill(x):\n    x['a'] = 1\n\n\na, b, k = {}, [k for k in (1, 2)], 3\n\n"
+            "fill(a)\n\n\ndef f(rank):\n    return a",
+            id="changed-by-a-function",
+        ),
+        pytest.param(
+            ["def f(rank):\n    return '''\n# text  \n\n x  \n'''"],
+            "def f(rank):\n    return '''\n# text  \n\n x  \n'''",
+            id="text-to-the-last-blank",
+        ),
+        pytest.param(
             [
                 "counter = 0",
                 "def f(rank):\n    global counter\n    counter += 1\n    return counter",
@@ -214,6 +235,7 @@ def test_what_is_kept(export: Export, sources: list[str], kept: str) -> None:
         ("launch(f, args=pair)", "f(rank, *pair)", "node 2 f.py"),
         ("n = 6\nlaunch(f, args=(n, n))\nlaunch(f, args=(8, 9))", "f(rank, n, n)", "node 2 f.py"),
         ("launch(f, (1, 2), nnodes=2)", "f(rank, 1, 2)", "--nnodes 2 --nproc-per-node 2 --rdzv"),
+        ("import os\nos.environ['A'] = '1'\nlaunch(f, (1, 2))", "f(rank, 1, 2)", "# A=1 torchrun"),
         ("launch(f, (1, 2), env={'A': 'b c'})", "f(rank, 1, 2)", "\n    # A='b c' torchrun ..."),
     ],
 )

@@ -14,8 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ddp_lessons import cells, launch
-from ddp_lessons.export import CannotExport, script
+from ddp_lessons import launch
+from ddp_lessons.export import CannotExport, cells, script
 from tests.test_cli import _command
 
 ROOT = Path(__file__).parent.parent

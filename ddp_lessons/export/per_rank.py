@@ -9,8 +9,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 
-from ddp_lessons.cells import FUNCTIONS, CannotExport, Statement, runs_at_once
-from ddp_lessons.needs import Needs
+from ddp_lessons.export.cells import FUNCTIONS, CannotExport, Statement, runs_at_once
+from ddp_lessons.export.needs import Needs
 
 _ANOTHER = (
     "tempfile",

@@ -13,13 +13,11 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddp_lessons import cells, import_lines, per_rank
-from ddp_lessons.cells import FUNCTIONS, CannotExport, Cell, Statement
-from ddp_lessons.import_lines import LINE_LENGTH, Import
-from ddp_lessons.launches import Call, check_arguments, environment, find_call
-from ddp_lessons.needs import Needs
-
-__all__ = ["CannotExport", "script"]
+from ddp_lessons.export import cells, import_lines, per_rank
+from ddp_lessons.export.cells import FUNCTIONS, CannotExport, Cell, Statement
+from ddp_lessons.export.import_lines import LINE_LENGTH, Import
+from ddp_lessons.export.launches import Call, check_arguments, environment, find_call
+from ddp_lessons.export.needs import Needs
 
 
 def script(notebook: Path, function: str, args: str | None = None) -> str:

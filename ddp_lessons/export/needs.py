@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ddp_lessons.cells import (
+from ddp_lessons.export.cells import (
     COMPOUND,
     FUNCTIONS,
     LOOPS,

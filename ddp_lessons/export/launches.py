@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddp_lessons.cells import CannotExport, Statement, names_in, runs_at_once
-from ddp_lessons.needs import Position
+from ddp_lessons.export.cells import CannotExport, Statement, names_in, runs_at_once
+from ddp_lessons.export.needs import Position
 
 _PARAMETERS = ("fn", "args", "nprocs")
 _COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -43,6 +43,10 @@ LEFT = (
     "destroy_process_group is for the very end: no rank may call it while others still communicate."
 )
 IN_C = "It did not print its stack: it is busy in C code. "
+NETWORK = (
+    "All ranks made the same call, so their code is right. Do the machines still reach each other "
+    "(ping), and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name an interface that leads there?"
+)
 RECORD = (
     "A record tells of the calls of torch.distributed. Where a rank is between them, `py-spy dump "
     "--pid` on its machine tells, while it hangs."

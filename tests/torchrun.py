@@ -35,7 +35,12 @@ def agent(
     process = subprocess.Popen(
         [*prefix, *command(script, *options)],
         cwd=script.parent,
-        env={**os.environ, **QUIET, **(env or {})},
+        env={
+            **os.environ,
+            **QUIET,
+            "TORCHINDUCTOR_CACHE_DIR": str(script.parent / "cache"),  # DDP's imports make it
+            **(env or {}),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

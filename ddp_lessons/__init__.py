@@ -15,6 +15,7 @@ from ddp_lessons.warm import warm_in_kernel
 
 if TYPE_CHECKING:
     from ddp_lessons import plots
+    from ddp_lessons.backends import recommend_backend
     from ddp_lessons.buckets import watch_ddp
     from ddp_lessons.errors import (
         BadLaunch,
@@ -40,6 +41,7 @@ __all__ = [
     "WorkersHung",
     "launch",
     "plots",
+    "recommend_backend",
     "span",
     "steps",
     "watch_ddp",
@@ -48,6 +50,7 @@ _HOME = {
     "RankResult": "results",
     "Run": "results",
     "launch": "launcher",
+    "recommend_backend": "backends",
     "span": "recording",
     "steps": "recording",
     "watch_ddp": "buckets",

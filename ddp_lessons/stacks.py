@@ -25,7 +25,15 @@ _DDP = "DistributedDataParallel"
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _INFRASTRUCTURE = tuple(
     os.path.join(_HERE, f"{name}.py")
-    for name in ("worker", "recording", "rendezvous", "collectives", "flights", "buckets")
+    for name in (
+        "worker",
+        "recording",
+        "rendezvous",
+        "collectives",
+        "flights",
+        "buckets",
+        "backends",
+    )
 )
 _LIBRARIES = tuple(
     {

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ddp_lessons.messages import Span
     from ddp_lessons.results import RankResult, Run
 
+PROFILED = ("gloo", "nccl")  # lanes of what torch.profiler saw of the same communication
 MOST = 2 / 3  # of all waiting: who causes so much is the straggler
 NOTEWORTHY = 0.05  # of the ranks' time: less waiting is the noise of any machine
 WARM_UP, MANY_STEPS = 2, 4  # so many steps are left out where there are more than so many
@@ -232,7 +233,7 @@ def _split(span: Span, t1_ns: int, shares: Iterable[Share]) -> Iterator[Segment]
 def _communication(rank: RankResult) -> dict[int | None, Intervals]:
     by_step: dict[int | None, Intervals] = {}
     for span, t1_ns in ended(rank.spans, rank.ended_ns):
-        if span.kind == "comm" and span.lane != "gloo" and span.op not in GROUP_CALLS:
+        if span.kind == "comm" and span.lane not in PROFILED and span.op not in GROUP_CALLS:
             by_step.setdefault(span.step, []).append((span.t0_ns, t1_ns))
     return by_step
 

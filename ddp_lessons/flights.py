@@ -40,7 +40,9 @@ class Flight:
 
     def carry(self, work: Any) -> None:
         """Watch the work that a call returned."""
-        if work is None:  # the call failed, or this rank is not in the group
+        if work is None or isinstance(work, int):
+            # The call failed, this rank is not in the group, or the stream of a GPU does the work
+            # of a call that returns no handle: recv gives back who sent.
             self.done()
             return
         _flights[work] = self

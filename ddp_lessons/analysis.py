@@ -141,7 +141,8 @@ def straggler(run: Run) -> Straggler:
     """Who keeps the others waiting, and whether it is always the same rank.
 
     Only collectives in which all wait for all count, and where there are steps only those inside
-    them; of more than four steps the first two, the warm-up, do not.
+    them; of more than four steps the first two, the warm-up, do not. With NCCL it is the GPUs that
+    wait.
     """
     steps = [s for s in run.spans() if s.lane == "steps" and s.t1_ns is not None]
     counts = _counted({s.step for s in steps})
@@ -293,6 +294,20 @@ def _causes(run: Run) -> Iterator[tuple[int, int | None, int]]:
             continue
         if share.pattern == ALL_TO_ALL:
             yield share.last_rank, segment.step, segment.t1_ns - segment.t0_ns
+    on_device = {rank.rank: set(_on_device(rank)) for rank in run.ranks}
+    for share in waits(run):
+        if share.t0_ns not in on_device[share.rank] or share.last_rank is None:
+            continue
+        if share.pattern == ALL_TO_ALL and share.wait_ns:
+            yield share.last_rank, share.step, share.wait_ns
+
+
+def _on_device(rank: RankResult) -> Iterator[int]:
+    """When collectives began that a GPU waited in, while the main thread went on."""
+    blocked = any(s.kind == "wait" and s.op is None for s in rank.spans)  # for its buckets
+    for span in rank.spans:
+        if span.lane == "cuda" or (span.lane == "buckets" and not blocked):
+            yield span.t0_ns
 
 
 def _time(run: Run, steps: Iterable[Span]) -> float:

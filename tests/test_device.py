@@ -1,23 +1,31 @@
 """What is done with the times of the device, with events of a device made up here.
 
 That CUDA's own events behave so is tested where there is a GPU, in tests/test_gpu.py. What CUDA can
-do that no test there can ask for, such as failing or hanging, is tested only here.
+do that no test there can ask for, such as failing or hanging, is tested only here. And ranks on
+CPUs that take gloo for NCCL go the way that NCCL's calls will go, as far as Python is concerned.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons import device
+from ddp_lessons import Run, device, launch, watch_ddp
 from ddp_lessons.device import Stopwatch
 from ddp_lessons.messages import Span
 from ddp_lessons.recording import Recorder
 from ddp_lessons.tape import Facts, Tape, Tapes
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Gpu:
@@ -170,3 +178,106 @@ def test_cpu_tensors_are_on_no_device() -> None:
     assert device.of([torch.ones(1)]) is None
     assert device.of([]) is None
     assert device.of(None) is None
+
+
+# Ranks on CPUs that take gloo for NCCL
+
+
+class HostEvent:
+    """An event of a device that has done all it was told as soon as it was told."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self._at = 0.0
+
+    def record(self, _: Any) -> None:
+        self._at = time.perf_counter() * 1e3
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, other: HostEvent) -> float:
+        return other._at - self._at
+
+
+def take_gloo_for_nccl() -> None:
+    torch.cuda.Event = HostEvent
+    torch.cuda.Stream = torch.cuda.current_stream = lambda device: None
+    device.is_streamed = lambda process_group: True
+
+    def of(tensor: Any) -> str | None:
+        first = tensor[0] if isinstance(tensor, list) else tensor
+        return "gpu" if isinstance(first, torch.Tensor) else None
+
+    device.of = of
+
+
+def calls(rank: int) -> list[Any]:
+    take_gloo_for_nccl()
+    dist.init_process_group("gloo")
+    x, y, parts = torch.ones(100), torch.zeros(100), [torch.zeros(100) for _ in range(2)]
+    if rank == 1:
+        time.sleep(0.05)
+    found = [dist.all_reduce(x)]
+    dist.all_reduce(x, async_op=True).wait()
+    dist.barrier()
+    ops = [dist.P2POp(dist.isend, x, 1 - rank), dist.P2POp(dist.irecv, y, 1 - rank)]
+    for handle in dist.batch_isend_irecv(ops):
+        handle.wait()
+    found.append(dist.send(x, 1) if rank == 0 else dist.recv(y, 0))
+    dist.all_gather(parts, x)
+    dist.destroy_process_group()
+    return [*found, x[0].item(), y[0].item(), parts[1][0].item()]
+
+
+@pytest.fixture(scope="module")
+def called() -> Run:
+    return launch(calls)
+
+
+def test_every_kind_of_call_returns_what_it_returns_without(called: Run) -> None:
+    assert called.values == [[None, None, 4.0, 4.0, 4.0], [None, 0, 4.0, 4.0, 4.0]]
+
+
+def test_every_call_has_its_time_on_the_device(called: Run) -> None:
+    for rank, last in ((0, "send"), (1, "recv")):
+        spans = [s for s in called.ranks[rank].spans if s.lane == "cuda"]
+        assert [(s.op, s.seq) for s in spans] == [
+            ("all_reduce", 0),
+            ("all_reduce", 1),
+            ("isend", 0),
+            ("irecv", 0),
+            (last, 1),
+            ("all_gather", 3),  # the barrier was 2: it is no work of a stream for its caller
+        ]
+        assert all(s.t1_ns is not None for s in spans)
+    (first,) = [share for share in called.waits() if (share.rank, share.seq) == (0, 0)][:1]
+    assert first.last_rank == 1
+    assert first.wait_ns > 30_000_000
+
+
+def trains(rank: int, late: float) -> float:
+    take_gloo_for_nccl()
+    dist.init_process_group("gloo")
+    model = watch_ddp(DistributedDataParallel(nn.Linear(256, 256), bucket_cap_mb=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        if rank == 1:
+            time.sleep(late)
+        model(torch.ones(4, 256)).sum().backward()
+        optimizer.step()
+    dist.destroy_process_group()
+    return float(next(model.parameters()).sum().item())
+
+
+def test_buckets_have_times_of_the_device_and_nobody_waits_on_the_host() -> None:
+    run = launch(trains, args=(0.03,))
+    assert run.values[0] == run.values[1]
+    buckets = [s for s in run.ranks[0].spans if s.lane == "buckets"]
+    assert {s.step for s in buckets} == set(range(6))
+    assert all(s.t1_ns is not None for s in buckets)
+    assert not any(s.kind == "wait" for s in run.spans())
+    assert run.straggler()[:2] == ("chronic", 1)

@@ -281,3 +281,20 @@ def test_buckets_have_times_of_the_device_and_nobody_waits_on_the_host() -> None
     assert all(s.t1_ns is not None for s in buckets)
     assert not any(s.kind == "wait" for s in run.spans())
     assert run.straggler()[:2] == ("chronic", 1)
+
+
+def never_meets(rank: int) -> None:
+    take_gloo_for_nccl()
+    HostEvent.query = lambda self: False  # type: ignore[method-assign]
+    dist.init_process_group("gloo")
+    if rank != 1:
+        dist.all_reduce(torch.ones(1), async_op=True)
+    while True:  # as torch.cuda.synchronize() does
+        pass
+
+
+def test_a_hang_names_what_the_gpus_are_at() -> None:
+    run = launch(never_meets, nprocs=3, timeout=2, check=False)
+    text = run.explain()
+    assert "ranks 0 and 2 have not finished on their GPUs: all_reduce" in text
+    assert "dist.all_reduce(torch.ones(1), async_op=True)" in text

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons import Run, device, launch, watch_ddp
+from ddp_lessons import Run, collectives, device, launch, watch_ddp
 from ddp_lessons.device import Stopwatch
 from ddp_lessons.messages import Span
 from ddp_lessons.recording import Recorder
@@ -256,6 +256,28 @@ def test_every_call_has_its_time_on_the_device(called: Run) -> None:
     (first,) = [share for share in called.waits() if (share.rank, share.seq) == (0, 0)][:1]
     assert first.last_rank == 1
     assert first.wait_ns > 30_000_000
+
+
+def batch_with_one_handle(rank: int) -> None:
+    """As NCCL does it: the handle has no future, and stands for all calls of the batch."""
+    take_gloo_for_nccl()
+    dist.init_process_group("gloo")
+    batched = collectives._batched("batch_isend_irecv", lambda ops: [dist.barrier(async_op=True)])
+    x = torch.ones(1)
+    ops = [dist.P2POp(dist.isend, x, 1 - rank), dist.P2POp(dist.irecv, x, 1 - rank)]
+    (handle,) = batched(ops)
+    handle.wait()
+    batched(ops)
+    dist.destroy_process_group()
+
+
+def test_a_batch_ends_when_its_one_handle_is_waited_for() -> None:
+    run = launch(batch_with_one_handle)
+    spans = [s for s in run.ranks[0].spans if s.lane == "cuda"]
+    ended = [(s.op, s.seq, s.t1_ns is not None) for s in spans]
+    assert sorted(ended) == [
+        ("irecv", 0, True), ("irecv", 1, False), ("isend", 0, True), ("isend", 1, False)
+    ]  # fmt: skip
 
 
 def trains(rank: int, late: float) -> float:

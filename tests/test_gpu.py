@@ -247,6 +247,28 @@ def test_sends_and_batches() -> None:
 
 
 @needs_two
+def test_what_nccl_does_as_a_group_of_calls() -> None:
+    """Its handle has no future to ask."""
+
+    def work(rank: int) -> list[int]:
+        device = join("nccl")
+        unequal = [torch.zeros(1 + r, device=device) for r in range(2)]
+        dist.all_gather(unequal, torch.ones(1 + rank, device=device), async_op=True).wait()
+        handle: Any = (
+            dist.isend(unequal[0], 1) if rank == 0 else dist.irecv(torch.zeros(1, device=device), 0)
+        )
+        handle.wait()
+        torch.cuda.synchronize()
+        dist.destroy_process_group()
+        return [int(part.sum().item()) for part in unequal]
+
+    run = launch(work, nprocs=2)
+    assert run.values == [[1, 2], [1, 2]]
+    assert [s.op for s in lane(run, 0, "cuda")] == ["all_gather", "isend"]
+    assert all(s.t1_ns is not None for s in lane(run, 0, "cuda"))
+
+
+@needs_two
 def test_who_waits_for_whom_is_seen_on_the_device() -> None:
     def work(rank: int) -> None:
         device = join("nccl")

@@ -17,6 +17,7 @@ from ddp_lessons.warm import warm_in_kernel
 
 if TYPE_CHECKING:
     from ddp_lessons import plots
+    from ddp_lessons.backends import recommend_backend
     from ddp_lessons.buckets import watch_ddp
     from ddp_lessons.errors import (
         BadLaunch,
@@ -44,6 +45,7 @@ __all__ = [
     "launch",
     "load_run",
     "plots",
+    "recommend_backend",
     "span",
     "steps",
     "watch_ddp",
@@ -53,6 +55,7 @@ _HOME = {
     "Run": "results",
     "launch": "launcher",
     "load_run": "loading",
+    "recommend_backend": "backends",
     "span": "recording",
     "steps": "recording",
     "watch_ddp": "buckets",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import hangs, stacks
+from ddp_lessons import advice, hangs, stacks
 from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.partings import frame_of
@@ -97,7 +97,7 @@ def _advice(run: Run, cause: RankResult) -> str:
         return f"launch() calls {run.name}(rank, *args): does it take these arguments?"
     if any(text in cause.error.text for text in _NO_MEMORY):
         return "Memory ran out: use smaller tensors or batches, or fewer ranks."
-    return ""
+    return next((what for text, what in advice.BACKENDS.items() if text in cause.error.text), "")
 
 
 def _unsendable(run: Run, cause: RankResult) -> Verdict:

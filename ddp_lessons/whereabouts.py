@@ -19,6 +19,7 @@ _PLURAL = {
     "waits in": "wait in",
     "is": "are",
     "lost its partner in": "lost their partner in",
+    "has not finished on its GPU:": "have not finished on their GPUs:",
 }
 
 
@@ -39,10 +40,22 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
     texts: dict[tuple[str, str], list[int]] = {}
     for rank in ranks:
         texts.setdefault(_doing(rank), []).append(rank.rank)
+    for rank in ranks:
+        if (call := _on_gpu(rank)) is not None:
+            texts.setdefault(call, []).append(rank.rank)
     return [
         f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
         for (verb, rest), those in texts.items()
     ]
+
+
+def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
+    """What its GPU has not finished of what it was told first; its call returned long ago."""
+    for span in rank.spans:
+        if span.lane == "cuda" and span.t1_ns is None:
+            frame = stacks.frame_at(*sites.split(span.site)) if span.site else None
+            return "has not finished on its GPU:", f"{span.op}{line(frame)}"
+    return None
 
 
 def line(frame: Frame | None) -> str:

@@ -165,7 +165,7 @@ class Looks:
 
 def _is_beside(span: Span) -> bool:
     """In flight beside the threads of its rank."""
-    return span.lane in ("comm", "buckets", "gloo", "cuda")
+    return span.lane in ("comm", "buckets", "gloo", "nccl", "cuda")
 
 
 def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:

@@ -20,10 +20,6 @@ from ddp_lessons.wording import agree, at_head, exit_name, ranks_text
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, Run
 
-FORKSERVER_ENDED = (
-    "The process that starts the ranks, multiprocessing's forkserver, was ended while they ran. "
-    "The next launch starts a new one."
-)
 LAST_LINES = 5  # of a dead rank's output, shown as evidence
 FAILED = ("raised", "died", "unsendable")
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
@@ -114,8 +110,10 @@ def _died(run: Run, cause: RankResult) -> Verdict:
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
     kind: Kind = "killed" if cause.exitcode < 0 else "exited"
+    if cause.error is not None:
+        kind = "engine lost" if cause.error.type_name == "EngineLost" else "forkserver ended"
     return Verdict(
-        "forkserver ended" if cause.error is not None else kind,
+        kind,
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} {what}",
         (*lines, *_others(run, [cause.rank])),
@@ -136,6 +134,9 @@ def _last_call(run: Run, rank: RankResult) -> list[str]:
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:
     """What happened to a rank that died, and the likely reason."""
     name = exit_name(rank.exitcode)
+    if rank.error is not None and rank.error.type_name == "EngineLost":
+        what, _, why = rank.error.text.partition("\n")
+        return f"was lost: {what}", why
     if rank.error is not None:
         return "was lost", rank.error.text
     if rank.started_ns is None:

@@ -11,15 +11,15 @@ from urllib.parse import urlparse
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.016  # seconds between two knocks
 
 
-def reserve_port() -> socket.socket:
-    """A socket that holds a free loopback port for rank 0's store to listen on.
+def reserve_port(address: str = "127.0.0.1") -> socket.socket:
+    """A socket that holds a free port of this machine for rank 0's store to listen on.
 
     Asking for a free port and closing the socket leaves a gap in which another job may take it.
     This one stays bound for the whole run but never listens; with SO_REUSEADDR on both sides the
     store may bind the same port, while the system gives it to nobody else.
     """
     holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    holder.bind(("127.0.0.1", 0))
+    holder.bind((address, 0))
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return holder
 

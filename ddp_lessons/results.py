@@ -122,6 +122,8 @@ class RankResult:
                 return f"raised {self.error.summary if self.error else ''}"
             case "unsendable":
                 return "returned a value that cannot be pickled"
+            case "died" if self.error is not None and self.error.type_name == "EngineLost":
+                return f"was lost: {self.error.summary}"
             case "died":
                 return f"died: {wording.exit_name(self.exitcode)}"
             case "stopped":

@@ -110,7 +110,7 @@ def look() -> dict[str, Any]:
             versions[package] = metadata.version(package)
     return {
         "host": platform.node(),
-        "machine": f"{platform.node()} {clock_id()} {network.name()}",
+        "machine": f"{platform.node()} {clock_id().partition(' ')[0]} {network.name()}",
         "clock": clock_id(),
         "versions": versions,
         "address": network.own_address(_controller()),

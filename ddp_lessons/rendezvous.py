@@ -24,14 +24,17 @@ def reserve_port(address: str = "127.0.0.1") -> socket.socket:
     return holder
 
 
-def await_store(init_method: str | None, rank: int, timeout: float) -> None:
-    """Wait until rank 0's store on this machine listens, at most `timeout` seconds.
+def await_store(
+    init_method: str | None, rank: int, timeout: float, known_host: str = "127.0.0.1"
+) -> None:
+    """Wait until rank 0's store listens, at most `timeout` seconds.
 
     torch's own client pauses 0.25 s and more after a refused connection, so that a rank a
     millisecond early joins a quarter of a second late. This changes when a rank connects, never to
-    what. Any other way to rendezvous (file://, a store by hand, another host) returns at once.
+    what. It is for stores on this machine, or on the host where launch() has put rank 0. Any other
+    way to rendezvous (file://, a store by hand, another host) returns at once.
     """
-    address = _store_address(init_method)
+    address = _store_address(init_method, known_host)
     if rank <= 0 or address is None:
         return
     deadline = time.monotonic() + timeout
@@ -52,7 +55,7 @@ def rank_of(init_method: str | None, options: dict[str, Any]) -> int:
         return -1
 
 
-def _store_address(init_method: str | None) -> tuple[str, int] | None:
+def _store_address(init_method: str | None, known_host: str) -> tuple[str, int] | None:
     try:
         url = urlparse(init_method or "env://")
         if url.scheme == "env":
@@ -63,7 +66,7 @@ def _store_address(init_method: str | None) -> tuple[str, int] | None:
             return None
     except (KeyError, ValueError):
         return None  # torch explains a missing or malformed address better
-    return (host, port) if host in ("localhost", "127.0.0.1", "::1") else None
+    return (host, port) if host in ("localhost", "127.0.0.1", "::1", known_host) else None
 
 
 def _listens(address: tuple[str, int]) -> bool:

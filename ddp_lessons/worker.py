@@ -59,7 +59,13 @@ def main(
     _become_fresh(task, place)
     send = _Sender(messages)
     own_tape = Tape(tape.fileno(), place.rank)
-    recorder = recording.Recorder(place.rank, own_tape, send, one_clock=task.one_clock)
+    recorder = recording.Recorder(
+        place.rank,
+        own_tape,
+        send,
+        one_clock=task.one_clock,
+        host_of_rank_zero=task.environment["MASTER_ADDR"],
+    )
     tape.close()
     recording.install(recorder)
     code = _carry_out(task, place.rank, args, recorder)

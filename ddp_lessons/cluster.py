@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from ddp_lessons.engine import Order
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.interrupts import deferred_interrupt
 from ddp_lessons.messages import Span
-from ddp_lessons.remote import Engine, RemoteWorker
+from ddp_lessons.remote import SILENT, Engine, RemoteWorker
 from ddp_lessons.task import Meeting, Task, pack_arguments, places
 
 STARTED = 60.0  # seconds that engines may take to start their ranks' processes
@@ -39,6 +40,7 @@ class OnEngines(Crew):
         self._start_method = start_method
         self._history = contextlib.ExitStack()
         self._history.enter_context(engines.unnoticed(self._client))
+        self._looked_at = 0.0
         self._run = uuid.uuid4().hex
         self.workers: Sequence[RemoteWorker] = [
             RemoteWorker(place, engine, self._client, self._run)
@@ -66,6 +68,16 @@ class OnEngines(Crew):
         concurrent.futures.wait(asked, seconds, concurrent.futures.FIRST_COMPLETED)
         for worker in alive:
             worker.hear()
+        silent = [worker for worker in alive if worker.is_silent()]
+        if silent and time.monotonic() - self._looked_at > SILENT:
+            self._ask_controller_about(silent)
+            self._looked_at = time.monotonic()
+
+    def _ask_controller_about(self, silent: Sequence[RemoteWorker]) -> None:
+        """An engine may be busy with another task; the controller would tell if it had ended."""
+        if engines.queue_status(self._client) is None:
+            for worker in silent:
+                worker.lose_controller()
 
     def spans(self) -> list[Sequence[Span]]:
         asked = [worker.call("spans") if worker.alive else None for worker in self.workers]
@@ -85,10 +97,9 @@ class OnEngines(Crew):
         self.begin_ns = min([self.begin_ns, *(worker.began_ns for worker in self.workers)])
 
     def close(self) -> None:
-        left = [w for w in self.workers if w.engine.id in self._client.ids]
-        with contextlib.suppress(OSError):  # the client is closed
-            asked = [worker.call("finish") for worker in left]
-            concurrent.futures.wait(asked, ENDED)
+        asked = [(worker.call("finish"), worker.lost) for worker in self.workers]
+        answers = [told for told, lost in asked if told is not None and lost is None]
+        concurrent.futures.wait(answers, ENDED)
         self._history.close()
 
     def _meetings(self) -> list[Meeting]:
@@ -130,7 +141,7 @@ class OnEngines(Crew):
                 results.append(None)
                 continue
             try:
-                results.append(result.get(timeout=0))
+                results.append(result.result(timeout=0))
             except error.RemoteError as failure:
                 if failure.ename != "EngineError":
                     raise LaunchError(

@@ -157,7 +157,7 @@ def _facts(number: int, result: Any) -> tuple[dict[str, Any] | None, int]:
     from ipyparallel import error
 
     try:
-        return result.get(timeout=0), result.answered_ns or time.perf_counter_ns()
+        return result.result(timeout=0), result.answered_ns or time.perf_counter_ns()
     except error.RemoteError as failure:
         if failure.ename == "EngineError":
             return None, 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ddp_lessons import hangs, stacks
 from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
+from ddp_lessons.messages import FORKSERVER
 from ddp_lessons.partings import frame_of
 from ddp_lessons.verdict import Kind, Verdict
 from ddp_lessons.whereabouts import line
@@ -42,7 +43,7 @@ def explain(run: Run) -> Verdict | None:
         case "unsendable":
             return _unsendable(run, cause)
         case _:
-            return _died(run, cause)
+            return _died(run, cause) if cause.error is None else _lost(run, cause)
 
 
 def _got_another_size(rank: RankResult) -> bool:
@@ -110,13 +111,25 @@ def _died(run: Run, cause: RankResult) -> Verdict:
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
     kind: Kind = "killed" if cause.exitcode < 0 else "exited"
-    if cause.error is not None:
-        kind = "engine lost" if cause.error.type_name == "EngineLost" else "forkserver ended"
     return Verdict(
         kind,
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} {what}",
         (*lines, *_others(run, [cause.rank])),
+    )
+
+
+def _lost(run: Run, cause: RankResult) -> Verdict:
+    """What started a rank was gone before it could tell how the rank ended."""
+    assert cause.error is not None
+    same = [rank.rank for rank in run.ranks if rank.error == cause.error]
+    what, _, why = cause.error.text.partition("\n")
+    kind: Kind = "forkserver ended" if cause.error.type_name == FORKSERVER else "engine lost"
+    return Verdict(
+        kind,
+        tuple(same),
+        f"{ranks_text(same)} of {run.world_size} {agree(same, 'was', 'were')} lost: {what}",
+        (why, *_last_call(run, cause), *_others(run, same)),
     )
 
 
@@ -134,11 +147,6 @@ def _last_call(run: Run, rank: RankResult) -> list[str]:
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:
     """What happened to a rank that died, and the likely reason."""
     name = exit_name(rank.exitcode)
-    if rank.error is not None and rank.error.type_name == "EngineLost":
-        what, _, why = rank.error.text.partition("\n")
-        return f"was lost: {what}", why
-    if rank.error is not None:
-        return "was lost", rank.error.text
     if rank.started_ns is None:
         return (
             f"ended with {name} before its function was called",

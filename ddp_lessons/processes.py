@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons import orphans
-from ddp_lessons.messages import ErrorRecord, Span
+from ddp_lessons.messages import FORKSERVER, ErrorRecord, Span
 from ddp_lessons.tape import Tapes
 from ddp_lessons.task import Argument, PackedArgument, Place, Task
 from ddp_lessons.workers import CHANNELS, NOTED_OVER, UNKNOWN_EXIT, Worker
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
 FORKSERVER_ENDED = ErrorRecord(
-    "ForkserverEnded",
-    "The process that starts the ranks, multiprocessing's forkserver, was ended while they ran. "
+    FORKSERVER,
+    "the process that starts the ranks, multiprocessing's forkserver, was ended while they ran\n"
     "The next launch starts a new one.",
     (),
 )

@@ -12,14 +12,33 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddp_lessons.engine import Call, News, Question, Signal
-from ddp_lessons.messages import ErrorRecord, Span
+from ddp_lessons.engine import LEASE, Call, News, Order, Question, Signal
+from ddp_lessons.messages import ENGINE, ErrorRecord, Span
 from ddp_lessons.task import Place
 from ddp_lessons.workers import UNKNOWN_EXIT, Worker
 
 PATIENCE = 0.2  # seconds that an engine waits for something to tell
-LOST = "EngineLost"
+SILENT = 5.0  # seconds without an answer after which to ask the controller
 RETRIES = 5  # of a question that failed, in a row
+
+
+_ENDED = (
+    "Its rank ended with it. It was killed or stopped, or its host is gone: the cluster's logs may "
+    "tell. Start an engine in its place, or launch on those that are left."
+)
+_CLOSED = (
+    "The cluster was stopped, its host is gone, or the client was closed. The engines end their "
+    f"ranks by themselves within {LEASE:.0f} seconds. Start the cluster, connect a new client, and "
+    "launch again."
+)
+_FORGOTTEN = (
+    f"It had not been asked for news for {LEASE:.0f} seconds: the notebook's process stood still, "
+    "or the network between them."
+)
+_SILENT = (
+    "It carries out another task, was suspended, or cannot be reached. It ends the rank when it "
+    "goes on."
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,6 @@ class RemoteWorker(Worker):
         self.asked: Any = None  # the question on its way, an AsyncResult
         self.asked_at = 0.0
         self._client = client
-        self._view: Any = client[engine.id]
         self._run = run
         self._asked_to_start = False
         self._heard = 0
@@ -66,10 +84,19 @@ class RemoteWorker(Worker):
         return self._asked_to_start and self.exitcode is None
 
     def call(self, name: str, *args: Any) -> Any:
-        """Have the engine call one of its functions; the result to come."""
-        return self._view.apply_async(Call(name), self._run, *args)
+        """Have the engine call one of its functions; the result to come.
 
-    def start(self, order: Any) -> Any:
+        None if there is no such engine any more, or no connection to it.
+        """
+        try:
+            return self._client[self.engine.id].apply_async(Call(name), self._run, *args)
+        except IndexError:  # what ipyparallel says of an engine that has ended
+            self.lose(f"{self.engine} has ended", _ENDED)
+        except OSError as error:
+            self.lose(f"the connection to the cluster is closed: {error}", _CLOSED)
+        return None
+
+    def start(self, order: Order) -> Any:
         """Ask for the process; the result to come."""
         self._asked_to_start = True
         return self.call("start", order)
@@ -78,17 +105,14 @@ class RemoteWorker(Worker):
         """Send a question, unless one is on its way."""
         if self.asked is not None:
             return
-        if self.engine.id not in self._client.ids:
-            self.lose(f"{self.engine} has ended", _ENDED)
-            return
         self._on_their_way, self._signals = tuple(self._signals), []
         question = Question(PATIENCE, self._heard, self._on_their_way, self._note_activity)
-        try:
-            self.asked = self.call("news", question)
-        except OSError as error:
-            self.lose(f"the connection to the cluster is closed: {error}", _CLOSED)
-            return
+        self.asked = self.call("news", question)
         self.asked_at, self._note_activity = time.monotonic(), False
+
+    def is_silent(self) -> bool:
+        """True if it has not answered for long: that is no engine's way while it is idle."""
+        return self.asked is not None and time.monotonic() - self.asked_at > SILENT
 
     def hear(self) -> None:
         """Take in the answer, if it has come."""
@@ -98,10 +122,8 @@ class RemoteWorker(Worker):
 
         asked, self.asked = self.asked, None
         try:
-            news = asked.get(timeout=0)
-        except error.RemoteError as failure:
-            self._not_answered(failure)
-        except error.IPythonError as failure:  # such as a task that was aborted
+            news = asked.result(timeout=0)
+        except error.IPythonError as failure:  # the engine ended; the task was aborted; ...
             self._not_answered(failure)
         else:
             self._failures = 0
@@ -142,7 +164,11 @@ class RemoteWorker(Worker):
             self.ended_ns = self.ended_ns or time.perf_counter_ns() + self.engine.ahead_ns
             self.moved_at = time.monotonic()
             if self.outcome is None:
-                self.lost = ErrorRecord(LOST, f"{what}\n{why}", ())
+                self.lost = ErrorRecord(ENGINE, f"{what}\n{why}", ())
+
+    def lose_controller(self) -> None:
+        """Count it as ended, since the cluster's controller is gone."""
+        self.lose("the cluster's controller does not answer", _CLOSED)
 
     def give_up(self) -> None:
         self.lose(f"{self.engine} did not answer when its rank was to end", _SILENT)
@@ -173,21 +199,3 @@ class RemoteWorker(Worker):
 def _shifted(span: Span, by_ns: int) -> Span:
     end_ns = None if span.t1_ns is None else span.t1_ns + by_ns
     return span._replace(t0_ns=span.t0_ns + by_ns, t1_ns=end_ns)
-
-
-_ENDED = (
-    "Its rank ended with it. It was killed or stopped, or its host is gone; the logs of the "
-    "cluster may tell. Start engines anew, or launch on those that are left."
-)
-_CLOSED = (
-    "The cluster was stopped, or the client closed. What its engines ran ends by itself, within "
-    "15 seconds at the most. Start the cluster, connect a new client, and launch again."
-)
-_FORGOTTEN = (
-    "It had not been asked for news for 15 seconds: the notebook's process stood still, or the "
-    "network between them."
-)
-_SILENT = (
-    "It carries out another task, was suspended, or cannot be reached. It ends the rank when it "
-    "goes on."
-)

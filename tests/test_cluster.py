@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -19,9 +21,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_lessons import BadLaunch, CannotSend, Run, WorkerDied, WorkerFailed, launch, span
+from ddp_lessons import BadLaunch, CannotSend, Run, WorkerDied, WorkerFailed, launch, plots, span
+from ddp_lessons.engines import choose
+from ddp_lessons.remote import Engine
 from tests import clusters
 from tests.clusters import Cluster, cluster_of, wait_until
+from tests.kernels import Kernel
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 cloudpickle.register_pickle_by_value(clusters)
@@ -179,24 +184,12 @@ def test_stop_ends_the_ranks(client: Any, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_what_is_on_the_engines_stays_as_it_was(client: Any) -> None:
-    def state() -> Any:
-        import os
-        import signal
-        import sys
-
-        from IPython import get_ipython
-
-        names = sorted(name for name in get_ipython().user_ns if not name.startswith("_"))
-        handler = str(signal.getsignal(signal.SIGINT))
-        private = sorted(vars(sys.modules["__main__"]).keys() & {"__spec__", "__file__"})
-        return names, os.getcwd(), dict(os.environ), list(sys.path), handler, private
-
     view = client[:]
     view.push({"x": 7}, block=True)
-    before, history = view.apply_sync(state), list(client.history)
+    before, history = view.apply_sync(clusters.state), list(client.history)
     launch(average, (10,), 4, env={"SECRET": "1"}, cluster=client)
     assert [m for m in client.history if m not in history] == []
-    assert view.apply_sync(state) == before
+    assert view.apply_sync(clusters.state) == before
     assert view.pull("x", block=True) == [7] * 4
 
 
@@ -277,3 +270,148 @@ def test_an_engine_that_was_killed_before_is_left_out(cluster: Cluster) -> None:
 def _all_gone(run: Run) -> None:
     pids = [int(rank.lines[0]) for rank in run.ranks]
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_a_lost_controller_is_told_and_engines_end_their_ranks(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    with cluster_of(tmp_path / "cluster", 2) as lost:
+        lost.shorten_leases()
+        timer = threading.Timer(1.0, lost.kill_controller)
+        timer.start()
+        run = launch(writes_its_pid, (str(tmp_path),), check=False, cluster=lost.client)
+        timer.join()
+        assert run.verdict is not None
+        assert (run.verdict.kind, run.verdict.ranks) == ("engine lost", (0, 1))
+        assert "controller" in run.verdict.title
+        _all_end(tmp_path, 2)
+
+
+def writes_its_pid(rank: int, directory: str) -> None:
+    Path(directory, f"rank{rank}").write_text(str(os.getpid()))
+    time.sleep(100)
+
+
+def _all_end(directory: Path, ranks: int) -> None:
+    pids = [int(file.read_text()) for file in directory.glob("rank*")]
+    assert len(pids) == ranks
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+LAUNCHES = """
+import sys, time
+import ipyparallel
+from ddp_lessons import launch
+
+def write(rank, directory):
+    import os
+    with open(f"{directory}/rank{rank}", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(100)
+
+launch(write, (sys.argv[2],), cluster=ipyparallel.Client(sys.argv[1]))
+"""
+
+
+def test_ranks_end_when_the_notebook_is_killed(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.shorten_leases()
+    command = [sys.executable, "-c", LAUNCHES, cluster.connection_file, str(tmp_path)]
+    notebook = subprocess.Popen(command)
+    wait_until(lambda: len([f for f in tmp_path.glob("rank*") if f.read_text()]) == 2)
+    notebook.kill()
+    notebook.wait()
+    _all_end(tmp_path, 2)
+    assert launch(average, (10,), 4, cluster=cluster.client).ok
+
+
+def test_in_a_notebook(cluster: Cluster, kernel: Kernel) -> None:
+    kernel.run(f"""
+        import ipyparallel, time
+        client = ipyparallel.Client({cluster.connection_file!r})
+    """)
+    failed = kernel.run("""
+        def work(rank):
+            print("hello", rank)
+            return 1 / (rank - 1)
+
+        launch(work, nprocs=3, cluster=client)
+    """)
+    assert "WorkerFailed: rank 1 of 3 raised ZeroDivisionError" in failed.error
+    assert re.search(r"Cell In\[\d+\], line 3, in work", failed.error)
+    assert "[rank 0] hello 0\n[rank 1] hello 1\n[rank 2] hello 2" in failed.stdout
+    cell = kernel.start("""
+        import os
+        def wait(rank):
+            time.sleep(60)
+
+        launch(wait, nprocs=4, cluster=client)
+    """)
+    time.sleep(1.5)
+    kernel.manager.interrupt_kernel()
+    stopped = kernel.finish(cell)
+    assert stopped.error_name == "KeyboardInterrupt"
+    assert "rank 3 stopped at Cell In" in stopped.stdout
+    assert (
+        kernel.run("launch(lambda rank: rank, nprocs=4, cluster=client).values").result[
+            "text/plain"
+        ]
+        == "[0, 1, 2, 3]"
+    )
+
+
+def test_profile_and_timeline(client: Any, figures_closed: None) -> None:
+    run = launch(average, (1000,), 2, profile=True, cluster=client)
+    assert any(span.lane == "gloo" for span in run.spans())
+    assert plots.timeline(run).get_title(loc="left") == "average on 2 ranks"
+
+
+def test_another_clients_task_only_delays(cluster: Cluster) -> None:
+    other = ipyparallel.Client(cluster.connection_file)
+    timer = threading.Timer(1.0, lambda: other[1].apply_async(time.sleep, 3))
+    timer.start()
+    run = launch(lambda rank: time.sleep(1.5), nprocs=2, cluster=cluster.client)
+    timer.join()
+    other.close()
+    assert run.ok
+
+
+def test_much_output_is_neither_lost_nor_kept(client: Any) -> None:
+    def flood(rank: int) -> str:
+        for number in range(30_000):
+            print(f"{number:1000}")
+        return "x" * 10_000_000
+
+    run = launch(flood, cluster=client)
+    assert [len(value) for value in run.values] == [10_000_000] * 2
+    assert all(rank.lines[-1].strip() == "29999" for rank in run.ranks)
+    assert all("bytes left out" in rank.output for rank in run.ranks)
+
+
+def engine(number: int, host: str) -> Engine:
+    return Engine(number, host, host, "a clock", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "nprocs", "nnodes", "chosen"),
+    [
+        ("aaaa", 4, 1, [0, 1, 2, 3]),
+        ("aaaa", 2, 1, [0, 1]),
+        ("abab", 2, 1, [0, 2]),
+        ("abab", 2, 2, [0, 2, 1, 3]),
+        ("baab", 2, 2, [0, 3, 1, 2]),
+        ("abbb", 3, 1, [1, 2, 3]),
+        ("abbcb", 1, 3, [0, 1, 3]),
+        ("aaaab", 2, 2, [0, 1, 2, 3]),
+        ("aabb", 3, 1, "nnodes=2, nprocs=2"),
+        ("aabb", 4, 1, "a has 2 engines (0, 1) and b has 2 engines (2, 3)"),
+        ("aaa", 2, 2, "needs 2 engines on each of 2 hosts"),
+        ("a", 2, 1, "nprocs=1"),
+    ],
+)
+def test_engines_are_chosen_by_host(hosts: str, nprocs: int, nnodes: int, chosen: Any) -> None:
+    engines = [engine(number, host) for number, host in enumerate(hosts)]
+    if isinstance(chosen, str):
+        with pytest.raises(BadLaunch, match=re.escape(chosen)):
+            choose(engines, nprocs, nnodes)
+    else:
+        assert [engine.id for engine in choose(engines, nprocs, nnodes)] == chosen

@@ -102,8 +102,10 @@ def _kill(cluster: Cluster, seed: int) -> Kill:
     pid = cluster.pid(number)
     before = _processes()
     killed_at: list[float] = []
+    children: list[psutil.Process] = []
 
     def kill() -> None:
+        children.extend(psutil.Process(pid).children(recursive=True))
         os.kill(pid, signal.SIGKILL)
         killed_at.append(time.monotonic())
 
@@ -114,7 +116,13 @@ def _kill(cluster: Cluster, seed: int) -> Kill:
     timer.join()
     right = f"engine {number} " in said if run is None or not run.ok else run.values == [0, 1, 2, 3]
     kill_ = Kill(
-        seed, victim, delay, said, right, max(0.0, ended - killed_at[0]), _left(before, pid)
+        seed,
+        victim,
+        delay,
+        said,
+        right,
+        max(0.0, ended - killed_at[0]),
+        _left(before - {child.pid for child in children} - {pid}),
     )
     print(
         f"seed {seed}: rank {victim} after {delay:.2f} s: {said} ({kill_.seconds:.2f} s)"
@@ -136,12 +144,12 @@ def _said(cluster: Cluster) -> tuple[str, Run | None]:
     return (run.verdict.title if run.verdict else "all ranks returned"), run
 
 
-def _left(before: set[int], engine: int) -> list[str]:
-    """What was started since, and the engine's own children, that does not go."""
+def _left(others: set[int]) -> list[str]:
+    """What the run or the engine started that does not go; `others` are the rest."""
     deadline = time.monotonic() + SETTLE
-    while (left := _processes() - before) and time.monotonic() < deadline:
+    while (left := _processes() - others) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return [_described(pid) for pid in left if pid != engine]
+    return [_described(pid) for pid in left]
 
 
 def _processes() -> set[int]:

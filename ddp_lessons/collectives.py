@@ -368,7 +368,12 @@ def _joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             recorder.groups.clear()
             recorder.send(Joining(seconds))
             if kwargs.get("store") is None:
-                await_store(init_method, rank_of(init_method, kwargs), seconds or 1800.0)
+                await_store(
+                    init_method,
+                    rank_of(init_method, kwargs),
+                    seconds or 1800.0,
+                    recorder.host_of_rank_zero,
+                )
         function(backend, init_method, *args, **kwargs)
         if recorder is not None and not recorder.one_clock:
             recorder.compare_clock(clocks.against_rank_zero())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from ddp_lessons import advice, hangs, stacks
 from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
+from ddp_lessons.messages import FORKSERVER
 from ddp_lessons.partings import frame_of
 from ddp_lessons.verdict import Kind, Verdict
 from ddp_lessons.whereabouts import line
@@ -20,10 +21,6 @@ from ddp_lessons.wording import agree, at_head, exit_name, ranks_text
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, Run
 
-FORKSERVER_ENDED = (
-    "The process that starts the ranks, multiprocessing's forkserver, was ended while they ran. "
-    "The next launch starts a new one."
-)
 _NO_WORD = (
     "Its record just stops: it was killed (for want of memory, say), it left by os._exit, or its "
     "machine is gone. The log of torchrun tells which."
@@ -50,7 +47,7 @@ def explain(run: Run) -> Verdict | None:
         case "unsendable":
             return _unsendable(run, cause)
         case _:
-            return _died(run, cause)
+            return _died(run, cause) if cause.error is None else _lost(run, cause)
 
 
 def _got_another_size(rank: RankResult) -> bool:
@@ -119,10 +116,24 @@ def _died(run: Run, cause: RankResult) -> Verdict:
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
     kind: Kind = "exited" if cause.exitcode is not None and cause.exitcode >= 0 else "killed"
     return Verdict(
-        "forkserver ended" if cause.error is not None else kind,
+        kind,
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} {what}",
         (*lines, *_others(run, [cause.rank])),
+    )
+
+
+def _lost(run: Run, cause: RankResult) -> Verdict:
+    """What started a rank was gone before it could tell how the rank ended."""
+    assert cause.error is not None
+    same = [rank.rank for rank in run.ranks if rank.error == cause.error]
+    what, _, why = cause.error.text.partition("\n")
+    kind: Kind = "forkserver ended" if cause.error.type_name == FORKSERVER else "engine lost"
+    return Verdict(
+        kind,
+        tuple(same),
+        f"{ranks_text(same)} of {run.world_size} {agree(same, 'was', 'were')} lost: {what}",
+        (why, *_last_call(run, cause), *_others(run, same)),
     )
 
 
@@ -140,8 +151,6 @@ def _last_call(run: Run, rank: RankResult) -> list[str]:
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:
     """What happened to a rank that died, and the likely reason."""
     name = exit_name(rank.exitcode)
-    if rank.error is not None:
-        return "was lost", rank.error.text
     if rank.started_ns is None:
         return (
             f"ended with {name} before its function was called",

@@ -16,25 +16,22 @@ Runs in the parent, in the thread of the cell.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import multiprocessing
-import os
 import pickle
-import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ddp_lessons import failures, memory, orphans, recording, stacks, task
-from ddp_lessons.errors import BadLaunch, LaunchError
+from ddp_lessons import recording, stacks, task, warm
+from ddp_lessons.crew import Crew, Local
+from ddp_lessons.errors import BadLaunch
+from ddp_lessons.interrupts import deferred_interrupt
 from ddp_lessons.live import Panel
 from ddp_lessons.messages import ErrorRecord, Raised, Returned, Span, Unsendable
-from ddp_lessons.processes import WorkerProcess
-from ddp_lessons.rendezvous import reserve_port
 from ddp_lessons.results import RankResult, Run, Status
-from ddp_lessons.tape import Tapes
-from ddp_lessons.warm import default_start_method, obeys, warm
-from ddp_lessons.watch import AFTER_INTERRUPT, Watch, deferred_interrupt
+from ddp_lessons.watch import AFTER_INTERRUPT, Watch
+from ddp_lessons.workers import Worker
+
+if TYPE_CHECKING:
+    import ipyparallel
 
 MOST_RANKS = 256  # six file descriptors a rank: beyond this, ordinary limits on them are reached
 START_METHODS = ("forkserver", "spawn")
@@ -51,6 +48,7 @@ def launch(
     check: bool = True,
     profile: bool = False,
     start_method: str | None = None,
+    cluster: ipyparallel.Client | None = None,
 ) -> Run:
     """Run ``fn(rank, *args)`` on ``nnodes * nprocs`` ranks, print their output, return the record.
 
@@ -86,6 +84,10 @@ def launch(
         How processes start. forkserver is fast, and the default on Linux; spawn works everywhere,
         and is taken where a variable that is only read when a process starts, such as
         TORCH_CPP_LOG_LEVEL or PYTHONHASHSEED, has changed since the forkserver was started.
+    cluster : ipyparallel.Client, optional
+        Run the ranks on the engines of an ipyparallel cluster, one on each, `nprocs` on each of
+        `nnodes` hosts (or on one host that has engines enough). Their variables, directory and
+        modules are the engines' own. Needs ``pip install 'ddp-lessons[cluster]'``.
 
     Returns
     -------
@@ -102,77 +104,52 @@ def launch(
         A rank raised, its process died, or no rank made progress; only with ``check=True``.
     """
     _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, start_method)
-    method = start_method or _start_method({**os.environ, **(env or {})})
-    pack = functools.partial(task.pack, fn, env or {}, profile)
-    run = _carry_out(fn, args, task.places(nprocs, nnodes), pack, float(timeout), method)
+    packed = task.pack(fn, env or {}, profile)
+    if cluster is None:
+        method = start_method or warm.start_method(packed.overrides)
+        crew: Crew = Local(task.places(nprocs, nnodes), method)
+    else:
+        crew = _on_engines(cluster, nprocs, nnodes, start_method)
+    run = _carry_out(crew, packed, fn, args, float(timeout))
     if check:
         run.raise_for_failure()
     return run
 
 
-def _start_method(environment: Mapping[str, str]) -> str:
-    method = default_start_method()
-    return "spawn" if method == "forkserver" and not obeys(environment) else method
+def _on_engines(cluster: Any, nprocs: int, nnodes: int, start_method: str | None) -> Crew:
+    try:
+        import ipyparallel  # noqa: F401
+    except ImportError as error:
+        raise BadLaunch(
+            f"cluster= needs ipyparallel, which cannot be imported: {error}\n"
+            "Install it with: pip install 'ddp-lessons[cluster]'"
+        ) from None
+    from ddp_lessons.cluster import OnEngines
+
+    return OnEngines(cluster, nprocs, nnodes, start_method)
 
 
 def _carry_out(
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    places: list[task.Place],
-    pack: Callable[[int], task.Task],
-    timeout: float,
-    method: str,
+    crew: Crew, packed: task.Task, fn: Callable[..., Any], args: tuple[Any, ...], timeout: float
 ) -> Run:
-    begin_ns = time.perf_counter_ns()
-    context = multiprocessing.get_context(method)
     hung_after: float | None = None
-    kills = memory.kills()
-    with (
-        contextlib.closing(reserve_port()) as port,
-        contextlib.closing(Tapes(len(places))) as tapes,
-        Panel(workers := [WorkerProcess(place, tapes) for place in places]) as panel,
-    ):
-        packed = pack(port.getsockname()[1])
-        watch = Watch(workers, panel.tick)
+    with crew, Panel(crew.workers) as panel:
+        watch = Watch(crew, panel.tick)
         try:
-            _start(workers, context, packed, fn, args)
+            crew.start(packed, fn, args)
             hung_after = watch.until_ended(timeout)
         except BaseException as error:
             with deferred_interrupt():
                 watch.stop(AFTER_INTERRUPT)
-            run = _record(packed.name, workers, begin_ns, kills, interrupted=True)
+                crew.end()
+            run = _record(packed.name, crew, interrupted=True)
             if isinstance(error, KeyboardInterrupt):
                 _show_interrupted(run)
             raise
-        finally:
-            for worker in workers:
-                worker.close()
-            for forkserver in {w.forkserver for w in workers if w.forkserver is not None}:
-                orphans.end_orphans_of(forkserver)
-        run = _record(packed.name, workers, begin_ns, kills, hung_after=hung_after)
+        crew.end()
+        run = _record(packed.name, crew, hung_after=hung_after)
     _show_output(run)
     return run
-
-
-def _start(
-    workers: list[WorkerProcess],
-    context: Any,
-    packed: task.Task,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-) -> None:
-    if context.get_start_method() == "forkserver":
-        warm()
-    for worker in workers:
-        try:
-            with deferred_interrupt():
-                worker.start(context, packed, fn, args)
-        except (OSError, EOFError) as error:
-            raise LaunchError(
-                f"the process of rank {worker.rank} could not be started: {error!r}\n"
-                "If memory, processes or open files have run out, use fewer ranks. Otherwise "
-                "launch again: what starts the ranks is started anew."
-            ) from error
 
 
 def _refuse_nonsense(
@@ -217,26 +194,20 @@ def _refuse_nonsense(
 
 
 def _record(
-    name: str,
-    workers: list[WorkerProcess],
-    begin_ns: int,
-    kills: int | None,
-    *,
-    hung_after: float | None = None,
-    interrupted: bool = False,
+    name: str, crew: Crew, *, hung_after: float | None = None, interrupted: bool = False
 ) -> Run:
-    ranks = [_result(worker, name) for worker in workers if worker.exitcode is not None]
+    ranks = [_result(worker, name) for worker in crew.workers if worker.exitcode is not None]
     return Run(
         name,
         ranks,
-        begin_ns=begin_ns,
+        begin_ns=crew.begin_ns,
         hung_after=hung_after,
         interrupted=interrupted,
-        out_of_memory=None if kills is None else memory.kills() != kills,
+        out_of_memory=crew.out_of_memory(),
     )
 
 
-def _result(worker: WorkerProcess, name: str) -> RankResult:
+def _result(worker: Worker, name: str) -> RankResult:
     assert worker.exitcode is not None
     assert worker.ended_ns is not None
     status: Status = "stopped" if worker.stopped else "died"
@@ -249,8 +220,8 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
             error, exception = record, _exception(data)
         case Unsendable(_, type_name, reason):
             status, error = "unsendable", ErrorRecord(type_name, reason, ())
-        case None if worker.lost_forkserver:
-            error = ErrorRecord("ForkserverEnded", failures.FORKSERVER_ENDED, ())
+        case None:
+            error = worker.lost
     return RankResult(
         rank=worker.rank,
         status=status,
@@ -259,14 +230,15 @@ def _result(worker: WorkerProcess, name: str) -> RankResult:
         error=error,
         exception=exception,
         exitcode=worker.exitcode,
-        spans=(*_life(worker, name), *worker.tapes.spans(worker.rank)),
+        spans=(*_life(worker, name), *worker.spans()),
         began_ns=worker.began_ns,
         started_ns=worker.started_ns,
         ended_ns=worker.ended_ns,
         stack=stacks.parse(worker.stack_text),
         activity=worker.activity,
-        dropped=worker.tapes.dropped(worker.rank),
+        dropped=worker.dropped(),
         group_rank=worker.place.group_rank,
+        host=worker.host,
     )
 
 
@@ -285,7 +257,7 @@ def _exception(data: bytes | None) -> BaseException | None:
     return exception if isinstance(exception, BaseException) else None
 
 
-def _life(worker: WorkerProcess, name: str) -> list[Span]:
+def _life(worker: Worker, name: str) -> list[Span]:
     """Two spans of lane "process": until the function was called, and from then to the end."""
     called = worker.started_ns or worker.ended_ns
     spans = [Span(worker.rank, "process", "mark", "start-up", worker.began_ns, called)]

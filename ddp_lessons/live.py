@@ -15,8 +15,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-from ddp_lessons.processes import WorkerProcess
 from ddp_lessons.warm import in_kernel
+from ddp_lessons.workers import Worker
 
 FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
 hidden: ContextVar[bool] = ContextVar("hidden", default=False)
@@ -25,7 +25,7 @@ hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 class Panel:
     """One line a rank: what it did last. A context manager around the run."""
 
-    def __init__(self, workers: Sequence[WorkerProcess]) -> None:
+    def __init__(self, workers: Sequence[Worker]) -> None:
         self._workers = workers
         self._due = time.monotonic() + FIRST_AFTER
         self._handle: Any = None
@@ -60,7 +60,7 @@ class Panel:
             self._handle.update(HTML(text))
 
 
-def _table(workers: Sequence[WorkerProcess]) -> str:
+def _table(workers: Sequence[Worker]) -> str:
     rows = "".join(
         f"<tr><td>rank {worker.rank}</td><td>{_state(worker)}</td><td style='text-align:left'>"
         f"<code>{html.escape(worker.output.last_line()[:120])}</code></td></tr>"
@@ -70,7 +70,7 @@ def _table(workers: Sequence[WorkerProcess]) -> str:
     return f"<table>{rows}{more}</table>"
 
 
-def _state(worker: WorkerProcess) -> str:
+def _state(worker: Worker) -> str:
     if worker.failed:
         return "✗ failed"
     if worker.outcome is not None:

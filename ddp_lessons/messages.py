@@ -108,6 +108,10 @@ class ErrorRecord:
         return next((line for line in lines if ends.match(line)), lines[0])
 
 
+# The types of error records that no rank made: what had started it was gone.
+FORKSERVER, ENGINE = "ForkserverEnded", "EngineLost"
+
+
 @dataclass(frozen=True)
 class Started:
     """The worker is ready and calls the learner's function now."""

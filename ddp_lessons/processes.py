@@ -1,6 +1,6 @@
-"""The parent's side of one rank: starting its process, reading its pipes, ending it.
+"""The ranks of this machine: starting their processes, reading their pipes, ending them.
 
-Runs in the parent.
+Runs in the parent, and in the engines of a cluster, which do the same for their rank.
 """
 
 from __future__ import annotations
@@ -11,97 +11,62 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons import orphans
-from ddp_lessons.messages import (
-    Decoder,
-    GivesUp,
-    Joining,
-    Raised,
-    Returned,
-    Started,
-    Unsendable,
-)
-from ddp_lessons.output import OutputBuffer
+from ddp_lessons.messages import FORKSERVER, ErrorRecord, Span
 from ddp_lessons.tape import Tapes
-from ddp_lessons.task import Argument, Place, Task
+from ddp_lessons.task import Argument, PackedArgument, Place, Task
+from ddp_lessons.workers import CHANNELS, NOTED_OVER, UNKNOWN_EXIT, Worker
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
 
-    from ddp_lessons.results import Activity
-
-STACK_SIGNAL = signal.SIGUSR1  # asks a worker for its Python stack
-UNKNOWN_EXIT = 255  # what multiprocessing makes of a forkserver that no longer answers
+FORKSERVER_ENDED = ErrorRecord(
+    FORKSERVER,
+    "the process that starts the ranks, multiprocessing's forkserver, was ended while they ran\n"
+    "The next launch starts a new one.",
+    (),
+)
 CHUNK = 1 << 16  # bytes read from a pipe at once
-NOTED_OVER = 0.4  # seconds, at least, over which use of the processor is measured
-BUSY = 0.1  # share of that time: a rank that uses more computes
+EVERY = 0.1  # seconds between two looks at all ranks
+BUSY = 0.1  # share of the time noted: a rank that uses more of the processor computes
 
 
-class WorkerProcess:
-    """One rank as its parent sees it: a process and the three pipes that come from it.
-
-    `messages` carries framed facts (`messages.py`), `output` whatever the rank writes to its stdout
-    and stderr, `stacks` what faulthandler prints when asked where the rank is.
-    """
+class WorkerProcess(Worker):
+    """A rank whose process this one has started."""
 
     def __init__(self, place: Place, tapes: Tapes) -> None:
-        self.place = place
+        super().__init__(place)
         self.tapes = tapes
-        self.output = OutputBuffer()
-        self.stack_text = ""
-        self.began_ns = time.perf_counter_ns()
-        self.started_ns: int | None = None
-        self.ended_ns: int | None = None
-        self.own_timeout: float | None = None  # seconds after which it gives up by itself
-        self.outcome: Returned | Raised | Unsendable | None = None
-        self.exitcode: int | None = None
         self.forkserver: int | None = None  # its process id
-        self.lost_forkserver = False
-        self.stopped = False  # the parent ended it
-        self.activity: Activity | None = None  # what it did when it was stopped
-        self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
         self._progress = 0
         self._cpu_noted: tuple[float, float] | None = None  # when, and the time used until then
-        self._decoder = Decoder()
-        self._handlers: dict[Connection, Callable[[bytes], None]] = {}
+        self._channels: dict[Connection, int] = {}
         self._process: Any = None
-
-    @property
-    def rank(self) -> int:
-        return self.place.rank
 
     @property
     def alive(self) -> bool:
         return self._process is not None and self.exitcode is None
 
     @property
-    def failed(self) -> bool:
-        """True if the rank raised, died or returned what cannot be sent; not if it was stopped."""
-        if isinstance(self.outcome, Raised | Unsendable):
-            return True
-        return self.exitcode is not None and self.outcome is None and not self.stopped
-
-    @property
     def pid(self) -> int:
         return int(self._process.pid)
 
     def start(
-        self, context: BaseContext, task: Task, fn: Callable[..., Any], args: tuple[Any, ...]
+        self, context: BaseContext, task: Task, args: Sequence[Argument | PackedArgument]
     ) -> None:
         """Start the process. Raises CannotSend, and starts nothing, if an argument can't travel."""
         from ddp_lessons import worker
 
-        pipes = [multiprocessing.Pipe(duplex=False) for _ in range(3)]
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
         readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
         try:
-            packed = tuple(Argument(value, i, fn) for i, value in enumerate(args))
             process = context.Process(  # type: ignore[attr-defined]
                 target=worker.main,
-                args=(task, self.place, packed, *writers, self.tapes.sendable()),
+                args=(task, self.place, tuple(args), *writers, self.tapes.sendable()),
                 name=f"rank {self.rank}",
                 daemon=False,  # a daemon could not have children, such as a DataLoader's workers
             )
@@ -119,13 +84,12 @@ class WorkerProcess:
             self.forkserver = orphans.parent_of(process.pid)
         for reader in readers:
             os.set_blocking(reader.fileno(), False)
-        handlers = (self._on_messages, self.output.feed, self._on_stacks)
-        self._handlers = dict(zip(readers, handlers, strict=True))
+        self._channels = dict(zip(readers, CHANNELS, strict=True))
 
     @property
     def readers(self) -> list[Connection]:
         """The pipes that are still open."""
-        return list(self._handlers)
+        return list(self._channels)
 
     @property
     def sentinel(self) -> int:
@@ -139,12 +103,9 @@ class WorkerProcess:
         except BlockingIOError:
             return False
         if data:
-            handler = self._handlers[reader]
-            handler(data)
-            if handler != self._on_stacks:
-                self.moved_at = time.monotonic()
+            self.take(self._channels[reader], data)
             return True
-        del self._handlers[reader]
+        del self._channels[reader]
         reader.close()
         return False
 
@@ -168,7 +129,7 @@ class WorkerProcess:
             and orphans.ends_soon(self.forkserver)
         ):
             # Nobody is left to tell how the rank ended, or whether it did.
-            self.lost_forkserver = self.outcome is None
+            self.lost = FORKSERVER_ENDED if self.outcome is None else None
             self.send_signal(signal.SIGKILL)
         self.signal_group(signal.SIGKILL)
         for reader in self.readers:
@@ -189,7 +150,6 @@ class WorkerProcess:
         return float(times.user + times.system)
 
     def note_activity(self) -> None:
-        """See what the rank does: whether it has used the processor since the last note."""
         import psutil
 
         now = time.monotonic()
@@ -205,12 +165,10 @@ class WorkerProcess:
                 self.activity = "suspended"
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal to the rank's own process."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
     def signal_group(self, number: signal.Signals) -> None:
-        """Send a signal to the rank and its children, which share its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, number)
 
@@ -218,25 +176,42 @@ class WorkerProcess:
         """Give back the file descriptors. The process must have ended."""
         for reader in self.readers:
             reader.close()
-        self._handlers.clear()
+        self._channels.clear()
         if self._process is not None:
             self._process.close()
 
-    def _on_messages(self, data: bytes) -> None:
-        for message in self._decoder.feed(data):
-            match message:
-                case Started(t_ns):
-                    self.started_ns = t_ns
-                case Joining(timeout):
-                    self.own_timeout = timeout
-                case GivesUp(timeout):
-                    self.own_timeout = min(timeout, self.own_timeout or timeout)
-                case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):
-                    self.outcome = message
-                    self.ended_ns = t_ns
+    def spans(self) -> list[Span]:
+        return self.tapes.spans(self.rank)
 
-    def _on_stacks(self, data: bytes) -> None:
-        self.stack_text += data.decode("utf-8", errors="backslashreplace")
+    def dropped(self) -> int:
+        return self.tapes.dropped(self.rank)
+
+
+class Pump:
+    """Takes in what the processes of some ranks send."""
+
+    def __init__(self, workers: Sequence[WorkerProcess]) -> None:
+        self._workers = workers
+        self._polled = 0.0
+
+    def __call__(self, seconds: float) -> None:
+        """Wait at most `seconds` for something to come, and take it in."""
+        alive = [worker for worker in self._workers if worker.alive]
+        sources = {r: worker for worker in alive for r in worker.readers}
+        ends = {worker.sentinel: worker for worker in alive}
+        ready = wait([*sources, *ends], timeout=seconds)
+        for source in ready:
+            if source in sources:
+                sources[source].read(source)
+        # A child that a spawned rank forked keeps its sentinel open: look at all now and then.
+        everyone = time.monotonic() - self._polled > EVERY
+        for worker in alive if everyone else [ends[s] for s in ready if s in ends]:
+            worker.poll()
+        if everyone:
+            for worker in alive:
+                if worker.alive:
+                    worker.look_at_tape()
+            self._polled = time.monotonic()
 
 
 @contextlib.contextmanager
@@ -246,17 +221,16 @@ def _main_hidden() -> Iterator[None]:
     It would do so for the functions that live there; ours travel by value. So a script
     needs no `if __name__ == "__main__":`, and workers do not import what only the script needs.
     """
-    main = sys.modules["__main__"]
-    names = [name for name in ("__file__", "__spec__") if hasattr(main, name)]
-    hidden = {name: getattr(main, name) for name in names}
-    for name in names:
-        delattr(main, name)
-    main.__spec__ = None
+    names: dict[str, Any] = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {
+        name: names.pop(name) for name in ("__file__", "__spec__") if name in names
+    }
+    names["__spec__"] = None
     try:
         yield
     finally:
-        for name, value in hidden.items():
-            setattr(main, name, value)
+        del names["__spec__"]  # an engine's namespace had none
+        names.update(hidden)
 
 
 @contextlib.contextmanager

@@ -25,11 +25,18 @@ class Recorder:
     """Writes one worker's spans on its tape; knows its threads and its training step."""
 
     def __init__(
-        self, rank: int, tape: Tape, send: Callable[[Message], None], *, one_clock: bool = True
+        self,
+        rank: int,
+        tape: Tape,
+        send: Callable[[Message], None],
+        *,
+        one_clock: bool = True,
+        host_of_rank_zero: str = "127.0.0.1",
     ) -> None:
         self.rank = rank
         self.tape = tape
         self.send = send
+        self.host_of_rank_zero = host_of_rank_zero
         self.one_clock = one_clock  # all ranks are known to read the same clock
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0

@@ -11,27 +11,30 @@ from urllib.parse import urlparse
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.016  # seconds between two knocks
 
 
-def reserve_port() -> socket.socket:
-    """A socket that holds a free loopback port for rank 0's store to listen on.
+def reserve_port(address: str = "127.0.0.1") -> socket.socket:
+    """A socket that holds a free port of this machine for rank 0's store to listen on.
 
     Asking for a free port and closing the socket leaves a gap in which another job may take it.
     This one stays bound for the whole run but never listens; with SO_REUSEADDR on both sides the
     store may bind the same port, while the system gives it to nobody else.
     """
     holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    holder.bind(("127.0.0.1", 0))
+    holder.bind((address, 0))
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return holder
 
 
-def await_store(init_method: str | None, rank: int, timeout: float) -> None:
-    """Wait until rank 0's store on this machine listens, at most `timeout` seconds.
+def await_store(
+    init_method: str | None, rank: int, timeout: float, known_host: str = "127.0.0.1"
+) -> None:
+    """Wait until rank 0's store listens, at most `timeout` seconds.
 
     torch's own client pauses 0.25 s and more after a refused connection, so that a rank a
     millisecond early joins a quarter of a second late. This changes when a rank connects, never to
-    what. Any other way to rendezvous (file://, a store by hand, another host) returns at once.
+    what. It is for stores on this machine, or on the host where launch() has put rank 0. Any other
+    way to rendezvous (file://, a store by hand, another host) returns at once.
     """
-    address = _store_address(init_method)
+    address = _store_address(init_method, known_host)
     if rank <= 0 or address is None:
         return
     deadline = time.monotonic() + timeout
@@ -52,7 +55,7 @@ def rank_of(init_method: str | None, options: dict[str, Any]) -> int:
         return -1
 
 
-def _store_address(init_method: str | None) -> tuple[str, int] | None:
+def _store_address(init_method: str | None, known_host: str) -> tuple[str, int] | None:
     try:
         url = urlparse(init_method or "env://")
         if url.scheme == "env":
@@ -63,7 +66,7 @@ def _store_address(init_method: str | None) -> tuple[str, int] | None:
             return None
     except (KeyError, ValueError):
         return None  # torch explains a missing or malformed address better
-    return (host, port) if host in ("localhost", "127.0.0.1", "::1") else None
+    return (host, port) if host in ("localhost", "127.0.0.1", "::1", known_host) else None
 
 
 def _listens(address: tuple[str, int]) -> bool:

@@ -19,7 +19,7 @@ from ddp_lessons import analysis, diagnosis, meetings, stacks, trace, wording
 from ddp_lessons.analysis import Link, Overlap, Straggler, Total
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.meetings import Arrival, Share
-from ddp_lessons.messages import ErrorRecord, Frame, Span
+from ddp_lessons.messages import ENGINE, ErrorRecord, Frame, Span
 from ddp_lessons.output import cut_lines
 from ddp_lessons.verdict import Verdict
 
@@ -129,6 +129,8 @@ class RankResult:
                 return f"raised {self.error.summary if self.error else ''}"
             case "unsendable":
                 return "returned a value that cannot be pickled"
+            case "died" if self.error is not None and self.error.type_name == ENGINE:
+                return f"was lost: {self.error.summary}"
             case "died":
                 return f"died: {wording.exit_name(self.exitcode)}"
             case "stopped":

@@ -14,8 +14,8 @@ import os
 import sys
 import types
 from collections import ChainMap
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
@@ -58,29 +58,43 @@ def places(nprocs: int, nnodes: int) -> list[Place]:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Where rank 0's store listens, and the network interface by which ranks reach each other."""
+
+    port: int
+    address: str = "127.0.0.1"
+    interface: str | None = LOOPBACK.get(sys.platform)
+
+
+@dataclass(frozen=True)
 class Task:
     """What all ranks of a run have in common.
 
     `function` is the pickle of `(fn, anchor)`, see `pack`. A rank's variables are `environment`,
     then those of its place, then `overrides`, the learner's own. `sources` maps the file names of
     cells to their text, so that a traceback made in the worker shows the cell's own lines.
+    `one_clock` is true where all ranks run on one machine.
     """
 
     function: bytes
     name: str
-    environment: dict[str, str]
     overrides: dict[str, str]
-    cwd: str
-    path: list[str]
     profile: bool = False
     sources: dict[str, str] = field(default_factory=dict)
+    one_clock: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+    cwd: str = ""
+    path: list[str] = field(default_factory=list)
+
+    def here(self, meeting: Meeting) -> Task:
+        """The same task for ranks that this process starts: with its present state."""
+        return replace(
+            self, environment=_environment(meeting), cwd=os.getcwd(), path=list(sys.path)
+        )
 
 
-def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, port: int) -> Task:
-    """Make the task of one run, with the parent's present state.
-
-    `port` is where rank 0's store will listen. Raises CannotSend if the function cannot be pickled.
-    """
+def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) -> Task:
+    """Make the task of one run. Raises CannotSend if the function cannot be pickled."""
     # The anchor is a function whose globals are the notebook's own namespace. cloudpickle gives all
     # functions of one pickle one dict of globals, holding just the names they use; through the
     # anchor the worker finds that dict and makes it its __main__.
@@ -92,10 +106,7 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, po
     return Task(
         function=function,
         name=name_of(fn),
-        environment=_environment(port),
         overrides=dict(overrides),
-        cwd=os.getcwd(),
-        path=list(sys.path),
         profile=profile,
         sources=_cell_sources(function),
     )
@@ -107,13 +118,16 @@ def name_of(fn: Callable[..., Any]) -> str:
     return getattr(fn, "__name__", None) or type(fn).__name__
 
 
-def _environment(port: int) -> dict[str, str]:
-    """The parent's variables of this moment, and those that torchrun sets alike for all ranks."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    loopback = LOOPBACK.get(sys.platform)
-    if loopback and "GLOO_SOCKET_IFNAME" not in os.environ:
+def _environment(meeting: Meeting) -> dict[str, str]:
+    """The present variables, and those that torchrun sets alike for all ranks."""
+    common = {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
+    if meeting.interface and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Without it gloo looks up the host's name and may bind to an outside address.
-        common["GLOO_SOCKET_IFNAME"] = loopback
+        common["GLOO_SOCKET_IFNAME"] = meeting.interface
+    if meeting.interface not in (None, *LOOPBACK.values()) and (
+        "NCCL_SOCKET_IFNAME" not in os.environ
+    ):
+        common["NCCL_SOCKET_IFNAME"] = str(meeting.interface)
     if sys.platform == "linux" and "RES_OPTIONS" not in os.environ:
         # torch's store looks up the name of every peer, which for ::ffff:127.0.0.1 asks the name
         # server: one that does not answer would cost each rank 10 s (resolv.conf(5)).
@@ -149,16 +163,23 @@ class Argument:
         self._fn = fn
 
     def __reduce__(self) -> tuple[type[PackedArgument], tuple[bytes]]:
+        return PackedArgument, (self.data(_argument_pickler()),)
+
+    def data(self, pickler: type[_Pickler]) -> bytes:
         try:
-            data = _dumps(self._value, _argument_pickler())
+            return _dumps(self._value, pickler)
         except Exception as error:  # as above: anything may come out of a learner's __reduce__
             raise CannotSend(self._why_not(error)) from error
-        return PackedArgument, (data,)
 
     def _why_not(self, error: Exception) -> str:
         name = _parameter_name(self._fn, self._position + 1)
         called = f" (parameter {name!r} of {name_of(self._fn)})" if name else ""
         return _cannot_travel(f"args[{self._position}]{called} is", self._value, error)
+
+
+def pack_arguments(args: Sequence[Any], fn: Callable[..., Any]) -> tuple[bytes, ...]:
+    """The arguments as pickles that may go to another machine. Raises CannotSend if one cannot."""
+    return tuple(Argument(value, i, fn).data(_Pickler) for i, value in enumerate(args))
 
 
 def _refuse_file(file: io.TextIOWrapper) -> Any:

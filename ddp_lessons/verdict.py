@@ -13,6 +13,7 @@ Kind = Literal[
     "killed",
     "exited",
     "forkserver ended",
+    "engine lost",
     "skipped collective",
     "different collectives",
     "unlike tensors",
@@ -40,7 +41,8 @@ class Verdict:
     ----------
     kind : str
         What happened, one of these. A rank alone: "raised", "unsendable" (its return value),
-        "killed" (by a signal), "exited" (os._exit), "forkserver ended". Calls that do not fit:
+        "killed" (by a signal), "exited" (os._exit), "forkserver ended", "engine lost" (of a
+        cluster). Calls that do not fit:
         "skipped collective" (a line that some ranks called and others passed by), "different
         collectives" (at one place in the order), "unlike tensors", "unmatched send", "unmatched
         recv", "groups in different order", "waiting for each other". Ranks that others wait for in

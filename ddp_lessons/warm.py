@@ -65,6 +65,12 @@ def obeys(environment: Mapping[str, str]) -> bool:
     return all(started.get(name) == environment.get(name) for name in names)
 
 
+def start_method(overrides: Mapping[str, str]) -> str:
+    """How to start ranks that see the present variables, with `overrides` on top."""
+    method = default_start_method()
+    return "spawn" if method == "forkserver" and not obeys({**os.environ, **overrides}) else method
+
+
 def in_kernel() -> bool:
     """True in the process of a notebook's kernel."""
     ipython = sys.modules.get("IPython")

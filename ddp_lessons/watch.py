@@ -6,24 +6,19 @@ has failed or hangs; `diagnosis.py` says why.
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import wait
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 from ddp_lessons import stacks
 from ddp_lessons.calls import Calls
-from ddp_lessons.processes import NOTED_OVER, STACK_SIGNAL, WorkerProcess
+from ddp_lessons.crew import Crew
+from ddp_lessons.workers import NOTED_OVER, STACK_SIGNAL, Worker
 
 START = 120.0  # seconds that a new process may take until it calls the function
 TICK = 0.1  # seconds between two looks at the clock
 GRACE = 1.0  # seconds that the others get after the first failure
 QUIET = 1.0  # seconds without progress after which to ask whether anything can still move
-STACK_WAIT = 0.5  # seconds that a rank has to print its stack
-SETTLE = 0.03  # seconds of silence after which a stack is taken to be complete
 
 Ladder = Sequence[tuple[signal.Signals, float]]  # signals, and the seconds each is given
 AFTER_FAILURE: Ladder = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 10.0))
@@ -33,13 +28,14 @@ AFTER_INTERRUPT: Ladder = ((signal.SIGINT, 2.0), *AFTER_FAILURE)
 class Watch:
     """The watch over the ranks of one run; `on_tick` is called about ten times a second."""
 
-    def __init__(self, workers: Sequence[WorkerProcess], on_tick: Callable[[], None]) -> None:
-        self._workers = workers
+    def __init__(self, crew: Crew, on_tick: Callable[[], None]) -> None:
+        self._crew = crew
+        self._workers = crew.workers
         self._on_tick = on_tick
-        self._polled = 0.0
+        self._ticked = 0.0
 
     @property
-    def alive(self) -> list[WorkerProcess]:
+    def alive(self) -> list[Worker]:
         return [worker for worker in self._workers if worker.alive]
 
     def until_ended(self, timeout: float) -> float | None:
@@ -78,20 +74,9 @@ class Watch:
 
     def pump(self, seconds: float) -> None:
         """Take in what the ranks sent, waiting at most `seconds` for something to come."""
-        sources = {r: worker for worker in self.alive for r in worker.readers}
-        ends = {worker.sentinel: worker for worker in self.alive}
-        ready = wait([*sources, *ends], timeout=seconds)
-        for source in ready:
-            if source in sources:
-                sources[source].read(source)
-        # A child that a spawned rank forked keeps its sentinel open: look at all now and then.
-        everyone = time.monotonic() - self._polled > TICK
-        for worker in self.alive if everyone else [ends[s] for s in ready if s in ends]:
-            worker.poll()
-        if everyone:
-            for worker in self.alive:
-                worker.look_at_tape()
-            self._polled = time.monotonic()
+        self._crew.pump(seconds)
+        if time.monotonic() - self._ticked > TICK:
+            self._ticked = time.monotonic()
             self._on_tick()
 
     def stop(self, ladder: Ladder) -> None:
@@ -107,6 +92,8 @@ class Watch:
             deadline = time.monotonic() + patience
             while self.alive and time.monotonic() < deadline:
                 self.pump(0.02)
+        for worker in self.alive:
+            worker.give_up()
 
     def take_stacks(self) -> None:
         """Have every rank print its Python stack, also those that are blocked in C++."""
@@ -114,7 +101,7 @@ class Watch:
         for worker in asked:
             worker.stack_text = ""
             worker.send_signal(STACK_SIGNAL)
-        deadline = time.monotonic() + STACK_WAIT
+        deadline = time.monotonic() + self._crew.stack_wait
         seen, since = "", time.monotonic()
         while time.monotonic() < deadline:
             self.pump(0.01)
@@ -122,7 +109,7 @@ class Watch:
             if text != seen:
                 seen, since = text, time.monotonic()
             answered = all(worker.stack_text or not worker.alive for worker in asked)
-            if answered and time.monotonic() - since > SETTLE:
+            if answered and time.monotonic() - since > self._crew.settle:
                 return
 
     def _give_up(self) -> None:
@@ -161,31 +148,5 @@ class Watch:
 
     def _stuck_for_good(self) -> bool:
         found = [(w.rank, stacks.position(stacks.parse(w.stack_text)).call) for w in self._workers]
-        calls = Calls([worker.tapes.spans(worker.rank) for worker in self._workers])
+        calls = Calls(self._crew.spans())
         return calls.stuck_for_good({rank: call for rank, call in found if call is not None})
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[None]:
-    """Hold the interrupt back until the block has ended; a second one gets through at once.
-
-    For moments at which a KeyboardInterrupt would leave a process behind that nobody knows.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers interrupts to the main thread only
-        return
-    pending: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def hold(number: int, _: FrameType | None) -> None:
-        if pending:
-            raise KeyboardInterrupt
-        pending.append(number)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pending:  # also instead of an error, which the interrupt may have caused
-            signal.raise_signal(signal.SIGINT)

@@ -58,7 +58,14 @@ def main(
     faulthandler.register(signal.SIGUSR1, file=stacks.fileno(), all_threads=True, chain=False)
     _become_fresh(task, place)
     send = _Sender(messages)
-    recorder = recording.Recorder(place.rank, Tape(tape.fileno(), place.rank), send)
+    own_tape = Tape(tape.fileno(), place.rank)
+    recorder = recording.Recorder(
+        place.rank,
+        own_tape,
+        send,
+        one_clock=task.one_clock,
+        host_of_rank_zero=task.environment["MASTER_ADDR"],
+    )
     tape.close()
     recording.install(recorder)
     code = _carry_out(task, place.rank, args, recorder)

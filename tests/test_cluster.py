@@ -1,0 +1,417 @@
+"""launch() on the engines of a real ipyparallel cluster: the same contracts as on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import ipyparallel
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+
+from ddp_lessons import BadLaunch, CannotSend, Run, WorkerDied, WorkerFailed, launch, plots, span
+from ddp_lessons.engines import choose
+from ddp_lessons.remote import Engine
+from tests import clusters
+from tests.clusters import Cluster, cluster_of, wait_until
+from tests.kernels import Kernel
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+cloudpickle.register_pickle_by_value(clusters)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with cluster_of(tmp_path_factory.mktemp("cluster"), 4) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Any:
+    return cluster.client
+
+
+def average(rank: int, n: int) -> float:
+    dist.init_process_group("gloo")
+    with span("fill"):
+        x = torch.full((n,), float(rank))
+    dist.all_reduce(x)
+    mean = x.mean().item() / dist.get_world_size()
+    dist.destroy_process_group()
+    print(f"the mean of {n} is {mean}")
+    return float(mean)
+
+
+def test_the_same_run_as_here(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    here = launch(average, (1000,), 4)
+    printed = capsys.readouterr().out
+    there = launch(average, (1000,), 4, cluster=client)
+    assert capsys.readouterr().out == printed
+    assert there.values == here.values == [1.5] * 4
+    assert repr(there) == repr(here)
+    assert {(s.rank, s.lane, s.name) for s in there.spans()} == {
+        (s.rank, s.lane, s.name) for s in here.spans()
+    }
+    assert len({(share.rank, share.op, share.seq) for share in there.waits()}) == 4
+
+
+def torchruns_variables(rank: int) -> dict[str, str]:
+    prefixes = ("RANK", "LOCAL_", "WORLD_", "GROUP_", "MASTER_ADDR", "OMP_", "GLOO_")
+    return {name: value for name, value in os.environ.items() if name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize(("nprocs", "nnodes"), [(4, 1), (2, 2)])
+def test_the_same_variables_as_here(client: Any, nprocs: int, nnodes: int) -> None:
+    here = launch(torchruns_variables, (), nprocs, nnodes=nnodes)
+    there = launch(torchruns_variables, (), nprocs, nnodes=nnodes, cluster=client)
+    assert there.values == here.values
+
+
+def test_each_rank_is_a_fresh_process_of_its_own_engine(client: Any) -> None:
+    def look(rank: int) -> tuple[int, int, bool]:
+        return os.getpid(), os.getsid(0), "ddp_lessons.preload" in sys.modules
+
+    values = launch(look, nprocs=4, cluster=client).values
+    assert all(pid == session and forked for pid, session, forked in values)
+    assert len({pid for pid, *_ in values}) == 4
+    method = launch(look, cluster=client, start_method="spawn").values
+    assert not any(forked for *_, forked in method)
+
+
+def raises(rank: int) -> None:
+    dist.init_process_group("gloo")
+    if rank == 1:
+        raise ValueError("a bad sample")
+    dist.barrier()
+
+
+def leaves(rank: int) -> None:
+    dist.init_process_group("gloo")
+    if rank == 2:
+        os._exit(7)
+    dist.barrier()
+
+
+def is_killed(rank: int) -> None:
+    dist.init_process_group("gloo")
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def skips_a_barrier(rank: int) -> None:
+    dist.init_process_group("gloo")
+    if rank != 1:
+        dist.barrier()
+    dist.all_reduce(torch.ones(3))
+    dist.destroy_process_group()
+
+
+def returns_early(rank: int) -> None:
+    dist.init_process_group("gloo")
+    if rank == 0:
+        return
+    dist.barrier()
+
+
+def returns_what_cannot_travel(rank: int) -> Any:
+    return threading.Lock() if rank == 1 else rank
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [raises, leaves, is_killed, skips_a_barrier, returns_early, returns_what_cannot_travel],
+)
+def test_the_same_verdict_as_here(client: Any, fault: Callable[[int], Any]) -> None:
+    here = launch(fault, (), 4, check=False)
+    there = launch(fault, (), 4, check=False, cluster=client)
+    assert there.verdict is not None
+    assert here.verdict is not None
+    assert there.verdict.kind == here.verdict.kind
+    assert there.verdict.ranks == here.verdict.ranks
+    assert there.verdict.title == here.verdict.title
+    assert there.verdict.frame == here.verdict.frame
+    assert type(there.error) is type(here.error)
+
+
+def test_errors_are_raised_with_their_cause(client: Any) -> None:
+    with pytest.raises(WorkerFailed, match="a bad sample") as caught:
+        launch(raises, cluster=client)
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_rank_that_computes_for_ever_is_told_by_the_timeout(client: Any) -> None:
+    def spin(rank: int) -> None:
+        while rank == 0:
+            pass
+
+    run = launch(spin, cluster=client, timeout=2, check=False)
+    assert run.verdict is not None
+    assert run.verdict.kind == "computing"
+    assert run.verdict.ranks == (0,)
+    assert run.verdict.frame is not None
+    assert run.verdict.frame.filename == __file__
+
+
+def test_stop_ends_the_ranks(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def wait(rank: int) -> None:
+        print(os.getpid(), flush=True)
+        time.sleep(60)
+
+    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(wait, nprocs=3, cluster=client)
+    timer.join()
+    printed = capsys.readouterr().out
+    assert "Stopped." in printed
+    pids = [int(line.split()[-1]) for line in printed.splitlines() if line.startswith("[rank")]
+    assert len(pids) == 3
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+    assert launch(average, (10,), 4, cluster=client).ok
+
+
+def test_what_is_on_the_engines_stays_as_it_was(client: Any) -> None:
+    view = client[:]
+    view.push({"x": 7}, block=True)
+    before, history = view.apply_sync(clusters.state), list(client.history)
+    launch(average, (10,), 4, env={"SECRET": "1"}, cluster=client)
+    assert [m for m in client.history if m not in history] == []
+    assert view.apply_sync(clusters.state) == before
+    assert view.pull("x", block=True) == [7] * 4
+
+
+def test_some_of_the_engines(client: Any) -> None:
+    view = client[[1, 3]]
+    pids = view.apply_sync(os.getpid)
+    assert launch(lambda rank: os.environ["RANK"], cluster=view).values == ["0", "1"]
+    assert view.apply_sync(os.getpid) == pids
+    with pytest.raises(BadLaunch, match=r"\(1, 3\)"):
+        launch(average, (10,), 3, cluster=view)
+
+
+def test_a_busy_engine_is_named(client: Any) -> None:
+    busy = client[2].apply_async(time.sleep, 4)
+    with pytest.raises(BadLaunch, match="engine 2 is busy"):
+        launch(average, (10,), 4, cluster=client)
+    busy.get()
+    assert launch(average, (10,), 4, cluster=client).ok
+
+
+def test_what_is_no_client(client: Any, cluster: Cluster) -> None:
+    for wrong in ("profile", 4, [client]):
+        with pytest.raises(BadLaunch, match="not a client"):
+            launch(average, (10,), cluster=wrong)
+    with pytest.raises(BadLaunch, match="connect_client_sync"):
+        launch(average, (10,), cluster=ipyparallel.Cluster(n=1))
+
+
+def test_a_lock_cannot_travel_to_another_machine(client: Any) -> None:
+    lock = torch.multiprocessing.get_context("spawn").Lock()
+    with pytest.raises(CannotSend, match=r"args\[0\]"):
+        launch(average, (lock,), cluster=client)
+
+
+def test_without_ipyparallel_it_is_said_what_to_install() -> None:
+    script = """
+    import sys
+    sys.modules["ipyparallel"] = None
+    from ddp_lessons import launch
+    launch(print, cluster="a client")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True
+    )
+    assert "pip install 'ddp-lessons[cluster]'" in done.stderr
+    assert "BadLaunch" in done.stderr
+
+
+def meets_for_ever(rank: int) -> None:
+    dist.init_process_group("gloo")
+    print(os.getpid(), flush=True)
+    while True:
+        dist.barrier()
+        time.sleep(0.01)
+
+
+def test_an_engine_that_is_killed_is_named_and_takes_its_rank_along(cluster: Cluster) -> None:
+    number = cluster.add()
+    pid = cluster.pid(number)
+    timer = threading.Timer(2.0, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    run = launch(meets_for_ever, (), 3, check=False, cluster=cluster.client[[0, 1, number]])
+    timer.join()
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("engine lost", (2,))
+    assert f"engine {number}" in run.verdict.title
+    assert isinstance(run.error, WorkerDied)
+    _all_gone(run)
+    assert launch(average, (10,), 4, cluster=cluster.client).ok
+
+
+def test_an_engine_that_was_killed_before_is_left_out(cluster: Cluster) -> None:
+    number = cluster.add()
+    os.kill(cluster.pid(number), signal.SIGKILL)
+    assert launch(average, (10,), 4, cluster=cluster.client).ok
+
+
+def _all_gone(run: Run) -> None:
+    pids = [int(rank.lines[0]) for rank in run.ranks]
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+def test_a_lost_controller_is_told_and_engines_end_their_ranks(
+    tmp_path: Path, cluster: Cluster
+) -> None:
+    with cluster_of(tmp_path / "cluster", 2) as lost:
+        lost.shorten_leases()
+        timer = threading.Timer(1.0, lost.kill_controller)
+        timer.start()
+        run = launch(writes_its_pid, (str(tmp_path),), check=False, cluster=lost.client)
+        timer.join()
+        assert run.verdict is not None
+        assert (run.verdict.kind, run.verdict.ranks) == ("engine lost", (0, 1))
+        assert "controller" in run.verdict.title
+        _all_end(tmp_path, 2)
+
+
+def writes_its_pid(rank: int, directory: str) -> None:
+    Path(directory, f"rank{rank}").write_text(str(os.getpid()))
+    time.sleep(100)
+
+
+def _all_end(directory: Path, ranks: int) -> None:
+    pids = [int(file.read_text()) for file in directory.glob("rank*")]
+    assert len(pids) == ranks
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
+
+
+LAUNCHES = """
+import sys, time
+import ipyparallel
+from ddp_lessons import launch
+
+def write(rank, directory):
+    import os
+    with open(f"{directory}/rank{rank}", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(100)
+
+launch(write, (sys.argv[2],), cluster=ipyparallel.Client(sys.argv[1]))
+"""
+
+
+def test_ranks_end_when_the_notebook_is_killed(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.shorten_leases()
+    command = [sys.executable, "-c", LAUNCHES, cluster.connection_file, str(tmp_path)]
+    notebook = subprocess.Popen(command)
+    wait_until(lambda: len([f for f in tmp_path.glob("rank*") if f.read_text()]) == 2)
+    notebook.kill()
+    notebook.wait()
+    _all_end(tmp_path, 2)
+    assert launch(average, (10,), 4, cluster=cluster.client).ok
+
+
+def test_in_a_notebook(cluster: Cluster, kernel: Kernel) -> None:
+    kernel.run(f"""
+        import ipyparallel, time
+        client = ipyparallel.Client({cluster.connection_file!r})
+    """)
+    failed = kernel.run("""
+        def work(rank):
+            print("hello", rank)
+            return 1 / (rank - 1)
+
+        launch(work, nprocs=3, cluster=client)
+    """)
+    assert "WorkerFailed: rank 1 of 3 raised ZeroDivisionError" in failed.error
+    assert re.search(r"Cell In\[\d+\], line 3, in work", failed.error)
+    assert "[rank 0] hello 0\n[rank 1] hello 1\n[rank 2] hello 2" in failed.stdout
+    cell = kernel.start("""
+        import os
+        def wait(rank):
+            time.sleep(60)
+
+        launch(wait, nprocs=4, cluster=client)
+    """)
+    time.sleep(1.5)
+    kernel.manager.interrupt_kernel()
+    stopped = kernel.finish(cell)
+    assert stopped.error_name == "KeyboardInterrupt"
+    assert "rank 3 stopped at Cell In" in stopped.stdout
+    assert (
+        kernel.run("launch(lambda rank: rank, nprocs=4, cluster=client).values").result[
+            "text/plain"
+        ]
+        == "[0, 1, 2, 3]"
+    )
+
+
+def test_profile_and_timeline(client: Any, figures_closed: None) -> None:
+    run = launch(average, (1000,), 2, profile=True, cluster=client)
+    assert any(span.lane == "gloo" for span in run.spans())
+    assert plots.timeline(run).get_title(loc="left") == "average on 2 ranks"
+
+
+def test_another_clients_task_only_delays(cluster: Cluster) -> None:
+    other = ipyparallel.Client(cluster.connection_file)
+    timer = threading.Timer(1.0, lambda: other[1].apply_async(time.sleep, 3))
+    timer.start()
+    run = launch(lambda rank: time.sleep(1.5), nprocs=2, cluster=cluster.client)
+    timer.join()
+    other.close()
+    assert run.ok
+
+
+def test_much_output_is_neither_lost_nor_kept(client: Any) -> None:
+    def flood(rank: int) -> str:
+        for number in range(30_000):
+            print(f"{number:1000}")
+        return "x" * 10_000_000
+
+    run = launch(flood, cluster=client)
+    assert [len(value) for value in run.values] == [10_000_000] * 2
+    assert all(rank.lines[-1].strip() == "29999" for rank in run.ranks)
+    assert all("bytes left out" in rank.output for rank in run.ranks)
+
+
+def engine(number: int, host: str) -> Engine:
+    return Engine(number, host, host, "a clock", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "nprocs", "nnodes", "chosen"),
+    [
+        ("aaaa", 4, 1, [0, 1, 2, 3]),
+        ("aaaa", 2, 1, [0, 1]),
+        ("abab", 2, 1, [0, 2]),
+        ("abab", 2, 2, [0, 2, 1, 3]),
+        ("baab", 2, 2, [0, 3, 1, 2]),
+        ("abbb", 3, 1, [1, 2, 3]),
+        ("abbcb", 1, 3, [0, 1, 3]),
+        ("aaaab", 2, 2, [0, 1, 2, 3]),
+        ("aabb", 3, 1, "nnodes=2, nprocs=2"),
+        ("aabb", 4, 1, "a has 2 engines (0, 1) and b has 2 engines (2, 3)"),
+        ("aaa", 2, 2, "needs 2 engines on each of 2 hosts"),
+        ("a", 2, 1, "nprocs=1"),
+    ],
+)
+def test_engines_are_chosen_by_host(hosts: str, nprocs: int, nnodes: int, chosen: Any) -> None:
+    engines = [engine(number, host) for number, host in enumerate(hosts)]
+    if isinstance(chosen, str):
+        with pytest.raises(BadLaunch, match=re.escape(chosen)):
+            choose(engines, nprocs, nnodes)
+    else:
+        assert [engine.id for engine in choose(engines, nprocs, nnodes)] == chosen

@@ -36,7 +36,8 @@ class OnEngines(Crew):
     def __init__(self, cluster: Any, nprocs: int, nnodes: int, start_method: str | None) -> None:
         super().__init__()
         self._client, targets = engines.client_and_targets(cluster)
-        chosen = engines.choose(engines.find(self._client, targets), nprocs, nnodes)
+        found, ended = engines.find(self._client, targets)
+        chosen = engines.choose(found, nprocs, nnodes, ended)
         self._start_method = start_method
         self._history = contextlib.ExitStack()
         self._history.enter_context(engines.unnoticed(self._client))

@@ -203,11 +203,11 @@ class Rank:
         self._pump = Pump([process])
         return process.pid, process.began_ns
 
-    def answer(self, question: Question) -> News:
+    def answer(self, question: Question) -> News | None:
         self._unasked = 0.0
         process = self._process
         if process is None:
-            return News(self._number, (), 0, None, None)
+            return None
         if question.heard == self._number:
             del process.pieces[: self._told]
         for number, group in question.signals:

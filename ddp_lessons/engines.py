@@ -19,7 +19,7 @@ from ddp_lessons.clocks import clock_id
 from ddp_lessons.engine import PACKAGES, Call
 from ddp_lessons.errors import BadLaunch, LaunchError
 from ddp_lessons.remote import Engine
-from ddp_lessons.wording import count, listed
+from ddp_lessons.wording import agree, count, listed
 
 SOON = 1.0  # seconds after which an engine that has not answered is looked into
 ANSWER = 30.0  # seconds that an idle engine may take: it may have to import this package first
@@ -50,18 +50,22 @@ def client_and_targets(cluster: Any) -> tuple[Any, list[int]]:
     )
 
 
-def find(client: Any, ids: Sequence[int]) -> list[Engine]:
-    """The engines that answer. Raises BadLaunch if one is busy, or unlike the notebook."""
+def find(client: Any, ids: Sequence[int]) -> tuple[list[Engine], list[int]]:
+    """The engines that answer, and the ids of those that ended meanwhile.
+
+    Raises BadLaunch if one is busy, or unlike the notebook.
+    """
     before_ns = time.perf_counter_ns()
     with unnoticed(client):
         asked = {number: _ask(client, number) for number in ids if number in client.ids}
         _await(client, asked)
-    found, own_clock = [], clock_id()
+    found, ended, own_clock = [], [], clock_id()
     for number, result in asked.items():
         facts, after_ns = _facts(number, result)
         if facts is None:
+            ended.append(number)
             continue
-        _refuse_unlike(number, facts)
+        refuse_unlike(number, facts)
         middle_ns = (before_ns + after_ns) // 2
         same = facts["clock"] == own_clock
         found.append(
@@ -77,8 +81,9 @@ def find(client: Any, ids: Sequence[int]) -> list[Engine]:
     if not found:
         raise BadLaunch(
             "the cluster has no engines. Start some, and wait for them: client.wait_for_engines(4)."
+            f"{_just_ended(ended)}"
         )
-    return found
+    return found, ended
 
 
 @contextlib.contextmanager
@@ -120,11 +125,12 @@ def _await(client: Any, asked: dict[int, Any]) -> None:
         busy = [number for number in late if _tasks(status.get(number, {})) > 1]
         if busy:
             raise BadLaunch(
-                f"{_engines(busy)} busy with other tasks. Wait for them (client.wait()), interrupt "
-                "them, or pass only engines that are idle: cluster=client[0, 1]."
+                f"{_named(busy)} {agree(busy, 'is', 'are')} busy with other tasks. Wait for them "
+                "(client.wait()), interrupt them, or pass only engines that are idle: "
+                "cluster=client[0, 1]."
             )
         if time.monotonic() > deadline:
-            raise LaunchError(f"{_engines(late)} registered, but did not answer in {ANSWER:.0f} s.")
+            raise LaunchError(f"{_named(late)} did not answer in {ANSWER:.0f} s, though not busy.")
         waiting = concurrent.futures.wait(asked.values(), timeout=SOON).not_done
 
 
@@ -171,7 +177,8 @@ def _facts(number: int, result: Any) -> tuple[dict[str, Any] | None, int]:
         ) from None
 
 
-def _refuse_unlike(number: int, facts: dict[str, Any]) -> None:
+def refuse_unlike(number: int, facts: dict[str, Any]) -> None:
+    """Raise BadLaunch if an engine, by what it said of itself, cannot run the notebook's code."""
     own = {"Python": ".".join(map(str, sys.version_info[:2]))}
     own |= {package: metadata.version(package) for package in PACKAGES}
     there = facts["versions"]
@@ -189,7 +196,9 @@ def _public(version: str | None) -> str | None:
     return None if version is None else version.partition("+")[0]
 
 
-def choose(engines: Sequence[Engine], nprocs: int, nnodes: int) -> list[Engine]:
+def choose(
+    engines: Sequence[Engine], nprocs: int, nnodes: int, ended: Sequence[int] = ()
+) -> list[Engine]:
     """An engine for each rank: `nprocs` on each of `nnodes` hosts, in the order of their engines.
 
     If there are fewer hosts, one with engines enough for all stands for several machines.
@@ -204,7 +213,7 @@ def choose(engines: Sequence[Engine], nprocs: int, nnodes: int) -> list[Engine]:
     for host in hosts:
         if len(host) >= nprocs * nnodes:
             return host[: nprocs * nnodes]
-    raise BadLaunch(_too_few(hosts, nprocs, nnodes))
+    raise BadLaunch(_too_few(hosts, nprocs, nnodes) + _just_ended(ended))
 
 
 def _too_few(hosts: Sequence[Sequence[Engine]], nprocs: int, nnodes: int) -> str:
@@ -221,11 +230,13 @@ def _too_few(hosts: Sequence[Sequence[Engine]], nprocs: int, nnodes: int) -> str
     )
 
 
+def _just_ended(ended: Sequence[int]) -> str:
+    return f"\nMeanwhile {_named(ended)} {agree(ended, 'has', 'have')} ended." if ended else ""
+
+
 def _ids(engines: Iterable[Engine]) -> str:
     return ", ".join(str(engine.id) for engine in engines)
 
 
-def _engines(numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"engine {numbers[0]} is"
-    return f"engines {listed(map(str, numbers))} are"
+def _named(numbers: Sequence[int]) -> str:
+    return f"{agree(numbers, 'engine', 'engines')} {listed(map(str, numbers))}"

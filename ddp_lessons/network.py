@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+from collections.abc import Iterator
 
 ANYWHERE = "192.0.2.1"  # an address for documentation (RFC 5737): the way to it is the default one
 _PORT = 9  # nothing is sent there
@@ -25,14 +26,17 @@ def own_address(towards: str | None) -> str | None:
     """
     for target in (towards, ANYWHERE):
         found = _source(target) if target else None
-        if found is not None and not ipaddress.ip_address(found).is_loopback:
+        if found is not None and not _is_loopback(found):
             return found
-    return next(iter(_addresses().values()), None)
+    import psutil
+
+    up = psutil.net_if_stats()
+    return next((own for name, own in _addresses() if name in up and up[name].isup), None)
 
 
 def interface_of(address: str) -> str | None:
     """The name of the network interface that holds an address of this host."""
-    return next((name for name, own in _addresses().items() if own == address), None)
+    return next((name for name, own in _addresses() if own == address), None)
 
 
 def _source(target: str) -> str | None:
@@ -45,17 +49,15 @@ def _source(target: str) -> str | None:
         return str(probe.getsockname()[0])
 
 
-def _addresses() -> dict[str, str]:
-    """The IPv4 addresses of the interfaces that are up, except loopback, by interface."""
+def _addresses() -> Iterator[tuple[str, str]]:
+    """The interfaces, except loopback, and their IPv4 addresses."""
     import psutil
 
-    up = psutil.net_if_stats()
-    return {
-        name: address.address
-        for name, addresses in psutil.net_if_addrs().items()
-        for address in addresses
-        if address.family == socket.AF_INET
-        and name in up
-        and up[name].isup
-        and not ipaddress.ip_address(address.address).is_loopback
-    }
+    for name, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.family == socket.AF_INET and not _is_loopback(one.address):
+                yield name, one.address
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback

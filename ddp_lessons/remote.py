@@ -17,7 +17,7 @@ from ddp_lessons.messages import ENGINE, ErrorRecord, Span
 from ddp_lessons.task import Place
 from ddp_lessons.workers import UNKNOWN_EXIT, Worker
 
-PATIENCE = 0.2  # seconds that an engine waits for something to tell
+SHORTEST, LONGEST = 0.2, 0.5  # seconds that an engine waits for something to tell
 SILENT = 5.0  # seconds without an answer after which to ask the controller
 RETRIES = 5  # of a question that failed, in a row
 
@@ -32,8 +32,8 @@ _CLOSED = (
     "launch again."
 )
 _FORGOTTEN = (
-    f"It had not been asked for news for {LEASE:.0f} seconds: the notebook's process stood still, "
-    "or the network between them."
+    f"An engine ends a rank that nobody asks for in {LEASE:.0f} seconds: the notebook's process "
+    "stood still, or the network between them."
 )
 _SILENT = (
     "It carries out another task, was suspended, or cannot be reached. It ends the rank when it "
@@ -107,9 +107,13 @@ class RemoteWorker(Worker):
         if self.asked is not None:
             return
         self._on_their_way, self._signals = tuple(self._signals), []
-        question = Question(PATIENCE, self._heard, self._on_their_way, self._note_activity)
+        question = Question(self._patience(), self._heard, self._on_their_way, self._note_activity)
         self.asked = self.call("news", question)
         self.asked_at, self._note_activity = time.monotonic(), False
+
+    def _patience(self) -> float:
+        """The longer nothing moves, the longer it may take until the next question is sent."""
+        return min(LONGEST, max(SHORTEST, (time.monotonic() - self.moved_at) / 10))
 
     def is_silent(self) -> bool:
         """True if it has not answered for long: that is no engine's way while it is idle."""
@@ -141,7 +145,7 @@ class RemoteWorker(Worker):
 
     def _take_news(self, news: News | None) -> None:
         if news is None:
-            self.lose(f"{self.engine} ended its rank", _FORGOTTEN)
+            self.lose(f"{self.engine} has no rank of this run any more", _FORGOTTEN)
             return
         if news.number <= self._heard:
             return

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -54,11 +55,22 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             _ip(*inside, "address", "add", f"{host.address}/24", "dev", host.device)
             for device in (host.device, "lo"):
                 _ip(*inside, "link", "set", device, "up")
+        for host in (one, other):
+            _await_link(host)
         yield one, other
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+def _await_link(host: Host) -> None:
+    """Wait until the cable carries: both of its ends are up, and the kernel has seen it."""
+    deadline = time.monotonic() + 10
+    while "LOWER_UP" not in _ip("-n", host.namespace, "link", "show", host.device):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+    return done.stdout
 
 
 def _skip_where_not_allowed() -> None:

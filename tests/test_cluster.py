@@ -21,9 +21,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_lessons import BadLaunch, CannotSend, Run, WorkerDied, WorkerFailed, launch, plots, span
-from ddp_lessons.engines import choose
-from ddp_lessons.remote import Engine
+from ddp_lessons import (
+    BadLaunch,
+    CannotSend,
+    LaunchError,
+    Run,
+    WorkerDied,
+    WorkerFailed,
+    launch,
+    plots,
+    span,
+)
+from ddp_lessons.engine import Call
 from tests import clusters
 from tests.clusters import Cluster, cluster_of, wait_until
 from tests.kernels import Kernel
@@ -387,31 +396,28 @@ def test_much_output_is_neither_lost_nor_kept(client: Any) -> None:
     assert all("bytes left out" in rank.output for rank in run.ranks)
 
 
-def engine(number: int, host: str) -> Engine:
-    return Engine(number, host, host, "a clock", 0, None)
+def test_an_engine_that_cannot_start_its_rank_is_named(client: Any) -> None:
+    change = "import multiprocessing.spawn as spawn; spawn.set_executable({})"
+    client[1].apply_sync(exec, change.format("'/no/python'"), {})
+    try:
+        with pytest.raises(LaunchError, match="rank 1 could not be started by engine 1"):
+            launch(average, (10,), 2, start_method="spawn", cluster=client)
+    finally:
+        client[1].apply_sync(exec, f"import sys; {change.format('sys.executable')}", {})
+    assert launch(average, (10,), 2, start_method="spawn", cluster=client).ok
 
 
-@pytest.mark.parametrize(
-    ("hosts", "nprocs", "nnodes", "chosen"),
-    [
-        ("aaaa", 4, 1, [0, 1, 2, 3]),
-        ("aaaa", 2, 1, [0, 1]),
-        ("abab", 2, 1, [0, 2]),
-        ("abab", 2, 2, [0, 2, 1, 3]),
-        ("baab", 2, 2, [0, 3, 1, 2]),
-        ("abbb", 3, 1, [1, 2, 3]),
-        ("abbcb", 1, 3, [0, 1, 3]),
-        ("aaaab", 2, 2, [0, 1, 2, 3]),
-        ("aabb", 3, 1, "nnodes=2, nprocs=2"),
-        ("aabb", 4, 1, "a has 2 engines (0, 1) and b has 2 engines (2, 3)"),
-        ("aaa", 2, 2, "needs 2 engines on each of 2 hosts"),
-        ("a", 2, 1, "nprocs=1"),
-    ],
-)
-def test_engines_are_chosen_by_host(hosts: str, nprocs: int, nnodes: int, chosen: Any) -> None:
-    engines = [engine(number, host) for number, host in enumerate(hosts)]
-    if isinstance(chosen, str):
-        with pytest.raises(BadLaunch, match=re.escape(chosen)):
-            choose(engines, nprocs, nnodes)
-    else:
-        assert [engine.id for engine in choose(engines, nprocs, nnodes)] == chosen
+def test_an_engine_knows_the_way_to_its_controller(client: Any) -> None:
+    assert client[0].apply_sync(Call("_controller")) == "127.0.0.1"
+
+
+def test_an_engine_without_this_package_is_told_what_to_install(client: Any) -> None:
+    hide = "import sys; sys.modules['ddp_lessons.engine'] = {}"
+    client[1].apply_sync(exec, "import sys; sys.kept = sys.modules['ddp_lessons.engine']", {})
+    client[1].apply_sync(exec, hide.format("None"), {})
+    try:
+        with pytest.raises(BadLaunch, match=r"engine 1 cannot use[^$]*pip install ddp-lessons"):
+            launch(average, (10,), 2, cluster=client)
+    finally:
+        client[1].apply_sync(exec, hide.format("sys.__dict__.pop('kept')"), {})
+    assert launch(average, (10,), 2, cluster=client).ok

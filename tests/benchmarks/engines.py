@@ -140,7 +140,7 @@ def _said(cluster: Cluster) -> tuple[str, Run | None]:
     try:
         run = launch(train, nprocs=WORLD, cluster=cluster.client, check=False, timeout=20)
     except LaunchError as error:
-        return str(error).splitlines()[0], None
+        return " ".join(str(error).split()), None
     return (run.verdict.title if run.verdict else "all ranks returned"), run
 
 

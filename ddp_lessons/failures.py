@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import advice, hangs, stacks
+from ddp_lessons import advice, hangs, silences, stacks
 from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.messages import FORKSERVER
@@ -21,10 +21,6 @@ from ddp_lessons.wording import agree, at_head, exit_name, ranks_text
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, Run
 
-_NO_WORD = (
-    "Its record just stops: it was killed (for want of memory, say), it left by os._exit, or its "
-    "machine is gone. The log of torchrun tells which."
-)
 LAST_LINES = 5  # of a dead rank's output, shown as evidence
 FAILED = ("raised", "died", "unsendable")
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
@@ -41,6 +37,8 @@ def explain(run: Run) -> Verdict | None:
     if not own:
         return hangs.explain(run)
     cause = _cause(own)
+    if cause.status == "died" and cause.exitcode is None:
+        return silences.explain(run, cause)
     match cause.status:
         case "raised":
             return _raised(run, cause)
@@ -82,7 +80,7 @@ def _raised(run: Run, cause: RankResult) -> Verdict:
         "raised",
         tuple(same),
         f"{who} raised {cause.error.summary}",
-        (stacks.render(cause.error), *_others(run, same)),
+        (stacks.render(cause.error), *others(run, same)),
         _advice(run, cause),
         stacks.position(cause.error.frames).frame,
     )
@@ -110,16 +108,16 @@ def _unsendable(run: Run, cause: RankResult) -> Verdict:
 
 def _died(run: Run, cause: RankResult) -> Verdict:
     what, why = _death(run, cause)
-    lines = [why, *_last_call(run, cause)]
+    lines = [why, *last_call(run, cause)]
     if cause.shown_lines:
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
-    kind: Kind = "exited" if cause.exitcode is not None and cause.exitcode >= 0 else "killed"
+    kind: Kind = "killed" if (cause.exitcode or 0) < 0 else "exited"
     return Verdict(
         kind,
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} {what}",
-        (*lines, *_others(run, [cause.rank])),
+        (*lines, *others(run, [cause.rank])),
     )
 
 
@@ -133,11 +131,11 @@ def _lost(run: Run, cause: RankResult) -> Verdict:
         kind,
         tuple(same),
         f"{ranks_text(same)} of {run.world_size} {agree(same, 'was', 'were')} lost: {what}",
-        (why, *_last_call(run, cause), *_others(run, same)),
+        (why, *last_call(run, cause), *others(run, same)),
     )
 
 
-def _last_call(run: Run, rank: RankResult) -> list[str]:
+def last_call(run: Run, rank: RankResult) -> list[str]:
     """Where a rank was that can no longer tell: the tape stays readable."""
     calls = Calls([rank.spans for rank in run.ranks])
     made = calls.of_rank[rank.rank]
@@ -150,16 +148,15 @@ def _last_call(run: Run, rank: RankResult) -> list[str]:
 
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:
     """What happened to a rank that died, and the likely reason."""
-    name = exit_name(rank.exitcode)
+    exitcode = rank.exitcode or 0
+    name = exit_name(exitcode)
     if rank.started_ns is None:
         return (
             f"ended with {name} before its function was called",
             "See what the rank printed below; a shortage of memory is a common reason.",
         )
-    if rank.exitcode is None:
-        return "ended without a word", _NO_WORD
-    verb = "was ended by" if rank.exitcode < 0 else "ended with"
-    return f"{verb} {name}", _reason(run, rank, rank.exitcode)
+    verb = "was ended by" if exitcode < 0 else "ended with"
+    return f"{verb} {name}", _reason(run, rank, exitcode)
 
 
 def _reason(run: Run, rank: RankResult, exitcode: int) -> str:
@@ -193,7 +190,7 @@ def _reason(run: Run, rank: RankResult, exitcode: int) -> str:
     )
 
 
-def _others(run: Run, told: Sequence[int]) -> list[str]:
+def others(run: Run, told: Sequence[int]) -> list[str]:
     """One line for each kind of collateral damage."""
     rest = [r for r in run.ranks if r.rank not in told]
     lost = [r for r in rest if lost_partner(r)]

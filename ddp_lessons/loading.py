@@ -2,14 +2,16 @@
 
 Runs in the parent: in a notebook, after the job or while it still runs or hangs. The records of
 several machines are put on rank 0's clock. What no record can tell is inferred: a rank whose record
-just stops was killed, or still waits in its last call.
+just stops was killed, or it still lives, and then its file is locked.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 
 from ddp_lessons import sites, stacks, tape
 from ddp_lessons.buckets import WAIT_FOR_BUCKETS
+from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.messages import ErrorRecord, Frame, Span
 from ddp_lessons.results import RankResult, Run, Status
@@ -24,7 +27,7 @@ from ddp_lessons.script import VARIABLE, VERSION
 from ddp_lessons.wording import agree, count, ranks_text
 
 _RECORD = re.compile(r"rank_(\d+)\.(\d+)\.jsonl")
-_INTERRUPTED = "KeyboardInterrupt"
+INTERRUPTED = -int(signal.SIGINT)  # the exit code
 # Files in whose frames stacks.position sees the call of a rank that cannot be asked.
 _DISTRIBUTED = os.path.join("torch", "distributed", "distributed_c10d.py")
 _AUTOGRAD = os.path.join("torch", "autograd", "__init__.py")
@@ -70,6 +73,7 @@ class Record:
     behind_ns: int
     raised: Mapping[str, Any] | None
     ended_ns: int | None
+    alive: bool
     spans: list[Span]
     dropped: int
 
@@ -128,7 +132,18 @@ def _read(file: Path) -> Record:
     spans, dropped = tape.read_file(file.with_suffix(".tape"), int(began["rank"]))
     clock, raised, ended = facts.get("clock", {}), facts.get("raised"), facts.get("ended")
     ended_ns = (raised or ended or {}).get("t_ns")
-    return Record(began, int(clock.get("behind_ns", 0)), raised, ended_ns, spans, dropped)
+    behind_ns, alive = int(clock.get("behind_ns", 0)), _is_held(file)
+    return Record(began, behind_ns, raised, ended_ns, alive, spans, dropped)
+
+
+def _is_held(file: Path) -> bool:
+    """Whether the rank still lives, which keeps its file locked. Never so for a copy."""
+    with open(file, "rb") as facts:
+        try:
+            fcntl.flock(facts, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _complete(place: Path, records: Sequence[Record]) -> list[Record]:
@@ -151,9 +166,7 @@ def _complete(place: Path, records: Sequence[Record]) -> list[Record]:
 
 def _run(records: Sequence[Record]) -> Run:
     records = [_on_one_clock(record) for record in records]
-    ranks = [_result(record) for record in records]
-    if any(lost_partner(rank) for rank in ranks):
-        ranks = [_killed(rank) if rank.status == "stopped" else rank for rank in ranks]
+    ranks = _with_fates([_result(record) for record in records])
     hangs = {rank.status for rank in ranks} in ({"stopped"}, {"stopped", "returned"})
     return Run(
         str(records[0].began["script"]),
@@ -181,12 +194,14 @@ def _on_one_clock(record: Record) -> Record:
 def _result(record: Record) -> RankResult:
     began_ns, last_ns = int(record.began["t_ns"]), record.last_ns
     error = _error(record.raised) if record.raised else None
-    status: Status = "returned" if record.ended_ns else "stopped"
-    stack = _where(record.spans)
-    if error is not None:
-        status = "raised"
-        if error.type_name == _INTERRUPTED:
-            status, stack, error = "stopped", error.frames, None
+    status: Status = "stopped" if record.alive else "died"
+    exitcode, stack = None, _where(record.spans)
+    if error is not None and error.type_name == "KeyboardInterrupt":
+        status, exitcode, stack, error = "stopped", INTERRUPTED, error.frames, None
+    elif error is not None:
+        status, exitcode, stack = "raised", 1, ()
+    elif record.ended_ns:
+        status, exitcode, stack = "returned", 0, ()
     ended = last_ns if record.ended_ns else None
     life = Span(record.rank, "process", "mark", str(record.began["script"]), began_ns, ended)
     return RankResult(
@@ -195,12 +210,12 @@ def _result(record: Record) -> RankResult:
         value=None,
         output="",
         error=error,
-        exitcode={"returned": 0, "raised": 1}.get(status),
+        exitcode=exitcode,
         spans=(life, *record.spans),
         began_ns=began_ns,
         started_ns=began_ns,
         ended_ns=last_ns,
-        stack=stack if status == "stopped" else (),
+        stack=stack,
         dropped=record.dropped,
         group_rank=int(record.began["group_rank"]),
         host=str(record.began["host"]),
@@ -228,9 +243,27 @@ def _where(spans: Sequence[Span]) -> tuple[Frame, ...]:
     return ()
 
 
-def _killed(rank: RankResult) -> RankResult:
-    """A rank that left no word, while others lost their partner: it was killed."""
-    return replace(rank, status="died", stack=())
+def _with_fates(ranks: list[RankResult]) -> list[RankResult]:
+    """The ranks; those that left no word count as stopped where the rest tells that they were.
+
+    An agent stops the others when one of its ranks fails, and all of them when it is interrupted.
+    And a job that hangs, at calls that can never be met, is stopped by whoever loses patience.
+    """
+    silent = {rank.rank: rank for rank in ranks if rank.status == "died"}
+    own = any(rank.status == "raised" and not lost_partner(rank) for rank in ranks)
+    interrupted = any(rank.exitcode == INTERRUPTED for rank in ranks)
+    if silent and (own or interrupted or _hung(ranks, silent)):
+        return [replace(r, status="stopped") if r.rank in silent else r for r in ranks]
+    return ranks
+
+
+def _hung(ranks: Sequence[RankResult], silent: Mapping[int, RankResult]) -> bool:
+    if any(lost_partner(rank) for rank in ranks):
+        return False
+    calls = {rank: stacks.position(result.stack).call for rank, result in silent.items()}
+    waiting = {rank: call for rank, call in calls.items() if call is not None}
+    made = Calls([rank.spans for rank in ranks])
+    return len(waiting) == len(silent) and made.stuck_for_good(waiting)
 
 
 def _quiet(ranks: Sequence[RankResult]) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import platform
@@ -25,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ddp_lessons import collectives, recording
+from ddp_lessons import collectives, orphans, recording
 from ddp_lessons.clocks import clock_id
 from ddp_lessons.messages import Clock, Message
 from ddp_lessons.stacks import describe
@@ -41,6 +42,8 @@ def begin() -> None:
     if not _is_rank():
         return
     os.environ[_OWNER] = str(os.getpid())
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        orphans.end_with_parent()  # an agent that is killed leaves its ranks to themselves
     began = _how_it_began()
     try:
         facts, tape = _open(Path(os.environ[VARIABLE]), f"rank_{began['rank']}.{began['epoch_ns']}")
@@ -64,6 +67,7 @@ def _open(folder: Path, name: str) -> tuple[IO[str], int]:
     """The files of a rank, new and empty."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = open(folder / f"{name}.jsonl", "x", buffering=1, encoding="utf-8")
+    fcntl.flock(facts, fcntl.LOCK_EX)  # tells that we are alive
     tape = os.open(folder / f"{name}.tape", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     os.ftruncate(tape, REGION)  # takes no space until it is written
     return facts, tape

@@ -76,6 +76,10 @@ def _doing(rank: RankResult) -> tuple[str, str]:
     """A verb, and the rest of the line."""
     frame, call = position(rank)
     match rank.status:
+        case "died" if rank.exitcode is None and call is not None:
+            return "ended in", f"{call}{line(frame)}"
+        case "died" if rank.exitcode is None:
+            return "ended", f"outside torch.distributed{_after(rank)}"
         case "died":
             return "died:", exit_name(rank.exitcode)
         case "raised" if gave_up(rank):

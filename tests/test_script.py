@@ -266,7 +266,7 @@ def test_the_last_line_of_a_killed_rank_may_be_cut(recorded: Path, tmp_path: Pat
     assert "ended" in json.loads(last)
     file.write_text("\n".join([*whole, last[:5]]))
     run: Run = load_run(tmp_path)
-    assert [rank.status for rank in run.ranks] == ["returned", "stopped"]
+    assert [rank.status for rank in run.ranks] == ["returned", "died"]
 
 
 def test_another_clock_is_put_on_rank_zeros(recorded: Path, tmp_path: Path) -> None:

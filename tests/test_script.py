@@ -76,7 +76,7 @@ def test_nothing_is_recorded_unless_asked_for(tmp_path: Path) -> None:
 
 def test_a_record_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "record").write_text("a file is in the way")
-    code, text = record(tmp_path, "dist.barrier(); print('done', rank)")
+    code, text = record(tmp_path, r"dist.barrier(); print(f'done {rank}\n', end='')")
     assert code == 0, text
     assert "nothing is recorded, DDP_LESSONS_RECORD: " in text
     assert "done 0" in text

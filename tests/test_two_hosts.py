@@ -151,7 +151,7 @@ def test_two_hosts_train_as_one_does(tmp_path: Path, hosts: tuple[Host, Host]) -
     script = written(tmp_path, TRAIN)
     text = carried_out(hosts, script, nprocs=2)
     values = launch(runpy.run_path(str(script))["train"], nprocs=4).values
-    printed = dict(re.findall(r"rank (\d) returned (\S+)", text))
+    printed = dict(re.findall(r"rank (\d) returned (-?0x[0-9a-f.]+p[+-]\d+)", text))
     assert printed == {str(rank): value for rank, value in enumerate(values)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,25 +20,28 @@ PATIENCE = 60.0  # seconds: torch is imported anew by each rank
 # store of the agent (pytorch issue 135712).
 VARIABLES = {
     "OMP_NUM_THREADS": "1",
-    "PYTHONUNBUFFERED": "1",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
 
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE)
+
 
 class Outcome(NamedTuple):
-    """What came of a script: its exit code (None: it did not end), and what it printed."""
+    """What came of a script: its exit code (None: it did not end), and what it wrote.
+
+    torchrun's ranks write unbuffered to the same place: a line's end may come after another line.
+    """
 
     exitcode: int | None
-    lines: list[str]
+    output: str
+    errors: str
 
     @property
     def error(self) -> str:
-        """The last line of the first traceback; "" if there is none."""
-        found = [line.partition("]: ")[2] or line for line in self.lines]
-        starts = [i for i, line in enumerate(found) if line.startswith("Traceback ")]
-        after = found[starts[0] + 1 :] if starts else []
-        return next((line for line in after if line and not line.startswith(" ")), "")
+        """The first exception, as a traceback ends; "" if there is none."""
+        found = _EXCEPTION.search(self.errors)
+        return found[1] if found else ""
 
 
 def alone(script: Path) -> Outcome:
@@ -63,23 +67,22 @@ def _run(command: Sequence[str], env: Mapping[str, str], drop: Sequence[str] = (
         text=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=subprocess.PIPE,
     )
     try:
-        text, _ = process.communicate(timeout=PATIENCE)
-        return Outcome(process.returncode, text.splitlines())
+        written = process.communicate(timeout=PATIENCE)
+        return Outcome(process.returncode, *written)
     except subprocess.TimeoutExpired:
-        return Outcome(None, _ended(process).splitlines())
+        return Outcome(None, *_ended(process))
     except BaseException:  # the Stop button
         _ended(process)
         raise
 
 
-def _ended(process: subprocess.Popen[str]) -> str:
+def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
     """End it, and its ranks with it: an agent does that when it is asked to end."""
     process.terminate()
-    text, _ = process.communicate()
-    return text
+    return process.communicate()
 
 
 def is_unattempted(script: Path) -> bool:

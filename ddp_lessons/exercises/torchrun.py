@@ -37,8 +37,7 @@ def _attempted(script: str | os.PathLike[str]) -> Path:
 
 
 def _totals(outcome: Outcome) -> list[str]:
-    found = [re.fullmatch(r"total (\S+)", line.strip()) for line in outcome.lines]
-    return [match[1] for match in found if match]
+    return re.findall(r"total (-?\d+(?:\.\d+)?)", outcome.output)
 
 
 def _judge_alone(outcome: Outcome) -> None:
@@ -122,8 +121,8 @@ def check_resumes(script: str | os.PathLike[str]) -> str:
 
 
 def _judge_resume(outcome: Outcome) -> None:
-    steps = [int(m[1]) for line in outcome.lines if (m := re.fullmatch(r"step (\d+)", line))]
-    total = [m[1] for line in outcome.lines if (m := re.fullmatch(r"total (\S+)", line))]
+    steps = [int(number) for number in re.findall(r"step (\d+)", outcome.output)]
+    total = _totals(outcome)
     if outcome.exitcode is None:
         raise Wrong(
             f"it did not end within {scripts.PATIENCE:g} s.",

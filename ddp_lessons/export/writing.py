@@ -227,7 +227,8 @@ def _main(definition: Statement, call: Call, taken: set[str]) -> str:
     return (
         f'{head}    {rank} = int(os.environ["RANK"])\n'
         + _called(f"    {value} = {name}(", [rank, *call.arguments])
-        + f'\n    print(f"rank {{{rank}}} returned {{{value}}}")'
+        + "\n    # In one piece: torchrun's ranks write unbuffered, all to the same place."
+        + f'\n    print(f"rank {{{rank}}} returned {{{value}}}\\n", end="")'
     )
 
 

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 LAB_ARGS ?=
 BIN := .venv/bin
-LESSONS := $(wildcard notebooks/[0-9]*.ipynb) $(wildcard notebooks/solutions/*.ipynb)
+LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb $(wildcard notebooks/solutions/*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
 .PHONY: help lessons test check tests nbval notebooks bench faults setup

@@ -3,18 +3,21 @@
 The public names, and nothing else. Importing the package is cheap: a name loads its module when it
 is first used, and torch, matplotlib and ipywidgets are loaded when something needs them. In a
 notebook kernel the import also begins to warm the process that ranks are forked from, so that the
-first launch does not wait for torch.
+first launch does not wait for torch. In a script that torchrun starts it begins to record, if the
+environment variable DDP_LESSONS_RECORD names a folder.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.warm import warm_in_kernel
 
 if TYPE_CHECKING:
     from ddp_lessons import plots
+    from ddp_lessons.backends import recommend_backend
     from ddp_lessons.buckets import watch_ddp
     from ddp_lessons.errors import (
         BadLaunch,
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
         WorkersHung,
     )
     from ddp_lessons.launcher import launch
+    from ddp_lessons.loading import load_run
     from ddp_lessons.recording import span, steps
     from ddp_lessons.results import RankResult, Run
 
@@ -39,7 +43,9 @@ __all__ = [
     "WorkerFailed",
     "WorkersHung",
     "launch",
+    "load_run",
     "plots",
+    "recommend_backend",
     "span",
     "steps",
     "watch_ddp",
@@ -48,6 +54,8 @@ _HOME = {
     "RankResult": "results",
     "Run": "results",
     "launch": "launcher",
+    "load_run": "loading",
+    "recommend_backend": "backends",
     "span": "recording",
     "steps": "recording",
     "watch_ddp": "buckets",
@@ -69,3 +77,5 @@ def __dir__() -> list[str]:
 
 
 warm_in_kernel()
+if "DDP_LESSONS_RECORD" in os.environ:
+    importlib.import_module("ddp_lessons.script").begin()

@@ -1,4 +1,4 @@
-"""What to try against a hang: the last words of verdicts (hangs.py)."""
+"""What to try: the last words of verdicts on hangs (hangs.py) and failures (failures.py)."""
 
 ORDER = (
     "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
@@ -43,6 +43,14 @@ LEFT = (
     "destroy_process_group is for the very end: no rank may call it while others still communicate."
 )
 IN_C = "It did not print its stack: it is busy in C code. "
+NETWORK = (
+    "All ranks made the same call, so their code is right. Do the machines still reach each other "
+    "(ping), and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name an interface that leads there?"
+)
+RECORD = (
+    "A record tells of the calls of torch.distributed. Where a rank is between them, `py-spy dump "
+    "--pid` on its machine tells, while it hangs."
+)
 GROUPS = (
     "Ranks that share two groups must use them in the same order: while one waits in the first "
     "group, the other waits in the second. Choose one order for all."
@@ -63,3 +71,17 @@ PAIRS = (
     "Each send needs one recv on the rank that it names, and each recv one send. Check dst= and "
     "src=, and the order of the calls on both ranks."
 )
+NO_NCCL = (
+    "NCCL works only between NVIDIA's GPUs, and only in a build of torch that has it. Join with "
+    'dist.init_process_group("gloo"); recommend_backend(nprocs) tells what suits this machine.'
+)
+ONE_GPU = (
+    "Two ranks are on one GPU. Every rank chooses its own before it joins: "
+    'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])). Where ranks must share a GPU, use gloo.'
+)
+BACKENDS = {  # what torch or NCCL says of a backend, and what to try
+    "doesn't have NCCL built in": NO_NCCL,
+    "no GPUs found": NO_NCCL,
+    "Duplicate GPU detected : ": ONE_GPU,
+    "Multiple Ranks are using the same GPU": ONE_GPU,
+}

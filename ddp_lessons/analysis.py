@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ddp_lessons.messages import Span
     from ddp_lessons.results import RankResult, Run
 
+PROFILED = ("gloo", "nccl")  # lanes of what torch.profiler saw of the same communication
 MOST = 2 / 3  # of all waiting: who causes so much is the straggler
 NOTEWORTHY = 0.05  # of the ranks' time: less waiting is the noise of any machine
 WARM_UP, MANY_STEPS = 2, 4  # so many steps are left out where there are more than so many
@@ -140,7 +141,8 @@ def straggler(run: Run) -> Straggler:
     """Who keeps the others waiting, and whether it is always the same rank.
 
     Only collectives in which all wait for all count, and where there are steps only those inside
-    them; of more than four steps the first two, the warm-up, do not.
+    them; of more than four steps the first two, the warm-up, do not. With NCCL it is the GPUs that
+    wait.
     """
     steps = [s for s in run.spans() if s.lane == "steps" and s.t1_ns is not None]
     counts = _counted({s.step for s in steps})
@@ -232,7 +234,7 @@ def _split(span: Span, t1_ns: int, shares: Iterable[Share]) -> Iterator[Segment]
 def _communication(rank: RankResult) -> dict[int | None, Intervals]:
     by_step: dict[int | None, Intervals] = {}
     for span, t1_ns in ended(rank.spans, rank.ended_ns):
-        if span.kind == "comm" and span.lane != "gloo" and span.op not in GROUP_CALLS:
+        if span.kind == "comm" and span.lane not in PROFILED and span.op not in GROUP_CALLS:
             by_step.setdefault(span.step, []).append((span.t0_ns, t1_ns))
     return by_step
 
@@ -292,6 +294,20 @@ def _causes(run: Run) -> Iterator[tuple[int, int | None, int]]:
             continue
         if share.pattern == ALL_TO_ALL:
             yield share.last_rank, segment.step, segment.t1_ns - segment.t0_ns
+    on_device = {rank.rank: set(_on_device(rank)) for rank in run.ranks}
+    for share in waits(run):
+        if share.t0_ns not in on_device[share.rank] or share.last_rank is None:
+            continue
+        if share.pattern == ALL_TO_ALL and share.wait_ns:
+            yield share.last_rank, share.step, share.wait_ns
+
+
+def _on_device(rank: RankResult) -> Iterator[int]:
+    """When collectives began that a GPU waited in, while the main thread went on."""
+    blocked = any(s.kind == "wait" and s.op is None for s in rank.spans)  # for its buckets
+    for span in rank.spans:
+        if span.lane == "cuda" or (span.lane == "buckets" and not blocked):
+            yield span.t0_ns
 
 
 def _time(run: Run, steps: Iterable[Span]) -> float:

@@ -20,6 +20,7 @@ from ddp_lessons.tape import Facts
 
 Model = TypeVar("Model")
 Hook = Callable[[Any, Any], Any]
+WAIT_FOR_BUCKETS = "wait for buckets"  # the span of it
 
 
 def watch_ddp(model: Model, hook: Hook | None = None, state: Any = None) -> Model:
@@ -101,7 +102,7 @@ class Backward:
             with self._lock:
                 if self._in_flight:
                     now_ns = time.perf_counter_ns()
-                    self._waiting = self._recorder.begin("wait", "wait for buckets", now_ns)
+                    self._waiting = self._recorder.begin("wait", WAIT_FOR_BUCKETS, now_ns)
 
     def _end(self, slot: int) -> None:
         """A bucket's gradients are there, or it failed. Called from a thread of the backend."""

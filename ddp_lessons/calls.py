@@ -19,7 +19,8 @@ LIKE = (
     "all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "gather", "reduce",
     "reduce_scatter", "reduce_scatter_tensor",
 )  # fmt: skip
-NOT_OWN_LANES = ("process", "steps", "comm", "buckets", "gloo", "cuda")  # of no thread of its own
+# Of no thread of its own.
+NOT_OWN_LANES = ("process", "steps", "comm", "buckets", "gloo", "nccl", "cuda")
 
 State = Literal["done", "open", "failed"]
 

@@ -1,7 +1,7 @@
-"""The command `ddp-lessons`: `doctor` tells whether this machine can run ranks.
+"""The command `ddp-lessons`: `doctor` judges this machine, `export` makes a script of a function.
 
-Runs in a process of its own, so it may ask CUDA what a notebook's kernel should not touch. Heavy
-imports happen inside the functions that need them.
+It runs in a process of its own, so `doctor` may ask CUDA what a notebook's kernel should not touch.
+Heavy imports happen inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import ddp_lessons
 
@@ -47,9 +48,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", title="commands")
     commands.add_parser("doctor", help="tell whether this machine can run ranks, and if not, why")
-    if parser.parse_args(argv).command == "doctor":
+    _add_export(commands)
+    arguments = parser.parse_args(argv)
+    if arguments.command == "doctor":
         return doctor()
+    if arguments.command == "export":
+        return export(arguments.notebook, arguments.function, arguments.args)
     parser.print_help()
+    return 0
+
+
+def _add_export(commands: Any) -> None:
+    about = "print a script for torchrun, made from a function of a notebook"
+    parser = commands.add_parser("export", help=about, description=about.capitalize() + ".")
+    parser.add_argument("notebook", type=Path, help="a .ipynb file; nothing of it is executed")
+    parser.add_argument(
+        "function", help="a function that a cell defines, called as function(rank, ...)"
+    )
+    parser.add_argument(
+        "--args",
+        metavar="TEXT",
+        help="the arguments after rank, as in --args \"1000, 'x'\"; "
+        "by default those of the function's first launch(...)",
+    )
+
+
+def export(notebook: Path, function: str, args: str | None = None) -> int:
+    """Print the script; 2 if none can be made, with the reason on stderr."""
+    from ddp_lessons.export import CannotExport, script
+
+    try:
+        print(script(notebook, function, args), end="")
+    except CannotExport as error:
+        print(f"ddp-lessons export: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ddp_lessons import clocks, device, flights, recording, sites, tensors
+from ddp_lessons import backends, clocks, device, flights, recording, sites, tensors
 from ddp_lessons.flights import Flight
 from ddp_lessons.groups import Group, default_group, groups
 from ddp_lessons.messages import Joining
@@ -182,6 +182,16 @@ def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., 
                 setattr(module, name, wrapped)
 
 
+def replace_in(names: dict[str, Any]) -> None:
+    """Replace what a script has imported by name before us, from torch.distributed."""
+    import torch.distributed as dist
+
+    for name, function in list(names.items()):
+        wrapped = getattr(dist, getattr(function, "__name__", ""), None)
+        if wrapped is not None and getattr(wrapped, "__wrapped__", None) is function:
+            names[name] = wrapped
+
+
 def _stepped(optimizer: Any, *_: Any) -> None:
     if (recorder := recording.current()) is not None:
         recorder.optimizer_stepped(optimizer)
@@ -334,6 +344,9 @@ def _making_group(name: str, function: Callable[..., Any]) -> Callable[..., Any]
     def new_group(*args: Any, **kwargs: Any) -> Any:
         if (recorder := recording.current()) is not None:
             recorder.gives_up(kwargs.get("timeout"))
+            if name == "new_group":
+                backend = _argument(args, kwargs, 2, "backend")
+                backends.before_new_group(recorder, _argument(args, kwargs, 0, "ranks"), backend)
         group = function(*args, **kwargs)
         if recording.in_worker():
             groups.of(group)
@@ -351,6 +364,7 @@ def _joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         seconds = timeout.total_seconds() if timeout is not None else None
         recorder = recording.current()
         if recorder is not None:
+            backends.before_joining(recorder, backend, _argument(args, kwargs, 1, "world_size"))
             recorder.groups.clear()
             recorder.send(Joining(seconds))
             if kwargs.get("store") is None:

@@ -7,39 +7,53 @@ A span of the device begins when the tensors were ready and ends when the stream
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddp_lessons.recording import Recorder
-from ddp_lessons.tape import Facts
+from ddp_lessons.tape import Facts, Slot, Tape
 
 STREAMED = ("nccl", "xccl", "hccl")  # backends whose calls return at once
+PATIENCE = 1.0  # seconds that the device has to finish when the function has ended
+PAUSE = 0.001  # seconds between two looks at it
 
 
 def is_streamed(process_group: Any) -> bool:
     """Whether the group's calls on CUDA tensors return before the work is done."""
     import torch.distributed as dist
 
-    backends = dist.get_backend_config(process_group)  # "nccl", or "cpu:gloo,cuda:nccl"
+    backends = dist.get_backend_config(process_group)  # "cuda:nccl", or "cpu:gloo,cuda:nccl"
     return any(part.rpartition(":")[2] in STREAMED for part in str(backends).split(","))
 
 
 def of(tensor: Any) -> Any:
-    """The CUDA device of a tensor, or of the first in a list; None for anything else."""
+    """The CUDA device of a tensor, or of the first in a list; None for anything else.
+
+    None also while a CUDA graph is captured: its work is done later, and may be done often.
+    """
     first = tensor[0] if isinstance(tensor, list | tuple) and tensor else tensor
-    return first.device if getattr(first, "is_cuda", False) else None
+    if not getattr(first, "is_cuda", False):
+        return None
+    import torch
+
+    return None if torch.cuda.is_current_stream_capturing() else first.device
 
 
 class Stopwatch:
-    """A span on the device: `start` now, in the current stream, and `stop` in the one then."""
+    """A span on the device: begins now, in the current stream, and `stop` ends it in the one then.
+
+    It is open on the tape until its times are known, so that a rank that hangs or is killed shows
+    what its device was at.
+    """
 
     def __init__(
         self, recorder: Recorder, device: Any, name: str, facts: Facts, lane: str = "cuda"
     ) -> None:
         self._recorder = recorder
         self._clock = _clock_of(device)
-        self._span = (lane, name, recorder.step, facts)
+        self._slot = recorder.begin("comm", name, time.perf_counter_ns(), facts, lane)
         self._start = self._clock.mark()
         self._stopped = False
 
@@ -47,52 +61,97 @@ class Stopwatch:
         """Note the end, once; it is written when the device has come there."""
         if not self._stopped:
             self._stopped = True
-            self._clock.keep(self._recorder, self._span, self._start, self._clock.mark())
+            self._clock.keep(self._recorder, self._slot, self._start, self._clock.mark())
+
+
+class _Pending(NamedTuple):
+    """A span of which the device has not been asked for its times, and its two events."""
+
+    tape: Tape
+    slot: Slot
+    start: Any
+    stop: Any
 
 
 class Clock:
-    """One device's events on the clock of the host, `time.perf_counter_ns`."""
+    """One device's events on the clock of the host, `time.perf_counter_ns`.
+
+    A device that has failed reports that at each call from then on. It is the learner's to see, at
+    a line of their own: here it only ends the measuring.
+    """
 
     def __init__(self, device: Any) -> None:
         self._device = device
-        self._pending: deque[tuple[Recorder, tuple[str, str, int, Facts], Any, Any]] = deque()
-        self._zero = self.mark()
-        self._zero.synchronize()
-        self._zero_ns = time.perf_counter_ns()
+        self._pending: deque[_Pending] = deque()
+        self._lock = threading.Lock()
+        self._failed = False
+        self._zero: Any = None
+        self._zero_ns = 0
+        try:
+            self._zero, self._zero_ns = _now(device)
+        except RuntimeError:
+            self._failed = True
 
     def mark(self) -> Any:
-        """An event in the current stream."""
+        """An event in the current stream; None if the device has failed."""
         import torch
 
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
+        if self._failed:
+            return None
+        try:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+        except RuntimeError:
+            self._failed = True
+            return None
         return event
 
-    def keep(self, recorder: Recorder, span: Any, start: Any, stop: Any) -> None:
+    def keep(self, recorder: Recorder, slot: Slot, start: Any, stop: Any) -> None:
         """Write the span when its events have happened, at the latest when the worker ends."""
+        if self._failed:
+            return
         if self.flush not in recorder.at_end:
             recorder.at_end.append(self.flush)
-        self._pending.append((recorder, span, start, stop))
-        while self._pending and self._pending[0][3].query():
-            self._write(*self._pending.popleft())
+        with self._lock:
+            self._pending.append(_Pending(recorder.tape, slot, start, stop))
+        self.write()
 
     def flush(self) -> None:
-        """Wait for the device and write what is left."""
-        while self._pending:
-            self._pending[0][3].synchronize()
-            self._write(*self._pending.popleft())
+        """Write what is left, waiting a little: work that hangs must not keep the rank's error."""
+        deadline = time.monotonic() + PATIENCE
+        while self.write() and time.monotonic() < deadline:
+            time.sleep(PAUSE)
 
-    def _write(
-        self, recorder: Recorder, span: tuple[str, str, int, Facts], start: Any, stop: Any
-    ) -> None:
-        lane, name, step, facts = span
-        t0_ns, t1_ns = self._ns(start), self._ns(stop)
-        recorder.tape.begin(lane, "comm", name, t0_ns, max(t0_ns + 1, t1_ns), step, facts)
+    def write(self) -> bool:
+        """Write the spans that have ended; True if others have not, and may."""
+        with self._lock:
+            try:
+                while self._pending and self._pending[0].stop.query():
+                    self._write(self._pending.popleft())
+            except RuntimeError:
+                self._failed = True
+            return bool(self._pending) and not self._failed
+
+    def _write(self, span: _Pending) -> None:
+        t0_ns, t1_ns = self._ns(span.start), self._ns(span.stop)
+        span.tape.began(span.slot, t0_ns)
+        span.tape.end(span.slot, max(t0_ns + 1, t1_ns))
         # An event tells the time since another in a float of 24 bits: that must not be long ago.
-        self._zero, self._zero_ns = stop, t1_ns
+        # The start, because the next may start before this one ends.
+        self._zero, self._zero_ns = span.start, t0_ns
 
     def _ns(self, event: Any) -> int:
         return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
+
+
+def _now(device: Any) -> tuple[Any, int]:
+    """An event that has just happened, and when: in an idle stream, so it waits for no work."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.Stream(device))
+    event.synchronize()
+    return event, time.perf_counter_ns()
 
 
 _clocks: dict[Any, Clock] = {}

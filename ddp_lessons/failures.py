@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import hangs, stacks
+from ddp_lessons import advice, hangs, silences, stacks
 from ddp_lessons.calls import Calls
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.messages import FORKSERVER
@@ -37,6 +37,8 @@ def explain(run: Run) -> Verdict | None:
     if not own:
         return hangs.explain(run)
     cause = _cause(own)
+    if cause.status == "died" and cause.exitcode is None:
+        return silences.explain(run, cause)
     match cause.status:
         case "raised":
             return _raised(run, cause)
@@ -78,7 +80,7 @@ def _raised(run: Run, cause: RankResult) -> Verdict:
         "raised",
         tuple(same),
         f"{who} raised {cause.error.summary}",
-        (stacks.render(cause.error), *_others(run, same)),
+        (stacks.render(cause.error), *others(run, same)),
         _advice(run, cause),
         stacks.position(cause.error.frames).frame,
     )
@@ -90,7 +92,7 @@ def _advice(run: Run, cause: RankResult) -> str:
         return f"launch() calls {run.name}(rank, *args): does it take these arguments?"
     if any(text in cause.error.text for text in _NO_MEMORY):
         return "Memory ran out: use smaller tensors or batches, or fewer ranks."
-    return ""
+    return next((what for text, what in advice.BACKENDS.items() if text in cause.error.text), "")
 
 
 def _unsendable(run: Run, cause: RankResult) -> Verdict:
@@ -106,16 +108,16 @@ def _unsendable(run: Run, cause: RankResult) -> Verdict:
 
 def _died(run: Run, cause: RankResult) -> Verdict:
     what, why = _death(run, cause)
-    lines = [why, *_last_call(run, cause)]
+    lines = [why, *last_call(run, cause)]
     if cause.shown_lines:
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
-    kind: Kind = "killed" if cause.exitcode < 0 else "exited"
+    kind: Kind = "killed" if (cause.exitcode or 0) < 0 else "exited"
     return Verdict(
         kind,
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} {what}",
-        (*lines, *_others(run, [cause.rank])),
+        (*lines, *others(run, [cause.rank])),
     )
 
 
@@ -129,11 +131,11 @@ def _lost(run: Run, cause: RankResult) -> Verdict:
         kind,
         tuple(same),
         f"{ranks_text(same)} of {run.world_size} {agree(same, 'was', 'were')} lost: {what}",
-        (why, *_last_call(run, cause), *_others(run, same)),
+        (why, *last_call(run, cause), *others(run, same)),
     )
 
 
-def _last_call(run: Run, rank: RankResult) -> list[str]:
+def last_call(run: Run, rank: RankResult) -> list[str]:
     """Where a rank was that can no longer tell: the tape stays readable."""
     calls = Calls([rank.spans for rank in run.ranks])
     made = calls.of_rank[rank.rank]
@@ -146,17 +148,19 @@ def _last_call(run: Run, rank: RankResult) -> list[str]:
 
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:
     """What happened to a rank that died, and the likely reason."""
-    name = exit_name(rank.exitcode)
+    exitcode = rank.exitcode or 0
+    name = exit_name(exitcode)
     if rank.started_ns is None:
         return (
             f"ended with {name} before its function was called",
             "See what the rank printed below; a shortage of memory is a common reason.",
         )
-    verb = "was ended by" if rank.exitcode < 0 else "ended with"
-    return f"{verb} {name}", _reason(run, rank, name)
+    verb = "was ended by" if exitcode < 0 else "ended with"
+    return f"{verb} {name}", _reason(run, rank, exitcode)
 
 
-def _reason(run: Run, rank: RankResult, name: str) -> str:
+def _reason(run: Run, rank: RankResult, exitcode: int) -> str:
+    name = exit_name(exitcode)
     out = any(text in line for line in rank.shown_lines[-LAST_LINES:] for text in _NO_MEMORY)
     match name:
         case "SIGKILL" if run.out_of_memory:
@@ -179,15 +183,14 @@ def _reason(run: Run, rank: RankResult, name: str) -> str:
             return "C++ code gave up; the reason is in the last lines of its output."
         case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":
             return "C or C++ code crashed; nothing in Python can catch that."
-        case _ if rank.exitcode < 0:
+        case _ if exitcode < 0:
             return "Another process sent that signal."
     return (
-        f"Its process left without returning: os._exit({rank.exitcode}), "
-        "or a library that calls exit()."
+        f"Its process left without returning: os._exit({exitcode}), or a library that calls exit()."
     )
 
 
-def _others(run: Run, told: Sequence[int]) -> list[str]:
+def others(run: Run, told: Sequence[int]) -> list[str]:
     """One line for each kind of collateral damage."""
     rest = [r for r in run.ranks if r.rank not in told]
     lost = [r for r in rest if lost_partner(r)]

@@ -17,6 +17,10 @@ from ddp_lessons.groups import Group
 from ddp_lessons.recording import Recorder
 from ddp_lessons.tape import NO_FACTS, Facts, Slot
 
+# What NCCL may do as a group of calls: its handle then has a future that is a null pointer, and to
+# ask anything of that ends the process (endCoalescing in ProcessGroupNCCL.cpp makes none).
+NULL_FUTURES = ("isend", "irecv", "all_gather", "reduce_scatter")
+
 
 class Flight:
     """Asynchronous work between its issue and its end.
@@ -40,10 +44,14 @@ class Flight:
 
     def carry(self, work: Any) -> None:
         """Watch the work that a call returned."""
-        if work is None:  # the call failed, or this rank is not in the group
+        if work is None or isinstance(work, int):
+            # The call failed, this rank is not in the group, or the stream of a GPU does the work
+            # of a call that returns no handle: recv gives back who sent.
             self.done()
             return
-        _flights[work] = self
+        _flights.setdefault(work, []).append(self)
+        if self._stopwatch is not None and self.facts.op in NULL_FUTURES:
+            return  # it ends when it is waited for
         get_future = getattr(work, "get_future", None)
         try:
             # The coalesced calls return a Future at once.
@@ -71,7 +79,8 @@ class Flight:
             self._stopwatch.stop()
 
 
-_flights: weakref.WeakKeyDictionary[Any, Flight] = weakref.WeakKeyDictionary()
+# By the handles that calls returned; one of NCCL's may stand for a whole batch.
+_flights: weakref.WeakKeyDictionary[Any, list[Flight]] = weakref.WeakKeyDictionary()
 
 
 def received(recorder: Recorder, group: Group, source: int, *slots: Slot) -> int:
@@ -118,14 +127,14 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"))
-        flight = _flights.get(self)
+        flights = _flights.get(self, [])
         site = sites.of(sys._getframe(1))
-        facts = (flight.facts if flight is not None else NO_FACTS)._replace(site=site)
+        facts = (flights[0].facts if flights else NO_FACTS)._replace(site=site)
         name = f"wait for {facts.op or 'work'}"
         slot = recorder.begin("wait", name, time.perf_counter_ns(), facts)
         try:
             result = wait(self, *args, **kwargs)
-            if flight is not None:
+            for flight in flights:
                 flight.arrived(self, slot)
             return result
         except BaseException:

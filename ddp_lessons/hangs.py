@@ -178,11 +178,15 @@ class _Hang:
         """What to try where ranks did not come."""
         after = self.run.hung_after
         limit = "" if after is None else f"No rank made progress for {after:g} s. "
+        recorded = any(rank.exitcode is None for rank in self.away)
+        slow = "" if recorded else advice.SLOW
         match kind:
             case "computing":
-                return limit + advice.SLOW
+                return limit + slow
             case "blocked in Python":
-                return limit + advice.IDLE + advice.SLOW
+                return limit + advice.IDLE + slow
+            case "no answer" if recorded:
+                return advice.RECORD
             case "no answer":
                 return advice.IN_C + advice.SLOW
             case "suspended":
@@ -218,6 +222,8 @@ class _Hang:
                 return f"{who} {is_} busy{where}"
             case "suspended":
                 return f"{who} {is_} suspended{where}"
+            case "no answer" if rank.exitcode is None:
+                return f"{who} did not come"
             case "no answer":
                 return f"{who} did not answer"
             case _:
@@ -257,11 +263,20 @@ class _Hang:
             )
         if len(calls) > 1:
             return self._different(lines)
+        if self._across_machines():
+            title = f"{title}, and nothing comes through from one machine to the other"
+            return Verdict("cut off", everyone, title, lines, advice.NETWORK, frame)
         if self.run.hung_after is None:
             return Verdict(
                 "gave up waiting", everyone, self._who_waits(), lines, advice.MISSING, frame
             )
         return Verdict("waiting for each other", everyone, title, lines, advice.SAME_CALL, frame)
+
+    def _across_machines(self) -> bool:
+        """A call never ended though all have come to it, and they are on several machines."""
+        hosts = {rank.host for rank in self.waiting}
+        calls = self.standing.values()
+        return len(hosts) > 1 and any(not self.calls.missing(call) for call in calls)
 
     def _different(self, lines: tuple[str, ...]) -> Verdict:
         """Some wait in a call of DDP's own, which is not recorded, others elsewhere."""

@@ -78,7 +78,7 @@ def launch(
         Raise an error if a rank fails. False returns the same record instead.
     profile : bool
         Run the function under torch.profiler and add what it saw of communication: when gloo's
-        threads (lane "gloo") or NCCL's kernels (lane "cuda") were at work. It costs time and
+        threads (lane "gloo") or NCCL's kernels (lane "nccl") were at work. It costs time and
         memory. If the function uses the profiler itself, that one counts, and this is missing.
     start_method : {"forkserver", "spawn"}, optional
         How processes start. forkserver is fast, and the default on Linux; spawn works everywhere,
@@ -237,6 +237,7 @@ def _result(worker: Worker, name: str) -> RankResult:
         stack=stacks.parse(worker.stack_text),
         activity=worker.activity,
         dropped=worker.dropped(),
+        group_rank=worker.place.group_rank,
     )
 
 

@@ -28,7 +28,8 @@ class Span(NamedTuple):
     lane : str
         "process" (the rank's life), "main" or "thread 1" (what a thread of the learner's did),
         "comm" (asynchronous work in flight), "buckets" (DDP's gradient buckets in flight), "steps"
-        (training steps), "gloo" (torch.profiler's own events) or "cuda" (times on the device).
+        (training steps), "gloo" or "nccl" (torch.profiler's own events) or "cuda" (times on the
+        device).
     kind : str
         "compute" (marked work), "data" (the next batch), "comm" (a collective, send or recv),
         "issue" (a call that only started one), "wait" (blocked until asynchronous work is done) or

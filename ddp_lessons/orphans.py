@@ -16,7 +16,7 @@ import socket
 import stat
 import time
 
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _ROUNDS, _PAUSE = 50, 0.002  # an orphan's own children become orphans, too: look again
 
 
@@ -24,6 +24,12 @@ def adopt_orphans() -> None:
     """Make this process the parent of what its descendants leave behind (prctl(2))."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its parent ends, or the thread that started it (prctl(2))."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def listening_paths() -> list[str]:

@@ -14,7 +14,9 @@ from typing import Any
 from ddp_lessons.recording import Recorder
 from ddp_lessons.tape import Facts
 
-GLOO, NCCL = "gloo:", "nccl"
+GLOO = "gloo:"
+# Kernels on the device. (Their calls, "nccl:all_reduce", are copied there as annotations.)
+NCCL_KERNELS = ("ncclDevKernel", "ncclKernel")
 
 
 def start(recorder: Recorder) -> None:
@@ -33,7 +35,7 @@ def start(recorder: Recorder) -> None:
         profiler.stop()
         offset_ns = _clock_offset()
         for lane, name, t0_ns, t1_ns in _communication(profiler.profiler.kineto_results):
-            facts = Facts(name.partition(":")[2] or name)
+            facts = Facts(name.partition(":")[2] or name.partition("(")[0])
             begin_ns, end_ns = t0_ns - offset_ns, t1_ns - offset_ns
             recorder.tape.begin(lane, "comm", name, begin_ns, end_ns, facts=facts)
 
@@ -60,8 +62,8 @@ def _communication(results: Any) -> Iterator[tuple[str, str, int, int]]:
         name = event.name()
         if name.startswith(GLOO):
             lane = "gloo"
-        elif name.startswith(NCCL) and "CUDA" in str(event.device_type()):
-            lane = "cuda"
+        elif name.startswith(NCCL_KERNELS) and "CUDA" in str(event.device_type()):
+            lane = "nccl"
         else:
             continue
         yield lane, name, event.start_ns(), event.start_ns() + event.duration_ns()

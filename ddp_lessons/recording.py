@@ -38,6 +38,7 @@ class Recorder:
         self.send = send
         self.host_of_rank_zero = host_of_rank_zero
         self.one_clock = one_clock  # all ranks are known to read the same clock
+        self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0
         self.groups: list[Any] = []  # of DDP models, see collectives.keep_groups_of_ddp
         self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over

@@ -67,8 +67,9 @@ class RankResult:
         The exception that it raised.
     exception : BaseException or None
         The exception itself, where it could be pickled.
-    exitcode : int
-        The exit code of its process; minus the signal's number if a signal ended it.
+    exitcode : int or None
+        The exit code of its process; minus the signal's number if a signal ended it. None if it is
+        not known, as in the record of a script that was killed.
     spans : tuple of Span
         What it did when, in the order in which it began; at least one span of its life.
     stack : tuple of Frame
@@ -77,6 +78,10 @@ class RankResult:
         What it did when it was stopped: "busy" (it used the processor), "idle" or "suspended".
     dropped : int
         Spans that were not kept because there were too many.
+    group_rank : int
+        The number of its machine, from 0.
+    host : str or None
+        The name of its machine; None for this one.
     began_ns, started_ns, ended_ns : int or None
         `time.perf_counter_ns()` when its process was asked for, when the function was called and
         when it ended.
@@ -87,7 +92,7 @@ class RankResult:
     value: Any
     output: str
     error: ErrorRecord | None
-    exitcode: int
+    exitcode: int | None
     spans: tuple[Span, ...]
     began_ns: int
     started_ns: int | None
@@ -96,6 +101,8 @@ class RankResult:
     stack: tuple[Frame, ...] = field(default=(), repr=False)
     activity: Activity | None = None
     dropped: int = 0
+    group_rank: int = 0
+    host: str | None = None
 
     @property
     def seconds(self) -> float:

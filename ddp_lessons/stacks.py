@@ -28,7 +28,16 @@ _DDP = "DistributedDataParallel"
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _INFRASTRUCTURE = tuple(
     os.path.join(_HERE, f"{name}.py")
-    for name in ("worker", "recording", "rendezvous", "collectives", "flights", "buckets", "clocks")
+    for name in (
+        "worker",
+        "recording",
+        "rendezvous",
+        "collectives",
+        "flights",
+        "buckets",
+        "backends",
+        "clocks",
+    )
 )
 _LIBRARIES = tuple(
     {

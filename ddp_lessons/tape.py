@@ -34,7 +34,7 @@ _PROGRESS, _DROPPED, _TEXT_USED = 0, 8, 16
 # t0_ns, t1_ns, nbytes, step, seq, bucket, peer, name, op, group, lane, tensor, site, kind, failed
 RECORD = struct.Struct("<qqqiiiiIIIIIIBBxxxxxx")
 CHUNK = RECORD.size << 14  # bytes read at once
-_T1 = struct.Struct("<q")
+_T0 = _T1 = struct.Struct("<q")
 _INT = struct.Struct("<i")
 _SEQ, _PEER, _FAILED = 28, 36, 65  # where they are in a record
 _LENGTH = struct.Struct("<H")
@@ -107,6 +107,11 @@ class Tape:
             if t1_ns:
                 self.end(slot, t1_ns)
         return slot
+
+    def began(self, slot: Slot, t0_ns: int) -> None:
+        """Correct when a span began, where that is known only later."""
+        if slot:
+            _T0.pack_into(self._memory, slot, t0_ns)
 
     def end(self, slot: Slot, t1_ns: int) -> None:
         """Note when a span ended."""

@@ -28,7 +28,8 @@ MERGED = (
     "merged/all_ranks.json"  # in a folder of its own: what lies beside the ranks is read as one
 )
 GENERATOR = "ddp_lessons"
-LANES = ("process", "steps", "main", "thread", "comm", "buckets", "gloo", "cuda")  # from the top
+# From the top.
+LANES = ("process", "steps", "main", "thread", "comm", "buckets", "gloo", "nccl", "cuda")
 IN_FLIGHT = ("comm", "buckets")  # where it is chance whether one span holds another
 # Perfetto takes a thread whose number is its process's for the main one, and zero for the idle one.
 FIRST_THREAD = 1000
@@ -193,7 +194,7 @@ def _head(run: Run, ranks: Sequence[RankResult]) -> Json:
 def _backend(run: Run) -> str:
     """The backend as far as the spans tell: only NCCL's collectives have times on the device."""
     spans = [span for rank in run.ranks for span in rank.spans]
-    if any(span.lane == "cuda" and span.kind == "comm" for span in spans):
+    if any(span.lane in ("cuda", "nccl") and span.kind == "comm" for span in spans):
         return "nccl"
     return "gloo" if any(span.op == "init_process_group" for span in spans) else "undefined"
 

@@ -29,6 +29,7 @@ Kind = Literal[
     "suspended",
     "no answer",
     "gave up waiting",
+    "cut off",
 ]
 
 
@@ -46,8 +47,9 @@ class Verdict:
         collectives" (at one place in the order), "unlike tensors", "unmatched send", "unmatched
         recv", "groups in different order", "waiting for each other". Ranks that others wait for in
         vain: "returned early", "left the group", "never joined", "computing", "blocked in Python",
-        "suspended" (SIGSTOP), "no answer". And "gave up waiting": a timeout, because of ranks that
-        came too late, or with no cause in sight.
+        "suspended" (SIGSTOP), "no answer". "gave up waiting": a timeout, because of ranks that came
+        too late, or with no cause in sight. "cut off": all have come, but not their data from one
+        machine to another.
     ranks : tuple of int
         The ranks that caused it; where two sides disagree, the smaller one, or both.
     title : str

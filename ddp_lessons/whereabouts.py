@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import stacks
+from ddp_lessons import sites, stacks
 from ddp_lessons.losses import gave_up, lost_partner
 from ddp_lessons.messages import Frame
 from ddp_lessons.stacks import Position
@@ -19,6 +19,7 @@ _PLURAL = {
     "waits in": "wait in",
     "is": "are",
     "lost its partner in": "lost their partner in",
+    "has not finished on its GPU:": "have not finished on their GPUs:",
 }
 
 
@@ -39,10 +40,22 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
     texts: dict[tuple[str, str], list[int]] = {}
     for rank in ranks:
         texts.setdefault(_doing(rank), []).append(rank.rank)
+    for rank in ranks:
+        if (call := _on_gpu(rank)) is not None:
+            texts.setdefault(call, []).append(rank.rank)
     return [
         f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
         for (verb, rest), those in texts.items()
     ]
+
+
+def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
+    """What its GPU has not finished of what it was told first; its call returned long ago."""
+    for span in rank.spans:
+        if span.lane == "cuda" and span.t1_ns is None:
+            frame = stacks.frame_at(*sites.split(span.site)) if span.site else None
+            return "has not finished on its GPU:", f"{span.op}{line(frame)}"
+    return None
 
 
 def line(frame: Frame | None) -> str:
@@ -50,10 +63,23 @@ def line(frame: Frame | None) -> str:
     return f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
 
 
+def _after(rank: RankResult) -> str:
+    """`, after all_reduce at train.py, line 7`: its last call, where a record ends."""
+    calls = [span for span in rank.spans if span.op and span.site]
+    if not calls:
+        return ""
+    frame = stacks.frame_at(*sites.split(calls[-1].site or ""))
+    return f", after {calls[-1].op} at {stacks.line_name(frame)}"
+
+
 def _doing(rank: RankResult) -> tuple[str, str]:
     """A verb, and the rest of the line."""
     frame, call = position(rank)
     match rank.status:
+        case "died" if rank.exitcode is None and call is not None:
+            return "ended in", f"{call}{line(frame)}"
+        case "died" if rank.exitcode is None:
+            return "ended", f"outside torch.distributed{_after(rank)}"
         case "died":
             return "died:", exit_name(rank.exitcode)
         case "raised" if gave_up(rank):
@@ -62,7 +88,9 @@ def _doing(rank: RankResult) -> tuple[str, str]:
             return "lost its partner in", f"{call}{line(frame)}"
         case "raised":
             return "raised", f"{rank.error.summary if rank.error else ''}{line(frame)}"
-        case "stopped" if frame is None:
+        case "stopped" if call is None and frame is None and rank.exitcode is None:
+            return "is", f"outside torch.distributed{_after(rank)}"
+        case "stopped" if call is None and frame is None:
             return "did not answer:", "suspended, or busy in C code"
         case "stopped" if rank.activity == "suspended" or call is None:
             return "is", f"{rank.activity or 'idle'}{line(frame)}"

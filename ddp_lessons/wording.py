@@ -42,8 +42,10 @@ def agree(subjects: Sized, one: str, many: str) -> str:
     return one if len(subjects) == 1 else many
 
 
-def exit_name(exitcode: int) -> str:
-    """`SIGKILL` for -9, `exit code 7` for 7."""
+def exit_name(exitcode: int | None) -> str:
+    """`SIGKILL` for -9, `exit code 7` for 7, `no word` for None."""
+    if exitcode is None:
+        return "no word"
     if exitcode < 0:
         try:
             return signal.Signals(-exitcode).name

@@ -191,6 +191,15 @@ def test_rotating_stragglers() -> None:
     assert verdict.late_by_step == {n: n % 3 for n in range(2, 8)}
 
 
+@pytest.mark.parametrize("lane", ["cuda", "buckets"])
+def test_a_straggler_for_whom_gpus_wait(lane: str) -> None:
+    """With NCCL no main thread is blocked: its call has returned."""
+    spans = stepped(dict.fromkeys(range(8), 2))
+    spans = [s._replace(lane=lane) if s.kind == "comm" else s for s in spans]
+    verdict = run_of(*spans).straggler()
+    assert verdict == ("chronic", 2, 1.0, dict.fromkeys(range(2, 8), 2))
+
+
 def test_no_straggler_where_waiting_is_little() -> None:
     verdict = run_of(*stepped(dict.fromkeys(range(8), 2), delay=3)).straggler()
     assert (verdict.kind, verdict.rank) == ("none", None)

@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
-BOTH = [pytest.param(path, id=str(path.relative_to(ROOT))) for path in (*LESSONS, *SOLUTIONS)]
+APPENDIX = ROOT / "notebooks" / "gpu.ipynb"
+ALL = [
+    pytest.param(path, id=str(path.relative_to(ROOT))) for path in (*LESSONS, APPENDIX, *SOLUTIONS)
+]
 ONLY_LESSONS = [pytest.param(path, id=path.stem) for path in LESSONS]
 MOST_LINES, USUAL_LINES = 25, 6  # of a code cell
 MOST_BYTES, MOST_PICTURE_BYTES = 1 << 20, 80_000
@@ -38,20 +41,20 @@ def test_there_are_lessons_each_with_its_solution() -> None:
     assert [path.name for path in LESSONS] == [path.name for path in SOLUTIONS]
 
 
-@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("path", ALL)
 def test_every_code_cell_was_run_once_and_in_order(path: Path) -> None:
     counts = [cell.execution_count for cell in _code(path)]
     assert counts == list(range(1, len(counts) + 1))
 
 
-@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("path", ALL)
 def test_errors_only_where_they_are_meant(path: Path) -> None:
     for cell in _code(path):
         failed = any(output.output_type == "error" for output in cell.outputs)
         assert failed == ("raises-exception" in cell.metadata.get("tags", [])), cell.source
 
 
-@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("path", ALL)
 def test_nothing_of_the_machine_is_stored(path: Path) -> None:
     text = path.read_text()
     assert not re.search(r"/root/|/home/|/Users/|/tmp/ipykernel|site-packages", text)
@@ -59,7 +62,7 @@ def test_nothing_of_the_machine_is_stored(path: Path) -> None:
     assert path.stat().st_size < MOST_BYTES
 
 
-@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("path", ALL)
 def test_pictures_are_small_and_have_a_text(path: Path) -> None:
     for cell in _code(path):
         for output in cell.outputs:
@@ -69,14 +72,14 @@ def test_pictures_are_small_and_have_a_text(path: Path) -> None:
                 assert output.metadata["image/png"]["alt"]
 
 
-@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("path", ALL)
 def test_cells_are_short(path: Path) -> None:
     lengths = [sum(bool(line.strip()) for line in cell.source.splitlines()) for cell in _code(path)]
     assert max(lengths) <= MOST_LINES
     assert median(lengths) <= USUAL_LINES
 
 
-@pytest.mark.parametrize("path", BOTH)
+@pytest.mark.parametrize("path", ALL)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", _text(path)):
         assert target.startswith("https://") or (path.parent / target).exists(), target
@@ -116,3 +119,25 @@ def test_solutions_pass(path: Path) -> None:
     verdicts = [o.data["text/plain"] for c in _code(path) for o in c.outputs if "data" in o]
     assert verdicts
     assert all(verdict.startswith("✓") for verdict in verdicts)
+
+
+def test_the_appendix_has_its_parts() -> None:
+    cells = _read(APPENDIX).cells
+    first, last = cells[0].source, cells[-1].source
+    assert first.startswith("# Appendix · ")
+    assert re.search(r"\*\*.*\?\*\*", first), "the question"
+    assert re.search(r"\d+ minutes · .* · stored outputs: ", first)
+    assert "Not yet run on a GPU" in first
+    assert "## What you have seen" in last
+    assert "**Next:**" in last
+
+
+def test_the_appendix_says_what_was_skipped_without_a_gpu() -> None:
+    """And its other cells ran: what differs on a machine with GPUs is not compared by nbval."""
+    guarded = [cell for cell in _code(APPENDIX) if cell.source.startswith("if enough(")]
+    assert len(guarded) > 5
+    for cell in _code(APPENDIX):
+        text = "".join(output.get("text", "") for output in cell.outputs)
+        assert text.startswith("skipped: GPUs needed") == (cell in guarded), cell.source
+        if cell in guarded:
+            assert "nbval-ignore-output" in cell.metadata.tags

@@ -37,6 +37,10 @@ class Wrong(Exception):
         self.because = because
 
 
+class Unattempted(Exception):
+    """The exercise was not attempted yet, where a check sees it that `is_unattempted` cannot."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a check found; shown by the cell that asked.
@@ -95,12 +99,14 @@ class Exercise:
 
     def __call__(self, answer: Any) -> Verdict:
         """Run the answer on real ranks and say what came of it."""
-        if is_unattempted(answer):
+        try:
+            if is_unattempted(answer):
+                raise Unattempted
+            return self._verdict(True, self._check(answer))
+        except Unattempted:
             return self._verdict(
                 None, "not attempted yet. Replace the `...` and run the cell again."
             )
-        try:
-            return self._verdict(True, self._check(answer))
         except Wrong as wrong:
             return self._verdict(False, wrong.seen, wrong.because)
         except LaunchError as error:

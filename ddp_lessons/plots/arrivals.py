@@ -49,7 +49,7 @@ def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     late = np.array([_mean(columns[i : i + each]) for i in range(0, len(columns), each)]).T
     ax = ax or style.new_axes(run.world_size)
     image = ax.imshow(late, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
-    style.name_rows(ax, run.world_size)
+    style.name_ranks(ax, run)
     ax.set_ylim(run.world_size - 0.5, -0.5)
     _mark_last(ax, late)
     note = "● comes last"

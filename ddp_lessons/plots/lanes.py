@@ -1,10 +1,28 @@
-"""Bars of a time line: which lie on one row, which need rows of their own, which are too thin."""
+"""Bars of a time line: which lie on one row, which need rows of their own, which to show."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import Run
 
 Interval = tuple[float, float]  # left, right
+
+
+def of_steps(run: Run, steps: tuple[int, int]) -> tuple[int, int]:
+    """Begin and end, in ns, of some training steps: the first and the last to show.
+
+    Raises ValueError if no rank has such steps.
+    """
+    first, last = steps
+    numbered = [s for s in run.spans() if s.lane == "steps" and s.step is not None]
+    shown = [s for s in numbered if first <= (s.step or 0) <= last]
+    if not shown:
+        raise ValueError(f"no rank has a step from {first} to {last}")
+    end = max(rank.ended_ns for rank in run.ranks)
+    return min(s.t0_ns for s in shown), max(s.t1_ns or end for s in shown)
 
 
 def pack(intervals: Sequence[Interval]) -> list[int]:

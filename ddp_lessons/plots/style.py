@@ -37,6 +37,7 @@ OPEN_EDGE: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.1, "linestyle": "-
 DPI = 110
 WIDTH = 8.0  # inches
 MOST_COLUMNS = 6  # of a legend
+MOST_NAMED = 16  # rows that are all labelled
 POINTS = 72  # an inch
 CHARACTER = 0.62  # mean width of a character, as a part of the font size
 
@@ -51,10 +52,25 @@ def new_axes(rows: int, stretch: float = 1.0) -> Axes:
 
 def name_rows(ax: Axes, ranks: int) -> None:
     """Label the rows `rank 0`, `rank 1` and so on, from the top; every eighth if there are many."""
-    step = 1 if ranks <= 16 else 8
+    step = 1 if ranks <= MOST_NAMED else 8
     ax.set_yticks(range(0, ranks, step), [f"rank {rank}" for rank in range(0, ranks, step)])
     ax.set_ylim(ranks - 0.4, -0.6)
     bare(ax)
+
+
+def name_ranks(ax: Axes, run: Run) -> None:
+    """Label the rows with the ranks and, where there are several, their machines."""
+    name_rows(ax, run.world_size)
+    hosts = {rank.group_rank: rank.host for rank in run.ranks}
+    if len(hosts) == 1:
+        return
+    named = len(set(hosts.values())) == len(hosts)
+    if run.world_size <= MOST_NAMED:
+        places = [f"{r.host if named else f'node {r.group_rank}'}" for r in run.ranks]
+        ax.set_yticklabels([f"rank {rank}\n{place}" for rank, place in enumerate(places)])
+    for rank, before in zip(run.ranks[1:], run.ranks, strict=False):
+        if rank.group_rank != before.group_rank:
+            ax.axhline(rank.rank - 0.5, color=EDGE, linewidth=0.8, linestyle=":")
 
 
 def bare(ax: Axes) -> None:

@@ -42,7 +42,13 @@ _FLIGHT_LOOK: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidt
 _HATCHES = ("////", "\\\\\\\\", "xxxx", "++++")  # one a process group
 
 
-def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
+def timeline(
+    run: Run,
+    *,
+    steps: tuple[int, int] | None = None,
+    title: str | None = None,
+    ax: Axes | None = None,
+) -> Axes:
     """Draw one row a rank: its start-up, its spans and its calls of torch.distributed over time.
 
     What was in flight beside a rank's main thread, and its other threads, lie under its bar. Where
@@ -51,7 +57,9 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     Parameters
     ----------
     run : Run
-        What `launch` returned, also of a run that failed.
+        What `launch` or `load_run` returned, also of a run that failed.
+    steps : (int, int), optional
+        The first and the last training step to show; by default everything from the launch on.
     title : str, optional
         The finding that the picture shows; by default what was run on how many ranks.
     ax : matplotlib Axes, optional
@@ -61,14 +69,24 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     -------
     matplotlib Axes
         The x axis counts milliseconds from the launch, the same for all ranks.
+
+    Raises
+    ------
+    ValueError
+        If no rank has such steps.
     """
     looks = Looks(run.spans())
     bars = [bar for rank in run.ranks for bar in _bars(run, rank, looks)]
     # A figure's size is in a notebook's text: it must not hang on what overlaps by chance.
     ax = ax or style.new_axes(run.world_size, 1.5 if any(b.side_rows for b in bars) else 1.0)
-    last = max((bar.right for bar in bars), default=1.0)
-    ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer scale
-    style.name_rows(ax, run.world_size)
+    if steps is None:
+        last = max((bar.right for bar in bars), default=1.0)
+        ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer one
+    else:
+        first, last = (_ms(run, t_ns) for t_ns in lanes.of_steps(run, steps))
+        bars = [bar for bar in bars if bar.left < last and bar.right > first]
+        ax.set_xlim(first, last)
+    style.name_ranks(ax, run)
     pixel = style.POINTS / style.DPI / style.points_per_unit(ax)
     closest = pixel if len(bars) > LABELLED else 0.0
     _draw(ax, bars, closest)
@@ -76,7 +94,8 @@ def timeline(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
         _label(ax, bars)
     _mark_steps(ax, run)
     for rank in run.ranks:
-        style.mark_failure(ax, rank, _ms(run, rank.ended_ns))
+        if _ms(run, rank.ended_ns) <= ax.get_xlim()[1]:
+            style.mark_failure(ax, rank, _ms(run, rank.ended_ns))
     notes = [f"spans of a kind less than {closest:.2g} ms apart are one bar"] if closest else []
     ax.set_xlabel("\n".join(["ms since the launch", *notes, *style.losses(run)]))
     style.head(
@@ -146,7 +165,7 @@ class Looks:
 
 def _is_beside(span: Span) -> bool:
     """In flight beside the threads of its rank."""
-    return span.lane in ("comm", "buckets", "gloo", "cuda")
+    return span.lane in ("comm", "buckets", "gloo", "nccl", "cuda")
 
 
 def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
@@ -210,7 +229,9 @@ def _label(ax: Axes, bars: Sequence[Bar]) -> None:
     for bar in bars:
         if bar.span.lane == "process" and bar.span.name != START_UP:
             continue
-        _write(ax, bar, lanes.widest_gap((bar.left, bar.right), _on_top(bar, bars)))
+        left, right = ax.get_xlim()
+        seen = max(bar.left, left), min(bar.right, right)
+        _write(ax, bar, lanes.widest_gap(seen, _on_top(bar, bars)))
 
 
 def _on_top(bar: Bar, bars: Sequence[Bar]) -> list[lanes.Interval]:
@@ -247,7 +268,9 @@ def _write(ax: Axes, bar: Bar, where: lanes.Interval) -> None:
 
 def _mark_steps(ax: Axes, run: Run) -> None:
     """A short line over the bar where a step ends."""
-    ends = [(s.rank, _ms(run, s.t1_ns)) for s in run.spans() if s.lane == "steps" and s.t1_ns]
+    first, last = ax.get_xlim()
+    all_ends = [(s.rank, _ms(run, s.t1_ns)) for s in run.spans() if s.lane == "steps" and s.t1_ns]
+    ends = [(rank, end) for rank, end in all_ends if first <= end <= last]
     if ends and len(ends) <= STEPS_SHOWN * run.world_size:
         ranks, at = zip(*ends, strict=True)
         top = [rank - HEIGHT / 2 for rank in ranks]

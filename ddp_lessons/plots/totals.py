@@ -47,7 +47,7 @@ def totals(
     parts = [_parts(rank, held[rank.rank], steps) for rank in run.ranks]
     longest = max([sum(by_kind.values()) for by_kind in parts] + [1e-6])
     ax.set_xlim(0, longest * 1.02)
-    style.name_rows(ax, run.world_size)
+    style.name_ranks(ax, run)
     for rank, by_kind in zip(run.ranks, parts, strict=True):
         _draw(ax, rank.rank, by_kind)
     label = "mean ms per step" if steps else "ms in the function"

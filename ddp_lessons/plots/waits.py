@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from ddp_lessons.analysis import Segment, segments
 from ddp_lessons.collectives import JOINING
 from ddp_lessons.meetings import ALL_TO_ALL, Share
-from ddp_lessons.plots import style
+from ddp_lessons.plots import lanes, style
 from ddp_lessons.results import Run
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def waits(
     ax = ax or style.new_axes(run.world_size)
     width = (window[1] - window[0]) / 1e6
     ax.set_xlim(0, max(width * 1.005, ax.get_xlim()[1]))  # axes that share x keep the longer scale
-    style.name_rows(ax, run.world_size)
+    style.name_ranks(ax, run)
     notes = []
     if len(held) <= DRAWN_SINGLY:
         _draw_singly(ax, run, held, window)
@@ -140,12 +140,7 @@ def _window(run: Run, steps: tuple[int, int] | None) -> Window:
         begin = max(joins or starts or [run.begin_ns])
         end = min((t for t in leaves if t > begin), default=max(ends))
         return begin, max(end, begin + 1)
-    first, last = steps
-    shown = [s for s in spans if s.lane == "steps" and s.step is not None]
-    shown = [s for s in shown if first <= (s.step or 0) <= last]
-    if not shown:
-        raise ValueError(f"no rank has a step from {first} to {last}")
-    return min(s.t0_ns for s in shown), max(s.t1_ns or max(ends) for s in shown)
+    return lanes.of_steps(run, steps)
 
 
 def _is_open(segment: Segment) -> bool:

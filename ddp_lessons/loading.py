@@ -1,0 +1,272 @@
+"""`load_run`: what the ranks of a script recorded (script.py), as a `Run` like launch's.
+
+Runs in the parent: in a notebook, after the job or while it still runs or hangs. The records of
+several machines are put on rank 0's clock. What no record can tell is inferred: a rank whose record
+just stops was killed, or it still lives, and then its file is locked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ddp_lessons import sites, stacks, tape
+from ddp_lessons.buckets import WAIT_FOR_BUCKETS
+from ddp_lessons.calls import Calls
+from ddp_lessons.losses import lost_partner
+from ddp_lessons.messages import ErrorRecord, Frame, Span
+from ddp_lessons.results import RankResult, Run, Status
+from ddp_lessons.script import VARIABLE, VERSION
+from ddp_lessons.wording import agree, count, ranks_text
+
+_RECORD = re.compile(r"rank_(\d+)\.(\d+)\.jsonl")
+INTERRUPTED = -int(signal.SIGINT)  # the exit code
+# Files in whose frames stacks.position sees the call of a rank that cannot be asked.
+_DISTRIBUTED = os.path.join("torch", "distributed", "distributed_c10d.py")
+_AUTOGRAD = os.path.join("torch", "autograd", "__init__.py")
+
+
+def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:
+    """Read what the ranks of a script recorded: a `Run` with spans, errors and a verdict.
+
+    A script records if it imports ddp_lessons and the environment variable DDP_LESSONS_RECORD names
+    a folder: ``DDP_LESSONS_RECORD=record torchrun --nproc-per-node 2 train.py``. On several
+    machines, copy the folders of all into one. A job that still runs, or hangs, can be read, too.
+
+    Parameters
+    ----------
+    folder : str or path-like
+        The folder that DDP_LESSONS_RECORD named.
+    attempt : int, optional
+        Which start of the script, where torchrun restarted it or the folder holds several jobs: 0
+        is the first, 1 the second; by default, -1, the latest.
+
+    Returns
+    -------
+    Run
+        `values` and `output` are empty: they are not recorded. All spans are on rank 0's clock.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no record, no such attempt, or none of some ranks.
+    ValueError
+        If files are damaged or of more than one job.
+    """
+    place = Path(folder).expanduser()
+    files = _files(place, attempt)
+    return _run(_complete(place, [_read(files[rank]) for rank in sorted(files)]))
+
+
+@dataclass(frozen=True)
+class Record:
+    """The two files of one rank. Stamps are ns of its own clock, `behind_ns` behind rank 0's."""
+
+    began: Mapping[str, Any]
+    behind_ns: int
+    raised: Mapping[str, Any] | None
+    ended_ns: int | None
+    alive: bool
+    spans: list[Span]
+    dropped: int
+
+    @property
+    def rank(self) -> int:
+        return int(self.began["rank"])
+
+    @property
+    def last_ns(self) -> int:
+        """The last moment that is known of the rank."""
+        stamps = [stamp for span in self.spans for stamp in (span.t0_ns, span.t1_ns or 0)]
+        return self.ended_ns or max(stamps, default=int(self.began["t_ns"]))
+
+
+def _files(folder: Path, attempt: int) -> dict[int, Path]:
+    """The files of one attempt by rank."""
+    attempts = _attempts(folder.iterdir() if folder.is_dir() else ())
+    if not attempts:
+        raise FileNotFoundError(
+            f"{folder} holds no record. A script makes one if it imports ddp_lessons and is "
+            f"started with {VARIABLE}={folder} in its environment."
+        )
+    try:
+        return attempts[attempt]
+    except IndexError:
+        made = count(len(attempts), "attempt")
+        raise FileNotFoundError(f"{folder} holds {made}: there is no {attempt}.") from None
+
+
+def _attempts(files: Iterable[Path]) -> list[dict[int, Path]]:
+    """The files of every attempt by rank, the earliest first.
+
+    When a rank fails, torchrun starts all ranks anew: one that begins again begins an attempt. (Its
+    count of restarts is not the same on all machines, pytorch issue 108158.)
+    """
+    names = ((_RECORD.fullmatch(file.name), file) for file in files)
+    begun = sorted((int(name[2]), int(name[1]), file) for name, file in names if name)
+    attempts: list[dict[int, Path]] = []
+    for _, rank, file in begun:
+        if not attempts or rank in attempts[-1]:
+            attempts.append({})
+        attempts[-1][rank] = file
+    return attempts
+
+
+def _read(file: Path) -> Record:
+    facts: dict[str, Any] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            facts.update(json.loads(line))
+        except ValueError:
+            break  # the last line of a rank that was killed while it wrote it
+    began = facts.get("began", {})
+    if began.get("version") != VERSION:
+        raise ValueError(f"{file} is no record that this version of ddp_lessons can read.")
+    spans, dropped = tape.read_file(file.with_suffix(".tape"), int(began["rank"]))
+    clock, raised, ended = facts.get("clock", {}), facts.get("raised"), facts.get("ended")
+    ended_ns = (raised or ended or {}).get("t_ns")
+    behind_ns, alive = int(clock.get("behind_ns", 0)), _is_held(file)
+    return Record(began, behind_ns, raised, ended_ns, alive, spans, dropped)
+
+
+def _is_held(file: Path) -> bool:
+    """Whether the rank still lives, which keeps its file locked. Never so for a copy."""
+    with open(file, "rb") as facts:
+        try:
+            fcntl.flock(facts, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _complete(place: Path, records: Sequence[Record]) -> list[Record]:
+    """The records by rank. Raises if they are not those of one whole job."""
+    sizes = {int(record.began["world_size"]) for record in records}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{place} holds records of jobs with {sorted(sizes)} ranks. "
+            f"Name a new folder in {VARIABLE} for each job."
+        )
+    by_rank = {record.rank: record for record in records}
+    missing = [rank for rank in range(sizes.pop()) if rank not in by_rank]
+    if missing:
+        raise FileNotFoundError(
+            f"{place} has no record of {ranks_text(missing)}. If "
+            f"{agree(missing, 'it', 'they')} ran on another machine, copy its folder here."
+        )
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def _run(records: Sequence[Record]) -> Run:
+    records = [_on_one_clock(record) for record in records]
+    ranks = _with_fates([_result(record) for record in records])
+    hangs = {rank.status for rank in ranks} in ({"stopped"}, {"stopped", "returned"})
+    return Run(
+        str(records[0].began["script"]),
+        ranks,
+        begin_ns=min(rank.began_ns for rank in ranks),
+        hung_after=_quiet(ranks) if hangs else None,
+    )
+
+
+def _on_one_clock(record: Record) -> Record:
+    """The record with all stamps on rank 0's clock."""
+    behind = record.behind_ns
+
+    def shifted(t_ns: int | None) -> int | None:
+        return None if t_ns is None else t_ns + behind
+
+    return replace(
+        record,
+        began={**record.began, "t_ns": record.began["t_ns"] + behind},
+        ended_ns=shifted(record.ended_ns),
+        spans=[s._replace(t0_ns=s.t0_ns + behind, t1_ns=shifted(s.t1_ns)) for s in record.spans],
+    )
+
+
+def _result(record: Record) -> RankResult:
+    began_ns, last_ns = int(record.began["t_ns"]), record.last_ns
+    error = _error(record.raised) if record.raised else None
+    status: Status = "stopped" if record.alive else "died"
+    exitcode, stack = None, _where(record.spans)
+    if error is not None and error.type_name == "KeyboardInterrupt":
+        status, exitcode, stack, error = "stopped", INTERRUPTED, error.frames, None
+    elif error is not None:
+        status, exitcode, stack = "raised", 1, ()
+    elif record.ended_ns:
+        status, exitcode, stack = "returned", 0, ()
+    ended = last_ns if record.ended_ns else None
+    life = Span(record.rank, "process", "mark", str(record.began["script"]), began_ns, ended)
+    return RankResult(
+        rank=record.rank,
+        status=status,
+        value=None,
+        output="",
+        error=error,
+        exitcode=exitcode,
+        spans=(life, *record.spans),
+        began_ns=began_ns,
+        started_ns=began_ns,
+        ended_ns=last_ns,
+        stack=stack,
+        dropped=record.dropped,
+        group_rank=int(record.began["group_rank"]),
+        host=str(record.began["host"]),
+    )
+
+
+def _error(raised: Mapping[str, Any]) -> ErrorRecord:
+    previous = raised["previous"]
+    return ErrorRecord(
+        raised["type_name"],
+        raised["text"],
+        tuple(Frame(**frame) for frame in raised["frames"]),
+        _error(previous) if previous else None,
+        raised["link"],
+    )
+
+
+def _where(spans: Sequence[Span]) -> tuple[Frame, ...]:
+    """Where a rank is that cannot be asked: in its open call of torch.distributed, if any."""
+    for span in spans:
+        if span.t1_ns is None and span.name == WAIT_FOR_BUCKETS:
+            return (Frame(_AUTOGRAD, 0, "backward"),)
+        if span.t1_ns is None and span.op and span.site and span.kind in ("comm", "wait"):
+            return stacks.frame_at(*sites.split(span.site)), Frame(_DISTRIBUTED, 0, span.op)
+    return ()
+
+
+def _with_fates(ranks: list[RankResult]) -> list[RankResult]:
+    """The ranks; those that left no word count as stopped where the rest tells that they were.
+
+    An agent stops the others when one of its ranks fails, and all of them when it is interrupted.
+    And a job that hangs, at calls that can never be met, is stopped by whoever loses patience.
+    """
+    silent = {rank.rank: rank for rank in ranks if rank.status == "died"}
+    own = any(rank.status == "raised" and not lost_partner(rank) for rank in ranks)
+    interrupted = any(rank.exitcode == INTERRUPTED for rank in ranks)
+    if silent and (own or interrupted or _hung(ranks, silent)):
+        return [replace(r, status="stopped") if r.rank in silent else r for r in ranks]
+    return ranks
+
+
+def _hung(ranks: Sequence[RankResult], silent: Mapping[int, RankResult]) -> bool:
+    if any(lost_partner(rank) for rank in ranks):
+        return False
+    calls = {rank: stacks.position(result.stack).call for rank, result in silent.items()}
+    waiting = {rank: call for rank, call in calls.items() if call is not None}
+    made = Calls([rank.spans for rank in ranks])
+    return len(waiting) == len(silent) and made.stuck_for_good(waiting)
+
+
+def _quiet(ranks: Sequence[RankResult]) -> float:
+    """For how many seconds nothing had begun when the last thing became known."""
+    begun = max(span.t0_ns for rank in ranks for span in rank.spans)
+    return round((max(rank.ended_ns for rank in ranks) - begun) / 1e9, 1)

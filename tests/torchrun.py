@@ -1,0 +1,66 @@
+"""Running torchrun for the tests: scripts with real agents, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "PYTHONUNBUFFERED": "1",
+    # After a restart, ranks may find the addresses of the killed ones in the agent's store, which
+    # torch keeps (pytorch issue 135712): half of the restarts failed.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+PATIENCE = 90.0  # seconds
+
+
+def command(script: Path, *options: str) -> list[str]:
+    """The command line of an agent whose logs lie beside the script."""
+    return [*TORCHRUN, f"--log-dir={script.parent / 'logs'}", *options, str(script)]
+
+
+@contextlib.contextmanager
+def agent(
+    script: Path, *options: str, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[str]]:
+    """An agent with its ranks, which ends at the latest with the block."""
+    process = subprocess.Popen(
+        [*prefix, *command(script, *options)],
+        cwd=script.parent,
+        env={
+            **os.environ,
+            **QUIET,
+            "TORCHINDUCTOR_CACHE_DIR": str(script.parent / "cache"),  # DDP's imports make it
+            **(env or {}),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)  # it ends its ranks
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=40)
+        process.kill()
+        process.communicate()
+
+
+def run(
+    script: Path, *options: str, env: Mapping[str, str] | None = None
+) -> tuple[int | None, str]:
+    """The exit code of one agent on this machine, and all that it and its ranks printed."""
+    with agent(script, "--standalone", *options, env=env) as process:
+        text, _ = process.communicate(timeout=PATIENCE)
+    return process.returncode, text

@@ -99,29 +99,35 @@ def test_each_rank_is_a_fresh_process_of_its_own_engine(client: Any) -> None:
     assert not any(forked for *_, forked in method)
 
 
-def raises(rank: int) -> None:
+def join() -> None:
+    """Join the group, and go on when all have."""
     dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+
+
+def raises(rank: int) -> None:
+    join()
     if rank == 1:
         raise ValueError("a bad sample")
     dist.barrier()
 
 
 def leaves(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank == 2:
         os._exit(7)
     dist.barrier()
 
 
 def is_killed(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
 
 def skips_a_barrier(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank != 1:
         dist.barrier()
     dist.all_reduce(torch.ones(3))
@@ -129,7 +135,7 @@ def skips_a_barrier(rank: int) -> None:
 
 
 def returns_early(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank == 0:
         return
     dist.barrier()

@@ -229,8 +229,9 @@ class Rank:
     def close(self) -> None:
         process = self._process
         if process is not None:
-            process.signal_group(signal.SIGKILL)
             while process.alive:
+                process.signal_group(signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)  # it may have no group of its own yet
                 self._pump(LOOK)
             process.close()
             if process.forkserver is not None:

@@ -9,26 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import advice, hangs, silences, stacks
-from ddp_lessons.calls import Calls
+from ddp_lessons import advice, evidence, hangs, silences, stacks
 from ddp_lessons.losses import lost_partner
 from ddp_lessons.messages import FORKSERVER
-from ddp_lessons.partings import frame_of
 from ddp_lessons.verdict import Kind, Verdict
-from ddp_lessons.whereabouts import line
-from ddp_lessons.wording import agree, at_head, exit_name, ranks_text
+from ddp_lessons.wording import agree, exit_name, ranks_text
 
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, Run
 
 LAST_LINES = 5  # of a dead rank's output, shown as evidence
-FAILED = ("raised", "died", "unsendable")
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
 
 
 def explain(run: Run) -> Verdict | None:
     """The verdict on a run in which ranks failed; None if none did."""
-    failures = [rank for rank in run.ranks if rank.status in FAILED]
+    failures = [rank for rank in run.ranks if rank.status in evidence.FAILED]
     if not failures:
         return None
     own = [rank for rank in failures if not lost_partner(rank)]
@@ -80,7 +76,7 @@ def _raised(run: Run, cause: RankResult) -> Verdict:
         "raised",
         tuple(same),
         f"{who} raised {cause.error.summary}",
-        (stacks.render(cause.error), *others(run, same)),
+        (stacks.render(cause.error), *evidence.others(run, same)),
         _advice(run, cause),
         stacks.position(cause.error.frames).frame,
     )
@@ -108,7 +104,7 @@ def _unsendable(run: Run, cause: RankResult) -> Verdict:
 
 def _died(run: Run, cause: RankResult) -> Verdict:
     what, why = _death(run, cause)
-    lines = [why, *last_call(run, cause)]
+    lines = [why, *evidence.last_call(run, cause)]
     if cause.shown_lines:
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
         lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
@@ -117,7 +113,7 @@ def _died(run: Run, cause: RankResult) -> Verdict:
         kind,
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} {what}",
-        (*lines, *others(run, [cause.rank])),
+        (*lines, *evidence.others(run, [cause.rank])),
     )
 
 
@@ -131,19 +127,8 @@ def _lost(run: Run, cause: RankResult) -> Verdict:
         kind,
         tuple(same),
         f"{ranks_text(same)} of {run.world_size} {agree(same, 'was', 'were')} lost: {what}",
-        (why, *last_call(run, cause), *others(run, same)),
+        (why, *evidence.last_call(run, cause), *evidence.others(run, same)),
     )
-
-
-def last_call(run: Run, rank: RankResult) -> list[str]:
-    """Where a rank was that can no longer tell: the tape stays readable."""
-    calls = Calls([rank.spans for rank in run.ranks])
-    made = calls.of_rank[rank.rank]
-    if not made:
-        return []
-    call = calls.standing(rank.rank) or made[-1]
-    what = "Its last call was" if call.state == "done" else "It was in"
-    return [f"{what} {call.op}{line(frame_of(call.site))}"]
 
 
 def _death(run: Run, rank: RankResult) -> tuple[str, str]:
@@ -188,24 +173,3 @@ def _reason(run: Run, rank: RankResult, exitcode: int) -> str:
     return (
         f"Its process left without returning: os._exit({exitcode}), or a library that calls exit()."
     )
-
-
-def others(run: Run, told: Sequence[int]) -> list[str]:
-    """One line for each kind of collateral damage."""
-    rest = [r for r in run.ranks if r.rank not in told]
-    lost = [r for r in rest if lost_partner(r)]
-    stopped = [r for r in rest if r.status == "stopped"]
-    own = [r for r in rest if r.status in FAILED and r not in lost]
-    lines = [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
-    for where in dict.fromkeys(_lost_where(r) for r in lost):
-        there = [r.rank for r in lost if _lost_where(r) == where]
-        partner = agree(there, "its partner", "their partner")
-        lines.append(f"{at_head(ranks_text(there))} lost {partner} by that{where}.")
-    lines += [f"rank {r.rank} was {r.outcome()}" for r in stopped[:4]]
-    if len(stopped) > 4:
-        lines.append(f"... and {len(stopped) - 4} more ranks were stopped")
-    return ["", *lines] if lines else []
-
-
-def _lost_where(rank: RankResult) -> str:
-    return stacks.waiting_where(rank.error.frames) if rank.error is not None else ""

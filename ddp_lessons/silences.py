@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons import failures, whereabouts
+from ddp_lessons import evidence, whereabouts
 from ddp_lessons.verdict import Verdict
 from ddp_lessons.wording import at_head, ranks_text
 
@@ -33,7 +33,7 @@ def explain(run: Run, first: RankResult) -> Verdict:
     if (node := _gone_node(run, first)) is not None:
         return _node(run, node, first)
     title = f"rank {first.rank} of {run.world_size} ended without a word"
-    lines = (_RANK, *failures.last_call(run, first), *failures.others(run, [first.rank]))
+    lines = (_RANK, *evidence.last_call(run, first), *evidence.others(run, [first.rank]))
     return Verdict("killed", (first.rank,), title, lines)
 
 
@@ -53,5 +53,5 @@ def _node(run: Run, there: list[RankResult], first: RankResult) -> Verdict:
         "without a word"
     )
     now = [f"{at_head(line)}" for line in whereabouts.lines(there)]
-    lines = (_NODE, "", *now, *failures.others(run, ranks))
+    lines = (_NODE, "", *now, *evidence.others(run, ranks))
     return Verdict("killed", ranks, title, lines)

@@ -99,29 +99,35 @@ def test_each_rank_is_a_fresh_process_of_its_own_engine(client: Any) -> None:
     assert not any(forked for *_, forked in method)
 
 
-def raises(rank: int) -> None:
+def join() -> None:
+    """Join the group, and go on when all have."""
     dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+
+
+def raises(rank: int) -> None:
+    join()
     if rank == 1:
         raise ValueError("a bad sample")
     dist.barrier()
 
 
 def leaves(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank == 2:
         os._exit(7)
     dist.barrier()
 
 
 def is_killed(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
 
 
 def skips_a_barrier(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank != 1:
         dist.barrier()
     dist.all_reduce(torch.ones(3))
@@ -129,7 +135,7 @@ def skips_a_barrier(rank: int) -> None:
 
 
 def returns_early(rank: int) -> None:
-    dist.init_process_group("gloo")
+    join()
     if rank == 0:
         return
     dist.barrier()
@@ -334,6 +340,7 @@ def test_ranks_end_when_the_notebook_is_killed(cluster: Cluster, tmp_path: Path)
 
 
 def test_in_a_notebook(cluster: Cluster, kernel: Kernel) -> None:
+    kernel.run("launch(lambda rank: rank)")  # its own forkserver would end only once it is ready
     kernel.run(f"""
         import ipyparallel, time
         client = ipyparallel.Client({cluster.connection_file!r})
@@ -397,14 +404,24 @@ def test_much_output_is_neither_lost_nor_kept(client: Any) -> None:
 
 
 def test_an_engine_that_cannot_start_its_rank_is_named(client: Any) -> None:
-    change = "import multiprocessing.spawn as spawn; spawn.set_executable({})"
-    client[1].apply_sync(exec, change.format("'/no/python'"), {})
+    limit = """
+import os, resource
+before = resource.getrlimit(resource.RLIMIT_NOFILE)
+os.environ["LIMIT"] = str(before[0])
+resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 3, before[1]))
+"""
+    give_back = """
+import os, resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(os.environ.pop("LIMIT")), hard))
+"""
+    client[1].apply_sync(exec, limit, {})
     try:
-        with pytest.raises(LaunchError, match="rank 1 could not be started by engine 1"):
-            launch(average, (10,), 2, start_method="spawn", cluster=client)
+        with pytest.raises(LaunchError, match=r"rank 1 could not be started by engine 1.*OSError"):
+            launch(average, (10,), 2, cluster=client)
     finally:
-        client[1].apply_sync(exec, f"import sys; {change.format('sys.executable')}", {})
-    assert launch(average, (10,), 2, start_method="spawn", cluster=client).ok
+        client[1].apply_sync(exec, give_back, {})
+    assert launch(average, (10,), 2, cluster=client).ok
 
 
 def test_an_engine_knows_the_way_to_its_controller(client: Any) -> None:

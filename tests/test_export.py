@@ -79,7 +79,8 @@ def test_a_script_is_what_a_person_would_write(export: Export, tidy: Tidy) -> No
         "    with span(word):\n        return dist, TIMES\n\n\n"
         'if __name__ == "__main__":\n    rank = int(os.environ["RANK"])\n'
         '    value = f(rank, "hi")\n'
-        '    print(f"rank {rank} returned {value}")\n'
+        "    # In one piece: torchrun's ranks write unbuffered, all to the same place.\n"
+        '    print(f"rank {rank} returned {value}\\n", end="")\n'
     )
     tidy(text)
 

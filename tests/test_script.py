@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import socket
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from ddp_lessons import Run, load_run
-from ddp_lessons.rendezvous import reserve_port
 from tests import torchrun
 
 HEAD = """
@@ -184,23 +181,12 @@ def _all_call(folder: Path) -> bool:
 
 def test_two_agents_are_two_nodes(tmp_path: Path) -> None:
     script = write(tmp_path, "dist.barrier(); dist.destroy_process_group()")
-    options = ("--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=job")
-    env = {"DDP_LESSONS_RECORD": "record"}
-    with (
-        contextlib.closing(reserve_port()) as port,
-        torchrun.agent(script, *options, *at(port, "127.0.0.1"), env=env) as one,
-        torchrun.agent(script, *options, *at(port, "127.0.0.2"), env=env) as two,
-    ):
-        texts = [agent.communicate(timeout=torchrun.PATIENCE)[0] for agent in (one, two)]
-    assert (one.returncode, two.returncode) == (0, 0), texts
+    with torchrun.two_agents(script, nprocs=2, env={"DDP_LESSONS_RECORD": "record"}) as agents:
+        texts = [agent.communicate(timeout=torchrun.PATIENCE)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], texts
     run = load_run(tmp_path / "record")
     assert [rank.group_rank for rank in run.ranks] == [0, 0, 1, 1]
     assert run.world_size == 4
-
-
-def at(port: socket.socket, address: str) -> tuple[str, str]:
-    """Where the agents meet, and where this one is."""
-    return f"--rdzv-endpoint=127.0.0.1:{port.getsockname()[1]}", f"--local-addr={address}"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ddp_lessons.rendezvous import reserve_port
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 QUIET = {
     "OMP_NUM_THREADS": "1",
@@ -27,6 +29,12 @@ def command(script: Path, *options: str) -> list[str]:
     return [*TORCHRUN, f"--log-dir={script.parent / 'logs'}", *options, str(script)]
 
 
+def environment(script: Path, more: Mapping[str, str]) -> dict[str, str]:
+    """The variables for a script: ours, those above, and more."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(script.parent / "cache")}  # DDP's imports make it
+    return {**os.environ, **QUIET, **cache, **more}
+
+
 @contextlib.contextmanager
 def agent(
     script: Path, *options: str, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()
@@ -35,12 +43,7 @@ def agent(
     process = subprocess.Popen(
         [*prefix, *command(script, *options)],
         cwd=script.parent,
-        env={
-            **os.environ,
-            **QUIET,
-            "TORCHINDUCTOR_CACHE_DIR": str(script.parent / "cache"),  # DDP's imports make it
-            **(env or {}),
-        },
+        env=environment(script, env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -55,6 +58,25 @@ def agent(
                 process.communicate(timeout=40)
         process.kill()
         process.communicate()
+
+
+@contextlib.contextmanager
+def two_agents(
+    script: Path, nprocs: int, env: Mapping[str, str] | None = None
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two agents with so many ranks each, on two addresses of this machine."""
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(contextlib.closing(reserve_port())).getsockname()[1]
+        options = [
+            "--nnodes=2",
+            f"--nproc-per-node={nprocs}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint=127.0.0.1:{port}",
+        ]
+        yield [
+            stack.enter_context(agent(script, *options, f"--local-addr={address}", env=env))
+            for address in ("127.0.0.1", "127.0.0.2")
+        ]
 
 
 def run(

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import psutil
 
 from ddp_lessons import load_run
-from ddp_lessons.rendezvous import reserve_port
 from tests import torchrun
 
 PATIENCE = 60.0  # seconds until all must have ended
@@ -82,31 +81,15 @@ def kill_one(seed: int) -> Try:
     """Kill an agent at a moment that the seed decides."""
     chance = random.Random(seed)
     nprocs, node, after = chance.choice([1, 2]), chance.choice([0, 1]), chance.uniform(0, 2)
-    with tempfile.TemporaryDirectory() as name, contextlib.closing(reserve_port()) as port:
-        folder = Path(name)
-        script = folder / "train.py"
+    with tempfile.TemporaryDirectory() as name:
+        record = Path(name, "record")
+        script = Path(name, "train.py")
         script.write_text(textwrap.dedent(TRAIN).lstrip())
-        options = (
-            "--nnodes=2",
-            f"--nproc-per-node={nprocs}",
-            "--rdzv-backend=c10d",
-            f"--rdzv-endpoint=127.0.0.1:{port.getsockname()[1]}",
-        )
-        with contextlib.ExitStack() as stack:
-            agents = [
-                stack.enter_context(
-                    torchrun.agent(
-                        script,
-                        *options,
-                        f"--local-addr=127.0.0.{number}",
-                        env={"DDP_LESSONS_RECORD": str(folder / "record")},
-                    )
-                )
-                for number in (1, 2)
-            ]
-            wait_until_all_train(folder / "record", 2 * nprocs, agents)
+        env = {"DDP_LESSONS_RECORD": str(record)}
+        with torchrun.two_agents(script, nprocs, env) as agents:
+            wait_until_all_train(record, 2 * nprocs, agents)
             time.sleep(after)
-            return _judged(folder / "record", agents, node)
+            return _judged(record, node)
 
 
 def wait_until_all_train(record: Path, ranks: int, agents: list[subprocess.Popen[str]]) -> None:
@@ -117,7 +100,7 @@ def wait_until_all_train(record: Path, ranks: int, agents: list[subprocess.Popen
         time.sleep(0.05)
 
 
-def _judged(record: Path, agents: list[subprocess.Popen[str]], node: int) -> Try:
+def _judged(record: Path, node: int) -> Try:
     """Kill the agent of a node (its number is torchrun's choice), and look at what is left."""
     before = load_run(record)
     ranks = tuple(rank.rank for rank in before.ranks if rank.group_rank == node)

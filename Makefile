@@ -5,7 +5,7 @@ BIN := .venv/bin
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb $(wildcard notebooks/solutions/*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks bench faults setup
+.PHONY: help lessons test check tests nbval notebooks bench faults kills setup
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
@@ -13,6 +13,7 @@ help:
 	@echo "make notebooks  run all notebooks again and store their outputs"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
 	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
+	@echo "make kills      kill agents and engines at random: is each named? (some minutes)"
 
 setup:
 	@$(PYTHON) binder/install.py
@@ -41,6 +42,10 @@ bench: setup
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks.launch
 	$(BIN)/python -m tests.benchmarks.recording
+
+kills: setup
+	$(BIN)/python -m tests.benchmarks.agents --runs 20
+	$(BIN)/python -m tests.benchmarks.engines
 
 faults: setup
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"

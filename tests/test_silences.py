@@ -41,6 +41,13 @@ def test_a_rank_that_was_killed_in_a_call() -> None:
     assert "It was in all_reduce: /home/learner/train.py, line 8" in run.explain()
 
 
+def test_a_rank_that_was_killed_when_it_was_ahead() -> None:
+    ahead = made(1, "barrier", "all_reduce", "barrier", open=True)
+    run = run_of([lost(made(0, "barrier", "all_reduce"), 0, 2), record(ahead, 1, 2)])
+    assert statuses(run) == ["raised", "died"]  # its call could not be met, but this is no hang
+    assert kind(run) == ("killed", (1,))
+
+
 def test_the_earliest_of_two_silent_ranks_on_two_nodes_is_the_cause() -> None:
     first = [lost(made(0, "barrier", "all_reduce", "barrier"), 0, 4), record(made(1), 1, 4)]
     second = [
@@ -99,14 +106,13 @@ def test_beside_a_rank_that_raised_its_own_error_it_was_stopped() -> None:
 
 
 def test_beside_an_interrupted_rank_it_was_stopped() -> None:
-    calls = made(0, "barrier", "all_reduce", open=True)
     raised = error("KeyboardInterrupt", 9)
-    run = run_of([record(calls, 0, 2), record(made(1, "barrier"), 1, 2, raised=raised)])
+    run = run_of([record(made(r, "barrier"), r, 2, raised=raised if r else None) for r in (0, 1)])
     assert statuses(run) == ["stopped", "stopped"]
     assert [rank.exitcode for rank in run.ranks] == [None, INTERRUPTED]
     assert isinstance(run.error, WorkersHung)
-    assert kind(run) == ("blocked in Python", (1,))
-    assert "rank 0 waits in all_reduce, but rank 1 is idle at" in run.explain()
+    assert "rank 0 is outside torch.distributed, after barrier at" in run.explain()
+    assert "rank 1 is idle: /home/learner/train.py, line 9" in run.explain()
 
 
 def test_calls_that_can_never_be_met_are_a_hang_that_was_killed() -> None:

@@ -1,7 +1,7 @@
 """Which backend suits a number of ranks, and the refusal of NCCL where ranks must share a GPU.
 
 `recommend_backend` runs in the parent and asks a rank what it sees, so that the notebook's kernel
-never touches CUDA. The refusal runs in workers, called by collectives.py before NCCL is reached.
+never touches CUDA. The refusal runs in workers, called by joining.py before NCCL is reached.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from ddp_lessons.collectives import GROUP_CALLS, JOINING, RECVS, SENDS
+from ddp_lessons.collectives import RECVS, SENDS
+from ddp_lessons.joining import GROUP_CALLS, JOINING
 from ddp_lessons.meetings import FROM_ROOT, members
 from ddp_lessons.messages import Span
 

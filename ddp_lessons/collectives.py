@@ -22,17 +22,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ddp_lessons import backends, clocks, device, flights, recording, sites, tensors
+from ddp_lessons import device, flights, joining, recording, sites, tensors
+from ddp_lessons.arguments import Args, Kwargs, argument
 from ddp_lessons.flights import Flight
 from ddp_lessons.groups import Group, default_group, groups
-from ddp_lessons.messages import Joining
 from ddp_lessons.recording import Recorder, inside
-from ddp_lessons.rendezvous import await_store, rank_of
 from ddp_lessons.tape import Facts
 
-MAKES_GROUP = ("new_group", "split_group", "shrink_group")
-JOINING = ("init_process_group", *MAKES_GROUP)
-GROUP_CALLS = (*JOINING, "destroy_process_group")
 # The public functions, and the parameter whose bytes count as one rank's piece.
 COLLECTIVES = {
     "all_gather": "tensor",
@@ -61,9 +57,6 @@ SENDS = {"send": "tensor", "isend": "tensor", "send_object_list": ""}
 RECVS = {"recv": "tensor", "irecv": "tensor", "recv_object_list": ""}
 ISSUED = ("irecv", "isend")  # they return before the work is done
 
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
 
 class Call:
     """How to read the arguments of one public function."""
@@ -90,7 +83,7 @@ class Call:
 
     def group(self, args: Args, kwargs: Kwargs) -> Group | None:
         """The group in which it is called; None if this rank is not in it."""
-        process_group = _argument(args, kwargs, self.group_place, "group")
+        process_group = argument(args, kwargs, self.group_place, "group")
         if process_group is None:
             return groups.world or groups.of(default_group())
         return groups.of(process_group)
@@ -99,7 +92,7 @@ class Call:
         self, group: Group | None, args: Args, kwargs: Kwargs, rank: int, site: str | None
     ) -> Facts:
         """What the spans of this call say. It counts from here."""
-        nbytes, tensor = tensors.look(_argument(args, kwargs, self.tensor_place, self.tensor))
+        nbytes, tensor = tensors.look(argument(args, kwargs, self.tensor_place, self.tensor))
         if group is None:
             return Facts(self.name, nbytes=nbytes, tensor=tensor, site=site)
         peer = self._peer(group, args, kwargs) if self.peer else -1
@@ -123,12 +116,12 @@ class Call:
         """The GPU in whose stream the work will be done; None if the call does it itself."""
         if group is None or not group.streamed:
             return None
-        return device.of(_argument(args, kwargs, self.tensor_place, self.tensor))
+        return device.of(argument(args, kwargs, self.tensor_place, self.tensor))
 
     def _peer(self, group: Group, args: Args, kwargs: Kwargs) -> int:
-        peer = _argument(args, kwargs, self.peer_place, self.peer)
+        peer = argument(args, kwargs, self.peer_place, self.peer)
         if peer is None:
-            place = _argument(args, kwargs, self.group_peer_place, f"group_{self.peer}")
+            place = argument(args, kwargs, self.group_peer_place, f"group_{self.peer}")
             if isinstance(place, int) and 0 <= place < len(group.ranks):
                 peer = group.ranks[place]
             elif not self.pairwise:
@@ -144,10 +137,6 @@ class Call:
         return (rank, peer) if self.sends else (peer, rank)
 
 
-def _argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
-    return args[place] if place < len(args) else kwargs.get(name)
-
-
 @functools.cache
 def wrap_torch() -> None:
     """Wrap the public calls of torch.distributed, once in a process.
@@ -160,10 +149,10 @@ def wrap_torch() -> None:
     # DDP's own all-reduces are C++ calls that nothing here sees; a step of the optimizer is seen.
     register_optimizer_step_post_hook(_stepped)
     keep_groups_of_ddp()
-    _replace("init_process_group", _joining)
-    for name in MAKES_GROUP:
-        _replace(name, _making_group)
-    _replace("destroy_process_group", _plain)
+    _replace("init_process_group", joining.joining)
+    for name in joining.MAKES_GROUP:
+        _replace(name, joining.making)
+    _replace("destroy_process_group", joining.recorded)
     for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
         _replace(name, functools.partial(_recorded, tensor=tensor))
     _replace("batch_isend_irecv", _batched)
@@ -233,7 +222,7 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
         site = sites.of(sys._getframe(1))
         facts = call.facts(group, args, kwargs, recorder.rank, site)
         if call.timeout_place is not None:
-            recorder.gives_up(_argument(args, kwargs, call.timeout_place, "timeout"))
+            recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"))
         on = call.device(group, args, kwargs) if groups.any_streamed else None
         try:
             if call.is_asynchronous(args, kwargs) or on is not None:
@@ -304,78 +293,3 @@ def _p2p_ops(ops: Any) -> Iterable[Any]:
 
     known = [op for op in ops if isinstance(op, dist.P2POp)] if isinstance(ops, list) else []
     return [op for op in known if getattr(op.op, "__name__", "") in ISSUED]
-
-
-def _plain(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Record a call that makes or ends groups."""
-
-    @functools.wraps(function)
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        recorder = recording.outermost()
-        if recorder is None:
-            return function(*args, **kwargs)
-        inside.call = True
-        facts = Facts(name, _subgroup(args, kwargs), site=sites.of(sys._getframe(1)))
-        slot = recorder.begin("comm", name, time.perf_counter_ns(), facts)
-        try:
-            return function(*args, **kwargs)
-        except BaseException:
-            recorder.tape.fail(slot)
-            raise
-        finally:
-            inside.call = False
-            recorder.end(slot)
-            recorder.joined()
-            groups.update_world()
-
-    return recorded
-
-
-def _subgroup(args: Args, kwargs: Kwargs) -> str | None:
-    """The name of the subgroup that destroy_process_group ends; None if it ends all groups."""
-    group = groups.of(_argument(args, kwargs, 0, "group"))
-    return group.name if group is not None and group is not groups.world else None
-
-
-def _making_group(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Name a group as soon as it is made: all members make their groups in the same order."""
-
-    @functools.wraps(function)
-    def new_group(*args: Any, **kwargs: Any) -> Any:
-        if (recorder := recording.current()) is not None:
-            recorder.gives_up(kwargs.get("timeout"))
-            if name == "new_group":
-                backend = _argument(args, kwargs, 2, "backend")
-                backends.before_new_group(recorder, _argument(args, kwargs, 0, "ranks"), backend)
-        group = function(*args, **kwargs)
-        if recording.in_worker():
-            groups.of(group)
-        return group
-
-    return _plain(name, new_group)
-
-
-def _joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def join(
-        backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        timeout = kwargs.get("timeout", args[0] if args else None)
-        seconds = timeout.total_seconds() if timeout is not None else None
-        recorder = recording.current()
-        if recorder is not None:
-            backends.before_joining(recorder, backend, _argument(args, kwargs, 1, "world_size"))
-            recorder.groups.clear()
-            recorder.send(Joining(seconds))
-            if kwargs.get("store") is None:
-                await_store(
-                    init_method,
-                    rank_of(init_method, kwargs),
-                    seconds or 1800.0,
-                    recorder.host_of_rank_zero,
-                )
-        function(backend, init_method, *args, **kwargs)
-        if recorder is not None and not recorder.one_clock:
-            recorder.compare_clock(clocks.against_rank_zero())
-
-    return _plain(name, join)

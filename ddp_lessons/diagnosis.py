@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ddp_lessons import failures, hangs, partings
 from ddp_lessons.calls import Calls
-from ddp_lessons.collectives import GROUP_CALLS
 from ddp_lessons.errors import CannotSend, LaunchError, WorkerDied, WorkerFailed, WorkersHung
+from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.partings import Parting
 from ddp_lessons.verdict import Verdict
 from ddp_lessons.wording import ranks_text

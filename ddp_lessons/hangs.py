@@ -1,7 +1,8 @@
 """Why ranks wait for ever, or lost each other, from their calls and stacks. Runs in the parent.
 
-Two questions, in this order. Did the ranks' calls part: at one number in a group, other functions
-or tensors? If not, who is awaited and did not come, and what does it do instead?
+Three questions, in this order. Did the ranks' calls part: at one number in a group, other functions
+or tensors? If not, who is awaited and did not come, and what does it do instead? If nobody, why do
+those that came wait (deadlocks.py)?
 """
 
 from __future__ import annotations
@@ -9,21 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ddp_lessons import advice, partings, stacks, whereabouts
-from ddp_lessons.calls import Call, Calls
-from ddp_lessons.collectives import JOINING, SENDS
-from ddp_lessons.losses import lost_partner
-from ddp_lessons.messages import Frame
+from ddp_lessons import advice, deadlocks, partings, stacks, whereabouts
+from ddp_lessons.calls import Call
+from ddp_lessons.joining import JOINING
 from ddp_lessons.partings import Parting, frame_of, line_of
+from ddp_lessons.standstill import DDP_CALLS, JOIN, Standstill
 from ddp_lessons.verdict import Kind, Verdict
-from ddp_lessons.whereabouts import position, waits
-from ddp_lessons.wording import agree, at_head, count, listed, ranks_text
+from ddp_lessons.whereabouts import position
+from ddp_lessons.wording import agree, at_head, listed, ranks_text
 
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, Run
 
-JOIN = "init_process_group"
-DDP_CALLS = {"backward", "DistributedDataParallel"}  # in which DDP makes its own collectives
 # Of several that are awaited, the kind that says most.
 _WORST: tuple[Kind, ...] = (
     "suspended",
@@ -61,18 +59,7 @@ def explain_sizes(run: Run, ended: Sequence[int]) -> Verdict:
     )
 
 
-class _Hang:
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.calls = Calls([rank.spans for rank in run.ranks])
-        self.waiting = [rank for rank in run.ranks if waits(rank)]
-        self.away = [rank for rank in run.ranks if rank not in self.waiting]
-        self.standing = {
-            rank.rank: call
-            for rank in self.waiting
-            if (call := self.calls.standing(rank.rank)) is not None
-        }
-
+class _Hang(Standstill):
     def verdict(self) -> Verdict:
         parting = self._parting()
         if parting is not None:
@@ -80,7 +67,7 @@ class _Hang:
         awaited = self._awaited()
         if awaited:
             return self._missed(awaited)
-        return self._among_themselves()
+        return deadlocks.explain(self)
 
     # Calls that do not fit
 
@@ -109,7 +96,7 @@ class _Hang:
             parting.kind,
             parting.odd_ranks,
             parting.title(),
-            (*self._errors(), *lines),
+            (*self.errors(), *lines),
             against,
             parting.frame,
         )
@@ -161,7 +148,7 @@ class _Hang:
         kind = min(awaited.values(), key=_WORST.index)
         ranks = tuple(sorted(r for r, why in awaited.items() if why == kind))
         gone = listed(self._short(kind, ranks) for kind, ranks in _by_kind(awaited))
-        title = f"{self._who_waits()}, but {gone}" if self.waiting else self._nobody_waits()
+        title = f"{self.who_waits()}, but {gone}" if self.waiting else self._nobody_waits()
         frame = stacks.position(self.run.ranks[ranks[0]].stack).frame
         if frame is None and (call := self.calls.not_made(ranks[0])) is not None:
             frame = frame_of(call.site)
@@ -169,7 +156,7 @@ class _Hang:
             kind,
             ranks,
             title,
-            (*self._errors(), *whereabouts.lines(self.run.ranks)),
+            self.evidence(),
             self._against(kind),
             frame,
         )
@@ -228,127 +215,6 @@ class _Hang:
                 return f"{who} did not answer"
             case _:
                 return f"{who} {is_} idle{where}"
-
-    # Ranks that wait for each other
-
-    def _among_themselves(self) -> Verdict:
-        lines = (*self._errors(), *whereabouts.lines(self.run.ranks))
-        frame = self._waiting_frame()
-        calls = {position(rank).call for rank in self.waiting}
-        everyone = tuple(rank.rank for rank in self.waiting)
-        if calls == {JOIN}:
-            title = f"{self._who_waits()} for ranks that never came"
-            place = advice.PLACE.format(ranks=count(self.run.world_size, "rank"))
-            return Verdict("never joined", everyone, title, lines, place, frame)
-        title = f"all ranks wait for each other: {self._who_waits()}"
-        if late := self._late():
-            op = self.standing[late[0]].op
-            them = agree(late, "it", "them")
-            title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"
-            return Verdict("gave up waiting", late, title, lines, advice.LATE, frame)
-        unmatched = [c for c in self.standing.values() if c.pairwise and self.calls.missing(c)]
-        groups = {c.group for c in self.standing.values() if not c.pairwise and c.group}
-        if unmatched and len(unmatched) == len(self.standing):
-            return self._all_pairwise(title, unmatched, lines)
-        if unmatched:
-            return self._unmatched(unmatched[0], lines)
-        if len(groups) > 1:
-            return Verdict(
-                "groups in different order",
-                self._in_the_smallest_group() or everyone,
-                f"{title}, in groups that they take in different order",
-                lines,
-                advice.GROUPS,
-                frame,
-            )
-        if len(calls) > 1:
-            return self._different(lines)
-        if self._across_machines():
-            title = f"{title}, and nothing comes through from one machine to the other"
-            return Verdict("cut off", everyone, title, lines, advice.NETWORK, frame)
-        if self.run.hung_after is None:
-            return Verdict(
-                "gave up waiting", everyone, self._who_waits(), lines, advice.MISSING, frame
-            )
-        return Verdict("waiting for each other", everyone, title, lines, advice.SAME_CALL, frame)
-
-    def _across_machines(self) -> bool:
-        """A call never ended though all have come to it, and they are on several machines."""
-        hosts = {rank.host for rank in self.waiting}
-        calls = self.standing.values()
-        return len(hosts) > 1 and any(not self.calls.missing(call) for call in calls)
-
-    def _different(self, lines: tuple[str, ...]) -> Verdict:
-        """Some wait in a call of DDP's own, which is not recorded, others elsewhere."""
-        by_call: dict[str | None, list[int]] = {}
-        for rank in self.waiting:
-            by_call.setdefault(position(rank).call, []).append(rank.rank)
-        few, *_, many = sorted(by_call.values(), key=len)
-        sides = [
-            f"{ranks_text(ranks)} {agree(ranks, 'waits', 'wait')} in {call}"
-            for call, ranks in by_call.items()
-        ]
-        return Verdict(
-            "different collectives",
-            tuple(few if len(few) < len(many) else sorted(few + many)),
-            f"the ranks wait for each other in different calls: {listed(sides)}",
-            lines,
-            advice.DDP if DDP_CALLS & by_call.keys() else advice.ORDER,
-            position(self.run.ranks[few[0]]).frame,
-        )
-
-    def _in_the_smallest_group(self) -> tuple[int, ...]:
-        """The ranks that wait in a group where fewer wait than in the others; () if none."""
-        by_group: dict[str | None, list[int]] = {}
-        for rank, call in self.standing.items():
-            by_group.setdefault(call.group, []).append(rank)
-        few, *_, many = sorted(by_group.values(), key=len)
-        return tuple(few) if len(few) < len(many) else ()
-
-    def _late(self) -> tuple[int, ...]:
-        """The ranks that came to a call only after others had failed there."""
-        standing = self.standing.values()
-        if self.run.hung_after is not None or len({(c.group, c.seq) for c in standing}) != 1:
-            return ()
-        ended = (rank.ended_ns for rank in self.waiting if rank.status == "raised")
-        first = min(ended, default=None)
-        return tuple(c.rank for c in standing if first is not None and c.t0_ns > first)
-
-    def _all_pairwise(self, title: str, calls: list[Call], lines: tuple[str, ...]) -> Verdict:
-        ranks = tuple(sorted(call.rank for call in calls))
-        kind: Kind = "unmatched recv"
-        against = advice.RECEIVES_FIRST
-        if all(call.op in SENDS for call in calls):
-            kind, against = "unmatched send", advice.SENDS_FIRST
-        return Verdict(kind, ranks, title, lines, against, frame_of(calls[0].site))
-
-    def _unmatched(self, call: Call, lines: tuple[str, ...]) -> Verdict:
-        sends = call.op in SENDS
-        other = "any rank" if call.peer is None else f"rank {call.peer}"
-        title = (
-            f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}, which does "
-            f"not {'receive' if sends else 'send'}: it waits, too"
-        )
-        kind: Kind = "unmatched send" if sends else "unmatched recv"
-        return Verdict(kind, (call.rank,), title, lines, advice.PAIRS, frame_of(call.site))
-
-    # Words
-
-    def _who_waits(self) -> str:
-        who = self.waiting
-        calls = listed(sorted({str(position(rank).call) for rank in who}))
-        waits = agree(who, "waits", "wait") if any(r.status == "stopped" for r in who) else "waited"
-        return f"{ranks_text([rank.rank for rank in who])} {waits} in {calls}"
-
-    def _waiting_frame(self) -> Frame | None:
-        first = next(iter(self.waiting), None)
-        return None if first is None else position(first).frame
-
-    def _errors(self) -> list[str]:
-        """The tracebacks of those that raised something of their own, or gave up waiting."""
-        raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
-        own = [r for r in raised if not lost_partner(r)] or raised
-        return [*stacks.render(own[0].error).splitlines(), ""] if own and own[0].error else []
 
 
 def _by_kind(awaited: dict[int, Kind]) -> Iterable[tuple[Kind, list[int]]]:

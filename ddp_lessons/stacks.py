@@ -33,6 +33,7 @@ _INFRASTRUCTURE = tuple(
         "recording",
         "rendezvous",
         "collectives",
+        "joining",
         "flights",
         "buckets",
         "backends",

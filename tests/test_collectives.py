@@ -23,7 +23,8 @@ import torch.distributed.nn
 from torch.distributed import all_reduce, distributed_c10d
 
 from ddp_lessons import Run, WorkerFailed, collectives, launch, span
-from ddp_lessons.collectives import COLLECTIVES, GROUP_CALLS, RECVS, SENDS
+from ddp_lessons.collectives import COLLECTIVES, RECVS, SENDS
+from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.messages import Span
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from ddp_lessons import Run, WorkerFailed, launch
-from ddp_lessons.collectives import GROUP_CALLS
+from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.messages import Span
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])

@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from ddp_lessons import Run, launch
-from ddp_lessons.collectives import GROUP_CALLS
 from ddp_lessons.groups import Group, groups
+from ddp_lessons.joining import GROUP_CALLS
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, launch
+from tests.by_hand import TIMED_OUT, error, made, record, run_of
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -262,3 +263,37 @@ def test_the_innocent_of_a_killed_rank_are_not_blamed() -> None:
     assert kind(run) == ("killed", (0,))
     assert "Its last call was barrier" in run.explain()
     assert "Connection" not in run.explain().splitlines()[0]
+
+
+def all_gave_up(*hosts: str) -> Run:
+    """Made by hand: ranks that all came to one all_reduce and gave up there."""
+    raised = error(TIMED_OUT, 8, "all_reduce")
+    calls = [made(rank, "barrier", "all_reduce") for rank in range(len(hosts))]
+    broken = [[*before, last._replace(failed=True)] for *before, last in calls]
+    return run_of(
+        record(broken[rank], rank, len(hosts), raised=raised, node=rank, host=host)
+        for rank, host in enumerate(hosts)
+    )
+
+
+def test_hosts_between_which_nothing_comes_through_are_cut_off() -> None:
+    run = all_gave_up("host0", "host1", "host1")
+    assert kind(run) == ("cut off", (0, 1, 2))
+    assert "nothing comes through from one machine to the other" in run.explain()
+    assert "Timed out waiting" in run.explain()
+    assert run.verdict is not None
+    assert run.verdict.frame is not None
+    assert run.verdict.frame.lineno == 8
+
+
+def test_one_host_is_not_cut_off_from_itself() -> None:
+    assert kind(all_gave_up("host0", "host0")) == ("gave up waiting", (0, 1))
+
+
+def test_hosts_are_not_cut_off_where_a_rank_did_not_come() -> None:
+    late = made(1, "barrier", "all_reduce")[:1]
+    raised = error(TIMED_OUT, 8, "all_reduce")
+    waited = [c._replace(failed=c.op == "all_reduce") for c in made(0, "barrier", "all_reduce")]
+    one = record(waited, 0, 2, raised=raised)
+    run = run_of([one, record(late, 1, 2, returned=True, node=1, host="host1")])
+    assert kind(run) == ("returned early", (1,))

@@ -245,6 +245,35 @@ def test_steps_are_marked_over_the_bar() -> None:
     assert y < -0.35
 
 
+def in_steps() -> Run:
+    """Four steps of 20 ms on rank 0, one after the other from 10 ms on, with a span in each."""
+    starts = [1_010_000_000 + n * 20_000_000 for n in range(4)]
+    steps = [
+        Span(0, "steps", "mark", f"step {n}", t0, t0 + 20_000_000, n) for n, t0 in enumerate(starts)
+    ]
+    work = [Span(0, "main", "compute", f"w{n}", t0, t0 + 9**7, n) for n, t0 in enumerate(starts)]
+    return made_up(2, [*steps, *work])
+
+
+def test_some_of_the_steps_are_shown() -> None:
+    ax: Any = plots.timeline(in_steps(), steps=(1, 2))
+    assert ax.get_xlim() == pytest.approx((30, 70))
+    assert legend(ax) == [UNMARKED, "w1", "w2"]
+    (marks,) = [c for c in ax.collections if hasattr(c, "get_segments")]
+    assert [segment[0][0] for segment in marks.get_segments()] == pytest.approx([30, 50, 70])
+    assert rows(ax) == ["rank 0", "rank 1"]
+
+
+def test_steps_that_go_beyond_the_last_are_those_that_there_are() -> None:
+    assert plots.timeline(in_steps(), steps=(3, 99)).get_xlim() == pytest.approx((70, 90))
+
+
+@pytest.mark.parametrize("steps", [(4, 9), (2, 1), (-2, -1)])
+def test_steps_that_no_rank_has(steps: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"no rank has a step from {steps[0]} to {steps[1]}"):
+        plots.timeline(in_steps(), steps=steps)
+
+
 def test_names_are_written_where_they_fit() -> None:
     wide = Span(0, "main", "compute", "forward", 1_020_000_000, 1_080_000_000)
     narrow = Span(0, "main", "compute", "loss", 1_090_000_000, 1_090_100_000)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from ddp_lessons import losses
 from ddp_lessons.calls import Calls
-from ddp_lessons.collectives import GROUP_CALLS
 from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
+from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.results import Run
 from ddp_lessons.wording import count, listed, ranks_text
 

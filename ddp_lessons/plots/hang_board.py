@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.patches import Patch, Rectangle
 
 from ddp_lessons.calls import Call, Calls
-from ddp_lessons.collectives import JOINING
+from ddp_lessons.joining import JOINING
 from ddp_lessons.plots import style
 from ddp_lessons.whereabouts import position, waits
 from ddp_lessons.wording import count, exit_name, ranks_text

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ddp_lessons.collectives import GROUP_CALLS
+from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.meetings import ended
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import lanes, style

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from ddp_lessons.analysis import Segment, segments
-from ddp_lessons.collectives import JOINING
+from ddp_lessons.joining import JOINING
 from ddp_lessons.meetings import ALL_TO_ALL, Share
 from ddp_lessons.plots import lanes, style
 from ddp_lessons.results import Run

@@ -1,0 +1,103 @@
+"""The calls that make and end process groups mark themselves, and what is done beside them.
+
+Runs in workers; collectives.py puts these wrappers in the place of the public functions. Before
+ranks join, NCCL is refused where they would share a GPU and rank 0's store is awaited; after it,
+the clocks of several machines are compared. Without a recorder the wrappers only call.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ddp_lessons import backends, clocks, recording, sites
+from ddp_lessons.arguments import Args, Kwargs, argument
+from ddp_lessons.groups import groups
+from ddp_lessons.messages import Joining
+from ddp_lessons.recording import inside
+from ddp_lessons.rendezvous import await_store, rank_of
+from ddp_lessons.tape import Facts
+
+MAKES_GROUP = ("new_group", "split_group", "shrink_group")
+JOINING = ("init_process_group", *MAKES_GROUP)
+GROUP_CALLS = (*JOINING, "destroy_process_group")
+
+
+def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap init_process_group: wait for rank 0's store, then compare the clocks."""
+
+    @functools.wraps(function)
+    def join(
+        backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        timeout = kwargs.get("timeout", args[0] if args else None)
+        seconds = timeout.total_seconds() if timeout is not None else None
+        recorder = recording.current()
+        if recorder is not None:
+            backends.before_joining(recorder, backend, argument(args, kwargs, 1, "world_size"))
+            recorder.groups.clear()
+            recorder.send(Joining(seconds))
+            if kwargs.get("store") is None:
+                await_store(
+                    init_method,
+                    rank_of(init_method, kwargs),
+                    seconds or 1800.0,
+                    recorder.host_of_rank_zero,
+                )
+        function(backend, init_method, *args, **kwargs)
+        if recorder is not None and not recorder.one_clock:
+            recorder.compare_clock(clocks.against_rank_zero())
+
+    return recorded(name, join)
+
+
+def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Name a group as soon as it is made: all members make their groups in the same order."""
+
+    @functools.wraps(function)
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        if (recorder := recording.current()) is not None:
+            recorder.gives_up(kwargs.get("timeout"))
+            if name == "new_group":
+                backend = argument(args, kwargs, 2, "backend")
+                backends.before_new_group(recorder, argument(args, kwargs, 0, "ranks"), backend)
+        group = function(*args, **kwargs)
+        if recording.in_worker():
+            groups.of(group)
+        return group
+
+    return recorded(name, new_group)
+
+
+def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Record a call that makes or ends groups."""
+
+    @functools.wraps(function)
+    def group_call(*args: Any, **kwargs: Any) -> Any:
+        recorder = recording.outermost()
+        if recorder is None:
+            return function(*args, **kwargs)
+        inside.call = True
+        facts = Facts(name, _subgroup(args, kwargs), site=sites.of(sys._getframe(1)))
+        slot = recorder.begin("comm", name, time.perf_counter_ns(), facts)
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            recorder.tape.fail(slot)
+            raise
+        finally:
+            inside.call = False
+            recorder.end(slot)
+            recorder.joined()
+            groups.update_world()
+
+    return group_call
+
+
+def _subgroup(args: Args, kwargs: Kwargs) -> str | None:
+    """The name of the subgroup that destroy_process_group ends; None if it ends all groups."""
+    group = groups.of(argument(args, kwargs, 0, "group"))
+    return group.name if group is not None and group is not groups.world else None

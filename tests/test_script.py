@@ -34,9 +34,12 @@ def record(folder: Path, body: str, *options: str, nprocs: int = 2) -> tuple[int
     return torchrun.run(script, f"--nproc-per-node={nprocs}", *options, env=env)
 
 
-def test_a_script_records_its_spans_and_calls(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of a script that ran to its end on two ranks."""
+    folder = tmp_path_factory.mktemp("recorded")
     code, text = record(
-        tmp_path,
+        folder,
         """
         with span("compute"):
             x = torch.ones(10)
@@ -48,7 +51,11 @@ def test_a_script_records_its_spans_and_calls(tmp_path: Path) -> None:
         """,
     )
     assert code == 0, text
-    run = load_run(tmp_path / "record")
+    return folder / "record"
+
+
+def test_a_script_records_its_spans_and_calls(recorded: Path) -> None:
+    run = load_run(recorded)
     assert run.ok
     assert run.verdict is None
     assert run.name == "train.py"
@@ -56,7 +63,7 @@ def test_a_script_records_its_spans_and_calls(tmp_path: Path) -> None:
         calls = [s.op for s in rank.spans if s.op]
         assert calls == ["init_process_group", "all_reduce", "barrier", "destroy_process_group"]
         (call,) = [s for s in rank.spans if s.op == "all_reduce"]
-        assert call.site == f"{tmp_path / 'train.py'}:10"
+        assert call.site == f"{recorded.parent / 'train.py'}:10"
         assert (call.nbytes, call.tensor, call.seq) == (40, "float32 (10,)", 0)
         assert [s.name for s in rank.spans if s.kind == "compute"] == ["compute"]
         assert all(s.t1_ns is not None for s in rank.spans)
@@ -65,19 +72,19 @@ def test_a_script_records_its_spans_and_calls(tmp_path: Path) -> None:
 
 def test_nothing_is_recorded_unless_asked_for(tmp_path: Path) -> None:
     script = write(tmp_path, "print('recorder', 'ddp_lessons.script' in sys.modules)")
-    code, text = torchrun.run(script, "--nproc-per-node=1")
+    code, text = torchrun.alone(script)
     assert code == 0, text
     assert "recorder False" in text
-    assert {file.name for file in tmp_path.iterdir()} == {"train.py", "logs"}
+    assert {file.name for file in tmp_path.iterdir()} == {"train.py"}
 
 
 def test_a_record_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "record").write_text("a file is in the way")
-    code, text = record(tmp_path, r"dist.barrier(); print(f'done {rank}\n', end='')")
+    script = write(tmp_path, "dist.barrier(); print('done')")
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": "record"})
     assert code == 0, text
     assert "nothing is recorded, DDP_LESSONS_RECORD: " in text
-    assert "done 0" in text
-    assert "done 1" in text
+    assert "done" in text
 
 
 def test_workers_of_a_data_loader_do_not_record(tmp_path: Path) -> None:
@@ -93,58 +100,61 @@ def test_workers_of_a_data_loader_do_not_record(tmp_path: Path) -> None:
         """,
         head="",
     )
-    env = {"DDP_LESSONS_RECORD": "record"}
-    code, text = torchrun.run(script, "--nproc-per-node=1", env=env)
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": "record"})
     assert code == 0, text
     run = load_run(tmp_path / "record")
     assert [s.name for s in run.ranks[0].spans] == ["train.py", "fork", "spawn"]
 
 
-def test_an_exception_is_explained_from_the_record(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The record of a script that failed twice: a rank raised, then it was killed."""
+    folder = tmp_path_factory.mktemp("attempts")
     code, text = record(
-        tmp_path,
-        """
-        if rank == 1:
-            raise ValueError("a bad batch")
-        dist.barrier()
-        """,
-    )
-    assert code == 1, text
-    run = load_run(tmp_path / "record")
-    assert [r.status for r in run.ranks] == ["raised", "raised"]
-    assert run.verdict is not None
-    assert (run.verdict.kind, run.verdict.ranks) == ("raised", (1,))
-    assert run.verdict.frame is not None
-    assert run.verdict.frame.lineno == 9
-    assert 'raise ValueError("a bad batch")' in run.explain()
-    assert "Rank 0 lost its partner by that, waiting in barrier" in run.explain()
-
-
-def test_a_killed_rank_and_the_attempt_after_it(tmp_path: Path) -> None:
-    code, text = record(
-        tmp_path,
+        folder,
         """
         with span("first"):
             dist.barrier()
-        if rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        if rank == 1 and attempt == "0":
+            raise ValueError("a bad batch")
+        if rank == 1 and attempt == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         with span("second"):
             dist.barrier()
         dist.destroy_process_group()
         """,
-        "--max-restarts=1",
+        "--max-restarts=2",
     )
     assert code == 0, text
-    assert len(list((tmp_path / "record").glob("*.tape"))) == 4
-    first = load_run(tmp_path / "record", attempt=0)
-    assert first.verdict is not None
-    assert (first.verdict.kind, first.verdict.ranks) == ("killed", (1,))
-    assert "rank 1 of 2 ended without a word" in first.explain()
-    assert "Its last call was barrier" in first.explain()
-    assert first.ranks[1].status == "died"
-    last = load_run(tmp_path / "record")
-    assert last.ok
-    assert [s.name for s in last.ranks[1].spans if s.kind == "compute"] == ["first", "second"]
+    assert len(list((folder / "record").glob("*.tape"))) == 6
+    return folder / "record"
+
+
+def test_an_exception_is_explained_from_the_record(attempts: Path) -> None:
+    run = load_run(attempts, attempt=0)
+    assert [r.status for r in run.ranks] == ["raised", "raised"]
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("raised", (1,))
+    assert run.verdict.frame is not None
+    assert run.verdict.frame.lineno == 12
+    assert 'raise ValueError("a bad batch")' in run.explain()
+    assert "Rank 0 lost its partner by that, waiting in barrier" in run.explain()
+
+
+def test_a_killed_rank_is_explained_from_the_record(attempts: Path) -> None:
+    run = load_run(attempts, attempt=1)
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("killed", (1,))
+    assert "rank 1 of 2 ended without a word" in run.explain()
+    assert "Its last call was barrier" in run.explain()
+    assert run.ranks[1].status == "died"
+
+
+def test_the_attempt_after_those_that_failed(attempts: Path) -> None:
+    run = load_run(attempts)
+    assert run.ok
+    assert [s.name for s in run.ranks[1].spans if s.kind == "compute"] == ["first", "second"]
 
 
 def test_a_job_that_hangs_is_explained_while_it_hangs(tmp_path: Path) -> None:
@@ -187,14 +197,6 @@ def test_two_agents_are_two_nodes(tmp_path: Path) -> None:
     run = load_run(tmp_path / "record")
     assert [rank.group_rank for rank in run.ranks] == [0, 0, 1, 1]
     assert run.world_size == 4
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recorded")
-    code, text = record(folder, "dist.barrier(); dist.destroy_process_group()")
-    assert code == 0, text
-    return folder / "record"
 
 
 def copied(recorded: Path, to: Path) -> Path:

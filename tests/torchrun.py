@@ -86,3 +86,18 @@ def run(
     with agent(script, "--standalone", *options, env=env) as process:
         text, _ = process.communicate(timeout=PATIENCE)
     return process.returncode, text
+
+
+def alone(script: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """The same of a script that is the only rank and has no agent."""
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=script.parent,
+        env=environment(script, {**rank, **(env or {})}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return done.returncode, done.stdout

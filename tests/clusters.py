@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,6 @@ class Cluster:
         self._cluster.start_engines_sync(n=1)
         wait_until(lambda: set(self.client.ids) - known)
         (number,) = set(self.client.ids) - known
-        launch(nothing, nprocs=1, cluster=self.client[number])
         return int(number)
 
     def pid(self, number: int) -> int:
@@ -71,6 +71,8 @@ class Cluster:
         processes = [process for process in _processes() if process not in self._others]
         self.client.close()
         self._cluster.stop_cluster_sync()
+        for process in processes:
+            _end_nanny(process)
         _, left = psutil.wait_procs(processes, timeout=LIMIT)
         assert not left, f"the cluster left {left}"
 
@@ -103,11 +105,37 @@ def state() -> Any:
     return names, private, os.getcwd(), dict(os.environ), list(sys.path), handler
 
 
-def wait_until(condition: Any) -> None:
+def until_there(file: str) -> None:
+    """Keep an engine busy until there is such a file; called there."""
+    wait_until(lambda: Path(file).exists())
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@contextmanager
+def as_soon_as(condition: Callable[[], Any], act: Callable[[], Any]) -> Iterator[None]:
+    """Do something beside the block when a condition holds."""
+
+    def wait_and_act() -> None:
+        wait_until(condition)
+        act()
+
+    thread = threading.Thread(target=wait_and_act)
+    thread.start()
+    yield
+    thread.join()
+
+
+def _end_nanny(process: psutil.Process) -> None:
+    """The process beside an engine goes on for 5 s to tell a controller that is gone."""
+    with suppress(psutil.NoSuchProcess):
+        if "ipyparallel.engine.nanny" in process.cmdline():
+            process.kill()
 
 
 def _processes() -> list[psutil.Process]:

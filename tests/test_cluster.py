@@ -25,16 +25,16 @@ from ddp_lessons import (
     BadLaunch,
     CannotSend,
     LaunchError,
-    Run,
     WorkerDied,
     WorkerFailed,
     launch,
     plots,
+    remote,
     span,
 )
 from ddp_lessons.engine import Call
 from tests import clusters
-from tests.clusters import Cluster, cluster_of, wait_until
+from tests.clusters import Cluster, as_soon_as, cluster_of, wait_until
 from tests.kernels import Kernel
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -95,8 +95,8 @@ def test_each_rank_is_a_fresh_process_of_its_own_engine(client: Any) -> None:
     values = launch(look, nprocs=4, cluster=client).values
     assert all(pid == session and forked for pid, session, forked in values)
     assert len({pid for pid, *_ in values}) == 4
-    method = launch(look, cluster=client, start_method="spawn").values
-    assert not any(forked for *_, forked in method)
+    ((*_, forked),) = launch(look, nprocs=1, cluster=client, start_method="spawn").values
+    assert not forked
 
 
 def join() -> None:
@@ -180,21 +180,42 @@ def test_a_rank_that_computes_for_ever_is_told_by_the_timeout(client: Any) -> No
     assert run.verdict.frame.filename == __file__
 
 
-def test_stop_ends_the_ranks(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    def wait(rank: int) -> None:
-        print(os.getpid(), flush=True)
-        time.sleep(60)
+def write_pid(rank: int, directory: str) -> None:
+    part = Path(directory, f".rank{rank}")
+    part.write_text(str(os.getpid()))
+    part.rename(Path(directory, f"rank{rank}"))
 
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        launch(wait, nprocs=3, cluster=client)
-    timer.join()
-    printed = capsys.readouterr().out
-    assert "Stopped." in printed
-    pids = [int(line.split()[-1]) for line in printed.splitlines() if line.startswith("[rank")]
-    assert len(pids) == 3
-    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+def writes_its_pid(rank: int, directory: str) -> None:
+    write_pid(rank, directory)
+    time.sleep(100)
+
+
+def pids(directory: Path) -> list[int]:
+    """The process ids of the ranks that have written theirs."""
+    return [int(file.read_text()) for file in directory.glob("rank*")]
+
+
+def all_have_begun(directory: Path, ranks: int) -> Callable[[], bool]:
+    return lambda: len(pids(directory)) == ranks
+
+
+def all_end(directory: Path, ranks: int) -> None:
+    assert len(pids(directory)) == ranks
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids(directory)))
+
+
+def test_stop_ends_the_ranks(
+    client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        as_soon_as(all_have_begun(tmp_path, 3), lambda: os.kill(os.getpid(), signal.SIGINT)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        launch(writes_its_pid, (str(tmp_path),), nprocs=3, cluster=client)
+    assert "Stopped." in capsys.readouterr().out
+    assert len(pids(tmp_path)) == 3
+    assert not any(psutil.pid_exists(pid) for pid in pids(tmp_path))
     assert launch(average, (10,), 4, cluster=client).ok
 
 
@@ -217,10 +238,12 @@ def test_some_of_the_engines(client: Any) -> None:
         launch(average, (10,), 3, cluster=view)
 
 
-def test_a_busy_engine_is_named(client: Any) -> None:
-    busy = client[2].apply_async(time.sleep, 4)
+def test_a_busy_engine_is_named(client: Any, tmp_path: Path) -> None:
+    enough = tmp_path / "enough"
+    busy = client[2].apply_async(clusters.until_there, str(enough))
     with pytest.raises(BadLaunch, match="engine 2 is busy"):
         launch(average, (10,), 4, cluster=client)
+    enough.touch()
     busy.get()
     assert launch(average, (10,), 4, cluster=client).ok
 
@@ -253,26 +276,27 @@ def test_without_ipyparallel_it_is_said_what_to_install() -> None:
     assert "BadLaunch" in done.stderr
 
 
-def meets_for_ever(rank: int) -> None:
-    dist.init_process_group("gloo")
-    print(os.getpid(), flush=True)
+def meets_for_ever(rank: int, directory: str) -> None:
+    join()
+    write_pid(rank, directory)
     while True:
         dist.barrier()
         time.sleep(0.01)
 
 
-def test_an_engine_that_is_killed_is_named_and_takes_its_rank_along(cluster: Cluster) -> None:
+def test_an_engine_that_is_killed_is_named_and_takes_its_rank_along(
+    cluster: Cluster, tmp_path: Path
+) -> None:
     number = cluster.add()
     pid = cluster.pid(number)
-    timer = threading.Timer(2.0, os.kill, (pid, signal.SIGKILL))
-    timer.start()
-    run = launch(meets_for_ever, (), 3, check=False, cluster=cluster.client[[0, 1, number]])
-    timer.join()
+    view = cluster.client[[0, 1, number]]
+    with as_soon_as(all_have_begun(tmp_path, 3), lambda: os.kill(pid, signal.SIGKILL)):
+        run = launch(meets_for_ever, (str(tmp_path),), 3, check=False, cluster=view)
     assert run.verdict is not None
     assert (run.verdict.kind, run.verdict.ranks) == ("engine lost", (2,))
     assert f"engine {number}" in run.verdict.title
     assert isinstance(run.error, WorkerDied)
-    _all_gone(run)
+    all_end(tmp_path, 3)
     assert launch(average, (10,), 4, cluster=cluster.client).ok
 
 
@@ -282,37 +306,6 @@ def test_an_engine_that_was_killed_before_is_left_out(cluster: Cluster) -> None:
     assert launch(average, (10,), 4, cluster=cluster.client).ok
 
 
-def _all_gone(run: Run) -> None:
-    pids = [int(rank.lines[0]) for rank in run.ranks]
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-
-
-def test_a_lost_controller_is_told_and_engines_end_their_ranks(
-    tmp_path: Path, cluster: Cluster
-) -> None:
-    with cluster_of(tmp_path / "cluster", 2) as lost:
-        lost.shorten_leases()
-        timer = threading.Timer(1.0, lost.kill_controller)
-        timer.start()
-        run = launch(writes_its_pid, (str(tmp_path),), check=False, cluster=lost.client)
-        timer.join()
-        assert run.verdict is not None
-        assert (run.verdict.kind, run.verdict.ranks) == ("engine lost", (0, 1))
-        assert "controller" in run.verdict.title
-        _all_end(tmp_path, 2)
-
-
-def writes_its_pid(rank: int, directory: str) -> None:
-    Path(directory, f"rank{rank}").write_text(str(os.getpid()))
-    time.sleep(100)
-
-
-def _all_end(directory: Path, ranks: int) -> None:
-    pids = [int(file.read_text()) for file in directory.glob("rank*")]
-    assert len(pids) == ranks
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
-
-
 LAUNCHES = """
 import sys, time
 import ipyparallel
@@ -320,8 +313,9 @@ from ddp_lessons import launch
 
 def write(rank, directory):
     import os
-    with open(f"{directory}/rank{rank}", "w") as file:
+    with open(f"{directory}/.rank{rank}", "w") as file:
         file.write(str(os.getpid()))
+    os.rename(file.name, f"{directory}/rank{rank}")
     time.sleep(100)
 
 launch(write, (sys.argv[2],), cluster=ipyparallel.Client(sys.argv[1]))
@@ -332,14 +326,14 @@ def test_ranks_end_when_the_notebook_is_killed(cluster: Cluster, tmp_path: Path)
     cluster.shorten_leases()
     command = [sys.executable, "-c", LAUNCHES, cluster.connection_file, str(tmp_path)]
     notebook = subprocess.Popen(command)
-    wait_until(lambda: len([f for f in tmp_path.glob("rank*") if f.read_text()]) == 2)
+    wait_until(all_have_begun(tmp_path, 2))
     notebook.kill()
     notebook.wait()
-    _all_end(tmp_path, 2)
+    all_end(tmp_path, 2)
     assert launch(average, (10,), 4, cluster=cluster.client).ok
 
 
-def test_in_a_notebook(cluster: Cluster, kernel: Kernel) -> None:
+def test_in_a_notebook(cluster: Cluster, kernel: Kernel, tmp_path: Path) -> None:
     kernel.run("launch(lambda rank: rank)")  # its own forkserver would end only once it is ready
     kernel.run(f"""
         import ipyparallel, time
@@ -355,14 +349,16 @@ def test_in_a_notebook(cluster: Cluster, kernel: Kernel) -> None:
     assert "WorkerFailed: rank 1 of 3 raised ZeroDivisionError" in failed.error
     assert re.search(r"Cell In\[\d+\], line 3, in work", failed.error)
     assert "[rank 0] hello 0\n[rank 1] hello 1\n[rank 2] hello 2" in failed.stdout
-    cell = kernel.start("""
-        import os
+    cell = kernel.start(f"""
+        import os, pathlib
         def wait(rank):
+            time.sleep(1)  # until the notebook has heard that the function was called
+            pathlib.Path({str(tmp_path)!r}, f"rank{{rank}}").touch()
             time.sleep(60)
 
         launch(wait, nprocs=4, cluster=client)
     """)
-    time.sleep(1.5)
+    wait_until(lambda: len(list(tmp_path.glob("rank*"))) == 4)
     kernel.manager.interrupt_kernel()
     stopped = kernel.finish(cell)
     assert stopped.error_name == "KeyboardInterrupt"
@@ -381,12 +377,21 @@ def test_profile_and_timeline(client: Any, figures_closed: None) -> None:
     assert plots.timeline(run).get_title(loc="left") == "average on 2 ranks"
 
 
-def test_another_clients_task_only_delays(cluster: Cluster) -> None:
+def test_another_clients_task_only_delays(cluster: Cluster, tmp_path: Path) -> None:
+    def work(rank: int, directory: str) -> None:
+        write_pid(rank, directory)
+        time.sleep(0.5)
+
     other = ipyparallel.Client(cluster.connection_file)
-    timer = threading.Timer(1.0, lambda: other[1].apply_async(time.sleep, 3))
-    timer.start()
-    run = launch(lambda rank: time.sleep(1.5), nprocs=2, cluster=cluster.client)
-    timer.join()
+    given: list[Any] = []
+
+    def give() -> None:  # longer than the lease that engines have by now
+        given.append(other[1].apply_async(time.sleep, 2.5))
+
+    cluster.shorten_leases()
+    with as_soon_as(all_have_begun(tmp_path, 2), give):
+        run = launch(work, (str(tmp_path),), nprocs=2, cluster=cluster.client)
+    assert given[0].done()
     other.close()
     assert run.ok
 
@@ -438,3 +443,17 @@ def test_an_engine_without_this_package_is_told_what_to_install(client: Any) -> 
     finally:
         client[1].apply_sync(exec, hide.format("sys.__dict__.pop('kept')"), {})
     assert launch(average, (10,), 2, cluster=client).ok
+
+
+def test_a_lost_controller_is_told_and_engines_end_their_ranks(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test: it ends the controller that the others need, too."""
+    monkeypatch.setattr(remote, "SILENT", 1.0)
+    cluster.shorten_leases()
+    with as_soon_as(all_have_begun(tmp_path, 2), cluster.kill_controller):
+        run = launch(writes_its_pid, (str(tmp_path),), check=False, cluster=cluster.client)
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("engine lost", (0, 1))
+    assert "controller" in run.verdict.title
+    all_end(tmp_path, 2)

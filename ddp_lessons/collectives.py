@@ -19,6 +19,7 @@ import inspect
 import operator
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -205,8 +206,22 @@ def keep_groups_of_ddp() -> None:
         help_init(self, *args, **kwargs)
         if (recorder := recording.current()) is not None:
             recorder.groups.append(self.process_group)
+            recorder.models.append(weakref.ref(self))
 
     DistributedDataParallel._ddp_init_helper = help_init_and_keep
+
+
+def release_groups_of_ddp(recorder: Recorder) -> None:
+    """Give up those groups at the end of a script, before the interpreter shuts down.
+
+    A thread of gloo that wants the interpreter's lock after that ends the process with SIGABRT. The
+    reducers' shares go first, so that none of them is the last.
+    """
+    for model in filter(None, (known() for known in recorder.models)):
+        for part in ("reducer", "logger"):  # the logger shares the reducer
+            vars(model).pop(part, None)
+    recorder.models.clear()
+    recorder.groups.clear()
 
 
 def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[..., Any]:

@@ -39,6 +39,7 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is not None:
             backends.before_joining(recorder, backend, argument(args, kwargs, 1, "world_size"))
             recorder.groups.clear()
+            recorder.models.clear()
             recorder.send(Joining(seconds))
             if kwargs.get("store") is None:
                 await_store(

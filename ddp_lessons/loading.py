@@ -51,11 +51,12 @@ def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:
     Returns
     -------
     Run
-        `values` and `output` are empty: they are not recorded. All spans are on rank 0's clock.
+        `values` and `output` are empty: they are not recorded. All spans are on rank 0's clock. A
+        rank that "returned" came to the end of its script; torchrun's log has its exit code.
 
     Raises
     ------
-    FileNotFoundError
+    FileNotFoundError, NotADirectoryError
         If there is no record, no such attempt, or none of some ranks.
     ValueError
         If files are damaged or of more than one job.
@@ -90,6 +91,10 @@ class Record:
 
 def _files(folder: Path, attempt: int) -> dict[int, Path]:
     """The files of one attempt by rank."""
+    if not isinstance(attempt, int):
+        raise TypeError(f"attempt is {attempt!r}, not a number: 0 is the first, -1 the last")
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; give the folder that {VARIABLE} named.")
     attempts = _attempts(folder.iterdir() if folder.is_dir() else ())
     if not attempts:
         raise FileNotFoundError(

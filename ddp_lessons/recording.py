@@ -41,6 +41,7 @@ class Recorder:
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0
         self.groups: list[Any] = []  # of DDP models, see collectives.keep_groups_of_ddp
+        self.models: list[Callable[[], Any]] = []  # weak references to those
         self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over
         self._told: timedelta | None = None
         self._step_t0_ns = 0

@@ -13,7 +13,6 @@ changes. A rank has two files in the folder, which carry the time at which it be
 from __future__ import annotations
 
 import atexit
-import ctypes
 import dataclasses
 import fcntl
 import json
@@ -120,9 +119,7 @@ class _Script:
             self._note_error(error)
         self._recorder.close()
         self._write(ended={"t_ns": time.perf_counter_ns()})
-        for group in self._recorder.groups:
-            # A group that the interpreter frees while it shuts down may wait for ever: let it leak.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+        collectives.release_groups_of_ddp(self._recorder)
 
 
 def _how_it_began() -> dict[str, Any]:

@@ -117,6 +117,7 @@ def test_a_script_resumes(tmp_path: Path) -> None:
         (STEP_TWICE, "else one is done twice"),
         (NO_TOTAL, "the total belongs to the state, too"),
         (LEAVES_A_FILE, "holds last.pt, last.pt.part"),
+        (ONE_LOADS, "All ranks must load"),
     ],
 )
 def test_a_script_that_does_not_resume_is_explained(tmp_path: Path, body: str, said: str) -> None:

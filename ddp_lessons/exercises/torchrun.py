@@ -80,7 +80,8 @@ def _judge_totals(outcome: Outcome, how: str, ranks: int) -> None:
     if not totals:
         raise Wrong(
             f"{how} printed no line `total N`.",
-            "One process prints it: rank 0, and the script itself where it runs alone.",
+            "One process prints it: rank 0, and the script itself where it runs alone. N is a "
+            "number: `.item()` makes one of a tensor.",
         )
     if totals[0] not in (right, f"{right}.0"):
         raise Wrong(f"{how} printed `total {totals[0]}`, not {right}.", _why_not_total(ranks))
@@ -127,6 +128,12 @@ def _judge_resume(outcome: Outcome) -> None:
         raise Wrong(
             f"it did not end within {scripts.PATIENCE:g} s.",
             "After a restart all ranks must go on in the same step: do all of them load?",
+        )
+    if outcome.exitcode and steps == list(range(STEPS)):
+        raise Wrong(
+            f"it failed, after the steps {steps}.",
+            f"After the restart rank 0 went on with step {KILLED_IN}. Where did rank 1 begin? All "
+            "ranks must load.",
         )
     if outcome.exitcode:
         raise Wrong(

@@ -165,14 +165,13 @@ class _Hang(Standstill):
         """What to try where ranks did not come."""
         after = self.run.hung_after
         limit = "" if after is None else f"No rank made progress for {after:g} s. "
-        recorded = any(rank.exitcode is None for rank in self.away)
-        slow = "" if recorded else advice.SLOW
+        slow = "" if self.run.recorded else advice.SLOW
         match kind:
             case "computing":
                 return limit + slow
             case "blocked in Python":
                 return limit + advice.IDLE + slow
-            case "no answer" if recorded:
+            case "no answer" if self.run.recorded:
                 return advice.RECORD
             case "no answer":
                 return advice.IN_C + advice.SLOW

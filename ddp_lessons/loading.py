@@ -178,6 +178,7 @@ def _run(records: Sequence[Record]) -> Run:
         ranks,
         begin_ns=min(rank.began_ns for rank in ranks),
         hung_after=_quiet(ranks) if hangs else None,
+        recorded=True,
     )
 
 

@@ -152,6 +152,7 @@ class Run:
         hung_after: float | None = None,
         interrupted: bool = False,
         out_of_memory: bool | None = None,
+        recorded: bool = False,
     ) -> None:
         self.name = name
         self.ranks = list(ranks)
@@ -159,6 +160,7 @@ class Run:
         self.hung_after = hung_after
         self.interrupted = interrupted
         self.out_of_memory = out_of_memory  # the system killed a process for want of memory
+        self.recorded = recorded  # by a script, and loaded
         self.verdict: Verdict | None = diagnosis.verdict(self)
         self.error: LaunchError | None = diagnosis.error(self)
         self.warnings = diagnosis.warnings(self)  # lines on what went wrong without a failure

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ddp_lessons.exercises.torchrun import check_both_ways, check_resumes
+from tests import answers
 
 IMPORTS = "import os, signal\nimport torch, torch.distributed as dist\n"
 
@@ -75,66 +77,53 @@ ONE_LOADS = RESUMES.replace("os.path.exists(path)", "rank == 0 and os.path.exist
 LEAVES_A_FILE = RESUMES.replace("os.replace(path", "import shutil; shutil.copy(path")
 
 
+RIGHT: list[tuple[Any, str]] = [
+    (check_both_ways, NO_GROUP),
+    (check_both_ways, GROUP_OF_ONE),
+    (check_resumes, RESUMES),
+]
+WRONG: list[tuple[Any, str, str]] = [
+    (
+        check_both_ways,
+        ONLY_TORCHRUN,
+        "KeyError: 'RANK' +Nobody has set RANK, WORLD_SIZE or MASTER_ADDR here",
+    ),
+    (check_both_ways, INIT_ALONE, "the script is the only rank"),
+    (check_both_ways, EACH_PRINTS, "torchrun with 3 ranks printed 3 totals"),
+    (check_both_ways, NOT_ADDED_UP, "`total 1`, not 6"),
+    (check_both_ways, SILENT, "printed no line `total N`"),
+    (check_both_ways, FAILS_ON_RANKS, "torchrun with 3 ranks failed: ValueError: no such rank"),
+    (check_both_ways, "def broken(:\n", "line 3 of script.py: "),
+    (check_resumes, FROM_THE_START, "the second start began at 0"),
+    (check_resumes, STEP_TWICE, "else one is done twice"),
+    (check_resumes, NO_TOTAL, "the total belongs to the state, too"),
+    (check_resumes, LEAVES_A_FILE, "holds last.pt, last.pt.part"),
+    (check_resumes, ONE_LOADS, "All ranks must load"),
+]
+
+
 def written(folder: Path, body: str) -> Path:
     script = folder / "script.py"
     script.write_text(IMPORTS + textwrap.dedent(body))
     return script
 
 
-@pytest.mark.parametrize("body", [NO_GROUP, GROUP_OF_ONE], ids=["no group", "group of one"])
-def test_a_script_runs_both_ways(tmp_path: Path, body: str) -> None:
-    verdict = check_both_ways(written(tmp_path, body))
-    assert verdict.passed, verdict
+@answers.right(RIGHT)
+def test_a_right_script_passes(check: Any, answer: str, tmp_path: Path) -> None:
+    answers.passes(check, written(tmp_path, answer))
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (ONLY_TORCHRUN, "KeyError: 'RANK' Nobody has set RANK, WORLD_SIZE or MASTER_ADDR here"),
-        (INIT_ALONE, "the script is the only rank"),
-        (EACH_PRINTS, "torchrun with 3 ranks printed 3 totals"),
-        (NOT_ADDED_UP, "`total 1`, not 6"),
-        (SILENT, "printed no line `total N`"),
-        (FAILS_ON_RANKS, "torchrun with 3 ranks failed: ValueError: no such rank"),
-        ("def broken(:\n", "line 3 of script.py: "),
-    ],
-)
-def test_a_script_that_does_not_is_explained(tmp_path: Path, body: str, said: str) -> None:
-    verdict = check_both_ways(written(tmp_path, body))
-    assert verdict.passed is False
-    assert said in " ".join(repr(verdict).split())
-
-
-def test_a_script_resumes(tmp_path: Path) -> None:
-    verdict = check_resumes(written(tmp_path, RESUMES))
-    assert verdict.passed, verdict
-
-
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
-        (FROM_THE_START, "the second start began at 0"),
-        (STEP_TWICE, "else one is done twice"),
-        (NO_TOTAL, "the total belongs to the state, too"),
-        (LEAVES_A_FILE, "holds last.pt, last.pt.part"),
-        (ONE_LOADS, "All ranks must load"),
-    ],
-)
-def test_a_script_that_does_not_resume_is_explained(tmp_path: Path, body: str, said: str) -> None:
-    verdict = check_resumes(written(tmp_path, body))
-    assert verdict.passed is False
-    assert said in repr(verdict)
+@answers.wrong(WRONG)
+def test_a_wrong_script_is_explained(check: Any, answer: str, said: str, tmp_path: Path) -> None:
+    answers.is_explained(check, written(tmp_path, answer), said)
 
 
 @pytest.mark.parametrize("check", [check_both_ways, check_resumes])
-def test_not_attempted(tmp_path: Path, check: object) -> None:
-    assert callable(check)
+def test_not_attempted(tmp_path: Path, check: Any) -> None:
     verdict = check(written(tmp_path, "if True:\n    ...\n"))
     assert verdict.passed is None
     assert "not attempted yet" in repr(verdict)
 
 
 def test_no_script(tmp_path: Path) -> None:
-    verdict = check_both_ways(tmp_path / "both.py")
-    assert verdict.passed is False
-    assert "there is no file both.py" in repr(verdict)
+    answers.is_explained(check_both_ways, tmp_path / "both.py", "there is no file both.py")

@@ -47,10 +47,8 @@ NETWORK = (
     "All ranks made the same call, so their code is right. Do the machines still reach each other "
     "(ping), and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name an interface that leads there?"
 )
-RECORD = (
-    "A record tells of the calls of torch.distributed. Where a rank is between them, `py-spy dump "
-    "--pid` on its machine tells, while it hangs."
-)
+RECORD = "A record tells of the calls of torch.distributed, not where a rank is between them. "
+PY_SPY = "`py-spy dump --pid {rank.pid}` on {rank.host} tells where rank {rank.rank} is now."
 GROUPS = (
     "Ranks that share two groups must use them in the same order: while one waits in the first "
     "group, the other waits in the second. Choose one order for all."

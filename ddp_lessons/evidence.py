@@ -43,7 +43,7 @@ def others(run: Run, told: Sequence[int]) -> list[str]:
         there = [r.rank for r in lost if _lost_where(r) == where]
         partner = agree(there, "its partner", "their partner")
         lines.append(f"{at_head(ranks_text(there))} lost {partner} by that{where}.")
-    lines += [f"rank {r.rank} was {r.outcome()}" for r in stopped[:4]]
+    lines += [f"rank {r.rank} {'' if r.pid else 'was '}{r.outcome()}" for r in stopped[:4]]
     if len(stopped) > 4:
         lines.append(f"... and {len(stopped) - 4} more ranks were stopped")
     return ["", *lines] if lines else []

@@ -157,12 +157,12 @@ class _Hang(Standstill):
             ranks,
             title,
             self.evidence(),
-            self._against(kind),
+            self._against(kind, ranks),
             frame,
         )
 
-    def _against(self, kind: Kind) -> str:
-        """What to try where ranks did not come."""
+    def _against(self, kind: Kind, ranks: Sequence[int]) -> str:
+        """What to try where `ranks` did not come."""
         after = self.run.hung_after
         limit = "" if after is None else f"No rank made progress for {after:g} s. "
         slow = "" if self.run.recorded else advice.SLOW
@@ -172,7 +172,8 @@ class _Hang(Standstill):
             case "blocked in Python":
                 return limit + advice.IDLE + slow
             case "no answer" if self.run.recorded:
-                return advice.RECORD
+                rank = self.run.ranks[ranks[0]]
+                return advice.RECORD + (advice.PY_SPY.format(rank=rank) if rank.pid else "")
             case "no answer":
                 return advice.IN_C + advice.SLOW
             case "suspended":
@@ -208,7 +209,7 @@ class _Hang(Standstill):
                 return f"{who} {is_} busy{where}"
             case "suspended":
                 return f"{who} {is_} suspended{where}"
-            case "no answer" if rank.exitcode is None:
+            case "no answer" if self.run.recorded:
                 return f"{who} did not come"
             case "no answer":
                 return f"{who} did not answer"

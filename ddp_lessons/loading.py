@@ -225,6 +225,7 @@ def _result(record: Record) -> RankResult:
         dropped=record.dropped,
         group_rank=int(record.began["group_rank"]),
         host=str(record.began["host"]),
+        pid=int(record.began["pid"]) if record.alive else None,
     )
 
 

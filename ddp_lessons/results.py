@@ -58,7 +58,8 @@ class RankResult:
         The rank, from 0 to world_size - 1.
     status : str
         "returned", "raised", "died" (ended by a signal or os._exit), "stopped" (by the launcher,
-        after another rank's failure, a hang or an interrupt) or "unsendable" (its return value).
+        after another rank's failure, a hang or an interrupt; or it still runs, see `pid`) or
+        "unsendable" (its return value).
     value : object
         What the function returned; None unless it returned.
     output : str
@@ -82,6 +83,8 @@ class RankResult:
         The number of its machine, from 0.
     host : str or None
         The name of its machine; None for this one.
+    pid : int or None
+        The process id of a rank that still runs, where a record was read meanwhile.
     began_ns, started_ns, ended_ns : int or None
         `time.perf_counter_ns()` when its process was asked for, when the function was called and
         when it ended.
@@ -103,6 +106,7 @@ class RankResult:
     dropped: int = 0
     group_rank: int = 0
     host: str | None = None
+    pid: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -134,7 +138,8 @@ class RankResult:
             case "died":
                 return f"died: {wording.exit_name(self.exitcode)}"
             case "stopped":
-                return f"stopped{stacks.waiting_where(self.stack)}"
+                now = "stopped" if self.pid is None else "still runs"
+                return f"{now}{stacks.waiting_where(self.stack)}"
 
 
 class Run:

@@ -2,7 +2,8 @@
 
 Runs in every process that torchrun (or anything else that sets RANK) starts, if the environment
 variable DDP_LESSONS_RECORD names a folder. `import ddp_lessons` begins it; nothing in the script
-changes. A rank has two files in the folder, which carry the time at which it began:
+changes, but that a rank ends with torchrun, also where that is killed. A rank has two files in the
+folder, which carry the time at which it began:
 
     rank_0.TIME.tape     its spans, written through shared memory: they survive a killed process
     rank_0.TIME.jsonl    a fact a line: how it began, its clock against rank 0's, how it ended
@@ -41,14 +42,14 @@ def begin() -> None:
     if not _is_rank():
         return
     os.environ[_OWNER] = str(os.getpid())
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        orphans.end_with_parent()  # an agent that is killed leaves its ranks to themselves
     began = _how_it_began()
     try:
         facts, tape = _open(Path(os.environ[VARIABLE]), f"rank_{began['rank']}.{began['epoch_ns']}")
     except OSError as error:  # the training matters more than its record
         print(f"ddp_lessons: nothing is recorded, {VARIABLE}: {error}", file=sys.stderr)
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        orphans.end_with_parent()  # an agent that is killed leaves its ranks to themselves
     _Script(began, facts, tape)
 
 

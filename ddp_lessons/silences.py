@@ -52,6 +52,6 @@ def _node(run: Run, there: list[RankResult], first: RankResult) -> Verdict:
         f"node {first.group_rank}{host} is gone: {ranks_text(ranks)} of {run.world_size} ended "
         "without a word"
     )
-    now = [f"{at_head(line)}" for line in whereabouts.lines(there)]
+    now = map(at_head, whereabouts.lines(there))
     lines = (_NODE, "", *now, *evidence.others(run, ranks))
     return Verdict("killed", ranks, title, lines)

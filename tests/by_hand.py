@@ -38,6 +38,7 @@ def record(
     *,
     raised: dict[str, Any] | None = None,
     returned: bool = False,
+    alive: bool = False,
     node: int = 0,
     host: str = "host0",
 ) -> Record:
@@ -49,9 +50,10 @@ def record(
         "group_rank": node,
         "host": host,
         "t_ns": 0,
+        "pid": 100 + rank,
     }
     ended_ns = None if raised is None and not returned else 20 * SECOND
-    return Record(began, 0, raised, ended_ns, alive=False, spans=list(spans), dropped=0)
+    return Record(began, 0, raised, ended_ns, alive, list(spans), dropped=0)
 
 
 def error(text: str, line: int, op: str | None = None) -> dict[str, Any]:

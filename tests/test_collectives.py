@@ -22,7 +22,7 @@ import torch.distributed._functional_collectives as functional
 import torch.distributed.nn
 from torch.distributed import all_reduce, distributed_c10d
 
-from ddp_lessons import Run, WorkerFailed, collectives, launch, span
+from ddp_lessons import Run, WorkerFailed, collectives, launch, recording, span
 from ddp_lessons.collectives import COLLECTIVES, RECVS, SENDS
 from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.messages import Span
@@ -679,3 +679,19 @@ def test_nested_marks_and_steps_of_an_optimizer() -> None:
     for one, following in pairwise(lanes):
         assert one.t1_ns is not None
         assert one.t1_ns <= following.t0_ns
+
+
+def shares_given_up(rank: int) -> tuple[bool, bool, bool]:
+    dist.init_process_group("gloo")
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+    model(torch.ones(1, 4)).sum().backward()
+    recorder = recording.current()
+    assert recorder is not None
+    kept = len(recorder.groups) == len(recorder.models) == 1
+    dist.destroy_process_group()
+    collectives.release_groups_of_ddp(recorder)
+    return kept, hasattr(model, "reducer"), bool(recorder.groups or recorder.models)
+
+
+def test_a_script_gives_up_the_groups_of_its_models() -> None:
+    assert launch(shares_given_up).values == [(True, False, False)] * 2

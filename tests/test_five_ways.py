@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import runpy
 import subprocess
 import sys
@@ -19,31 +18,6 @@ from tests import torchrun
 from tests.clusters import cluster_of
 
 RANKS = 2
-SCRIPT = """
-    import os
-    import torch, torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel as DDP
-    from ddp_lessons import span, watch_ddp
-
-    def train(rank, steps):
-        dist.init_process_group("gloo")
-        torch.manual_seed(0)
-        model = watch_ddp(DDP(torch.nn.Linear(50, 50)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        torch.manual_seed(1 + rank)
-        for _ in range(steps):
-            with span("forward"):
-                loss = model(torch.randn(8, 50)).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        dist.destroy_process_group()
-        return loss.double().item().hex()
-
-    if __name__ == "__main__":
-        rank = int(os.environ["RANK"])
-        print(f"rank {rank} returned {train(rank, 5)}\\n", end="")
-"""
 SPAWN = """
     import os, sys
     import torch.multiprocessing as mp
@@ -66,19 +40,19 @@ def by_spawn(script: Path) -> list[str]:
         env = torchrun.environment(script, {})
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
-    return returned(done.stdout)
+    return torchrun.returned(done.stdout)
 
 
 def by_one_agent(script: Path) -> list[str]:
     code, text = torchrun.run(script, f"--nproc-per-node={RANKS}")
     assert code == 0, text
-    return returned(text)
+    return torchrun.returned(text)
 
 
 def by_two_agents(script: Path) -> list[str]:
     with torchrun.two_agents(script, nprocs=1) as agents:
         texts = [agent.communicate(timeout=torchrun.PATIENCE)[0] for agent in agents]
-    return returned("".join(texts))
+    return torchrun.returned("".join(texts))
 
 
 def on_engines(script: Path) -> list[str]:
@@ -87,16 +61,10 @@ def on_engines(script: Path) -> list[str]:
         return launch(train, args=(5,), nprocs=RANKS, cluster=cluster.client).values
 
 
-def returned(text: str) -> list[str]:
-    """What the ranks returned, by rank: loss after loss as a hexadecimal number."""
-    found = dict(re.findall(r"rank (\d) returned (-?0x[0-9a-f.]+p[+-]\d+)", text))
-    return [found[rank] for rank in sorted(found)]
-
-
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
     file = tmp_path / "train.py"
-    file.write_text(textwrap.dedent(SCRIPT).lstrip())
+    file.write_text(textwrap.dedent(torchrun.TRAIN).lstrip())
     return file
 
 

@@ -173,6 +173,7 @@ def test_a_job_that_hangs_is_explained_while_it_hangs(tmp_path: Path) -> None:
             pass
         run = load_run(tmp_path / "record")
     assert [r.status for r in run.ranks] == ["stopped", "stopped"]
+    assert all(r.pid for r in run.ranks)
     assert run.verdict is not None
     assert run.verdict.kind == "different collectives"
     assert "rank 0 waits in barrier: train.py, line 9" in run.explain().replace(f"{tmp_path}/", "")

@@ -141,3 +141,13 @@ def test_calls_that_were_being_met_are_no_hang() -> None:
     assert statuses(run) == ["died", "died"]
     assert kind(run) == ("killed", (0, 1))
     assert "ranks 0 and 1 ended in all_reduce" in run.explain()
+
+
+def test_a_job_that_still_hangs_tells_how_to_look_into_the_awaited_rank() -> None:
+    waits = record(made(0, "barrier", open=True), 0, 2, alive=True)
+    away = record([], 1, 2, alive=True)
+    run = run_of([waits, away])
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("no answer", (1,))
+    assert "rank 0 still runs, waiting in barrier" in repr(run)
+    assert "`py-spy dump --pid 101` on host0 tells where rank 1 is now" in run.explain()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import runpy
 import signal
 import subprocess
@@ -24,31 +23,6 @@ AHEAD = 5000  # seconds by which the second host's clock is ahead of the first o
 RECORD = "record"
 RATE = 50_000_000  # bits a second of a slow link
 
-TRAIN = """
-    import os
-    import torch, torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel as DDP
-    from ddp_lessons import span, watch_ddp
-
-    def train(rank):
-        dist.init_process_group("gloo")
-        torch.manual_seed(0)
-        model = watch_ddp(DDP(torch.nn.Linear(50, 50)))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        torch.manual_seed(1 + rank)
-        for _ in range(5):
-            with span("forward"):
-                loss = model(torch.randn(8, 50)).square().mean()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        dist.destroy_process_group()
-        return sum(p.double().sum() for p in model.parameters()).item().hex()
-
-    if __name__ == "__main__":
-        rank = int(os.environ["RANK"])
-        print(f"rank {rank} returned {train(rank)}", flush=True)
-"""
 SIZES = """
     import os
     import torch, torch.distributed as dist
@@ -148,15 +122,14 @@ def record_of(folder: Path) -> Run:
 
 
 def test_two_hosts_train_as_one_does(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
-    script = written(tmp_path, TRAIN)
+    script = written(tmp_path, torchrun.TRAIN)
     text = carried_out(hosts, script, nprocs=2)
-    values = launch(runpy.run_path(str(script))["train"], nprocs=4).values
-    printed = dict(re.findall(r"rank (\d) returned (-?0x[0-9a-f.]+p[+-]\d+)", text))
-    assert printed == {str(rank): value for rank, value in enumerate(values)}
+    values = launch(runpy.run_path(str(script))["train"], args=(5,), nprocs=4).values
+    assert torchrun.returned(text) == values
 
 
 def test_both_hosts_are_on_one_clock(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
-    carried_out(hosts, written(tmp_path, TRAIN))
+    carried_out(hosts, written(tmp_path, torchrun.TRAIN))
     run = record_of(tmp_path)
     assert [rank.group_rank for rank in run.ranks] == [0, 1]
     assert run.ok

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ddp_lessons.exercises.scripts import VARIABLES
 from ddp_lessons.rendezvous import reserve_port
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-QUIET = {
-    "OMP_NUM_THREADS": "1",
-    "GLOO_SOCKET_IFNAME": "lo",
-    "PYTHONUNBUFFERED": "1",
-    # After a restart, ranks may find the addresses of the killed ones in the agent's store, which
-    # torch keeps (pytorch issue 135712): half of the restarts failed.
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-}
+QUIET = {**VARIABLES, "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
 PATIENCE = 90.0  # seconds
+# A training in DDP, whose ranks print what they return: the last loss, to the last bit.
+TRAIN = """
+    import os
+    import torch, torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel as DDP
+    from ddp_lessons import span, watch_ddp
+
+    def train(rank, steps):
+        dist.init_process_group("gloo")
+        torch.manual_seed(0)
+        model = watch_ddp(DDP(torch.nn.Linear(50, 50)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        torch.manual_seed(1 + rank)
+        for _ in range(steps):
+            with span("forward"):
+                loss = model(torch.randn(8, 50)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        dist.destroy_process_group()
+        return loss.double().item().hex()
+
+    if __name__ == "__main__":
+        rank = int(os.environ["RANK"])
+        print(f"rank {rank} returned {train(rank, 5)}\\n", end="")
+"""
 
 
 def command(script: Path, *options: str) -> list[str]:
@@ -101,3 +122,9 @@ def alone(script: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]
         timeout=PATIENCE,
     )
     return done.returncode, done.stdout
+
+
+def returned(text: str) -> list[str]:
+    """What the ranks returned, by rank: loss after loss as a hexadecimal number."""
+    found = dict(re.findall(r"rank (\d) returned (-?0x[0-9a-f.]+p[+-]\d+)", text))
+    return [found[rank] for rank in sorted(found)]

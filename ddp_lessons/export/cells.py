@@ -1,7 +1,7 @@
 """A notebook's code as top-level statements: what each binds, needs and changes.
 
-Runs in the command `ddp-lessons export`, for `needs.py` and `export.py`. Nothing of the notebook is
-executed; magics are taken out with IPython's own transformer.
+Runs in the command `ddp-lessons export`, for `needs.py` and `writing.py`. Nothing of the notebook
+is executed; magics are taken out with IPython's own transformer.
 """
 
 from __future__ import annotations

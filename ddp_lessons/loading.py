@@ -27,7 +27,7 @@ from ddp_lessons.script import VARIABLE, VERSION
 from ddp_lessons.wording import agree, count, ranks_text
 
 _RECORD = re.compile(r"rank_(\d+)\.(\d+)\.jsonl")
-INTERRUPTED = -int(signal.SIGINT)  # the exit code
+INTERRUPTED, TOLD_TO_END = -int(signal.SIGINT), -int(signal.SIGTERM)  # exit codes
 # Files in whose frames stacks.position sees the call of a rank that cannot be asked.
 _DISTRIBUTED = os.path.join("torch", "distributed", "distributed_c10d.py")
 _AUTOGRAD = os.path.join("torch", "autograd", "__init__.py")
@@ -68,7 +68,7 @@ def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:
 
 @dataclass(frozen=True)
 class Record:
-    """The two files of one rank. Stamps are ns of its own clock, `behind_ns` behind rank 0's."""
+    """The files of one rank. Stamps are ns of its own clock, `behind_ns` behind rank 0's."""
 
     began: Mapping[str, Any]
     behind_ns: int
@@ -77,6 +77,7 @@ class Record:
     alive: bool
     spans: list[Span]
     dropped: int
+    told: str  # what faulthandler printed when SIGTERM told it to end, else empty
 
     @property
     def rank(self) -> int:
@@ -138,7 +139,8 @@ def _read(file: Path) -> Record:
     clock, raised, ended = facts.get("clock", {}), facts.get("raised"), facts.get("ended")
     ended_ns = (raised or ended or {}).get("t_ns")
     behind_ns, alive = int(clock.get("behind_ns", 0)), _is_held(file)
-    return Record(began, behind_ns, raised, ended_ns, alive, spans, dropped)
+    told = file.with_suffix(".stack").read_text(encoding="utf-8", errors="replace")
+    return Record(began, behind_ns, raised, ended_ns, alive, spans, dropped, told)
 
 
 def _is_held(file: Path) -> bool:
@@ -208,6 +210,9 @@ def _result(record: Record) -> RankResult:
         status, exitcode, stack = "raised", 1, ()
     elif record.ended_ns:
         status, exitcode, stack = "returned", 0, ()
+    elif record.told:
+        exitcode = None if record.alive else TOLD_TO_END
+        status, stack = "stopped", stacks.parse(record.told, script=True) or stack
     ended = last_ns if record.ended_ns else None
     life = Span(record.rank, "process", "mark", str(record.began["script"]), began_ns, ended)
     return RankResult(
@@ -255,6 +260,7 @@ def _with_fates(ranks: list[RankResult]) -> list[RankResult]:
 
     An agent stops the others when one of its ranks fails, and all of them when it is interrupted.
     And a job that hangs, at calls that can never be met, is stopped by whoever loses patience.
+    But beside ranks that could be told to end, one without a word died before them.
     """
     silent = {rank.rank: rank for rank in ranks if rank.status == "died"}
     own = any(rank.status == "raised" and not lost_partner(rank) for rank in ranks)
@@ -265,7 +271,7 @@ def _with_fates(ranks: list[RankResult]) -> list[RankResult]:
 
 
 def _hung(ranks: Sequence[RankResult], silent: Mapping[int, RankResult]) -> bool:
-    if any(lost_partner(rank) for rank in ranks):
+    if any(rank.exitcode == TOLD_TO_END or lost_partner(rank) for rank in ranks):
         return False
     calls = {rank: stacks.position(result.stack).call for rank, result in silent.items()}
     waiting = {rank: call for rank, call in calls.items() if call is not None}

@@ -2,11 +2,12 @@
 
 Runs in every process that torchrun (or anything else that sets RANK) starts, if the environment
 variable DDP_LESSONS_RECORD names a folder. `import ddp_lessons` begins it; nothing in the script
-changes, but that a rank ends with torchrun, also where that is killed. A rank has two files in the
-folder, which carry the time at which it began:
+changes, but that a rank ends with torchrun, also where that is killed. A rank has three files in
+the folder, which carry the time at which it began:
 
     rank_0.TIME.tape     its spans, written through shared memory: they survive a killed process
     rank_0.TIME.jsonl    a fact a line: how it began, its clock against rank 0's, how it ended
+    rank_0.TIME.stack    where it was when SIGTERM told it to end, as torchrun does when others fail
 
 `loading.py` reads them, on this machine or on another one to which they were copied.
 """
@@ -15,10 +16,12 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import faulthandler
 import fcntl
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -33,7 +36,7 @@ from ddp_lessons.stacks import describe
 from ddp_lessons.tape import REGION, Tape
 
 VARIABLE = "DDP_LESSONS_RECORD"  # names the folder
-VERSION = 1  # of the two files
+VERSION = 1  # of these files
 _OWNER = "DDP_LESSONS_RECORDED_BY"  # the process that records; what it starts sees it
 
 
@@ -44,13 +47,13 @@ def begin() -> None:
     os.environ[_OWNER] = str(os.getpid())
     began = _how_it_began()
     try:
-        facts, tape = _open(Path(os.environ[VARIABLE]), f"rank_{began['rank']}.{began['epoch_ns']}")
+        files = _open(Path(os.environ[VARIABLE]), f"rank_{began['rank']}.{began['epoch_ns']}")
     except OSError as error:  # the training matters more than its record
         print(f"ddp_lessons: nothing is recorded, {VARIABLE}: {error}", file=sys.stderr)
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
         orphans.end_with_parent()  # an agent that is killed leaves its ranks to themselves
-    _Script(began, facts, tape)
+    _Script(began, *files)
 
 
 def _is_rank() -> bool:
@@ -63,27 +66,30 @@ def _number(variable: str, default: int = 0) -> int:
     return int(text) if text.isdigit() else default
 
 
-def _open(folder: Path, name: str) -> tuple[IO[str], int]:
+def _open(folder: Path, name: str) -> tuple[IO[str], int, IO[str]]:
     """The files of a rank, new and empty."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = open(folder / f"{name}.jsonl", "x", buffering=1, encoding="utf-8")
     fcntl.flock(facts, fcntl.LOCK_EX)  # tells that we are alive
     tape = os.open(folder / f"{name}.tape", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     os.ftruncate(tape, REGION)  # takes no space until it is written
-    return facts, tape
+    return facts, tape, open(folder / f"{name}.stack", "x")
 
 
 class _Script:
     """The record of this process, from now to its end."""
 
-    def __init__(self, began: Mapping[str, Any], facts: IO[str], tape: int) -> None:
-        self._facts = facts
+    def __init__(self, began: Mapping[str, Any], facts: IO[str], tape: int, stack: IO[str]) -> None:
+        self._facts, self._stack = facts, stack
         self._pid = os.getpid()
         self._recorder = recording.Recorder(
             began["rank"], Tape(tape, 0), self._on_message, one_clock=False
         )
         os.close(tape)
         self._write(began=began)
+        # Python's own handlers do not run in a rank that waits in C. Then the signal does its work.
+        faulthandler.register(signal.SIGTERM, file=stack, all_threads=True, chain=True)
+        os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
         recording.install(self._recorder)
         collectives.replace_in(vars(sys.modules["__main__"]))
         self._raised = False

@@ -71,13 +71,14 @@ def is_infrastructure(filename: str) -> bool:
     return filename in _INFRASTRUCTURE
 
 
-def parse(dump: str) -> tuple[Frame, ...]:
+def parse(dump: str, *, script: bool = False) -> tuple[Frame, ...]:
     """Where a rank is, from what faulthandler printed: the stack of the learner's function.
 
-    If that only waits for another thread of the learner's, it is that thread's.
+    If that only waits for another thread of the learner's, it is that thread's. With `script=True`
+    it is the stack of a script, from its first line on.
     """
     threads = _threads(dump)
-    main = _main(threads, dump)
+    main = _own_part(threads[-1]) if script else _main(threads, dump)
     if not _waits_for_a_thread(main):
         return main
     others = [_own_part(thread) for thread in threads if _own_part(thread)]

@@ -39,6 +39,7 @@ def record(
     raised: dict[str, Any] | None = None,
     returned: bool = False,
     alive: bool = False,
+    told: str = "",
     node: int = 0,
     host: str = "host0",
 ) -> Record:
@@ -53,7 +54,7 @@ def record(
         "pid": 100 + rank,
     }
     ended_ns = None if raised is None and not returned else 20 * SECOND
-    return Record(began, 0, raised, ended_ns, alive, list(spans), dropped=0)
+    return Record(began, 0, raised, ended_ns, alive, list(spans), 0, told)
 
 
 def error(text: str, line: int, op: str | None = None) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 import textwrap
 from pathlib import Path
 
@@ -148,7 +150,46 @@ def test_a_killed_rank_is_explained_from_the_record(attempts: Path) -> None:
     assert (run.verdict.kind, run.verdict.ranks) == ("killed", (1,))
     assert "rank 1 of 2 ended without a word" in run.explain()
     assert "Its last call was barrier" in run.explain()
-    assert run.ranks[1].status == "died"
+    assert [rank.status == "died" for rank in run.ranks] == [False, True]
+
+
+def test_ranks_that_torchrun_told_to_end_say_where_they_were(tmp_path: Path) -> None:
+    code, _ = record(
+        tmp_path,
+        """
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:  # never meets rank 1 again
+            pass
+        """,
+    )
+    assert code == 1
+    run = load_run(tmp_path / "record")
+    assert [rank.status for rank in run.ranks] == ["stopped", "died"]
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("killed", (1,))
+    assert re.search(r"rank 0 was stopped at .*train.py, line 1[12]", run.explain())
+    assert run.ranks[0].exitcode == -signal.SIGTERM
+
+
+def test_a_child_that_is_told_to_end_is_not_the_rank(tmp_path: Path) -> None:
+    record(
+        tmp_path,
+        """
+        began, begin = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(begin, b"!")
+            signal.pause()
+        os.read(began, 1)
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        nprocs=1,
+    )
+    assert load_run(tmp_path / "record").ranks[0].status == "died"
 
 
 def test_the_attempt_after_those_that_failed(attempts: Path) -> None:

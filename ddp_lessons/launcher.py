@@ -20,7 +20,7 @@ import pickle
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ddp_lessons import recording, stacks, task, warm
+from ddp_lessons import capacity, recording, stacks, task, warm
 from ddp_lessons.crew import Crew, Local
 from ddp_lessons.errors import BadLaunch
 from ddp_lessons.interrupts import deferred_interrupt
@@ -107,6 +107,8 @@ def launch(
     packed = task.pack(fn, env or {}, profile)
     if cluster is None:
         method = start_method or warm.start_method(packed.overrides)
+        if notice := capacity.check(nprocs * nnodes, method):
+            print(notice)
         crew: Crew = Local(task.places(nprocs, nnodes), method)
     else:
         crew = _on_engines(cluster, nprocs, nnodes, start_method)

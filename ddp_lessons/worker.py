@@ -27,7 +27,7 @@ from typing import Any, TextIO
 
 import cloudpickle
 
-from ddp_lessons import profiling, recording
+from ddp_lessons import memory, profiling, recording
 from ddp_lessons.messages import (
     Message,
     Raised,
@@ -54,6 +54,7 @@ def main(
     os.setsid()  # the notebook's interrupt reaches this rank only through the parent
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _die_with_parent()
+    memory.offer_this_process()
     _redirect(output)
     faulthandler.register(signal.SIGUSR1, file=stacks.fileno(), all_threads=True, chain=False)
     _become_fresh(task, place)

@@ -5,7 +5,6 @@ Needs the right to make one: `why_not()` says what is missing.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import threading
 import time
@@ -13,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 _OWN = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
@@ -77,15 +76,18 @@ class Confined:
         self._group.rmdir()
 
     def start(
-        self, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        stdout: IO[str] | int = subprocess.PIPE,
     ) -> subprocess.Popen[str]:
         """A program in the group, with all that it will start."""
         enter = f'echo $$ > "{self._group}/cgroup.procs" && exec "$@"'
         return subprocess.Popen(
             ["sh", "-c", enter, "sh", *command],
-            env={**os.environ, **(env or {})},
-            cwd=cwd,
-            stdout=subprocess.PIPE,
+            env=env,
+            stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,
         )

@@ -1,0 +1,124 @@
+"""What Binder makes of `binder/`, and whether the lessons fit into what it gives: 2 GB, one core."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import confined
+from tests.servers import Server, serve
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ROOT / "notebooks"
+LESSONS = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
+ROOM = 3 << 29  # bytes: 1.5 GB, for Binder ends what needs more than 2 GB
+needs_a_limit = pytest.mark.skipif(bool(confined.why_not()), reason=confined.why_not())
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a clone holds, without what was built here."""
+    copy = tmp_path_factory.mktemp("binder") / "ddp-lessons"
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def dockerfile(repository: Path) -> str:
+    """What Binder's own tool would build; needs no Docker."""
+    command = [sys.executable, "-m", "repo2docker", "--no-build", "--debug", "."]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def test_binder_would_build_it(dockerfile: str, repository: Path) -> None:
+    tested = (repository / "binder" / "runtime.txt").read_text().strip().replace("python-", "")
+    assert f"py-{tested}-linux-64.lock".replace("-", "-2d") in dockerfile
+    steps = [
+        "COPY --chown=0:0 src/ ${REPO_DIR}/",
+        'bin/pip install --no-cache-dir -r "binder/requirements.txt"',
+        "RUN ./binder/postBuild",
+        'ENV R2D_ENTRYPOINT="${REPO_DIR}/binder/start"',
+    ]
+    found = [dockerfile.find(step) for step in steps]
+    assert -1 not in found
+    assert found == sorted(found)
+
+
+def test_binder_takes_the_tested_versions() -> None:
+    lines = (ROOT / "binder" / "requirements.txt").read_text().splitlines()
+    (torch,) = [line for line in lines if line.startswith("torch==")]
+    assert torch in (ROOT / "binder" / "constraints.txt").read_text().splitlines()
+    assert "-c constraints.txt" in lines
+
+
+@pytest.mark.timeout(600)
+def test_binders_steps_in_an_empty_environment(repository: Path, tmp_path: Path) -> None:
+    place = tmp_path / "venv"
+    venv.create(place, with_pip=True)
+    (tmp_path / "home").mkdir()
+    env = {
+        **{name: value for name, value in os.environ.items() if name.startswith("PIP_")},
+        "PIP_RETRIES": "0",  # an index that is out of reach is left at once
+        "HOME": str(tmp_path / "home"),
+        "PATH": f"{place}/bin:/usr/bin:/bin",
+    }
+    carry_out(repository, env, f"{place}/bin/pip", "install", "-r", "binder/requirements.txt")
+    assert "This machine can run the lessons." in carry_out(repository, env, "binder/postBuild")
+    lab = ("binder/start", "jupyter", "lab")
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        return subprocess.Popen(command, cwd=repository, stderr=subprocess.STDOUT, **options)
+
+    with serve(repository, tmp_path / "home", *lab, start=start, env=env) as server:
+        server.run(Path("notebooks/00_start_here.ipynb"))
+        assert psutil.Process(server.pid).environ()["OMP_NUM_THREADS"] == "1"
+
+
+def carry_out(repository: Path, env: Mapping[str, str], *command: str) -> str:
+    """What a command printed, which must succeed."""
+    done = subprocess.run(
+        command,
+        cwd=repository,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, confined.Confined]]:
+    """A server that has, with all that it starts, as much memory as we allow ourselves."""
+    home = tmp_path_factory.mktemp("home")
+    lab = (sys.executable, "-m", "jupyterlab")
+    with confined.Confined(ROOM) as group:
+        with serve(NOTEBOOKS, home, *lab, start=group.start, env=os.environ) as server:
+            yield server, group
+
+
+@needs_a_limit
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_fits(narrow: tuple[Server, confined.Confined], lesson: str) -> None:
+    server, group = narrow
+    group.peak = 0
+    server.run(Path(lesson))
+    assert group.kills == 0
+    assert 0 < group.peak < ROOM

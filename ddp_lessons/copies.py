@@ -199,8 +199,9 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = "there is a file of that name" if isinstance(error, FileExistsError) else ""
+        in_the_way = isinstance(error, FileExistsError)
+        reason = f"{error.filename} is not a folder" if in_the_way else error.strerror
         raise CourseError(
-            f"cannot bring the lessons to {path}: {reason or error.strerror or error}. "
+            f"cannot bring the lessons to {path}: {reason}. "
             "Nothing of yours was touched; --folder PATH takes another place."
         ) from error

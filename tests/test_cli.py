@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
+import ddp_lessons
 from ddp_lessons import course
 from ddp_lessons.copies import bring
 from tests.test_course import ROOT
 
+OPEN = """
+import sys
+sys.path.insert(0, {root!r})
+from ddp_lessons.cli import main
+sys.exit(main(["open", {lesson!r}]))
+"""
 HEAVY = {"torch", "numpy", "matplotlib", "ipywidgets", "jupyterlab"}
 
 
@@ -19,6 +26,15 @@ def _command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "ddp_lessons.cli", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=100, check=False, cwd=cwd
+    )
+
+
+def open_without_packages(lesson: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`open` in an interpreter without installed packages, so that no JupyterLab starts."""
+    code = OPEN.format(root=str(ROOT), lesson=lesson)
+    command = [sys.executable, "-S", "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd, env={}
     )
 
 
@@ -73,8 +89,7 @@ def test_the_list_is_aligned_and_knows_of_no_copy(tmp_path: Path) -> None:
 def test_the_list_tells_of_the_copy_and_of_changes(tmp_path: Path) -> None:
     copy = tmp_path / "ddp-lessons"
     bring(ROOT / "notebooks", copy, "1")
-    lesson = copy / "05_distributed_sampler.ipynb"
-    lesson.write_text(lesson.read_text().replace("set_epoch", "set_era"))
+    _replace(copy / "05_distributed_sampler.ipynb", "set_epoch", "set_era")
     states = {_command("list", cwd=at).stdout[-200:] for at in (tmp_path, copy, copy / "solutions")}
     states.add(_command("list", "--folder", str(copy)).stdout[-200:])
     (state,) = states
@@ -88,3 +103,29 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("ddp-lessons: cannot bring the lessons to ddp-lessons: ")
     assert done.stderr.count("\n") == 1
     assert (tmp_path / "ddp-lessons").read_text() == "mine"
+
+
+def test_it_tells_what_an_update_did(tmp_path: Path) -> None:
+    """A copy of an older course: one lesson changed by the learner, one only run."""
+    changed, run = "05_distributed_sampler.ipynb", "06_data_parallel_by_hand.ipynb"
+    older, copy = tmp_path / "older", tmp_path / "ddp-lessons"
+    bring(ROOT / "notebooks", older, "0")
+    for name in (changed, run):
+        _replace(older / name, "samples", "SAMPLES")
+    bring(older, copy, "0")
+    _replace(copy / changed, "rank", "RANK")
+    _replace(copy / run, '"execution_count": 1,', '"execution_count": 51,')
+    told = open_without_packages("5", tmp_path).stdout.splitlines()
+    version = ddp_lessons.__version__
+    assert told == [
+        f"Updated to {version}, and with it your runs' outputs: {run}",
+        f"Changed by you, so kept: {changed}",
+        f"Version {version} is beside: 05_distributed_sampler.new-{version}.ipynb",
+    ]
+    assert not open_without_packages("5", tmp_path).stdout
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))

@@ -220,7 +220,7 @@ def test_other_files_of_the_folder_stay(tmp_path: Path, first: Path) -> None:
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path, first: Path) -> None:
     (tmp_path / "copy").write_text("mine")
-    with pytest.raises(course.CourseError, match=r"copy: there is a file of that name.*--folder"):
+    with pytest.raises(course.CourseError, match=r"copy is not a folder.*--folder"):
         bring(first, tmp_path / "copy", "1")
     assert (tmp_path / "copy").read_text() == "mine"
 
@@ -230,7 +230,7 @@ def test_a_file_in_place_of_a_folder_within(first: Path, copy: Path) -> None:
         path = copy / "pictures" / name
         path.unlink() if name else path.rmdir()
     (copy / "pictures").write_text("mine")
-    with pytest.raises(course.CourseError, match="pictures"):
+    with pytest.raises(course.CourseError, match="pictures is not a folder"):
         bring(first, copy, "1", PICTURE)
     assert (copy / "pictures").read_text() == "mine"
 

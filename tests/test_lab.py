@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from ddp_lessons import lab
-from tests.test_course import ROOT
-
-CODE = """
-import sys
-sys.path.insert(0, {root!r})
-from ddp_lessons.cli import main
-sys.exit(main(["open", "3"]))
-"""
+from tests.test_cli import open_without_packages
 
 
 def test_the_learner_s_options_come_last(tmp_path: Path) -> None:
@@ -40,12 +32,8 @@ def test_settings_come_after_those_of_the_user(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_without_jupyterlab_it_says_what_to_install(tmp_path: Path) -> None:
-    """In an interpreter without any installed packages; the lessons are copied all the same."""
-    command = [sys.executable, "-S", "-c", CODE.format(root=str(ROOT))]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment
-    )
+    """The lessons are copied all the same: there are other programs for notebooks."""
+    done = open_without_packages("3", tmp_path)
     assert done.returncode == 2
     assert done.stderr == "ddp-lessons: JupyterLab is not installed: pip install jupyterlab\n"
     assert (tmp_path / "ddp-lessons" / "03_collectives.ipynb").exists()

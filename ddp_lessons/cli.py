@@ -1,66 +1,123 @@
-"""The command `ddp-lessons`: `doctor` judges this machine, `export` makes a script of a function.
+"""The command `ddp-lessons`: what it takes, and who does it.
 
-It runs in a process of its own, so `doctor` may ask CUDA what a notebook's kernel should not touch.
-Heavy imports happen inside the functions that need them.
+Without a subcommand it opens lesson 00. `open`, `list` and `--help` load nothing heavy.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
-import os
-import platform
-import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NoReturn
 
 import ddp_lessons
+from ddp_lessons.copies import MANIFEST, Brought, bring, changed, standing_in
+from ddp_lessons.course import CourseError, Lesson, find, lessons, source
+from ddp_lessons.lab import become_lab
 
-RANK_BYTES = 60 << 20  # memory that one more forked rank needs, DDP and a small model included
-KERNEL_BYTES = 700 << 20  # the notebook's kernel with torch, and the forkserver
-LEAST_SHARED = 64 << 20  # Docker's default /dev/shm; DataLoader workers exhaust it soon
-CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
+FOLDER = Path("ddp-lessons")
+ABOUT = "Learn PyTorch distributed training by running it, in JupyterLab."
+MORE = """\
+examples:
+  ddp-lessons                          open the course (it is copied to ./ddp-lessons once)
+  ddp-lessons open 7 --no-browser -- --port 8889
+                                       open lesson 07 on a server, on another port
 
-OK, NOTE, PROBLEM = "ok", "note", "problem"
+What you change in a lesson is never overwritten. To begin one afresh, rename it and open it again.
+"""
 
 
-class Finding(NamedTuple):
-    """One line of the report: ok, note or problem, and what was found, in plain words."""
+class Parser(argparse.ArgumentParser):
+    """A parser that tells where options of Jupyter go."""
 
-    mark: str
-    text: str
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong; exit code 2."""
+        if message.startswith("unrecognized arguments: -"):
+            message += (
+                "\nOptions of JupyterLab go after --, as in: ddp-lessons open 7 -- --port 8889"
+            )
+        super().error(message)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="ddp-lessons",
-        description="Learn PyTorch distributed training by running it.",
-        epilog="The lessons open with `make lessons` in a copy of the repository.",
-    )
-    version = f"ddp-lessons {ddp_lessons.__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(dest="command", title="commands")
-    commands.add_parser("doctor", help="tell whether this machine can run ranks, and if not, why")
-    _add_export(commands)
-    arguments = parser.parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    cut = given.index("--") if "--" in given else len(given)
+    parser = _parser()
+    arguments = parser.parse_args(given[:cut])
+    if given[cut:] and arguments.command not in (None, "open"):
+        parser.error(f"{arguments.command} takes nothing after --")
+    try:
+        return _dispatch(arguments, given[cut + 1 :])
+    except CourseError as error:
+        print(f"ddp-lessons: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(arguments: argparse.Namespace, lab_options: list[str]) -> int:
     if arguments.command == "doctor":
+        from ddp_lessons.doctor import doctor
+
         return doctor()
     if arguments.command == "export":
         return export(arguments.notebook, arguments.function, arguments.args)
-    parser.print_help()
-    return 0
+    folder = arguments.folder or standing_in(Path.cwd()) or FOLDER
+    if arguments.command == "list":
+        return list_lessons(folder.expanduser())
+    if arguments.no_browser:
+        lab_options = ["--no-browser", *lab_options]
+    return open_lesson(arguments.lesson, folder.expanduser(), lab_options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="ddp-lessons",
+        description=ABOUT,
+        epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"ddp-lessons {ddp_lessons.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    _add_folder(parser, None)
+    _add_no_browser(parser, False)
+    parser.set_defaults(lesson="00")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    _add_open(commands)
+    _add_folder(_add(commands, "list", "show the lessons, and which of them you have changed"))
+    _add(commands, "doctor", "tell whether this machine can run ranks, and if not, why")
+    _add_export(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, about: str) -> Any:
+    """A subcommand, described by the line that stands in the list of commands."""
+    return commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+
+
+def _add_open(commands: Any) -> None:
+    parser = _add(commands, "open", "open a lesson in JupyterLab (the course is copied here once)")
+    parser.epilog = "What follows -- goes to JupyterLab: ddp-lessons open 7 -- --port 8889"
+    what = "a number (7) or a name (ddp_timing); without it, lesson 00"
+    parser.add_argument("lesson", nargs="?", default=argparse.SUPPRESS, metavar="LESSON", help=what)
+    _add_folder(parser)
+    _add_no_browser(parser)
+
+
+# An option that may stand before and after a subcommand has its default in the first place only.
+def _add_folder(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    about = "your copy of the lessons (by default ./ddp-lessons)"
+    parser.add_argument("--folder", type=Path, metavar="PATH", default=default, help=about)
+
+
+def _add_no_browser(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    about = "print the address only, as on a server"
+    parser.add_argument("--no-browser", action="store_true", default=default, help=about)
 
 
 def _add_export(commands: Any) -> None:
-    about = "print a script for torchrun, made from a function of a notebook"
-    parser = commands.add_parser("export", help=about, description=about.capitalize() + ".")
+    parser = _add(
+        commands, "export", "print a script for torchrun, made from a notebook's function"
+    )
     parser.add_argument("notebook", type=Path, help="a .ipynb file; nothing of it is executed")
     parser.add_argument(
         "function", help="a function that a cell defines, called as function(rank, ...)"
@@ -85,173 +142,45 @@ def export(notebook: Path, function: str, args: str | None = None) -> int:
     return 0
 
 
-def doctor() -> int:
-    """Print the findings; 0 if ranks can be launched, else 1."""
-    worst = OK
-    for finding in examine():
-        print(f"{finding.mark:>8}  {finding.text}", flush=True)
-        worst = PROBLEM if finding.mark == PROBLEM else worst
+def open_lesson(name: str, folder: Path, lab_options: list[str]) -> int:
+    """Bring the copy up to date and become JupyterLab on one of its lessons."""
+    course = source()
+    lesson = find(name, lessons(course))
+    version = ddp_lessons.__version__
+    _tell(bring(course, folder, version, lesson.file), folder, version)
+    become_lab(folder, lesson.file, lab_options)
+
+
+def _tell(brought: Brought, folder: Path, version: str) -> None:
+    """Say what happened to the copy, as far as the learner should know."""
+    if brought.new:
+        print(f"The lessons are now in {folder}/, for you to change.")
+    if brought.rerun:
+        print(f"Updated to {version}, and with it your runs' outputs: {', '.join(brought.rerun)}")
+    if brought.kept:
+        print(f"Changed by you, so kept: {', '.join(brought.kept)}")
+        print(f"Version {version} is beside: {', '.join(brought.kept.values())}")
+
+
+def list_lessons(folder: Path) -> int:
+    """Print a line for each lesson, and what is known of the learner's copy."""
+    for lesson in (shown := lessons(source())):
+        print(_line(lesson))
     print()
-    print(
-        "Something above keeps ranks from running."
-        if worst == PROBLEM
-        else "This machine can run the lessons."
-    )
-    return 1 if worst == PROBLEM else 0
+    print(_state(folder, shown))
+    return 0
 
 
-def examine() -> Iterator[Finding]:
-    """Look at everything, one finding after the other."""
-    yield on_python(platform.python_version(), sys.platform)
-    yield on_cores(usable_cores())
-    yield on_memory(available_memory())
-    yield on_shared_memory(free_shared_memory())
-    yield from on_torch()
-    yield on_jupyterlab()
-    yield on_launch()
+def _line(lesson: Lesson) -> str:
+    return f"{lesson.number:>2}  {lesson.name:<22}  {lesson.minutes:>2} min  {lesson.question}"
 
 
-def on_python(version: str, system: str) -> Finding:
-    """Judge the interpreter and the operating system."""
-    if system == "win32":
-        return Finding(PROBLEM, f"Python {version} on Windows: use WSL, the Linux inside Windows.")
-    how = "ranks are forked" if system == "linux" else "ranks are spawned, which takes seconds"
-    return Finding(OK, f"Python {version} on {platform.system()}: {how}.")
-
-
-def usable_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def on_cores(cores: int) -> Finding:
-    """Judge the number of cores."""
-    if cores == 1:
-        return Finding(
-            NOTE, "1 core: ranks take turns, so timings show no speed-up. All else works."
-        )
-    return Finding(OK, f"{cores} cores.")
-
-
-def available_memory() -> int:
-    """Bytes of memory that can still be used, within the limit of a container if there is one."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    for path in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            available = min(available, int(file.read()))
-    return available
-
-
-def on_memory(available: int) -> Finding:
-    """Judge the memory, in numbers of ranks."""
-    ranks = (available - KERNEL_BYTES) // RANK_BYTES
-    text = f"{available / 2**30:.1f} GB of memory free"
-    if ranks < 2:
-        return Finding(PROBLEM, f"{text}: too little for a kernel and 2 ranks. Close something.")
-    if ranks < 8:
-        return Finding(NOTE, f"{text}: enough for about {ranks} small ranks.")
-    return Finding(OK, f"{text}: enough for the lessons.")
-
-
-def free_shared_memory() -> int | None:
-    """Free bytes of /dev/shm; None where there is no such place."""
-    try:
-        return shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return None
-
-
-def on_shared_memory(free: int | None) -> Finding:
-    """Judge the shared memory, through which DataLoader workers pass batches."""
-    if free is None:
-        return Finding(OK, "No /dev/shm on this system: shared memory is not limited by it.")
-    text = f"{free / 2**20:,.0f} MB of shared memory free"
-    if free <= LEAST_SHARED:
-        return Finding(
-            NOTE,
-            f"{text}: DataLoader(num_workers=...) may fail with a bus error. "
-            "In Docker, start the container with --shm-size=1g.",
-        )
-    return Finding(OK, f"{text}.")
-
-
-def on_torch() -> Iterator[Finding]:
-    """Judge torch, its backends and the GPUs."""
-    try:
-        import torch
-        import torch.distributed as dist
-    except ImportError as error:
-        yield Finding(PROBLEM, f"torch cannot be imported: {error}")
-        return
-    yield Finding(OK, f"torch {torch.__version__}.")
-    if not dist.is_available():
-        yield Finding(PROBLEM, "This build of torch has no distributed package.")
-        return
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield on_gloo(dist.is_gloo_available())
-    yield on_nccl(dist.is_nccl_available(), torch.version.cuda is not None, len(gpus))
-    yield on_gpus(gpus)
-
-
-def on_gloo(available: bool) -> Finding:
-    """Judge the backend for CPUs, which the lessons use."""
-    if available:
-        return Finding(OK, "Backend gloo (CPU): available. The lessons use it.")
-    return Finding(PROBLEM, "Backend gloo (CPU) is missing from this build of torch.")
-
-
-def on_nccl(available: bool, cuda_build: bool, gpus: int) -> Finding:
-    """Judge the backend for NVIDIA GPUs."""
-    if available and gpus:
-        return Finding(OK, f"Backend nccl (NVIDIA GPUs): available, for up to {gpus} rank(s).")
-    why = (
-        "this is a CPU build of torch"
-        if not cuda_build
-        else "there is no GPU"
-        if not gpus
-        else "this build of torch lacks it"
-    )
-    return Finding(OK, f"Backend nccl (NVIDIA GPUs): not available, {why}. No lesson needs it.")
-
-
-def on_gpus(names: list[str]) -> Finding:
-    """List the GPUs."""
-    return Finding(OK, f"GPUs: {', '.join(names) or 'none'}.")
-
-
-def on_jupyterlab() -> Finding:
-    """Judge JupyterLab."""
-    try:
-        return Finding(OK, f"JupyterLab {importlib.metadata.version('jupyterlab')}.")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(NOTE, "JupyterLab is not installed: pip install jupyterlab.")
-
-
-def add_up(rank: int) -> float:
-    """Join, add up and leave: what the launch below runs."""
-    import torch
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    x = torch.tensor([float(rank + 1)])
-    dist.all_reduce(x)
-    dist.destroy_process_group()
-    return float(x.item())
-
-
-def on_launch() -> Finding:
-    """Launch two ranks, for real."""
-    try:
-        run = ddp_lessons.launch(add_up, nprocs=2, check=False)
-    except ddp_lessons.LaunchError as error:
-        return Finding(PROBLEM, f"2 ranks could not be launched: {error}")
-    if run.values == [3.0, 3.0]:
-        return Finding(OK, "2 ranks were launched, joined a gloo group and added up.")
-    return Finding(PROBLEM, f"2 ranks did not get through an all_reduce: {run.explain()}")
+def _state(folder: Path, among: list[Lesson]) -> str:
+    if not (folder / MANIFEST).is_file():
+        return f"No copy in {folder}/ yet: `ddp-lessons` makes it."
+    theirs = set(changed(folder))
+    names = [lesson.number or lesson.name for lesson in among if lesson.file in theirs]
+    return f"Your copy: {folder.resolve()}\nChanged by you: {', '.join(names) or 'none'}"
 
 
 if __name__ == "__main__":

@@ -1,79 +1,131 @@
-"""`ddp-lessons`: what the command prints and returns."""
+"""`ddp-lessons`: what the command takes, prints and returns."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ddp_lessons import cli
+import ddp_lessons
+from ddp_lessons import course
+from ddp_lessons.copies import bring
+from tests.test_course import ROOT
+
+OPEN = """
+import sys
+sys.path.insert(0, {root!r})
+from ddp_lessons.cli import main
+sys.exit(main(["open", {lesson!r}]))
+"""
+HEAVY = {"torch", "numpy", "matplotlib", "ipywidgets", "jupyterlab"}
 
 
-def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+def _command(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ddp_lessons.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=100, check=False, cwd=cwd
+    )
 
 
-def test_doctor_finds_this_machine_fit() -> None:
-    done = _command("doctor")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for found in ("Python 3", "core", "memory free", "torch ", "gloo (CPU): available", "nccl"):
-        assert found in done.stdout
-    assert "2 ranks were launched" in done.stdout
-    assert done.stdout.endswith("This machine can run the lessons.\n")
+def open_without_packages(lesson: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """`open` in an interpreter without installed packages, so that no JupyterLab starts."""
+    code = OPEN.format(root=str(ROOT), lesson=lesson)
+    command = [sys.executable, "-S", "-c", code]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=False, cwd=cwd, env={}
+    )
 
 
-def test_version_and_help() -> None:
+def test_version() -> None:
     assert _command("--version").stdout.startswith("ddp-lessons 0.")
-    help_text = _command("--help").stdout
-    assert "doctor" in help_text
-    assert _command().stdout == help_text
-    assert _command("cure").returncode == 2
 
 
-def test_version_loads_no_torch() -> None:
-    code = "import sys, ddp_lessons.cli\ntry: ddp_lessons.cli.main(['--version'])\n"
-    code += "except SystemExit: print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
+def test_help_names_every_command_and_gives_examples() -> None:
+    text = _command("--help").stdout
+    for name in ("open", "list", "doctor", "export"):
+        assert f"\n    {name} " in text
+    assert text.count("\n  ddp-lessons ") == 2
 
 
 @pytest.mark.parametrize(
-    ("finding", "mark", "said"),
+    ("arguments", "said"),
     [
-        (cli.on_python("3.11.7", "linux"), cli.OK, "forked"),
-        (cli.on_python("3.13.0", "darwin"), cli.OK, "spawned"),
-        (cli.on_python("3.12.1", "win32"), cli.PROBLEM, "WSL"),
-        (cli.on_cores(1), cli.NOTE, "take turns"),
-        (cli.on_cores(8), cli.OK, "8 cores"),
-        (cli.on_memory(600 << 20), cli.PROBLEM, "too little"),
-        (cli.on_memory(1 << 30), cli.NOTE, "about 5 small ranks"),
-        (cli.on_memory(16 << 30), cli.OK, "enough"),
-        (cli.on_shared_memory(64 << 20), cli.NOTE, "--shm-size"),
-        (cli.on_shared_memory(None), cli.OK, "No /dev/shm"),
-        (cli.on_gloo(False), cli.PROBLEM, "gloo"),
-        (cli.on_nccl(False, False, 0), cli.OK, "CPU build"),
-        (cli.on_nccl(True, True, 0), cli.OK, "no GPU"),
-        (cli.on_nccl(True, True, 2), cli.OK, "up to 2"),
-        (cli.on_gpus([]), cli.OK, "none"),
+        (["cure"], "'cure'"),
+        (["open", "7", "--port", "8889"], "go after --"),
+        (["list", "--", "--port"], "list takes nothing after --"),
+        (["open", "ddp_timming"], "Did you mean ddp_timing"),
+        (["open", "99"], "there is no lesson '99'"),
     ],
 )
-def test_findings(finding: cli.Finding, mark: str, said: str) -> None:
-    assert finding.mark == mark
-    assert said in finding.text
+def test_what_it_does_not_take(tmp_path: Path, arguments: list[str], said: str) -> None:
+    done = _command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_problem_is_the_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli, "examine", lambda: iter([cli.on_cores(2), cli.on_gloo(False)]))
-    assert cli.doctor() == 1
-    assert "keeps ranks from running" in capsys.readouterr().out
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["list"], ["open", "99"]])
+def test_nothing_heavy_is_loaded(tmp_path: Path, arguments: list[str]) -> None:
+    code = f"import sys\nfrom ddp_lessons.cli import main\ntry: main({arguments})\n"
+    code += "except SystemExit: pass\nprint(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert not HEAVY & set(done.stdout.splitlines()[-1].split())
 
 
-def test_a_launch_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
-    finding = cli.on_launch()
-    assert finding.mark == cli.PROBLEM
-    assert "no-such-interface" in finding.text
+def test_the_list_is_aligned_and_knows_of_no_copy(tmp_path: Path) -> None:
+    *lines, _, state = _command("list", cwd=tmp_path).stdout.splitlines()
+    assert len(lines) == len(course.lessons(ROOT / "notebooks"))
+    assert lines[5].startswith("05  distributed_sampler ")
+    assert len({line.index(" min  ") for line in lines}) == 1
+    assert "Who sees which sample?" in lines[5]
+    assert "ddp-lessons/" in state
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_tells_of_the_copy_and_of_changes(tmp_path: Path) -> None:
+    copy = tmp_path / "ddp-lessons"
+    bring(ROOT / "notebooks", copy, "1")
+    _replace(copy / "05_distributed_sampler.ipynb", "set_epoch", "set_era")
+    states = {_command("list", cwd=at).stdout[-200:] for at in (tmp_path, copy, copy / "solutions")}
+    states.add(_command("list", "--folder", str(copy)).stdout[-200:])
+    (state,) = states
+    assert state.endswith(f"Your copy: {copy}\nChanged by you: 05\n")
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ddp-lessons").write_text("mine")
+    done = _command("open", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ddp-lessons: cannot bring the lessons to ddp-lessons: ")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "ddp-lessons").read_text() == "mine"
+
+
+def test_it_tells_what_an_update_did(tmp_path: Path) -> None:
+    """A copy of an older course: one lesson changed by the learner, one only run."""
+    changed, run = "05_distributed_sampler.ipynb", "06_data_parallel_by_hand.ipynb"
+    older, copy = tmp_path / "older", tmp_path / "ddp-lessons"
+    bring(ROOT / "notebooks", older, "0")
+    for name in (changed, run):
+        _replace(older / name, "samples", "SAMPLES")
+    bring(older, copy, "0")
+    _replace(copy / changed, "rank", "RANK")
+    _replace(copy / run, '"execution_count": 1,', '"execution_count": 51,')
+    told = open_without_packages("5", tmp_path).stdout.splitlines()
+    version = ddp_lessons.__version__
+    assert told == [
+        f"Updated to {version}, and with it your runs' outputs: {run}",
+        f"Changed by you, so kept: {changed}",
+        f"Version {version} is beside: 05_distributed_sampler.new-{version}.ipynb",
+    ]
+    assert not open_without_packages("5", tmp_path).stdout
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))

@@ -1,0 +1,58 @@
+"""JupyterLab on a copy of the lessons, for the command `ddp-lessons`, which becomes that server.
+
+The process is replaced, not started: Ctrl-C, the exit code and the printed address with its token
+are then Jupyter's own. It listens on loopback and asks for its token, as Jupyter does by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from ddp_lessons.course import PACKAGE, CourseError
+
+# A folder of settings that hold for this server only: it does not ask whether to fetch news. A
+# user's own choice in JupyterLab's settings stands above it, since these are defaults.
+SETTINGS = PACKAGE / "jupyter"
+PATH = "JUPYTER_CONFIG_PATH"
+
+
+def become_lab(folder: Path, file: str, options: list[str]) -> NoReturn:
+    """Replace this process by JupyterLab with a lesson open.
+
+    Parameters
+    ----------
+    folder : Path
+        The copy, the root of what the server shows.
+    file : str
+        The lesson's file in it.
+    options : list of str
+        More options for ``jupyter lab``; they win, since they come last.
+
+    Raises
+    ------
+    CourseError
+        If JupyterLab is not installed.
+    """
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise CourseError("JupyterLab is not installed: pip install jupyterlab")
+    sys.stdout.flush()
+    os.execve(sys.executable, command(folder, file, options), environment())
+
+
+def command(folder: Path, file: str, options: list[str]) -> list[str]:
+    """The command line; -P keeps files of the current folder from passing for Jupyter's modules."""
+    root = f"--ServerApp.root_dir={folder.resolve()}"
+    return [
+        *(sys.executable, "-P", "-m", "jupyterlab"),
+        *(root, f"--LabApp.default_url=/lab/tree/{file}", *options),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """The environment of this process, with our settings added to Jupyter's path of settings."""
+    paths = [path for path in (os.environ.get(PATH), str(SETTINGS)) if path]
+    return {**os.environ, PATH: os.pathsep.join(paths)}

@@ -44,13 +44,13 @@ nb_render_error_lexer = "text"  # these tracebacks are written for readers, not 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
 
-default_role = "any"
+default_role = "code"  # what stands between single backticks in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # numpydoc sections say what a reader needs of the types
 autodoc_preserve_defaults = True
 napoleon_google_docstring = False
+napoleon_use_param = False
 napoleon_use_rtype = False
-napoleon_preprocess_types = False
 
 html_theme = "furo"
 html_title = "ddp-lessons"

@@ -19,7 +19,7 @@ from docutils.statemachine import StringList
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
-from sphinx.util.docutils import SphinxDirective
+from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 CONTROLS = "Controls, in a running notebook: "  # the text of an explorer's sliders
 DEAD_CONTROLS = (
@@ -85,6 +85,23 @@ class CommandHelp(SphinxDirective):
         return [nodes.literal_block(text, text, language="text")]
 
 
+class HeldBy(SphinxRole):
+    """`{held-by}`: the test files that hold a promise; each must exist."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """Their names, as a small note."""
+        tests = Path(self.env.srcdir).parent / "tests"
+        for name in self.text.split():
+            if not (tests / f"{name}.py").exists():
+                raise ValueError(f"held-by names {name}.py, which is not in tests/")
+        names = [f"tests/{name}.py" for name in self.text.split()]
+        literals = [nodes.literal(name, name) for name in names]
+        note = nodes.inline("", "Held by ", classes=["held-by"])
+        for number, one in enumerate(literals):
+            note += [nodes.Text(", "), one] if number else [one]
+        return [note], []
+
+
 class StoredOutputs(SphinxTransform):
     """Give pictures their texts, and say what a page without a kernel cannot do."""
 
@@ -121,7 +138,15 @@ class StoredOutputs(SphinxTransform):
         )
         line = nodes.paragraph("", "These are the outputs of a real run. The notebook: ", link)
         line["classes"].append("stored-outputs")
-        section.insert(1, line)
+        section.insert(_place_under_minutes(section), line)
+
+
+def _place_under_minutes(section: nodes.section) -> int:
+    """Behind the line with the minutes, or else behind the title."""
+    for place, child in enumerate(section.children[:4]):
+        if re.match(r"\d+ minutes", child.astext()):
+            return place + 1
+    return 1
 
 
 def picture_texts(path: Path) -> dict[str, str]:
@@ -139,5 +164,6 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_directive("lesson-table", LessonTable)
     app.add_directive("command-help", CommandHelp)
+    app.add_role("held-by", HeldBy())
     app.add_transform(StoredOutputs)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

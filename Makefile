@@ -40,7 +40,7 @@ notebooks: setup
 	$(BIN)/python -m tests.store_outputs $(LESSONS)
 
 docs: setup
-	$(BIN)/python -m sphinx -W --keep-going -q -n -b html notebooks build/docs
+	$(BIN)/python -m sphinx -E -W --keep-going -q -n -b html notebooks build/docs
 	@echo "open build/docs/index.html"
 
 bench: setup

@@ -43,16 +43,21 @@ nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json
 nb_render_error_lexer = "text"  # these tracebacks are written for readers, not in Python's form
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 4
+myst_html_meta = {
+    "description": "Learn PyTorch distributed training by running it: real ranks, from a notebook."
+}
 
 default_role = "code"  # what stands between single backticks in docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # numpydoc sections say what a reader needs of the types
 autodoc_preserve_defaults = True
 napoleon_google_docstring = False
+napoleon_use_ivar = True
 napoleon_use_param = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
+pygments_dark_style = "a11y-high-contrast-dark"
 html_title = "ddp-lessons"
 html_static_path = ["_docs/static"]
 html_css_files = ["site.css"]

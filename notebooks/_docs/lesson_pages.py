@@ -6,6 +6,7 @@ A Sphinx extension, loaded by conf.py.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import subprocess
 import sys
@@ -23,8 +24,8 @@ from sphinx.util.docutils import SphinxDirective, SphinxRole
 
 CONTROLS = "Controls, in a running notebook: "  # the text of an explorer's sliders
 DEAD_CONTROLS = (
-    "Sliders and menus need a running notebook; this is the picture of their first setting. "
-    "There they are: "
+    "Here a running notebook has controls ({}). Each move of one launches real ranks. "
+    "The picture is that of their first setting."
 )
 
 
@@ -79,7 +80,7 @@ class CommandHelp(SphinxDirective):
             capture_output=True,
             text=True,
             check=True,
-            env={"COLUMNS": "80", "PYTHONPATH": ":".join(sys.path)},
+            env={**os.environ, "COLUMNS": "80", "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         text = f"$ ddp-lessons {' '.join(command)}\n{done.stdout}"
         return [nodes.literal_block(text, text, language="text")]
@@ -128,8 +129,9 @@ class StoredOutputs(SphinxTransform):
                 block["language"] = "ipython3"  # `!torchrun ...` is no Python
             if block.astext().startswith(CONTROLS):
                 names = block.astext().removeprefix(CONTROLS).strip()
-                text = f"{DEAD_CONTROLS}{names}."
-                block.replace_self(nodes.paragraph(text, text, classes=["dead-controls"]))
+                text = DEAD_CONTROLS.format(names)
+                sentence = nodes.paragraph(text, text, classes=["dead-controls"])
+                block.parent.replace(block, sentence)
 
     def _offer(self, path: Path) -> None:
         section = next(iter(self.document.findall(nodes.section)))

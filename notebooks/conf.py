@@ -19,6 +19,7 @@ author = "The ddp-lessons authors"
 copyright = author
 version = release = __version__
 language = "en"
+smartquotes_action = "D"  # dashes only: quotes in docstrings are those of Python
 
 extensions = [
     "myst_nb",
@@ -57,7 +58,7 @@ napoleon_use_param = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
-pygments_dark_style = "a11y-high-contrast-dark"
+pygments_dark_style = "github-dark-high-contrast"
 html_title = "ddp-lessons"
 html_static_path = ["_docs/static"]
 html_css_files = ["site.css"]

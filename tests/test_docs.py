@@ -188,7 +188,8 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
 
 
 def test_docstrings_are_rendered_not_quoted(site: Path) -> None:
-    """Signs of sections, roles or markup that were not understood."""
+    """No signs of sections, roles, markup or drawings that were not understood."""
+    assert not article(site / "api.html").find("blockquote")
     assert not re.search(r"----|``|:\w+:`", article(site / "api.html").get_text())
 
 

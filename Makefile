@@ -5,12 +5,13 @@ BIN := .venv/bin
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb $(wildcard notebooks/solutions/*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks bench faults kills setup
+.PHONY: help lessons test check tests nbval notebooks docs bench faults kills setup
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
 	@echo "make test       check everything: style, types, tests, notebooks"
 	@echo "make notebooks  run all notebooks again and store their outputs"
+	@echo "make docs       build the web site of the lessons: build/docs/index.html"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
 	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
 	@echo "make kills      kill agents and engines at random: is each named? (some minutes)"
@@ -37,6 +38,10 @@ nbval: setup
 
 notebooks: setup
 	$(BIN)/python -m tests.store_outputs $(LESSONS)
+
+docs: setup
+	$(BIN)/python -m sphinx -E -W --keep-going -q -n -b html notebooks build/docs
+	@echo "open build/docs/index.html"
 
 bench: setup
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"

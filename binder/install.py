@@ -41,7 +41,7 @@ def main() -> None:
     if not python().exists():
         make_venv()
     pip("PyTorch, about 200 MB", pinned("torch"), *torch_options())
-    pip("JupyterLab, the course and its tests", "-e", f"{ROOT}[test]")
+    pip("JupyterLab, the course and its tests", "-e", f"{ROOT}[test,docs]")
     subprocess.run(
         [python().with_name("jupyter"), "labextension", "disable", NEWS],
         check=True,

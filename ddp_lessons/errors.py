@@ -1,5 +1,7 @@
 """The errors of the package, raised in the parent process.
 
+::
+
     LaunchError
     ├── BadLaunch       the arguments of launch() make no sense; nothing was started
     ├── CannotSend      the function, an argument or a return value cannot be pickled

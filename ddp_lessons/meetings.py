@@ -32,8 +32,10 @@ class Share(NamedTuple):
     ----------
     bucket : int or None
         The index of the gradient bucket, for DDP's own collectives.
-    wait_ns, transfer_ns : int
-        How long it waited for those whom its pattern waits for, and how long it was in it then.
+    wait_ns : int
+        How long it waited for those whom its pattern waits for.
+    transfer_ns : int
+        How long it was in it then.
     last_rank : int or None
         Who came last of those who are waited for; None where one of them never came.
     pattern : str

@@ -85,9 +85,12 @@ class RankResult:
         The name of its machine; None for this one.
     pid : int or None
         The process id of a rank that still runs, where a record was read meanwhile.
-    began_ns, started_ns, ended_ns : int or None
-        `time.perf_counter_ns()` when its process was asked for, when the function was called and
-        when it ended.
+    began_ns : int
+        `time.perf_counter_ns()` when its process was asked for.
+    started_ns : int or None
+        When the function was called; None if it never was.
+    ended_ns : int
+        When the rank ended.
     """
 
     rank: int
@@ -146,6 +149,25 @@ class Run:
     """The record of one launch: every rank's value, output, error and spans.
 
     `launch` makes it. It says the same whether the run went well or not; `explain` tells why not.
+
+    Attributes
+    ----------
+    name : str
+        What was run: the name of the function.
+    ranks : list of RankResult
+        What came of each rank, by rank.
+    verdict : Verdict or None
+        Why the run failed or hung; None if it did not.
+    error : LaunchError or None
+        The error that `launch` raises with ``check=True``.
+    warnings : list of str
+        Lines on what went wrong without a failure, such as calls that changed places.
+    hung_after : float or None
+        Seconds without progress after which the run was given up; None if it was not.
+    interrupted : bool
+        It was stopped by an interrupt.
+    begin_ns : int
+        `time.perf_counter_ns()` when it began.
     """
 
     def __init__(
@@ -198,15 +220,15 @@ class Run:
         return meetings.waits(self)
 
     def arrivals(self) -> list[Arrival]:
-        """How much later than the first each rank came to each collective; see meetings.Arrival."""
+        """How much later than the first each rank came to a collective; see `meetings.Arrival`."""
         return meetings.arrivals(self)
 
     def overlap(self) -> list[Overlap]:
-        """How much communication was exposed and overlapped, by step; see analysis.Overlap."""
+        """How much communication was exposed and overlapped, by step; see `analysis.Overlap`."""
         return analysis.overlap(self)
 
     def totals(self) -> list[Total]:
-        """What each rank's time went on; see analysis.Total."""
+        """What each rank's time went on; see `analysis.Total`."""
         return analysis.totals(self)
 
     def straggler(self) -> Straggler:
@@ -221,7 +243,7 @@ class Run:
         """Write what every rank did when, for Perfetto and HolisticTraceAnalysis.
 
         A name that ends in .json or .json.gz becomes one file of all ranks. Any other name is a
-        folder: one file a rank, and merged/all_ranks.json. Returns the files. See trace.save.
+        folder: one file a rank, and merged/all_ranks.json. Returns the files. See `trace.save`.
         """
         return trace.save(self, path)
 

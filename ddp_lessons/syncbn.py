@@ -4,6 +4,8 @@ Runs in workers. `torch.nn.SyncBatchNorm` needs tensors on a GPU: its arithmetic
 The arithmetic here is written with ordinary tensor operations and two collectives, so it runs on
 CPU tensors with any backend. Lesson 09 builds it by hand.
 
+::
+
     forward     all_gather of each rank's [count, mean, sum of squared deviations]
     backward    all_reduce of [sum of dy, sum of dy * normalised x]
 """

@@ -8,22 +8,17 @@ certainly within it.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from collections.abc import Sequence
 from typing import Any
 
 from ddp_lessons.messages import Clock
+from ddp_lessons.rendezvous import store_of_the_group
 
 EXCHANGES = 20  # with each clock; the quickest counts
-PATIENCE = timedelta(seconds=10)  # for a rank that does not take part
-
-_joins = itertools.count()  # of this process: each time under names of its own
 
 
 def clock_id() -> str:
@@ -45,24 +40,12 @@ def against_rank_zero() -> Clock | None:
     Returns None if they do not within 10 seconds, as where some ranks do not record.
     """
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import _get_default_store
 
-    store = dist.PrefixStore(f"ddp_lessons/clock/{next(_joins)}", _get_default_store())
     try:
-        with _patience(store):
+        with store_of_the_group("clock") as store:
             return _measured(store, dist.get_rank(), dist.get_world_size())
     except (dist.DistStoreError, RuntimeError):
         return None
-
-
-@contextlib.contextmanager
-def _patience(store: Any) -> Iterator[None]:
-    before = store.timeout
-    store.set_timeout(PATIENCE)
-    try:
-        yield
-    finally:
-        store.set_timeout(before)
 
 
 def _measured(store: Any, rank: int, world_size: int) -> Clock:

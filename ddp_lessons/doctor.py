@@ -6,7 +6,6 @@ not touch. Heavy imports happen inside the functions that need them.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -16,14 +15,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import ddp_lessons
+from ddp_lessons.capacity import NEEDS, available_memory
 
-RANK_BYTES = 60 << 20  # memory that one more forked rank needs, DDP and a small model included
 KERNEL_BYTES = 700 << 20  # the notebook's kernel with torch, and the forkserver
 LEAST_SHARED = 64 << 20  # Docker's default /dev/shm; DataLoader workers exhaust it soon
-CGROUP_LIMITS = (
-    "/sys/fs/cgroup/memory.max",
-    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-)
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -85,20 +80,9 @@ def on_cores(cores: int) -> Finding:
     return Finding(OK, f"{cores} cores.")
 
 
-def available_memory() -> int:
-    """Bytes of memory that can still be used, within the limit of a container if there is one."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    for path in CGROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            available = min(available, int(file.read()))
-    return available
-
-
 def on_memory(available: int) -> Finding:
     """Judge the memory, in numbers of ranks."""
-    ranks = (available - KERNEL_BYTES) // RANK_BYTES
+    ranks = (available - KERNEL_BYTES) // NEEDS["forkserver"].usual
     text = f"{available / 2**30:.1f} GB of memory free"
     if ranks < 2:
         return Finding(PROBLEM, f"{text}: too little for a kernel and 2 ranks. Close something.")

@@ -2,7 +2,8 @@
 
 Runs in workers; collectives.py puts these wrappers in the place of the public functions. Before
 ranks join, NCCL is refused where they would share a GPU and rank 0's store is awaited; after it,
-the clocks of several machines are compared. Without a recorder the wrappers only call.
+the others are, and the clocks of several machines are compared. Without a recorder the wrappers
+only call.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ddp_lessons.arguments import Args, Kwargs, argument
 from ddp_lessons.groups import groups
 from ddp_lessons.messages import Joining
 from ddp_lessons.recording import inside
-from ddp_lessons.rendezvous import await_store, rank_of
+from ddp_lessons.rendezvous import await_others, await_store, rank_of
 from ddp_lessons.tape import Facts
 
 MAKES_GROUP = ("new_group", "split_group", "shrink_group")
@@ -51,6 +52,8 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         function(backend, init_method, *args, **kwargs)
         if recorder is not None and not recorder.one_clock:
             recorder.compare_clock(clocks.against_rank_zero())
+        elif recorder is not None:
+            await_others()
 
     return recorded(name, join)
 

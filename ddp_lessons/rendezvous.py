@@ -1,14 +1,23 @@
-"""Finding a free port without a race (parent), and not being late because of it (worker)."""
+"""A free port without a race (parent); meeting there, neither late nor too briefly (worker)."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import select
 import socket
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 from urllib.parse import urlparse
 
+PATIENCE = timedelta(seconds=10)  # for a rank that does not take part
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.016  # seconds between two knocks
+_OLD_STORE = 2.0  # seconds that the store of an earlier group may take to end
+_connections: list[socket.socket] = []  # of this process, to the store where it met the others
+_uses = itertools.count()  # of this process: each time under names of its own
 
 
 def reserve_port(address: str = "127.0.0.1") -> socket.socket:
@@ -30,18 +39,63 @@ def await_store(
     """Wait until rank 0's store listens, at most `timeout` seconds.
 
     torch's own client pauses 0.25 s and more after a refused connection, so that a rank a
-    millisecond early joins a quarter of a second late. This changes when a rank connects, never to
-    what. It is for stores on this machine, or on the host where launch() has put rank 0. Any other
-    way to rendezvous (file://, a store by hand, another host) returns at once.
+    millisecond early joins a quarter of a second late. And where ranks join again, one that is
+    ahead would meet the others in their last store, which then ends. This changes when a rank
+    connects, never to what. It is for stores on this machine, or on the host where launch() has put
+    rank 0. Any other way to rendezvous (file://, a store by hand, another host) returns at once.
     """
     address = _store_address(init_method, known_host)
     if rank <= 0 or address is None:
         return
+    _leave_last_store()
     deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
-    while not _listens(address) and time.monotonic() < deadline:
+    while not _knock(address) and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+@contextlib.contextmanager
+def store_of_the_group(purpose: str) -> Iterator[Any]:
+    """The store by which the ranks met, under names of its own, and with less patience.
+
+    In it, a rank that does not take part makes the others raise RuntimeError.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    met = _get_default_store()
+    before = met.timeout
+    store = dist.PrefixStore(f"ddp_lessons/{purpose}/{next(_uses)}", met)
+    store.set_timeout(PATIENCE)
+    try:
+        yield store
+    finally:
+        store.set_timeout(before)
+
+
+def await_others() -> None:
+    """Return once all ranks have joined, so that none leaves while others are still joining.
+
+    gloo connects each rank to each. One that has all its connections may end while two others
+    still connect, and these fail then: "Connection closed by peer" (1 in 100 runs on a busy
+    machine, where a function hardly does more than join). Rank 0, which holds the store, goes last.
+    torch has such a barrier, too, for TORCH_DIST_INIT_BARRIER=1; there, rank 0 may be the first.
+    """
+    import torch.distributed as dist
+
+    rank, others = dist.get_rank(), range(1, dist.get_world_size())
+    if not others:
+        return
+    with contextlib.suppress(RuntimeError), store_of_the_group("met") as store:
+        if rank == 0:
+            store.wait([f"here/{other}" for other in others])
+            store.set("all are here", "")
+            store.wait([f"gone/{other}" for other in others])
+        else:
+            store.set(f"here/{rank}", "")
+            store.wait(["all are here"])
+            store.set(f"gone/{rank}", "")
 
 
 def rank_of(init_method: str | None, options: dict[str, Any]) -> int:
@@ -69,9 +123,17 @@ def _store_address(init_method: str | None, known_host: str) -> tuple[str, int] 
     return (host, port) if host in ("localhost", "127.0.0.1", "::1", known_host) else None
 
 
-def _listens(address: tuple[str, int]) -> bool:
+def _knock(address: tuple[str, int]) -> bool:
+    """Whether the store listens. The connection is kept: its end is that of the store."""
     try:
-        socket.create_connection(address, timeout=1.0).close()
+        _connections.append(socket.create_connection(address, timeout=1.0))
     except OSError:
         return False
     return True
+
+
+def _leave_last_store() -> None:
+    """Wait until the store of the last time is gone; a while only, for somebody may keep it."""
+    while _connections:
+        with _connections.pop() as last:
+            select.select([last], [], [], _OLD_STORE)

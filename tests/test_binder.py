@@ -1,4 +1,4 @@
-"""What Binder makes of `binder/`, and whether the lessons fit into what it gives: 2 GB, one core."""
+"""What Binder makes of `binder/`, and whether the lessons fit into the 2 GB that it gives."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def dockerfile(repository: Path) -> str:
 
 
 def test_binder_would_build_it(dockerfile: str, repository: Path) -> None:
-    tested = (repository / "binder" / "runtime.txt").read_text().strip().replace("python-", "")
-    assert f"py-{tested}-linux-64.lock".replace("-", "-2d") in dockerfile
+    tested = (repository / "binder" / "runtime.txt").read_text().strip().removeprefix("python-")
+    assert f"Building conda environment for python={tested}" in dockerfile
     steps = [
         "COPY --chown=0:0 src/ ${REPO_DIR}/",
         'bin/pip install --no-cache-dir -r "binder/requirements.txt"',
@@ -108,9 +108,12 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, c
     """A server that has, with all that it starts, as much memory as we allow ourselves."""
     home = tmp_path_factory.mktemp("home")
     lab = (sys.executable, "-m", "jupyterlab")
-    with confined.Confined(ROOM) as group:
-        with serve(NOTEBOOKS, home, *lab, start=group.start, env=os.environ) as server:
-            yield server, group
+    env = {**os.environ, "TMPDIR": str(home)}  # torchrun leaves folders
+    with (
+        confined.Confined(ROOM) as group,
+        serve(NOTEBOOKS, home, *lab, start=group.start, env=env) as server,
+    ):
+        yield server, group
 
 
 @needs_a_limit

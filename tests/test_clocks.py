@@ -14,7 +14,7 @@ import cloudpickle
 import pytest
 import torch.distributed as dist
 
-from ddp_lessons import clocks, launch
+from ddp_lessons import clocks, launch, rendezvous
 from ddp_lessons.messages import Clock
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -107,7 +107,7 @@ def test_a_rank_that_does_not_take_part_is_not_waited_for_long() -> None:
     def compare(rank: int) -> Any:
         dist.init_process_group("gloo")
         store = dist.distributed_c10d._get_default_store()
-        before, clocks.PATIENCE = store.timeout, timedelta(seconds=0.5)
+        before, rendezvous.PATIENCE = store.timeout, timedelta(seconds=0.5)
         found = clocks.against_rank_zero() if rank != 1 else "nothing"
         assert store.timeout == before
         dist.barrier()

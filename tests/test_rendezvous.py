@@ -7,10 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from ddp_lessons import launch, rendezvous
 from ddp_lessons.rendezvous import await_store, rank_of, reserve_port
 
 FOREVER = 600.0  # seconds; a wait that should not happen would run into the test's own timeout
@@ -126,8 +129,9 @@ def test_waits_until_the_store_listens(port: int, host: str) -> None:
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     waiting.join(30)
     assert not waiting.is_alive()
-    assert seconds_in_await(f"tcp://{host}:{port}", 1) < 1
     del store
+    assert seconds_in_await(f"tcp://{host}:{port}", 1, timeout=0) < 1  # the last store is gone
+    assert not rendezvous._connections
 
 
 def test_gives_up_after_its_timeout(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +151,26 @@ def test_rank_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rank_of(None, {}) == -1
     monkeypatch.delenv("RANK")
     assert rank_of(None, {}) == -1
+
+
+def arrive(rank: int) -> tuple[int, int]:
+    """When this rank was connected to the others, and when init_process_group returned, in ns."""
+    connect, connected_ns = distributed_c10d._new_process_group_helper, 0
+
+    def connect_late(*args: Any, **kwargs: Any) -> Any:
+        nonlocal connected_ns
+        made = connect(*args, **kwargs)
+        time.sleep(0.2 * rank)
+        connected_ns = time.perf_counter_ns()
+        return made
+
+    distributed_c10d._new_process_group_helper = connect_late
+    dist.init_process_group("gloo")
+    joined_ns = time.perf_counter_ns()
+    dist.destroy_process_group()
+    return connected_ns, joined_ns
+
+
+def test_no_rank_may_leave_while_another_still_connects() -> None:
+    connected, joined = zip(*launch(arrive, nprocs=3).values, strict=True)
+    assert min(joined) > max(connected)

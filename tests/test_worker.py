@@ -310,6 +310,16 @@ def test_joining_again_after_training() -> None:
     assert launch(work, timeout=10).ok
 
 
+def test_joining_again_where_ranks_are_not_in_step() -> None:
+    def work(rank: int) -> None:
+        for time_ahead in range(4):
+            dist.init_process_group("gloo")
+            time.sleep(0.05 * ((rank + time_ahead) % 2))
+            dist.destroy_process_group()
+
+    assert launch(work, nprocs=3, timeout=10).ok
+
+
 def test_a_thread_that_must_finish_does() -> None:
     def work(rank: int) -> None:
         def write_late() -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from binascii import a2b_base64
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import nbformat
 from docutils import nodes
@@ -22,6 +22,8 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
+from ddp_lessons.course import lessons
+
 CONTROLS = "Controls, in a running notebook: "  # the text of an explorer's sliders
 DEAD_CONTROLS = (
     "Here a running notebook has controls ({}). Each move of one launches real ranks. "
@@ -29,37 +31,17 @@ DEAD_CONTROLS = (
 )
 
 
-class Lesson(NamedTuple):
-    """What the first cell of a notebook says about it."""
-
-    name: str
-    title: str
-    question: str
-    minutes: str
-
-
-def lesson(path: Path) -> Lesson:
-    """Read the first cell."""
-    text = nbformat.read(path, as_version=4).cells[0].source
-    title = re.search(r"^# (.+)$", text, re.M)
-    question = re.search(r"^\*\*(.+)\*\*$", text, re.M)
-    minutes = re.search(r"^(\d+) minutes", text, re.M)
-    if not (title and question and minutes):
-        raise ValueError(f"{path}: the first cell has no title, question or minutes")
-    return Lesson(path.stem, title[1], question[1], minutes[1])
-
-
 class LessonTable(SphinxDirective):
     """`{lesson-table}`: every lesson with its question and its minutes, read from the notebooks."""
 
     def run(self) -> list[nodes.Node]:
         """A table in Markdown, parsed in place."""
-        paths = sorted(Path(self.env.srcdir).glob("[0-9]*.ipynb"))
+        folder = Path(self.env.srcdir)
         rows = ["| lesson | the question | minutes |", "| --- | --- | ---: |"]
-        for path in paths:
-            self.env.note_dependency(str(path))
-            found = lesson(path)
-            rows.append(f"| [{found.title}]({path.name}) | {found.question} | {found.minutes} |")
+        for one in lessons(folder):
+            self.env.note_dependency(str(folder / one.file))
+            name = f"{one.number} {one.name}".strip()
+            rows.append(f"| [{name}]({one.file}) | {one.question} | {one.minutes} |")
         node = nodes.container(classes=["lesson-table"])
         self.state.nested_parse(StringList(rows, source=self.env.docname), 0, node)
         return [node]

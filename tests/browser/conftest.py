@@ -1,0 +1,63 @@
+"""Fixtures of the tests in a browser: JupyterLab, Chromium, and notebooks open in it.
+
+Without Chromium the tests are skipped, unless DDP_LESSONS_BROWSER=required.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+from playwright.sync_api import Browser, Playwright, ViewportSize, sync_playwright
+
+from tests.browser.pages import Notebook
+from tests.browser.server import Server
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SIZE = ViewportSize(width=1280, height=900)
+OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage"]  # it runs in containers, too
+
+Open = Callable[..., Notebook]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A JupyterLab server on a free port of this machine."""
+    with Server(tmp_path_factory.mktemp("lab")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def playwright() -> Iterator[Playwright]:
+    """The driver of browsers."""
+    if CHROMIUM is None:
+        needed = os.environ.get("DDP_LESSONS_BROWSER") == "required"
+        (pytest.fail if needed else pytest.skip)("there is no chromium on this machine")
+    with sync_playwright() as playwright:
+        yield playwright
+
+
+@pytest.fixture
+def browser(playwright: Playwright) -> Iterator[Browser]:
+    """A browser of the test's own: nothing of it may be left."""
+    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def open_notebook(browser: Browser, server: Server) -> Iterator[Open]:
+    """Opens notebooks, each in a tab; in the end no page may have had an error."""
+    context = browser.new_context(viewport=SIZE)
+    opened: list[Notebook] = []
+
+    def open_notebook(path: str) -> Notebook:
+        opened.append(Notebook(context, server, path, f"tab{len(opened)}"))
+        return opened[-1]
+
+    yield open_notebook
+    context.close()
+    server.end_kernels()
+    assert not [error for notebook in opened for error in notebook.errors]

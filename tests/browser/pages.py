@@ -1,0 +1,96 @@
+"""A notebook in a real browser, for tests: do what a learner does, and see what a learner sees."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import BrowserContext, ConsoleMessage, Error, Locator, Page, expect
+
+from tests.browser.server import ROOT, Server
+
+SCREENSHOTS = ROOT / "build" / "screenshots"
+READY, RUN = 60_000, 90_000  # milliseconds until a kernel is there; until a notebook has run
+
+_IDLE = """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status
+    === 'idle'"""
+_CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.map(cell => ({
+    kind: cell.model.type,
+    source: cell.model.sharedModel.getSource(),
+    tags: cell.model.getMetadata('tags') ?? [],
+    count: cell.model.executionCount ?? null,
+    outputs: cell.model.outputs?.toJSON() ?? [],
+}))"""
+_ALL_RAN = """() => jupyterapp.shell.currentWidget.content.widgets
+    .filter(cell => cell.model.type === 'code')
+    .every(cell => cell.model.executionCount !== null)"""
+
+
+class Notebook:
+    """One tab with one notebook, its kernel ready."""
+
+    def __init__(self, context: BrowserContext, server: Server, path: str, tab: str) -> None:
+        self.name = Path(path).stem
+        self.errors: list[str] = []
+        self.page: Page = context.new_page()
+        self.page.set_default_timeout(READY)
+        self.page.on("pageerror", self._failed)
+        self.page.on("console", self._said)
+        self.page.goto(server.url(path, tab))
+        self.page.wait_for_function(_IDLE, timeout=READY)
+
+    def _failed(self, error: Error) -> None:
+        self.errors.append(f"{error}")
+
+    def _said(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(f"{message.text} {message.location.get('url', '')}")
+
+    def command(self, name: str) -> None:
+        """Begin one of JupyterLab's commands; do not wait for its end."""
+        self.page.evaluate("name => { jupyterapp.commands.execute(name) }", name)
+
+    def menu(self, menu: str, entry: str) -> None:
+        """Click an entry of the menu bar."""
+        self.page.get_by_role("menubar").get_by_text(menu, exact=True).click()
+        self.page.get_by_role("menuitem", name=re.compile(f"^{re.escape(entry)}")).click()
+
+    def start_all(self) -> None:
+        """Forget the stored outputs, and run all cells."""
+        self.menu("Edit", "Clear Outputs of All Cells")
+        self.menu("Run", "Run All Cells")
+
+    def wait_for_all(self) -> None:
+        """Wait until every cell has run."""
+        self.page.wait_for_function(_ALL_RAN, timeout=RUN)
+        self.page.wait_for_function(_IDLE, timeout=RUN)
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Kind, source, tags, execution count and outputs of every cell."""
+        found: list[dict[str, Any]] = self.page.evaluate(_CELLS)
+        return found
+
+    def show(self, number: int) -> Locator:
+        """Bring a cell into view, and wait until it is drawn; the cell."""
+        self.page.evaluate(
+            """async number => {
+                const notebook = jupyterapp.shell.currentWidget.content;
+                notebook.activeCellIndex = number;
+                await notebook.scrollToItem(number, 'start');
+            }""",
+            number,
+        )
+        cell = self.page.locator(f".jp-Notebook .jp-Cell[data-windowed-list-index='{number}']")
+        expect(cell).to_be_visible()
+        return cell
+
+    def find(self, text: str) -> int:
+        """The number of the only cell whose source has this text."""
+        (number,) = (n for n, cell in enumerate(self.cells()) if text in cell["source"])
+        return number
+
+    def picture(self, name: str) -> None:
+        """Store what is on the screen."""
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"{name}.png")

@@ -15,34 +15,40 @@ from playwright.sync_api import Browser, Playwright, ViewportSize, sync_playwrig
 from tests.browser.pages import Notebook
 from tests.browser.server import Server
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 SIZE = ViewportSize(width=1280, height=900)
 OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage"]  # it runs in containers, too
 
 Open = Callable[..., Notebook]
 
 
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of the browser."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    if found is None:
+        needed = os.environ.get("DDP_LESSONS_BROWSER") == "required"
+        (pytest.fail if needed else pytest.skip)("there is no chromium on this machine")
+    return found
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A JupyterLab server on a free port of this machine."""
     with Server(tmp_path_factory.mktemp("lab")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    """The driver of browsers."""
-    if CHROMIUM is None:
-        needed = os.environ.get("DDP_LESSONS_BROWSER") == "required"
-        (pytest.fail if needed else pytest.skip)("there is no chromium on this machine")
+def playwright(chromium: str) -> Iterator[Playwright]:
+    """The driver of browsers; it downloads nothing."""
     with sync_playwright() as playwright:
         yield playwright
 
 
 @pytest.fixture
-def browser(playwright: Playwright) -> Iterator[Browser]:
+def browser(chromium: str, playwright: Playwright) -> Iterator[Browser]:
     """A browser of the test's own: nothing of it may be left."""
-    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+    browser = playwright.chromium.launch(executable_path=chromium, args=OPTIONS)
     yield browser
     browser.close()
 

@@ -11,7 +11,8 @@ from playwright.sync_api import BrowserContext, ConsoleMessage, Error, Locator, 
 from tests.browser.server import ROOT, Server
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
-READY, RUN = 60_000, 90_000  # milliseconds until a kernel is there; until a notebook has run
+CLICK = 20_000  # milliseconds until a click is possible
+READY, RUN = 60_000, 90_000  # until a kernel is there; until a notebook has run
 
 _IDLE = """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status
     === 'idle'"""
@@ -22,6 +23,8 @@ _CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.map(cell => ({
     count: cell.model.executionCount ?? null,
     outputs: cell.model.outputs?.toJSON() ?? [],
 }))"""
+_RAN = """number =>
+    jupyterapp.shell.currentWidget.content.widgets[number].model.executionCount !== null"""
 _ALL_RAN = """() => jupyterapp.shell.currentWidget.content.widgets
     .filter(cell => cell.model.type === 'code')
     .every(cell => cell.model.executionCount !== null)"""
@@ -34,10 +37,10 @@ class Notebook:
         self.name = Path(path).stem
         self.errors: list[str] = []
         self.page: Page = context.new_page()
-        self.page.set_default_timeout(READY)
+        self.page.set_default_timeout(CLICK)
         self.page.on("pageerror", self._failed)
         self.page.on("console", self._said)
-        self.page.goto(server.url(path, tab))
+        self.page.goto(server.url(path, tab), timeout=READY)
         self.page.wait_for_function(_IDLE, timeout=READY)
 
     def _failed(self, error: Error) -> None:
@@ -56,10 +59,20 @@ class Notebook:
         self.page.get_by_role("menubar").get_by_text(menu, exact=True).click()
         self.page.get_by_role("menuitem", name=re.compile(f"^{re.escape(entry)}")).click()
 
+    def run(self, number: int) -> None:
+        """Begin to run one cell."""
+        self.show(number)
+        self.menu("Run", "Run Selected Cell and Do not Advance")
+
     def start_all(self) -> None:
         """Forget the stored outputs, and run all cells."""
         self.menu("Edit", "Clear Outputs of All Cells")
         self.menu("Run", "Run All Cells")
+
+    def wait_for(self, number: int) -> None:
+        """Wait until a cell has run."""
+        self.page.wait_for_function(_RAN, arg=number, timeout=RUN)
+        self.page.wait_for_function(_IDLE, timeout=RUN)
 
     def wait_for_all(self) -> None:
         """Wait until every cell has run."""
@@ -81,9 +94,12 @@ class Notebook:
             }""",
             number,
         )
-        cell = self.page.locator(f".jp-Notebook .jp-Cell[data-windowed-list-index='{number}']")
-        expect(cell).to_be_visible()
-        return cell
+        expect(self.cell(number)).to_be_visible()
+        return self.cell(number)
+
+    def cell(self, number: int) -> Locator:
+        """A cell, which is on the page only while it is in view or nearby."""
+        return self.page.locator(f".jp-Notebook .jp-Cell[data-windowed-list-index='{number}']")
 
     def find(self, text: str) -> int:
         """The number of the only cell whose source has this text."""

@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import urllib.parse
 import urllib.request
@@ -20,6 +21,7 @@ from types import TracebackType
 from typing import IO, Any
 
 import matplotlib
+import nbformat
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -104,6 +106,14 @@ class Server:
                 self.lines.append(line)
                 if found := _ADDRESS.search(line):
                     self._found.put((found[1], found[2]))
+
+    def write(self, name: str, *cells: str) -> str:
+        """Make a notebook with these code cells; its path."""
+        notebook = nbformat.v4.new_notebook()
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+        notebook.cells = [nbformat.v4.new_code_cell(textwrap.dedent(c).strip()) for c in cells]
+        nbformat.write(notebook, self.root / f"{name}.ipynb")
+        return f"{name}.ipynb"
 
     def url(self, path: str, workspace: str = "default") -> str:
         """The address of a notebook in a fresh workspace, with the token to log in."""

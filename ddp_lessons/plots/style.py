@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
+from ddp_lessons.plots import shown
 from ddp_lessons.wording import exit_name
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def bytes_text(nbytes: float) -> str:
 
 def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
     """Write the title, and under it the legend, in as few rows as it needs."""
+    shown.offer()
     columns = MOST_COLUMNS
     while handles and _legend_width(ax, handles, columns) > 1.0 and columns > 1:
         columns -= 1

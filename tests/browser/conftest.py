@@ -10,12 +10,11 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Playwright, ViewportSize, sync_playwright
+from playwright.sync_api import Browser, Playwright, sync_playwright
 
-from tests.browser.pages import Notebook
+from tests.browser.pages import SIZES, Notebook
 from tests.browser.server import Server
 
-SIZE = ViewportSize(width=1280, height=900)
 OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage"]  # it runs in containers, too
 
 Open = Callable[..., Notebook]
@@ -31,14 +30,14 @@ def chromium() -> str:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A JupyterLab server on a free port of this machine."""
+    """A JupyterLab server on a free port of this machine, for all tests in a browser."""
     with Server(tmp_path_factory.mktemp("lab")) as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def playwright(chromium: str) -> Iterator[Playwright]:
     """The driver of browsers; it downloads nothing."""
     with sync_playwright() as playwright:
@@ -56,7 +55,7 @@ def browser(chromium: str, playwright: Playwright) -> Iterator[Browser]:
 @pytest.fixture
 def open_notebook(browser: Browser, server: Server) -> Iterator[Open]:
     """Opens notebooks, each in a tab; in the end no page may have had an error."""
-    context = browser.new_context(viewport=SIZE)
+    context = browser.new_context(viewport=SIZES["usual"])
     opened: list[Notebook] = []
 
     def open_notebook(path: str) -> Notebook:

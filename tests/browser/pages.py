@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import BrowserContext, ConsoleMessage, Error, Locator, Page, expect
+from playwright.sync_api import (
+    BrowserContext,
+    ConsoleMessage,
+    Error,
+    Locator,
+    Page,
+    ViewportSize,
+    expect,
+)
 
 from tests.browser.server import ROOT, Server
 
@@ -28,6 +36,20 @@ _RAN = """number =>
 _ALL_RAN = """() => jupyterapp.shell.currentWidget.content.widgets
     .filter(cell => cell.model.type === 'code')
     .every(cell => cell.model.executionCount !== null)"""
+
+SIZES = {  # of windows; at 200 %, a window of the usual size has half as many pixels of CSS
+    "usual": ViewportSize(width=1280, height=900),
+    "narrow": ViewportSize(width=700, height=900),
+    "200_percent": ViewportSize(width=640, height=450),
+}
+# Elements of outputs that clip what they hold, and pictures that are wider than their output.
+_CUT_OFF = """() => [...document.querySelectorAll('.jp-OutputArea-output')].flatMap(output => {
+    const edge = output.getBoundingClientRect().right + 1;
+    const clips = e => e === output || getComputedStyle(e).overflowX !== 'visible';
+    return [output, ...output.querySelectorAll('*')].filter(e => e.tagName === 'IMG'
+        ? e.getBoundingClientRect().right > edge
+        : clips(e) && !e.closest('.noUi-target') && e.scrollWidth > e.clientWidth + 1);
+}).map(e => `${e.tagName} ${e.className}: ${e.textContent.slice(0, 80)}`)"""
 
 
 class Notebook:
@@ -106,7 +128,28 @@ class Notebook:
         (number,) = (n for n, cell in enumerate(self.cells()) if text in cell["source"])
         return number
 
+    def resize(self, name: str) -> None:
+        """Make the window another size; in the smallest, without the list of files beside it."""
+        self.page.set_viewport_size(SIZES[name])
+        files = self.page.locator("#filebrowser")
+        if name == "200_percent" and files.is_visible():
+            self.page.keyboard.press("Control+b")
+            expect(files).not_to_be_visible()
+
+    def cut_off(self) -> list[str]:
+        """What of the outputs on the page does not fit into its place."""
+        found: list[str] = self.page.evaluate(_CUT_OFF)
+        return found
+
     def picture(self, name: str) -> None:
         """Store what is on the screen."""
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+    def add_first(self, source: str) -> None:
+        """Put a code cell before all others."""
+        self.page.evaluate(
+            """source => jupyterapp.shell.currentWidget.model.sharedModel.insertCell(
+                0, {cell_type: 'code', source, metadata: {}})""",
+            source,
+        )

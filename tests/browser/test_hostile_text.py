@@ -77,3 +77,8 @@ def test_no_text_becomes_part_of_the_page(open_notebook: Open, server: Server) -
             assert not output.locator("img[src=x], script").count()
         notebook.picture(f"hostile_{number}")
     assert notebook.page.evaluate("window.hacked") is None
+    notebook.resize("200_percent")
+    for number in range(len(cells)):
+        notebook.show(number)
+        assert notebook.cut_off() == []
+        notebook.picture(f"hostile_{number}_200_percent")

@@ -11,7 +11,8 @@ def test_run_all_of_the_first_lesson(open_notebook: Open) -> None:
     notebook.start_all()
     notebook.wait_for_all()
     assert_failed_as_meant(notebook)
-    picture = notebook.show(notebook.find("plots.timeline")).locator("img")
+    cell = notebook.show(notebook.find("plots.timeline"))
+    picture = cell.get_by_role("img", name="One slow rank, three that wait in all_reduce")
     assert picture.evaluate("async img => { await img.decode(); return img.naturalWidth }") > 0
     notebook.picture("lesson_00")
 

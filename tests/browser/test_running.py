@@ -7,7 +7,7 @@ import time
 from playwright.sync_api import Locator, expect
 
 from tests.browser.conftest import Open
-from tests.browser.pages import Notebook
+from tests.browser.pages import SIZES, Notebook
 from tests.browser.server import Server
 from tests.kernels import gone, wait_for_workers
 
@@ -34,7 +34,7 @@ LONG = """
 
 
     def work(rank, go_on):
-        print("waiting for the word", flush=True)
+        print("waiting for the word", "that takes its time" * 5, flush=True)
         while not pathlib.Path(go_on).exists():
             time.sleep(0.02)
 
@@ -51,6 +51,10 @@ def test_a_long_run_shows_what_its_ranks_do(open_notebook: Open, server: Server)
     panel = wait_for_panel(notebook, 3, "waiting for the word")
     assert panel.locator("td:has-text('running')").count() == 3
     notebook.picture("panel")
+    for name in SIZES:
+        notebook.resize(name)
+        assert notebook.cut_off() == [], name
+    notebook.picture("panel_200_percent")
     (server.root / "go on").touch()
     notebook.wait_for_all()
     expect(panel).to_have_count(0)

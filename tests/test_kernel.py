@@ -270,32 +270,6 @@ def test_import_warms_the_forkserver() -> None:
         assert cell.stdout == "False\n"
 
 
-PICTURE = """
-    from ddp_lessons import plots
-    ax = plots.timeline(launch(lambda rank: rank), title='one <"two">')
-    ax.figure.axes
-"""
-
-
-def test_a_picture_has_its_title_as_its_text(kernel: Kernel) -> None:
-    kernel.run("import os; os.environ['DDP_LESSONS_LIVE'] = '1'")
-    *_, live = kernel.run(PICTURE).displays  # the first launch may take long enough for a panel
-    assert live["text/html"].startswith('<img alt="one &lt;&quot;two&quot;&gt;" src="data:image')
-    assert live["image/png"].strip() in live["text/html"]
-
-
-def test_a_stored_picture_has_no_html(kernel: Kernel) -> None:
-    kernel.run("import os; os.environ['DDP_LESSONS_LIVE'] = '0'")
-    (stored,) = kernel.run(PICTURE).displays
-    assert set(stored) == {"image/png", "text/plain"}
-
-
-def test_pictures_of_others_are_shown_as_ever(kernel: Kernel) -> None:
-    kernel.run(PICTURE)
-    cell = kernel.run("import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.title('mine');")
-    assert set(cell.displays[0]) == {"image/png", "text/plain"}
-
-
 def test_live_panel_of_a_longer_run(kernel: Kernel) -> None:
     code = """
         import time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from playwright.sync_api import (
     Error,
     Locator,
     Page,
+    TimeoutError,
     ViewportSize,
     expect,
 )
@@ -42,6 +44,8 @@ SIZES = {  # of windows; at 200 %, a window of the usual size has half as many p
     "narrow": ViewportSize(width=700, height=900),
     "200_percent": ViewportSize(width=640, height=450),
 }
+_INSIDE = """() => jupyterapp.shell.currentWidget.node.getBoundingClientRect().right
+    <= window.innerWidth"""
 # Elements of outputs that clip what they hold, and pictures that are wider than their output.
 _CUT_OFF = """() => [...document.querySelectorAll('.jp-OutputArea-output')].flatMap(output => {
     const edge = output.getBoundingClientRect().right + 1;
@@ -72,10 +76,6 @@ class Notebook:
         if message.type == "error":
             self.errors.append(f"{message.text} {message.location.get('url', '')}")
 
-    def command(self, name: str) -> None:
-        """Begin one of JupyterLab's commands; do not wait for its end."""
-        self.page.evaluate("name => { jupyterapp.commands.execute(name) }", name)
-
     def menu(self, menu: str, entry: str) -> None:
         """Click an entry of the menu bar."""
         self.page.get_by_role("menubar").get_by_text(menu, exact=True).click()
@@ -86,9 +86,13 @@ class Notebook:
         self.show(number)
         self.menu("Run", "Run Selected Cell and Do not Advance")
 
+    def forget(self) -> None:
+        """Clear the stored outputs, and with them the numbers that say that a cell has run."""
+        self.menu("Edit", "Clear Outputs of All Cells")
+
     def start_all(self) -> None:
         """Forget the stored outputs, and run all cells."""
-        self.menu("Edit", "Clear Outputs of All Cells")
+        self.forget()
         self.menu("Run", "Run All Cells")
 
     def wait_for(self, number: int) -> None:
@@ -135,11 +139,19 @@ class Notebook:
         if name == "200_percent" and files.is_visible():
             self.page.keyboard.press("Control+b")
             expect(files).not_to_be_visible()
+        self.page.wait_for_function(_INSIDE)
 
-    def cut_off(self) -> list[str]:
-        """What of the outputs on the page does not fit into its place."""
-        found: list[str] = self.page.evaluate(_CUT_OFF)
-        return found
+    def check_that_all_fits(self) -> None:
+        """Nothing of the outputs on the page is cut off, as soon as all is laid out."""
+        with contextlib.suppress(TimeoutError):
+            self.page.wait_for_function(f"() => !({_CUT_OFF})().length", timeout=CLICK)
+        assert self.page.evaluate(_CUT_OFF) == []
+
+    def wait_for_panel(self, number: int, ranks: int, text: str) -> Locator:
+        """The panel of a run in a cell, once each of its ranks has printed the text."""
+        panel = self.cell(number).locator(".jp-OutputArea-output table")
+        expect(panel.locator("tr", has_text=text)).to_have_count(ranks, timeout=READY)
+        return panel
 
     def picture(self, name: str) -> None:
         """Store what is on the screen."""

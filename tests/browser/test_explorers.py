@@ -29,6 +29,7 @@ IMPORTS = "import torch.distributed as dist\nfrom torch.utils.data import Distri
 
 def test_a_key_moves_a_slider_and_real_ranks_draw_anew(open_notebook: Open) -> None:
     notebook = open_notebook("05_distributed_sampler.ipynb")
+    notebook.forget()
     notebook.add_first(IMPORTS)
     for number in (0, *(notebook.find(text) for text in ("def knobs", "explore(knobs)"))):
         notebook.run(number)
@@ -68,4 +69,4 @@ def test_every_control_has_a_name_and_nothing_is_cut_off(
         notebook.resize(name)
         notebook.show(0)
         notebook.picture(f"explorers_{name}")
-        assert notebook.cut_off() == [], name
+        notebook.check_that_all_fits()

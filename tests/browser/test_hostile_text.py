@@ -6,7 +6,6 @@ from playwright.sync_api import expect
 
 from tests.browser.conftest import Open
 from tests.browser.server import Server
-from tests.browser.test_running import wait_for_panel
 
 IMAGE = "<img src=x onerror=window.hacked=1>"
 SCRIPT = "<script>window.hacked=2</script>"
@@ -27,7 +26,7 @@ SETUP = f"""
 
 
     say.__name__ = "say {IMAGE}"
-    run = launch(say, args=("go on",))
+    run = launch(say, args=("go on, hostile",))
     run
 """
 PICTURE = "plots.timeline(run);"
@@ -60,10 +59,10 @@ def test_no_text_becomes_part_of_the_page(open_notebook: Open, server: Server) -
     cells = [SETUP, PICTURE, FAILURE, ANSWER, WRONG_ANSWER, EXPLORER]
     notebook = open_notebook(server.write("hostile", *cells))
     notebook.run(0)
-    panel = wait_for_panel(notebook, 2, IMAGE)
+    panel = notebook.wait_for_panel(0, ranks=2, text=IMAGE)
     expect(panel).to_contain_text(SCRIPT)
     notebook.picture("hostile_panel")
-    (server.root / "go on").touch()
+    (server.root / "go on, hostile").touch()
     notebook.wait_for(0)
     for number in range(1, len(cells)):
         notebook.run(number)
@@ -80,5 +79,5 @@ def test_no_text_becomes_part_of_the_page(open_notebook: Open, server: Server) -
     notebook.resize("200_percent")
     for number in range(len(cells)):
         notebook.show(number)
-        assert notebook.cut_off() == []
+        notebook.check_that_all_fits()
         notebook.picture(f"hostile_{number}_200_percent")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from playwright.sync_api import Locator, expect
+from playwright.sync_api import expect
 
 from tests.browser.conftest import Open
-from tests.browser.pages import SIZES, Notebook
+from tests.browser.pages import SIZES
 from tests.browser.server import Server
 from tests.kernels import gone, wait_for_workers
 
@@ -39,7 +39,7 @@ LONG = """
             time.sleep(0.02)
 
 
-    launch(work, args=("go on",), nprocs=3);
+    launch(work, args=("go on, long run",), nprocs=3);
 """
 AFTER = "print(launch(lambda rank: rank).values)"
 PROMISED = 5.0  # seconds from Stop to the explanation; the ladder of signals takes 2.5 of them
@@ -48,14 +48,14 @@ PROMISED = 5.0  # seconds from Stop to the explanation; the ladder of signals ta
 def test_a_long_run_shows_what_its_ranks_do(open_notebook: Open, server: Server) -> None:
     notebook = open_notebook(server.write("long", LONG))
     notebook.start_all()
-    panel = wait_for_panel(notebook, 3, "waiting for the word")
+    panel = notebook.wait_for_panel(0, ranks=3, text="waiting for the word")
     assert panel.locator("td:has-text('running')").count() == 3
     notebook.picture("panel")
     for name in SIZES:
         notebook.resize(name)
-        assert notebook.cut_off() == [], name
+        notebook.check_that_all_fits()
     notebook.picture("panel_200_percent")
-    (server.root / "go on").touch()
+    (server.root / "go on, long run").touch()
     notebook.wait_for_all()
     expect(panel).to_have_count(0)
     expect(notebook.show(0)).to_contain_text("[rank 2] waiting for the word")
@@ -65,7 +65,7 @@ def test_a_long_run_shows_what_its_ranks_do(open_notebook: Open, server: Server)
 def test_the_stop_button_explains_and_leaves_no_rank(open_notebook: Open, server: Server) -> None:
     notebook = open_notebook(server.write("hang", HANG, AFTER))
     notebook.start_all()
-    wait_for_panel(notebook, 3, "joined")
+    notebook.wait_for_panel(0, ranks=3, text="joined")
     (kernel,) = server.kernels().values()
     ranks = wait_for_workers(kernel, 3)
     began = time.monotonic()
@@ -85,7 +85,7 @@ def test_a_restart_in_the_middle_of_a_run_leaves_no_rank(
 ) -> None:
     notebook = open_notebook(server.write("restart", HANG))
     notebook.start_all()
-    wait_for_panel(notebook, 3, "joined")
+    notebook.wait_for_panel(0, ranks=3, text="joined")
     (kernel,) = server.kernels().values()
     ranks = wait_for_workers(kernel, 3)
     family = kernel.children(recursive=True)
@@ -93,10 +93,3 @@ def test_a_restart_in_the_middle_of_a_run_leaves_no_rank(
     notebook.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
     assert gone([*ranks, *family], seconds=20)
     notebook.picture("restart")
-
-
-def wait_for_panel(notebook: Notebook, ranks: int, text: str) -> Locator:
-    """The panel of a run, once each of its ranks has printed the text."""
-    panel = notebook.cell(0).locator(".jp-OutputArea-output table")
-    expect(panel.locator(f"tr:has-text('{text}')")).to_have_count(ranks, timeout=60_000)
-    return panel

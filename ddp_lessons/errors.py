@@ -45,6 +45,12 @@ class LaunchError(Exception):
         return [f"{_BOLD}{_RED}{type(self).__name__}{_RESET}{_BOLD}: {first}{_RESET}", *rest]
 
 
+def show_without_frames(error: BaseException) -> None:
+    """Have a notebook show only the name of an error, of which everything has been said."""
+    lines = [f"{_BOLD}{_RED}{type(error).__name__}{_RESET}"]
+    error._render_traceback_ = lambda: lines  # type: ignore[attr-defined]
+
+
 class BadLaunch(LaunchError):
     """The arguments of launch() make no sense; says which one, and what would do."""
 

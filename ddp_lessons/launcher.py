@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_lessons import capacity, recording, stacks, task, warm
 from ddp_lessons.crew import Crew, Local
-from ddp_lessons.errors import BadLaunch
+from ddp_lessons.errors import BadLaunch, show_without_frames
 from ddp_lessons.interrupts import deferred_interrupt
 from ddp_lessons.live import Panel
 from ddp_lessons.messages import ErrorRecord, Raised, Returned, Span, Unsendable
@@ -147,6 +147,7 @@ def _carry_out(
             run = _record(packed.name, crew, interrupted=True)
             if isinstance(error, KeyboardInterrupt):
                 _show_interrupted(run)
+                show_without_frames(error)
             raise
         crew.end()
         run = _record(packed.name, crew, hung_after=hung_after)

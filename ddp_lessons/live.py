@@ -8,17 +8,19 @@ which is set when notebooks are stored or tested: there a panel would only be no
 from __future__ import annotations
 
 import html
-import os
+import re
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
-from ddp_lessons.warm import in_kernel
+from ddp_lessons.warm import is_live
 from ddp_lessons.workers import Worker
 
 FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
+MOST = 120  # characters of a line
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, of which HTML knows nothing
 hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
@@ -29,8 +31,7 @@ class Panel:
         self._workers = workers
         self._due = time.monotonic() + FIRST_AFTER
         self._handle: Any = None
-        wanted = os.environ.get("DDP_LESSONS_LIVE", "1") != "0" and not hidden.get()
-        self._on = in_kernel() and wanted
+        self._on = is_live() and not hidden.get()
 
     def __enter__(self) -> Panel:
         return self
@@ -62,12 +63,17 @@ class Panel:
 
 def _table(workers: Sequence[Worker]) -> str:
     rows = "".join(
-        f"<tr><td>rank {worker.rank}</td><td>{_state(worker)}</td><td style='text-align:left'>"
-        f"<code>{html.escape(worker.output.last_line()[:120])}</code></td></tr>"
+        f"<tr><td style='white-space:nowrap'>rank {worker.rank}</td>"
+        f"<td style='white-space:nowrap'>{_state(worker)}</td><td style='text-align:left'>"
+        f"<code style='overflow-wrap:anywhere'>{html.escape(_last_line(worker))}</code></td></tr>"
         for worker in workers[:16]
     )
     more = f"<tr><td colspan=3>and {len(workers) - 16} more</td></tr>" if len(workers) > 16 else ""
     return f"<table>{rows}{more}</table>"
+
+
+def _last_line(worker: Worker) -> str:
+    return _ANSI.sub("", worker.output.last_line())[:MOST]
 
 
 def _state(worker: Worker) -> str:

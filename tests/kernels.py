@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 import time
@@ -59,9 +60,13 @@ class Kernel:
     def pid(self) -> int:
         return int(self.manager.provisioner.pid)
 
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(self.pid)
+
     def children(self) -> list[psutil.Process]:
         """Every process below the kernel."""
-        found: list[psutil.Process] = psutil.Process(self.pid).children(recursive=True)
+        found: list[psutil.Process] = self.process.children(recursive=True)
         return found
 
     def start(self, code: str) -> str:
@@ -104,3 +109,33 @@ class Kernel:
                 cell.updates.append(content["data"])
             case "display_data":
                 cell.displays.append(content["data"])
+
+
+def wait_for_workers(kernel: psutil.Process, count: int) -> list[psutil.Process]:
+    """The worker processes, once they are there: those that lead a session of their own."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        leaders = [p for p in kernel.children(recursive=True) if _is_worker(p)]
+        if len(leaders) >= count:
+            return leaders
+        time.sleep(0.02)
+    raise AssertionError("the workers did not start")
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        command = " ".join(process.cmdline())
+        leads = os.getsid(process.pid) == process.pid
+        return (
+            leads
+            and "forkserver" in command
+            and "forkserver" in " ".join(process.parent().cmdline())
+        )
+    except (psutil.Error, ProcessLookupError, AttributeError):
+        return False
+
+
+def gone(processes: list[psutil.Process], seconds: float = 1.0) -> bool:
+    """Whether all of them end within so many seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return all(p.status() == psutil.STATUS_ZOMBIE for p in alive)

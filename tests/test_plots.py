@@ -282,6 +282,16 @@ def test_names_are_written_where_they_fit() -> None:
     assert not any("loss" in text for text in texts)
 
 
+def test_names_and_titles_are_never_taken_for_formulas() -> None:
+    name = r"$\frac$ costs $5"
+    second = 1_000_000_000
+    run = made_up(1, [Span(0, "main", "compute", name, second + 10_000_000, second + 90_000_000)])
+    ax: Any = plots.timeline(run, title=name)
+    ax.figure.savefig(io.BytesIO())
+    assert name in [text.get_text() for text in ax.get_legend().get_texts()]
+    assert ax.get_title(loc="left") == name
+
+
 def test_a_failed_run() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

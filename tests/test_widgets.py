@@ -351,7 +351,8 @@ def pictures_until(kernel: Kernel, alt: str, timeout: float = 60.0) -> list[str]
     return texts
 
 
-def shown_in(kernel: Kernel) -> tuple[Cell, str]:
+def shown_in(kernel: Kernel, live: str = "0") -> tuple[Cell, str]:
+    kernel.run(f"import os; os.environ['DDP_LESSONS_LIVE'] = '{live}'")
     cell = kernel.run(SETUP)
     assert not cell.error, cell.error
     return cell, kernel.run("print(explorer.controls['rank0'].model_id)").stdout.strip()
@@ -365,7 +366,16 @@ def test_in_a_notebook_the_picture_is_a_display_of_its_own(kernel: Kernel) -> No
     assert controls["text/plain"] == f"Controls, in a running notebook: {labels}"
     assert picture["text/plain"] == "Rank 3 comes last; the others wait for it"
     assert "image/png" in picture
+    assert "text/html" not in picture
     assert not cell.result
+
+
+def test_where_somebody_looks_the_controls_and_the_picture_have_names(kernel: Kernel) -> None:
+    cell, _ = shown_in(kernel, live="1")
+    _, names, picture = cell.displays
+    assert "aria-label" in names["application/javascript"]
+    assert '<img alt="Rank 3 comes last; the others wait for it"' in picture["text/html"]
+    assert picture["image/png"]
 
 
 @pytest.mark.parametrize("threaded", [False, True])

@@ -68,8 +68,8 @@ def bandwidth(run: Run, *, title: str | None = None, ax: Axes | None = None) -> 
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     ax.grid(alpha=0.3)
+    style.head(ax, title or _finding(links), [])
     ax.legend(fontsize=FONT, frameon=False, loc="upper left")
-    ax.set_title(title or _finding(links), loc="left", fontsize=11)
     return ax
 
 

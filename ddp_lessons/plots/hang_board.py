@@ -95,7 +95,9 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
             if cell is not None:
                 _draw(ax, x, y, cell)
         note = textwrap.shorten(row.note, NOTE, placeholder="…")
-        ax.text(len(shown) + 0.12, y, note, va="center", fontsize=FONT, family="monospace")
+        # Without parse_math, as a line of the learner's code may have two dollar signs.
+        look: dict[str, Any] = {"family": "monospace", "fontsize": FONT, "parse_math": False}
+        ax.text(len(shown) + 0.12, y, note, va="center", **look)
     _label(ax, rows, shown, len(columns) - len(shown))
     used = {look for row in rows for cell in row.cells if cell for look in cell.looks}
     legend = [Patch(**look, label=text) for key, (text, look) in LABELS.items() if key in used]

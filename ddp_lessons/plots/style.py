@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib.pyplot as plt
 from matplotlib.text import Text
 
+from ddp_lessons.plots import shown
 from ddp_lessons.wording import exit_name
 
 if TYPE_CHECKING:
@@ -92,13 +93,14 @@ def bytes_text(nbytes: float) -> str:
 
 def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
     """Write the title, and under it the legend, in as few rows as it needs."""
+    shown.offer()
     columns = MOST_COLUMNS
     while handles and _legend_width(ax, handles, columns) > 1.0 and columns > 1:
         columns -= 1
     rows = -(-len(handles) // columns)
     if rows > 1:
         _legend_width(ax, handles, -(-len(handles) // rows))  # all rows about as long
-    ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows)
+    ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows, parse_math=False)
 
 
 def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> float:
@@ -114,6 +116,8 @@ def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> 
         handlelength=1.4,
         columnspacing=1.2,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a span may have any name
     legend.set_in_layout(False)  # it may reach over the axes beside it
     room = ax.figure.bbox.x1 - ax.get_window_extent().x0
     return float(legend.get_window_extent().width / room)
@@ -180,7 +184,7 @@ class FittingText(Text):
     ) -> None:
         left, right = interval
         middle = (left + right) / 2
-        look = {"ha": "center", "va": "center", "clip_on": True, **look}
+        look = {"ha": "center", "va": "center", "clip_on": True, "parse_math": False, **look}
         super().__init__(middle, y, "", fontsize=size, **look)
         self._texts, self._width, self._size, self._in = texts, right - left, size, ax
         self._choose()

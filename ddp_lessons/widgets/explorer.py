@@ -22,6 +22,8 @@ from IPython.display import display
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.launcher import launch
 from ddp_lessons.live import hidden
+from ddp_lessons.plots import shown
+from ddp_lessons.warm import is_live
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +32,19 @@ if TYPE_CHECKING:
 
 SOON = 0.03  # seconds in which further moves of a control are taken together
 TIMEOUT = 10.0  # seconds without progress: nobody watches a slider longer
-LABEL = {"description_width": "7em"}
-LAYOUT = {"width": "26em"}
+LABEL = {"description_width": "10em"}
+LAYOUT = {"width": "29em", "max_width": "98%"}
+# ipywidgets 8 gives the handle of a slider no name that a screen reader could say. This does, as
+# soon as its output is on the page, for the sliders that come into the same cell.
+NAMES = """if (element instanceof Node) new ResizeObserver((_, observer) => {
+    observer.disconnect();
+    const cell = element.closest(".jp-OutputArea") ?? document.body;
+    const name = () => cell.querySelectorAll(".widget-slider").forEach(slider =>
+        slider.querySelector("[role=slider]")?.setAttribute(
+            "aria-label", slider.querySelector("label").textContent));
+    new MutationObserver(name).observe(cell, {childList: true, subtree: true});
+    name();
+}).observe(element);"""
 MOST_ERROR = 1500  # characters shown of a failure
 
 
@@ -87,6 +100,8 @@ class Explorer:
         # Else readers without a kernel, as on a web page, would see the widget's Python text.
         text = {"text/plain": f"Controls, in a running notebook: {labels}"}
         display({**self.panel._repr_mimebundle_(), **text}, raw=True)
+        if is_live():
+            display({"application/javascript": NAMES, "text/plain": ""}, raw=True)
         self.redraw()
         if self._picture is None:  # a later one must have its place in this cell
             self._picture = display({"text/plain": ""}, raw=True, display_id=True)
@@ -131,9 +146,11 @@ class Explorer:
 
     def _show(self, ax: Axes) -> None:
         png = base64.b64encode(print_figure(ax.figure)).decode()
-        alt = "; ".join(filter(None, (axes.get_title("left") for axes in ax.figure.axes)))
+        alt = shown.text(ax.figure)
         plt.close(ax.figure)
         data = {"image/png": png, "text/plain": alt}
+        if is_live():
+            data["text/html"] = shown.image(png, alt)
         metadata = {"image/png": {"alt": alt}}
         if self._picture is None:
             self._picture = display(data, metadata=metadata, raw=True, display_id=True)
@@ -155,7 +172,7 @@ def run_ranks(
 def whole(label: str, value: int, low: int, high: int, step: int = 1) -> ipywidgets.IntSlider:
     """A slider for whole numbers."""
     return ipywidgets.IntSlider(
-        value, low, high, step, description=label, style=LABEL, layout=LAYOUT
+        value, low, high, step, description=label, tooltip=label, style=LABEL, layout=LAYOUT
     )
 
 

@@ -1,0 +1,35 @@
+"""Lessons in JupyterLab: Run All, and look at it."""
+
+from __future__ import annotations
+
+from tests.browser.conftest import Open
+from tests.browser.pages import Notebook
+
+
+def test_run_all_of_the_first_lesson(open_notebook: Open) -> None:
+    notebook = open_notebook("00_start_here.ipynb")
+    notebook.start_all()
+    notebook.wait_for_all()
+    assert_failed_as_meant(notebook)
+    cell = notebook.show(notebook.find("plots.timeline"))
+    picture = cell.get_by_role("img", name="One slow rank, three that wait in all_reduce")
+    assert picture.evaluate("async img => { await img.decode(); return img.naturalWidth }") > 0
+    notebook.picture("lesson_00")
+
+
+def test_two_lessons_run_side_by_side(open_notebook: Open) -> None:
+    notebooks = [open_notebook(name) for name in ("00_start_here.ipynb", "03_collectives.ipynb")]
+    for notebook in notebooks:
+        notebook.start_all()
+    for notebook in notebooks:
+        notebook.wait_for_all()
+        assert_failed_as_meant(notebook)
+        notebook.picture(f"side_by_side_{notebook.name}")
+
+
+def assert_failed_as_meant(notebook: Notebook) -> None:
+    """Every cell ran; those that are meant to fail did, and no others."""
+    for cell in notebook.cells():
+        assert (cell["kind"] == "code") == (cell["count"] is not None)
+        failed = any(output["output_type"] == "error" for output in cell["outputs"])
+        assert failed == ("raises-exception" in cell["tags"]), cell["source"]

@@ -1,0 +1,95 @@
+"""A cell that runs ranks in JupyterLab: seen meanwhile, stopped, restarted; and never believed."""
+
+from __future__ import annotations
+
+import time
+
+from playwright.sync_api import expect
+
+from tests.browser.conftest import Open
+from tests.browser.pages import SIZES
+from tests.browser.server import Server
+from tests.kernels import gone, wait_for_workers
+
+HANG = """
+    import time
+    import torch.distributed as dist
+    from ddp_lessons import launch
+
+
+    def work(rank):
+        dist.init_process_group("gloo")
+        print("joined", flush=True)
+        if rank == 0:
+            dist.barrier()
+        time.sleep(600)
+
+
+    launch(work, nprocs=3, timeout=600)
+"""
+LONG = """
+    import pathlib
+    import time
+    from ddp_lessons import launch
+
+
+    def work(rank, go_on):
+        print("waiting for the word", "that takes its time" * 5, flush=True)
+        while not pathlib.Path(go_on).exists():
+            time.sleep(0.02)
+
+
+    launch(work, args=("go on, long run",), nprocs=3);
+"""
+AFTER = "print(launch(lambda rank: rank).values)"
+PROMISED = 5.0  # seconds from Stop to the explanation; the ladder of signals takes 2.5 of them
+
+
+def test_a_long_run_shows_what_its_ranks_do(open_notebook: Open, server: Server) -> None:
+    notebook = open_notebook(server.write("long", LONG))
+    notebook.start_all()
+    panel = notebook.wait_for_panel(0, ranks=3, text="waiting for the word")
+    assert panel.locator("td:has-text('running')").count() == 3
+    notebook.picture("panel")
+    for name in SIZES:
+        notebook.resize(name)
+        notebook.check_that_all_fits()
+    notebook.picture("panel_200_percent")
+    (server.root / "go on, long run").touch()
+    notebook.wait_for_all()
+    expect(panel).to_have_count(0)
+    expect(notebook.show(0)).to_contain_text("[rank 2] waiting for the word")
+    notebook.picture("panel_gone")
+
+
+def test_the_stop_button_explains_and_leaves_no_rank(open_notebook: Open, server: Server) -> None:
+    notebook = open_notebook(server.write("hang", HANG, AFTER))
+    notebook.start_all()
+    notebook.wait_for_panel(0, ranks=3, text="joined")
+    (kernel,) = server.kernels().values()
+    ranks = wait_for_workers(kernel, 3)
+    began = time.monotonic()
+    notebook.page.get_by_role("button", name="Interrupt the kernel").click()
+    cell = notebook.cell(0)
+    expect(cell).to_contain_text("rank 0 stopped, waiting in barrier")
+    expect(cell).to_contain_text("KeyboardInterrupt")
+    assert time.monotonic() - began < PROMISED
+    assert gone(ranks)
+    notebook.picture("stop")
+    notebook.run(1)
+    expect(notebook.cell(1)).to_contain_text("[0, 1]")
+
+
+def test_a_restart_in_the_middle_of_a_run_leaves_no_rank(
+    open_notebook: Open, server: Server
+) -> None:
+    notebook = open_notebook(server.write("restart", HANG))
+    notebook.start_all()
+    notebook.wait_for_panel(0, ranks=3, text="joined")
+    (kernel,) = server.kernels().values()
+    ranks = wait_for_workers(kernel, 3)
+    family = kernel.children(recursive=True)
+    notebook.menu("Kernel", "Restart Kernel…")
+    notebook.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
+    assert gone([*ranks, *family], seconds=20)
+    notebook.picture("restart")

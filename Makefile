@@ -5,7 +5,7 @@ BIN := .venv/bin
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb $(wildcard notebooks/solutions/*.ipynb)
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks docs bench faults kills setup
+.PHONY: help lessons test check tests nbval notebooks docs bench faults kills room setup
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
@@ -14,6 +14,7 @@ help:
 	@echo "make docs       build the web site of the lessons: build/docs/index.html"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
 	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
+	@echo "make room       run each lesson as on Binder, on one core: seconds and memory (some minutes)"
 	@echo "make kills      kill agents and engines at random: is each named? (some minutes)"
 
 setup:
@@ -51,6 +52,9 @@ bench: setup
 kills: setup
 	$(BIN)/python -m tests.benchmarks.agents --runs 20
 	$(BIN)/python -m tests.benchmarks.engines
+
+room: setup
+	$(BIN)/python -m tests.benchmarks.binder
 
 faults: setup
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"

@@ -81,6 +81,7 @@ class Confined:
         *,
         env: Mapping[str, str] | None = None,
         stdout: IO[str] | int = subprocess.PIPE,
+        stderr: int = subprocess.STDOUT,
     ) -> subprocess.Popen[str]:
         """A program in the group, with all that it will start."""
         enter = f'echo $$ > "{self._group}/cgroup.procs" && exec "$@"'
@@ -88,7 +89,7 @@ class Confined:
             ["sh", "-c", enter, "sh", *command],
             env=env,
             stdout=stdout,
-            stderr=subprocess.STDOUT,
+            stderr=stderr,
             text=True,
         )
 

@@ -1,88 +1,151 @@
-"""A real Jupyter server, and the lessons run in its kernels, cell by cell, as Run All does."""
+"""A real JupyterLab server as a learner starts it, with a home of its own; lessons run in it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import signal
+import os
 import subprocess
+import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import nbformat
 from jupyter_client.blocking import BlockingKernelClient
 
 from tests.kernels import ANSI
 
-PATIENCE = 60.0  # seconds
-Start = Callable[..., subprocess.Popen[str]]
-OPTIONS = ("--no-browser", "--ServerApp.port=0", "--ServerApp.port_retries=0", "--allow-root")
+ROOT = Path(__file__).resolve().parent.parent
+LAB = (sys.executable, "-m", "jupyterlab")
+START = 60.0  # seconds that the server may take to listen
+END = 20.0  # seconds that it may take to end all kernels and itself
+OPTIONS = ("--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.port_retries=0")
 
 
 class Server:
-    """A server that has been started; `run` executes a notebook in a kernel of its own."""
+    """JupyterLab as a context manager; `address` and `token` are those that it made.
 
-    def __init__(self, process: subprocess.Popen[str], runtime: Path, log: Path) -> None:
-        self._process = process
-        self._runtime = runtime
-        self._log = log
-        self._facts = self._await_facts()
+    Parameters
+    ----------
+    folder : Path
+        Becomes its home, and holds what it logs.
+    root : Path
+        The folder that it shows.
+    command : sequence of str
+        What is started; options are added.
+    env : mapping
+        The environment, in which HOME and Jupyter's folders are replaced.
+    start : callable
+        As subprocess.Popen.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        root: Path,
+        command: Sequence[str] = LAB,
+        *,
+        env: Mapping[str, str] = os.environ,
+        start: Callable[..., subprocess.Popen[str]] = subprocess.Popen,
+    ) -> None:
+        self.root = root
+        self.address = self.token = ""
+        self._home = folder / "home"
+        self._log = folder / "server.log"
+        self._command = [*command, *OPTIONS, f"--ServerApp.root_dir={root}"]
+        self._env = {**env, **self._own_places()}
+        self._start = start
+
+    def _own_places(self) -> dict[str, str]:
+        places = {
+            "HOME": self._home,
+            "JUPYTER_CONFIG_DIR": self._home / "jupyter",
+            "JUPYTER_DATA_DIR": self._home / "data",
+            "JUPYTER_RUNTIME_DIR": self._home / "runtime",
+            "IPYTHONDIR": self._home / "ipython",
+            "TMPDIR": self._home,  # torchrun leaves folders in it
+        }
+        return {name: str(path) for name, path in places.items()}
+
+    def __enter__(self) -> Self:
+        self._home.mkdir(parents=True, exist_ok=True)
+        with self._log.open("w") as log:
+            self._process = self._start(
+                self._command, env=self._env, stdout=log, stderr=subprocess.STDOUT
+            )
+        try:
+            self.address, self.token = self._await_address()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def run(self, notebook: Path) -> float:
-        """Run all cells; how many seconds that took. Raises AssertionError for one that fails."""
-        began = time.monotonic()
-        kernel = {"name": "python3"}
-        session = self._ask(
-            "POST", "sessions", path=str(notebook), type="notebook", name="", kernel=kernel
-        )
-        try:
-            self._run_cells(notebook, session["kernel"]["id"])
-        finally:
-            self._ask("DELETE", f"sessions/{session['id']}")
-        return time.monotonic() - began
-
-    def end(self) -> None:
-        """Ask it to end, with all its kernels."""
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(timeout=PATIENCE)
-
-    def _await_facts(self) -> dict[str, Any]:
-        """What the server writes down once it listens: its address and token."""
-        deadline = time.monotonic() + PATIENCE
+    def _await_address(self) -> tuple[str, str]:
+        """What the server writes down once it is there: its address and token."""
+        deadline = time.monotonic() + START
         while time.monotonic() < deadline and self._process.poll() is None:
-            for file in self._runtime.glob("jpserver-*.json"):
+            for file in (self._home / "runtime").glob("jpserver-*.json"):
                 with contextlib.suppress(ValueError):  # half written
-                    return dict(json.loads(file.read_text()))
+                    facts = json.loads(file.read_text())
+                    return facts["url"].rstrip("/"), facts["token"]
             time.sleep(0.05)
-        self._process.kill()
-        self._process.wait(timeout=PATIENCE)
-        raise AssertionError(f"the server did not start:\n{self._log.read_text()}")
+        raise AssertionError(f"JupyterLab did not start:\n{self._log.read_text()}")
 
-    def _ask(self, method: str, path: str, /, **what: Any) -> Any:
+    def ask(self, what: str, method: str = "GET", body: Any = None) -> Any:
+        """A request to the server's own interface."""
         request = urllib.request.Request(
-            f"{self._facts['url']}api/{path}",
-            data=json.dumps(what).encode() if what else None,
-            headers={"Authorization": f"token {self._facts['token']}"},
+            f"{self.address}/api/{what}",
+            data=None if body is None else json.dumps(body).encode(),
             method=method,
+            headers={"Authorization": f"token {self.token}"},
         )
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+        with urllib.request.urlopen(request, timeout=START) as answer:
             return json.loads(answer.read() or b"null")
 
+    def run(self, notebook: str) -> float:
+        """Run all cells in a kernel of their own; how many seconds that took.
+
+        Raises AssertionError for a cell that fails.
+        """
+        began = time.monotonic()
+        body = {"path": notebook, "type": "notebook", "name": "", "kernel": {"name": "python3"}}
+        session = self.ask("sessions", "POST", body)
+        try:
+            self._run_cells(self.root / notebook, session["kernel"]["id"])
+        finally:
+            self.ask(f"sessions/{session['id']}", "DELETE")
+        return time.monotonic() - began
+
     def _run_cells(self, notebook: Path, kernel: str) -> None:
-        root = Path(self._facts["root_dir"])
-        client = BlockingKernelClient(connection_file=str(self._runtime / f"kernel-{kernel}.json"))
+        file = self._home / "runtime" / f"kernel-{kernel}.json"
+        client = BlockingKernelClient(connection_file=str(file))
         client.load_connection_file()
         client.start_channels()
         try:
-            client.wait_for_ready(timeout=PATIENCE)
-            for cell in nbformat.read(root / notebook, as_version=4).cells:
+            client.wait_for_ready(timeout=START)
+            for cell in nbformat.read(notebook, as_version=4).cells:
                 if cell.cell_type == "code":
                     _run_cell(client, cell)
         finally:
@@ -97,20 +160,3 @@ def _run_cell(client: BlockingKernelClient, cell: Any) -> None:
     fails = "raises-exception" in cell.metadata.get("tags", ())
     told = ANSI.sub("", "\n".join(content.get("traceback", [])))
     assert (content["status"] == "error") is fails, f"{cell.source}\n\n{told}"
-
-
-@contextlib.contextmanager
-def serve(
-    root: Path, home: Path, *command: str, start: Start, env: Mapping[str, str]
-) -> Iterator[Server]:
-    """A server of the files in `root`, with nothing of the user's; ended on leaving."""
-    runtime, log = home / "runtime", home / "server.log"
-    env = {**env, "HOME": str(home), "JUPYTER_RUNTIME_DIR": str(runtime)}
-    options = [*OPTIONS, f"--ServerApp.root_dir={root}"]
-    with log.open("w") as stdout:
-        process = start([*command, *options], env=env, stdout=stdout)
-    server = Server(process, runtime, log)
-    try:
-        yield server
-    finally:
-        server.end()

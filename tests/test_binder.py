@@ -9,13 +9,12 @@ import sys
 import venv
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 from tests import confined
-from tests.servers import Server, serve
+from tests.servers import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
@@ -79,13 +78,9 @@ def test_binders_steps_in_an_empty_environment(repository: Path, tmp_path: Path)
     }
     carry_out(repository, env, f"{place}/bin/pip", "install", "-r", "binder/requirements.txt")
     assert "This machine can run the lessons." in carry_out(repository, env, "binder/postBuild")
-    lab = ("binder/start", "jupyter", "lab")
-
-    def start(command: list[str], **options: Any) -> subprocess.Popen[str]:
-        return subprocess.Popen(command, cwd=repository, stderr=subprocess.STDOUT, **options)
-
-    with serve(repository, tmp_path / "home", *lab, start=start, env=env) as server:
-        server.run(Path("notebooks/00_start_here.ipynb"))
+    lab = (f"{repository}/binder/start", "jupyter", "lab")
+    with Server(tmp_path, repository, lab, env=env) as server:
+        server.run("notebooks/00_start_here.ipynb")
         assert psutil.Process(server.pid).environ()["OMP_NUM_THREADS"] == "1"
 
 
@@ -107,12 +102,7 @@ def carry_out(repository: Path, env: Mapping[str, str], *command: str) -> str:
 def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, confined.Confined]]:
     """A server that has, with all that it starts, as much memory as we allow ourselves."""
     home = tmp_path_factory.mktemp("home")
-    lab = (sys.executable, "-m", "jupyterlab")
-    env = {**os.environ, "TMPDIR": str(home)}  # torchrun leaves folders
-    with (
-        confined.Confined(ROOM) as group,
-        serve(NOTEBOOKS, home, *lab, start=group.start, env=env) as server,
-    ):
+    with confined.Confined(ROOM) as group, Server(home, NOTEBOOKS, start=group.start) as server:
         yield server, group
 
 
@@ -122,6 +112,6 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, c
 def test_a_lesson_fits(narrow: tuple[Server, confined.Confined], lesson: str) -> None:
     server, group = narrow
     group.peak = 0
-    server.run(Path(lesson))
+    server.run(lesson)
     assert group.kills == 0
     assert 0 < group.peak < ROOM

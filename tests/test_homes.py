@@ -58,7 +58,9 @@ def test_the_table_of_lessons_links_to_binder(file: str) -> None:
 
 def test_nothing_names_another_home() -> None:
     for path in (ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "CONTRIBUTING.md"):
-        for found in re.findall(r"/([\w-]+/ddp-lessons)\b", path.read_text()):
+        for found in re.findall(
+            r"(?:/gh|github\.com|/github)/([\w-]+/ddp-[\w-]+)", path.read_text()
+        ):
             assert found == PROJECT, path
 
 

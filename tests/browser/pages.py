@@ -18,7 +18,8 @@ from playwright.sync_api import (
     expect,
 )
 
-from tests.browser.server import ROOT, Server
+from tests.browser.server import Server
+from tests.servers import ROOT
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 CLICK = 20_000  # milliseconds until a click is possible

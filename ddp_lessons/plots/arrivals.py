@@ -99,7 +99,6 @@ def _mark_last(ax: Axes, late: Any) -> None:
 def _write_numbers(ax: Axes, late: Any, image: Any) -> None:
     for (rank, column), ms in np.ndenumerate(late):
         if not np.isnan(ms):
-            dark = image.norm(ms) > 0.55
             text = f"{ms:.0f}" if ms >= 9.5 else f"{ms:.1f}"
             ax.text(
                 column - 0.05,
@@ -108,5 +107,5 @@ def _write_numbers(ax: Axes, late: Any, image: Any) -> None:
                 ha="center",
                 va="center",
                 fontsize=FONT,
-                color="white" if dark else style.INK,
+                color=style.ink_on(image.cmap(image.norm(ms))),
             )

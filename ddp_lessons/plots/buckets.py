@@ -192,7 +192,8 @@ def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
     for bar in row.work:
         inner = [b.interval for b in row.work if b is not bar and _within(b, bar)]
         where = lanes.widest_gap(bar.interval, over + inner)
-        style.write(ax, [bar.name], where, top + MAIN / 2, FONT, color="white")
+        ink = style.ink_on(_look(works.index(bar.name))["facecolor"])
+        style.write(ax, [bar.name], where, top + MAIN / 2, FONT, color=ink)
     for bar in row.waiting:
         texts = [f"exposed {bar.right - bar.left:.0f} ms", f"{bar.right - bar.left:.0f} ms"]
         style.write(ax, texts, bar.interval, top + MAIN / 2, FONT, bbox=style.WAIT_LABEL)

@@ -200,7 +200,7 @@ def _draw(ax: Axes, x: int, y: int, cell: Cell) -> None:
         (x, x + 1),
         y,
         FONT - 0.5,
-        color="white" if look is SAME else style.INK,
+        color=style.ink_on(look["facecolor"]),
         bbox=box if "hatch" in look else None,
     )
 

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 0.9, 0.72  # of a rank's box
 MOST_MACHINES, MOST_RANKS = 16, 16  # drawn; ranks on a machine
 COLOURS = (style.BLUE, style.GREEN, style.ORANGE, "#F0CFE0")  # one a local rank, dark to light
-DARK = (style.BLUE, style.GREEN)
 
 
 def machines(
@@ -74,7 +73,7 @@ def _draw(ax: Axes, rank: int, machine: int, local_rank: int) -> None:
     colour = COLOURS[local_rank % len(COLOURS)]
     left, top = local_rank + (1 - WIDTH) / 2, machine - HEIGHT / 2
     ax.add_patch(Rectangle((left, top), WIDTH, HEIGHT, facecolor=colour, edgecolor=style.EDGE))
-    ink = "white" if colour in DARK else style.INK
+    ink = style.ink_on(colour)
     for text, y, size in ((f"rank {rank}", -0.1, 10), (f"local rank {local_rank}", 0.18, 8)):
         ax.text(
             local_rank + 0.5, machine + y, text, color=ink, fontsize=size, ha="center", va="center"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
 from ddp_lessons.plots import shown
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
 
     from ddp_lessons.results import RankResult, Run
 
-# Okabe and Ito's colours, told apart by the colour-blind; their grey values differ, too.
+# Okabe and Ito's colours, told apart by the colour-blind.
 BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
 PALE, EDGE, INK = "#E8E8E8", "#999999", "#222222"
-WORK = (BLUE, GREEN, PURPLE)
+WORK = (BLUE, GREEN, "#E8A8D8")  # fills; grey print would not tell purple from green
 # Waiting for another rank, or for communication, in every picture.
 WAIT_LOOK: dict[str, Any] = {
     "facecolor": "#FDE8EC",
@@ -153,6 +154,18 @@ def fitting(texts: Sequence[str], points: float, size: float) -> str:
     """The first of the texts that fits into so many points; "" if none does."""
     fits = (t for t in texts if max(map(len, t.split("\n"))) * CHARACTER * size + 4 <= points)
     return next(fits, "")
+
+
+def ink_on(fill: Any) -> str:
+    """White or dark, whichever is read better on a colour (WCAG 2.2, contrast ratio)."""
+    light = luminance(fill)
+    return "white" if 1.05 / (light + 0.05) > (light + 0.05) / (luminance(INK) + 0.05) else INK
+
+
+def luminance(colour: Any) -> float:
+    """How light a colour is, from 0 to 1 (WCAG 2.2, relative luminance)."""
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
+    return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
 
 
 def write(

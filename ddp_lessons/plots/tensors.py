@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 # One colour a rank, from dark to light, so that grey print tells them apart; beyond four, hatched.
 COLOURS = (style.BLUE, style.GREEN, style.ORANGE, "#F0CFE0")
-DARK = (style.BLUE, style.GREEN)
 HATCHES = ("", "////", "....", "xxxx")
 MIXED: dict[str, Any] = {"facecolor": "white", "edgecolor": style.EDGE, "hatch": "////"}
 MOST_CELLS = 24  # of a tensor
@@ -122,7 +121,7 @@ def _draw(ax: Axes, rank: int, left: float, row: Sequence[float], looks: Sequenc
             ha="center",
             va="center",
             fontsize=FONT,
-            color="white" if look["facecolor"] in DARK else style.INK,
+            color=style.ink_on(look["facecolor"]),
             bbox={**look, "edgecolor": "none", "hatch": "", "pad": 2} if look["hatch"] else None,
         )
 

@@ -262,7 +262,7 @@ def _write(ax: Axes, bar: Bar, where: lanes.Interval) -> None:
         where,
         top + height / 2,
         FONT if bar.side_row is None else SMALL,
-        color="white" if on_work else style.INK,
+        color=style.ink_on(bar.look["facecolor"]) if on_work else style.INK,
         bbox=None if plain else {"facecolor": "#FCE7B8", "edgecolor": "none", "pad": 1},
     )
 

@@ -84,7 +84,7 @@ def _draw(ax: Axes, rank: int, parts: dict[str, float]) -> None:
         if ms > 0:
             ax.broken_barh([(left, ms)], (rank - HEIGHT / 2, HEIGHT), **LOOKS[kind])
             text = f"{ms:.0f}" if ms >= 9.5 else f"{ms:.1f}"
-            plain = {"color": "white"} if kind == OWN else {}
+            plain = {"color": style.ink_on(LOOKS[kind]["facecolor"])}
             look = {"bbox": style.WAIT_LABEL} if kind == WAIT else plain
             style.write(ax, [text], (left, left + ms), rank, FONT, **look)
             left += ms

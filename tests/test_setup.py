@@ -1,0 +1,22 @@
+"""`make lessons`, as a newcomer types it. `make test`, which runs this, is the other command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ROOT, Server
+
+COMMAND = ("sh", "-c", f"exec make -C '{ROOT}' lessons LAB_ARGS=\"$*\"", "make-lessons")
+
+
+@pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="not set up by make")
+def test_make_lessons_opens_the_course(tmp_path: Path) -> None:
+    names = ("PATH", "TORCH_INDEX")  # with an empty home, and no cache
+    env = {name: os.environ[name] for name in names if name in os.environ}
+    with Server(tmp_path, ROOT / "notebooks", COMMAND, env=env) as server:
+        names = {file["name"] for file in server.ask("contents")["content"]}
+        assert {"00_start_here.ipynb", "solutions", "gpu.ipynb"} <= names
+        server.run("00_start_here.ipynb")

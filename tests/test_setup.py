@@ -14,9 +14,9 @@ COMMAND = ("sh", "-c", f"exec make -C '{ROOT}' lessons LAB_ARGS=\"$*\"", "make-l
 
 @pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="not set up by make")
 def test_make_lessons_opens_the_course(tmp_path: Path) -> None:
-    names = ("PATH", "TORCH_INDEX")  # with an empty home, and no cache
-    env = {name: os.environ[name] for name in names if name in os.environ}
+    kept = ("PATH", "TORCH_INDEX")  # the home is empty, and there is no cache
+    env = {name: os.environ[name] for name in kept if name in os.environ}
     with Server(tmp_path, ROOT / "notebooks", COMMAND, env=env) as server:
-        names = {file["name"] for file in server.ask("contents")["content"]}
-        assert {"00_start_here.ipynb", "solutions", "gpu.ipynb"} <= names
+        files = {file["name"] for file in server.ask("contents")["content"]}
+        assert {"00_start_here.ipynb", "solutions", "gpu.ipynb"} <= files
         server.run("00_start_here.ipynb")

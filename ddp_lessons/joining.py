@@ -50,10 +50,11 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                     recorder.host_of_rank_zero,
                 )
         function(backend, init_method, *args, **kwargs)
-        if recorder is not None and not recorder.one_clock:
-            recorder.compare_clock(clocks.against_rank_zero())
-        elif recorder is not None:
-            await_others()
+        if recorder is not None:
+            clock = None if recorder.one_clock else clocks.against_rank_zero()
+            if recorder.one_clock or clock is not None:  # else some ranks do not take part
+                await_others()
+            recorder.compare_clock(clock)
 
     return recorded(name, join)
 

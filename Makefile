@@ -35,7 +35,7 @@ tests: setup
 	$(BIN)/python -m pytest
 
 nbval: setup
-	DDP_LESSONS_LIVE=0 $(BIN)/python -m pytest $(NBVAL) $(LESSONS)
+	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.confined 1500 $(BIN)/python -m pytest $(NBVAL) $(LESSONS)
 
 notebooks: setup
 	$(BIN)/python -m tests.store_outputs $(LESSONS)

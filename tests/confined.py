@@ -1,11 +1,16 @@
 """Programs within a limit of memory, as Binder sets one: a control group of the kernel's.
 
-Needs the right to make one: `why_not()` says what is missing.
+Needs the right to make one: `why_not()` says what is missing. As a program it runs another one, if
+it can within a limit, and fails if any of its processes was ended for want of memory:
+
+    python -m tests.confined 1500 pytest ...
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -80,8 +85,8 @@ class Confined:
         command: Sequence[str],
         *,
         env: Mapping[str, str] | None = None,
-        stdout: IO[str] | int = subprocess.PIPE,
-        stderr: int = subprocess.STDOUT,
+        stdout: IO[str] | int | None = subprocess.PIPE,
+        stderr: int | None = subprocess.STDOUT,
     ) -> subprocess.Popen[str]:
         """A program in the group, with all that it will start."""
         enter = f'echo $$ > "{self._group}/cgroup.procs" && exec "$@"'
@@ -107,3 +112,20 @@ class Confined:
     def _fact(self, file: str, name: str) -> int:
         lines = (line.split() for line in (self._group / file).read_text().splitlines())
         return next(int(words[1]) for words in lines if words[0] == name)
+
+
+def main(limit: str, *command: str) -> int:
+    """Run a command with so many MB; its exit code."""
+    if reason := why_not():
+        print(f"{reason}: the limit of {limit} MB is not tried")
+        os.execvp(command[0], command)
+    with Confined(int(limit) << 20) as group:
+        code = group.start(command, stdout=None, stderr=None).wait()
+        print(
+            f"memory: {group.peak >> 20} MB at most, of {limit} MB; processes ended: {group.kills}"
+        )
+        return code or int(group.kills > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -87,7 +87,8 @@ def test_the_start_page_lists_every_lesson(site: Path) -> None:
     table = parsed(site / "index.html").select_one(".lesson-table table")
     assert table is not None
     lessons = [path.stem for path in NOTEBOOKS if re.match(r"\d\d_", str(path))]
-    assert [link["href"] for link in table.find_all("a")] == [f"{name}.html" for name in lessons]
+    pages = [f"{name}.html" for name in (*lessons, "gpu")]
+    assert [link["href"] for link in table.find_all("a")] == pages
 
 
 def test_every_internal_link_leads_to_a_page_and_a_place(site: Path) -> None:

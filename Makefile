@@ -32,7 +32,7 @@ check: setup
 	$(BIN)/mypy
 
 tests: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=25
 
 nbval: setup
 	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.confined 1500 $(BIN)/python -m pytest $(NBVAL) $(LESSONS)

@@ -57,16 +57,16 @@ def check(ranks: int, start_method: str) -> str:
     available, needs = available_memory(), NEEDS[start_method]
     if ranks * needs.usual <= available:
         return ""
-    least, free = _gigabytes(ranks * needs.least), _gigabytes(available)
+    least, free, fit = _text(ranks * needs.least), _text(available), available // needs.usual
     if ranks * needs.least > available:
         raise BadLaunch(
             f"{count(ranks, 'rank')} would take at least {least} of memory, and {free} are left. "
-            f"Launch fewer: about {max(1, available // needs.usual)} that train a small model. "
-            "Other notebooks hold memory, too: shut down the kernels that you no longer need."
+            + (f"Launch fewer: about {fit} that train a small model. " if fit else "")
+            + "Other notebooks hold memory, too: shut down the kernels that you no longer need."
         )
     return (
         f"Notice: {count(ranks, 'rank')} will take {least} of memory, more if they train, and "
-        f"{free} are left. Should it run out, launch about {max(1, available // needs.usual)}."
+        f"{free} are left. Should it run out, launch {f'about {fit}' if fit else 'one'}."
     )
 
 
@@ -104,5 +104,5 @@ def _cache(file: Path, name: str) -> int:
     return next((int(words[1]) for words in lines if words[0] == name), 0)
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 2**30:.1f} GB"
+def _text(size: int) -> str:
+    return f"{size / 2**20:.0f} MB" if size < 2**30 else f"{size / 2**30:.1f} GB"

@@ -32,10 +32,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong; exit code 2."""
-        if message.startswith("unrecognized arguments: -"):
-            message += (
-                "\nOptions of JupyterLab go after --, as in: ddp-lessons open 7 -- --port 8889"
-            )
+        if message.startswith("argument COMMAND: invalid choice"):
+            message += "\nTo open a lesson: ddp-lessons open 7"
+        if "invalid choice" in message or message.startswith("unrecognized arguments: -"):
+            message += "\nOptions of JupyterLab go after --: ddp-lessons open 7 -- --port 8889"
         super().error(message)
 
 
@@ -156,10 +156,11 @@ def _tell(brought: Brought, folder: Path, version: str) -> None:
     if brought.new:
         print(f"The lessons are now in {folder}/, for you to change.")
     if brought.rerun:
-        print(f"Updated to {version}, and with it your runs' outputs: {', '.join(brought.rerun)}")
+        print(f"Updated to {version}: {', '.join(brought.rerun)}")
+        print("The outputs of your runs in it were replaced; run it again for yours.")
     if brought.kept:
         print(f"Changed by you, so kept: {', '.join(brought.kept)}")
-        print(f"Version {version} is beside: {', '.join(brought.kept.values())}")
+        print(f"Version {version} is beside, as: {', '.join(brought.kept.values())}")
 
 
 def list_lessons(folder: Path) -> int:
@@ -177,9 +178,10 @@ def _line(lesson: Lesson) -> str:
 
 def _state(folder: Path, among: list[Lesson]) -> str:
     if not (folder / MANIFEST).is_file():
-        return f"No copy in {folder}/ yet: `ddp-lessons` makes it."
-    theirs = set(changed(folder))
-    names = [lesson.number or lesson.name for lesson in among if lesson.file in theirs]
+        place = "" if folder == FOLDER else f" --folder {folder}"
+        return f"No copy in {folder}/ yet: `ddp-lessons{place}` makes it."
+    short = {lesson.file: lesson.number or lesson.name for lesson in among}
+    names = [short.get(file, file) for file in changed(folder)]
     return f"Your copy: {folder.resolve()}\nChanged by you: {', '.join(names) or 'none'}"
 
 

@@ -203,5 +203,6 @@ def _explained(path: Path) -> Iterator[None]:
         reason = f"{error.filename} is not a folder" if in_the_way else error.strerror
         raise CourseError(
             f"cannot bring the lessons to {path}: {reason}. "
-            "Nothing of yours was touched; --folder PATH takes another place."
+            "Nothing of yours was touched, and what was brought so far can stay; "
+            "--folder PATH takes another place."
         ) from error

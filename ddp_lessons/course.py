@@ -123,5 +123,5 @@ def _closest(wanted: str, among: list[Lesson]) -> str:
     names = [lesson.name for lesson in among]
     word = re.sub(r"^\d+_", "", wanted)
     close = [name for name in names if len(word) > 2 and word in name]
-    close += difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    close += difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(dict.fromkeys(close))}?" if close else ""

@@ -6,12 +6,15 @@ not touch. Heavy imports happen inside the functions that need them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import ddp_lessons
@@ -19,6 +22,9 @@ from ddp_lessons.capacity import NEEDS, available_memory
 
 KERNEL_BYTES = 700 << 20  # the notebook's kernel with torch, and the forkserver
 LEAST_SHARED = 64 << 20  # Docker's default /dev/shm; DataLoader workers exhaust it soon
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+OLD_CPU_QUOTA = [Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -51,9 +57,11 @@ def examine() -> Iterator[Finding]:
     yield on_cores(usable_cores())
     yield on_memory(available_memory())
     yield on_shared_memory(free_shared_memory())
-    yield from on_torch()
+    of_torch = list(on_torch())
+    yield from of_torch
     yield on_jupyterlab()
-    yield on_launch()
+    if all(finding.mark != PROBLEM for finding in of_torch):
+        yield on_launch()
 
 
 def on_python(version: str, system: str) -> Finding:
@@ -65,10 +73,21 @@ def on_python(version: str, system: str) -> Finding:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many cores this process may use, within the quota of a container."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return max(1, int(min(len(os.sched_getaffinity(0)), cpu_quota())))
+
+
+def cpu_quota() -> float:
+    """How many cores' time a container may use (cgroup v2, else v1); infinity without a limit."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = CPU_QUOTA.read_text().split()
+        return int(quota) / int(period)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (file.read_text() for file in OLD_CPU_QUOTA)
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    return math.inf
 
 
 def on_cores(cores: int) -> Finding:
@@ -80,9 +99,10 @@ def on_cores(cores: int) -> Finding:
     return Finding(OK, f"{cores} cores.")
 
 
-def on_memory(available: int) -> Finding:
+def on_memory(available: int, system: str = sys.platform) -> Finding:
     """Judge the memory, in numbers of ranks."""
-    ranks = (available - KERNEL_BYTES) // NEEDS["forkserver"].usual
+    needs = NEEDS["forkserver" if system == "linux" else "spawn"]
+    ranks = (available - KERNEL_BYTES) // needs.usual
     text = f"{available / 2**30:.1f} GB of memory free"
     if ranks < 2:
         return Finding(PROBLEM, f"{text}: too little for a kernel and 2 ranks. Close something.")
@@ -118,7 +138,7 @@ def on_torch() -> Iterator[Finding]:
     try:
         import torch
         import torch.distributed as dist
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries
         yield Finding(PROBLEM, f"torch cannot be imported: {error}")
         return
     yield Finding(OK, f"torch {torch.__version__}.")

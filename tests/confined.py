@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+import pytest
+
 _OWN = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
 _PAUSE = 0.05  # seconds between two looks
@@ -40,6 +42,12 @@ def why_not() -> str:
             return ""
     except OSError as error:
         return f"no control group with a limit of memory can be made here: {error}"
+
+
+def needed() -> pytest.MarkDecorator:
+    """Skips a test where there can be no limit; DDP_LESSONS_LIMIT=required forbids that."""
+    reason = "" if os.environ.get("DDP_LESSONS_LIMIT") == "required" else why_not()
+    return pytest.mark.skipif(bool(reason), reason=reason)
 
 
 class Confined:
@@ -116,7 +124,7 @@ class Confined:
 
 def main(limit: str, *command: str) -> int:
     """Run a command with so many MB; its exit code."""
-    if reason := why_not():
+    if os.environ.get("DDP_LESSONS_LIMIT") != "required" and (reason := why_not()):
         print(f"{reason}: the limit of {limit} MB is not tried")
         os.execvp(command[0], command)
     with Confined(int(limit) << 20) as group:

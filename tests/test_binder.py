@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 LESSONS = ("00_start_here.ipynb", "01_spawn.ipynb", "07_ddp_timing.ipynb")  # nbval runs all
 ROOM = 1500 << 20  # bytes; Binder ends what needs more than 2 GB
-needs_a_limit = pytest.mark.skipif(bool(confined.why_not()), reason=confined.why_not())
+needs_a_limit = confined.needed()
 
 
 @pytest.fixture(scope="module")

@@ -118,9 +118,10 @@ def test_it_tells_what_an_update_did(tmp_path: Path) -> None:
     told = open_without_packages("5", tmp_path).stdout.splitlines()
     version = ddp_lessons.__version__
     assert told == [
-        f"Updated to {version}, and with it your runs' outputs: {run}",
+        f"Updated to {version}: {run}",
+        "The outputs of your runs in it were replaced; run it again for yours.",
         f"Changed by you, so kept: {changed}",
-        f"Version {version} is beside: 05_distributed_sampler.new-{version}.ipynb",
+        f"Version {version} is beside, as: 05_distributed_sampler.new-{version}.ipynb",
     ]
     assert not open_without_packages("5", tmp_path).stdout
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,7 @@ def test_doctor_finds_this_machine_fit() -> None:
         (doctor.on_cores(8), doctor.OK, "8 cores"),
         (doctor.on_memory(600 << 20), doctor.PROBLEM, "too little"),
         (doctor.on_memory(1 << 30), doctor.NOTE, "about 5 small ranks"),
+        (doctor.on_memory(1 << 30, "darwin"), doctor.PROBLEM, "too little"),
         (doctor.on_memory(16 << 30), doctor.OK, "enough"),
         (doctor.on_shared_memory(64 << 20), doctor.NOTE, "--shm-size"),
         (doctor.on_shared_memory(None), doctor.OK, "No /dev/shm"),
@@ -47,6 +50,44 @@ def test_doctor_finds_this_machine_fit() -> None:
 def test_findings(finding: doctor.Finding, mark: str, said: str) -> None:
     assert finding.mark == mark
     assert said in finding.text
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "cores"),
+    [
+        ("150000 100000", None, 1.5),
+        ("max 100000", None, math.inf),
+        (None, ("200000", "100000"), 2.0),
+        (None, ("-1", "100000"), math.inf),
+        (None, None, math.inf),
+    ],
+)
+def test_the_quota_of_a_container(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    new: str | None,
+    old: tuple[str, str] | None,
+    cores: float,
+) -> None:
+    files = [tmp_path / "quota", tmp_path / "period"]
+    monkeypatch.setattr(doctor, "CPU_QUOTA", tmp_path / "max")
+    monkeypatch.setattr(doctor, "OLD_CPU_QUOTA", files)
+    if new is not None:
+        (tmp_path / "max").write_text(new)
+    for file, text in zip(files, old or (), strict=False):
+        file.write_text(text)
+    assert doctor.cpu_quota() == cores
+    assert 1 <= doctor.usable_cores() <= max(1.0, cores)
+
+
+def test_without_torch_nothing_is_launched() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; import ddp_lessons.cli as c; c.main(['doctor'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "torch cannot be imported" in done.stdout
+    assert "launched" not in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_problem_is_the_exit_code(

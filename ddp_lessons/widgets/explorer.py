@@ -99,7 +99,10 @@ class Explorer:
         labels = "; ".join(control.description for control in self.controls.values())
         # Else readers without a kernel, as on a web page, would see the widget's Python text.
         text = {"text/plain": f"Controls, in a running notebook: {labels}"}
-        display({**self.panel._repr_mimebundle_(), **text}, raw=True)
+        if hasattr(self.panel, "_repr_mimebundle_"):
+            display({**self.panel._repr_mimebundle_(), **text}, raw=True)
+        else:  # ipywidgets 7, as on Colab
+            display(self.panel)
         if is_live():
             display({"application/javascript": NAMES, "text/plain": ""}, raw=True)
         self.redraw()

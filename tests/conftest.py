@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,8 @@ def marked_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     directory = tmp_path_factory.mktemp("system-temp")
     os.environ[MARK] = str(os.getpid())
     os.environ["TMPDIR"] = str(directory)
+    # A shell has what it runs in the background ignore interrupts; here some are meant.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = str(directory)
     yield
     tempfile.tempdir = None

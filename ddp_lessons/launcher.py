@@ -97,7 +97,7 @@ def launch(
     Raises
     ------
     BadLaunch
-        The arguments make no sense; nothing was started.
+        The arguments make no sense, or memory does not carry so many ranks; nothing was started.
     CannotSend
         The function, an argument or a return value cannot be pickled.
     WorkerFailed, WorkerDied, WorkersHung

@@ -19,7 +19,6 @@ from jupyter_client.blocking import BlockingKernelClient
 
 from tests.kernels import ANSI
 
-ROOT = Path(__file__).resolve().parent.parent
 LAB = (sys.executable, "-m", "jupyterlab")
 START = 60.0  # seconds that the server may take to listen
 END = 20.0  # seconds that it may take to end all kernels and itself

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from tests import confined
+from tests.checkout import ROOT, files
 from tests.servers import Server
 
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 LESSONS = ("00_start_here.ipynb", "01_spawn.ipynb", "07_ddp_timing.ipynb")  # nbval runs all
 ROOM = 1500 << 20  # bytes; Binder ends what needs more than 2 GB
@@ -31,12 +31,9 @@ needs_a_limit = confined.needed()
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a clone holds, without what was built here."""
     copy = tmp_path_factory.mktemp("binder") / "ddp-lessons"
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in names.splitlines():
-        if (ROOT / name).is_file():
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
+    for name in files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name)
     return copy
 
 

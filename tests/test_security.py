@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.checkout import ROOT, files
+
 OPENS = {
     "listens beyond this machine": r"(--ip|\.ip)\s*[=,\s]\s*['\"]?(0\.0\.0\.0|\*|::)",
     "no token": r"\.token\s*=\s*['\"]?(['\"]|\s|$|\\n)",
@@ -16,13 +16,6 @@ OPENS = {
     "other sites may use it": r"allow_origin|disable_check_xsrf|allow_remote_access",
     "runs without asking who": r"allow_unauthenticated_access\s*=\s*True",
 }
-
-
-def told() -> list[str]:
-    """The files that start a server, or tell how to."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    done = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [name for name in done.stdout.splitlines() if not name.startswith("tests/")]
 
 
 def test_the_patterns_find_what_they_should() -> None:
@@ -40,9 +33,7 @@ def test_the_patterns_find_what_they_should() -> None:
 
 @pytest.mark.parametrize("opens", OPENS)
 def test_no_file_opens_the_server(opens: str) -> None:
-    names = told()
-    assert "README.md" in names
-    for name in names:
-        path = ROOT / name
-        if path.is_file() and path.suffix != ".png":
-            assert not re.search(OPENS[opens], path.read_text(errors="replace"), re.M), name
+    told = [path for path in files() if path.parts[0] != "tests" and path.suffix != ".png"]
+    assert Path("README.md") in told
+    for path in told:
+        assert not re.search(OPENS[opens], (ROOT / path).read_text(errors="replace"), re.M), path

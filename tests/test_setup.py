@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import OPTIONS, ROOT, Server
+from tests.checkout import ROOT
+from tests.servers import OPTIONS, Server
 
 # The make target says itself which folder is shown: what else Server asks for is left out.
 COMMAND = ("sh", "-c", f"exec make -C '{ROOT}' lessons LAB_ARGS='{' '.join(OPTIONS)}'")

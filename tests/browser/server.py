@@ -5,7 +5,6 @@ It runs the package of this checkout, with the token that the server itself made
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import textwrap
@@ -17,9 +16,8 @@ import matplotlib
 import nbformat
 import psutil
 
-from tests import servers
-
-NEWS = "@jupyterlab/apputils-extension:announcements"  # its pop-up asks on the first start
+from ddp_lessons import lab
+from tests import checkout, servers
 
 
 class Server(servers.Server):
@@ -30,10 +28,7 @@ class Server(servers.Server):
         super().__init__(folder, folder / "lessons", command, env=_environment())
 
     def __enter__(self) -> Self:
-        shutil.copytree(servers.ROOT / "notebooks", self.root)
-        settings = self._home / "jupyter" / "labconfig" / "page_config.json"
-        settings.parent.mkdir(parents=True)
-        settings.write_text(json.dumps({"disabledExtensions": {NEWS: True}}))
+        shutil.copytree(checkout.ROOT / "notebooks", self.root)
         return super().__enter__()
 
     def write(self, name: str, *cells: str) -> str:
@@ -64,8 +59,8 @@ class Server(servers.Server):
 
 
 def _environment() -> dict[str, str]:
-    """Ours; pictures of a cell are live, as for a learner."""
-    path = os.pathsep.join(filter(None, (str(servers.ROOT), os.environ.get("PYTHONPATH"))))
+    """That of the command `ddp-lessons`; pictures of a cell are live, as for a learner."""
+    path = os.pathsep.join(filter(None, (str(checkout.ROOT), os.environ.get("PYTHONPATH"))))
     fonts = matplotlib.get_cachedir()  # to find all fonts takes seconds
-    kept = {name: value for name, value in os.environ.items() if name != "DDP_LESSONS_LIVE"}
+    kept = {name: value for name, value in lab.environment().items() if name != "DDP_LESSONS_LIVE"}
     return {**kept, "PYTHONPATH": path, "MPLCONFIGDIR": fonts}

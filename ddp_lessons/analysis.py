@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddp_lessons.collectives import RECVS
 from ddp_lessons.intervals import Intervals, common, length, union
 from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.meetings import ALL_TO_ALL, Share, ended, meetings, waits
+from ddp_lessons.signatures import RECVS
 
 if TYPE_CHECKING:
     from ddp_lessons.messages import Span

@@ -10,10 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from ddp_lessons.collectives import RECVS, SENDS
 from ddp_lessons.joining import GROUP_CALLS, JOINING
 from ddp_lessons.meetings import FROM_ROOT, members
 from ddp_lessons.messages import Span
+from ddp_lessons.signatures import RECVS, SENDS
 
 # All ranks must pass as much data of the same type, or the call fails or mixes up the numbers.
 LIKE = (

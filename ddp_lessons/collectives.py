@@ -15,127 +15,32 @@ calls by itself is not seen: DDP's all_reduces (but see buckets.py) and function
 from __future__ import annotations
 
 import functools
-import inspect
-import operator
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from threading import get_ident
+from time import perf_counter_ns
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
-from ddp_lessons import device, flights, joining, recording, sites, tensors
+from ddp_lessons import flights, joining, recording, sites
 from ddp_lessons.arguments import Args, Kwargs, argument
 from ddp_lessons.flights import Flight
-from ddp_lessons.groups import Group, default_group, groups
+from ddp_lessons.groups import Group, groups
 from ddp_lessons.recording import Recorder, inside
+from ddp_lessons.signatures import COLLECTIVES, ISSUED, RECVS, SAYS_NOTHING, SENDS, Call
 from ddp_lessons.tape import Facts
 
-# The public functions, and the parameter whose bytes count as one rank's piece.
-COLLECTIVES = {
-    "all_gather": "tensor",
-    "all_gather_coalesced": "input_tensor_list",
-    "all_gather_into_tensor": "input_tensor",
-    "all_gather_object": "",
-    "all_gather_single": "input_tensor",
-    "all_reduce": "tensor",
-    "all_reduce_coalesced": "tensors",
-    "all_to_all": "input_tensor_list",
-    "all_to_all_single": "input",
-    "barrier": "",
-    "broadcast": "tensor",
-    "broadcast_object_list": "",
-    "gather": "tensor",
-    "gather_object": "",
-    "monitored_barrier": "",
-    "reduce": "tensor",
-    "reduce_scatter": "output",
-    "reduce_scatter_single": "output",
-    "reduce_scatter_tensor": "output",
-    "scatter": "tensor",
-    "scatter_object_list": "",
-}
-SENDS = {"send": "tensor", "isend": "tensor", "send_object_list": ""}
-RECVS = {"recv": "tensor", "irecv": "tensor", "recv_object_list": ""}
-ISSUED = ("irecv", "isend")  # they return before the work is done
+MOST_PLANS = 10_000  # kept; code that is made in a loop must not fill the memory
 
 
-class Call:
-    """How to read the arguments of one public function."""
+class Plan(NamedTuple):
+    """What a call in the default group writes when the same line makes it again."""
 
-    def __init__(self, name: str, function: Callable[..., Any], tensor: str) -> None:
-        places = {p: i for i, p in enumerate(inspect.signature(function).parameters)}
-        self.name = name
-        self.tensor, self.tensor_place = tensor, places.get(tensor, 99)
-        self.group_place = places["group"]
-        self.async_place = places.get("async_op", 99)
-        self.peer = next((p for p in ("src", "dst") if p in places), "")
-        self.peer_place = places.get(self.peer, 99)
-        self.group_peer_place = places.get(f"group_{self.peer}", 99)
-        self.sends, self.receives = name in SENDS, name in RECVS
-        self.pairwise = self.sends or self.receives
-        self.always_asynchronous = name in ISSUED
-        self.of_objects = "object" in name
-        self.timeout_place = places.get("timeout")
-
-    def is_asynchronous(self, args: Args, kwargs: Kwargs) -> bool:
-        if self.async_place < len(args):
-            return bool(args[self.async_place])
-        return self.always_asynchronous or bool(kwargs.get("async_op"))
-
-    def group(self, args: Args, kwargs: Kwargs) -> Group | None:
-        """The group in which it is called; None if this rank is not in it."""
-        process_group = argument(args, kwargs, self.group_place, "group")
-        if process_group is None:
-            return groups.world or groups.of(default_group())
-        return groups.of(process_group)
-
-    def facts(
-        self, group: Group | None, args: Args, kwargs: Kwargs, rank: int, site: str | None
-    ) -> Facts:
-        """What the spans of this call say. It counts from here."""
-        nbytes, tensor = tensors.look(argument(args, kwargs, self.tensor_place, self.tensor))
-        if group is None:
-            return Facts(self.name, nbytes=nbytes, tensor=tensor, site=site)
-        peer = self._peer(group, args, kwargs) if self.peer else -1
-        if not self.pairwise:
-            seq = next(group.collectives)
-        elif peer < 0:  # a recv from whoever sends first
-            seq = -1
-        else:
-            seq = group.next(self._pair(rank, peer))
-        return Facts(self.name, group.name, seq, nbytes, -1, peer, tensor, site)
-
-    def take_back(self, group: Group | None, facts: Facts, rank: int) -> None:
-        """It failed and does not count: it has not met the others, or broken the group for good.
-
-        Only a call of objects may meet the others and then fail to unpickle what they sent.
-        """
-        if group is not None and facts.seq >= 0 and not self.of_objects:
-            group.take_back(facts.seq, self._pair(rank, facts.peer) if self.pairwise else None)
-
-    def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> Any:
-        """The GPU in whose stream the work will be done; None if the call does it itself."""
-        if group is None or not group.streamed:
-            return None
-        return device.of(argument(args, kwargs, self.tensor_place, self.tensor))
-
-    def _peer(self, group: Group, args: Args, kwargs: Kwargs) -> int:
-        peer = argument(args, kwargs, self.peer_place, self.peer)
-        if peer is None:
-            place = argument(args, kwargs, self.group_peer_place, f"group_{self.peer}")
-            if isinstance(place, int) and 0 <= place < len(group.ranks):
-                peer = group.ranks[place]
-            elif not self.pairwise:
-                peer = group.ranks[0]
-        try:
-            number = operator.index(peer)
-        except TypeError:
-            return -1
-        return number if number in group.ranks else -1
-
-    def _pair(self, rank: int, peer: int) -> tuple[int, int]:
-        """Sender and receiver."""
-        return (rank, peer) if self.sends else (peer, rank)
+    tail: bytes
+    group: Group
+    code: CodeType  # kept, so that its id stays its own
 
 
 @functools.cache
@@ -225,16 +130,51 @@ def release_groups_of_ddp(recorder: Recorder) -> None:
 
 
 def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[..., Any]:
+    from torch import Tensor
+
     call = Call(name, function, tensor)
+    place, fewest, most = call.tensor_place, call.fewest, call.most
 
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        recorder = recording.outermost()
-        if recorder is None:
+        # A rank that has waited for others has cold caches, so each function that is called on the
+        # way takes half a microsecond and more. Hence few of them, and what is planned before.
+        recorder = recording._recorder
+        thread = get_ident()
+        if recorder is None or thread in inside:
             return function(*args, **kwargs)
-        t0_ns = time.perf_counter_ns()
+        t0_ns = perf_counter_ns()
+        frame = sys._getframe(1)
+        key = None
+        if fewest <= len(args) <= most and (not kwargs or kwargs.keys() <= SAYS_NOTHING):
+            measured = args[place]
+            if isinstance(measured, Tensor):
+                line = id(frame.f_code), frame.f_lasti
+                key = name, line, measured.shape, measured.dtype, thread
+        plan = recorder.plans.get(key)
+        if plan is None or plan.group is not groups.world:
+            return unplanned(recorder, t0_ns, frame, key, args, kwargs)
+        tail, group, _ = plan
+        tape = recorder.tape
+        seq = next(group.collectives)
+        slot = tape.write(tail, t0_ns, recorder.step, seq)
+        inside[thread] = True
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            tape.fail(slot)
+            if isinstance(error, Exception):
+                group.take_back(seq)
+            raise
+        finally:
+            del inside[thread]
+            tape.end(slot, perf_counter_ns())
+
+    def unplanned(
+        recorder: Recorder, t0_ns: int, frame: FrameType, key: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
         group = call.group(args, kwargs)
-        site = sites.of(sys._getframe(1))
+        site = sites.of(frame)
         facts = call.facts(group, args, kwargs, recorder.rank, site)
         if call.timeout_place is not None:
             recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"))
@@ -242,8 +182,11 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
         try:
             if call.is_asynchronous(args, kwargs) or on is not None:
                 return flights.issued(recorder, t0_ns, facts, group, on, function, args, kwargs)
+            if key is not None and sites.is_in(site, frame):
+                _plan(recorder, key, group, facts, frame.f_code)
+            thread = get_ident()
             slot = recorder.begin("comm", name, t0_ns, facts)
-            inside.call = True
+            inside[thread] = True
             try:
                 result = function(*args, **kwargs)
                 if call.receives and facts.peer < 0 and group is not None:
@@ -253,13 +196,20 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
                 recorder.tape.fail(slot)
                 raise
             finally:
-                inside.call = False
+                del inside[thread]
                 recorder.end(slot)
         except Exception:
             call.take_back(group, facts, recorder.rank)
             raise
 
     return recorded
+
+
+def _plan(recorder: Recorder, key: Any, group: Group | None, facts: Facts, code: CodeType) -> None:
+    """Keep what a synchronous call will write when the same line makes it again."""
+    if group is not None and not group.streamed and len(recorder.plans) < MOST_PLANS:
+        tail = recorder.tape.tail(recorder.lane(), "comm", facts.op or "", facts)
+        recorder.plans[key] = Plan(tail, group, code)
 
 
 def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -273,7 +223,8 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         slot = recorder.begin("issue", name, t0_ns, Facts(name, site=site))
         started = [_start(recorder, t0_ns, op, site) for op in _p2p_ops(p2p_op_list)]
         works: Sequence[Any] = ()
-        inside.call = True
+        thread = get_ident()
+        inside[thread] = True
         try:
             works = function(p2p_op_list)
             return works
@@ -282,7 +233,7 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 calls[flight.facts.op].take_back(flight.group, flight.facts, recorder.rank)
             raise
         finally:
-            inside.call = False
+            del inside[thread]
             for place, flight in enumerate(started):  # NCCL returns one work for all of them
                 flight.carry(works[min(place, len(works) - 1)] if works else None)
             recorder.end(slot)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from ddp_lessons import advice
 from ddp_lessons.calls import Call
-from ddp_lessons.collectives import SENDS
 from ddp_lessons.partings import frame_of
+from ddp_lessons.signatures import SENDS
 from ddp_lessons.standstill import DDP_CALLS, JOIN, Standstill
 from ddp_lessons.verdict import Kind, Verdict
 from ddp_lessons.whereabouts import position

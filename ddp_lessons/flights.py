@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 from ddp_lessons import device, recording, sites
@@ -105,7 +106,8 @@ def issued(
     flight = Flight(recorder, t0_ns, facts, group, on)
     slot = recorder.begin("issue", facts.op or "work", t0_ns, facts)
     work = None
-    recording.inside.call = True
+    thread = get_ident()
+    recording.inside[thread] = True
     try:
         work = function(*args, **kwargs)
         return work
@@ -113,7 +115,7 @@ def issued(
         recorder.tape.fail(slot)
         raise
     finally:
-        recording.inside.call = False
+        del recording.inside[thread]
         flight.carry(work)
         recorder.end(slot)
 
@@ -123,8 +125,8 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(wait)
     def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
-        recorder = recording.outermost()
-        if recorder is None:
+        recorder = recording._recorder
+        if recorder is None or get_ident() in recording.inside:  # each synchronous call waits so
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"))
         flights = _flights.get(self, [])

@@ -12,6 +12,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 from ddp_lessons import backends, clocks, recording, sites
@@ -85,7 +86,8 @@ def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         recorder = recording.outermost()
         if recorder is None:
             return function(*args, **kwargs)
-        inside.call = True
+        thread = get_ident()
+        inside[thread] = True
         facts = Facts(name, _subgroup(args, kwargs), site=sites.of(sys._getframe(1)))
         slot = recorder.begin("comm", name, time.perf_counter_ns(), facts)
         try:
@@ -94,7 +96,7 @@ def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             recorder.tape.fail(slot)
             raise
         finally:
-            inside.call = False
+            del inside[thread]
             recorder.end(slot)
             recorder.joined()
             groups.update_world()

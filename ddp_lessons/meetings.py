@@ -13,8 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddp_lessons.collectives import RECVS, SENDS
 from ddp_lessons.messages import Span
+from ddp_lessons.signatures import RECVS, SENDS
 
 if TYPE_CHECKING:
     from ddp_lessons.results import Run

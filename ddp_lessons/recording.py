@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from threading import get_ident
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -43,6 +44,7 @@ class Recorder:
         self.groups: list[Any] = []  # of DDP models, see collectives.keep_groups_of_ddp
         self.models: list[Callable[[], Any]] = []  # weak references to those
         self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over
+        self.plans: dict[Any, Any] = {}  # see collectives.Plan
         self._told: timedelta | None = None
         self._step_t0_ns = 0
         self._in_steps = False
@@ -55,7 +57,7 @@ class Recorder:
         """Note that something begins."""
         if not self._step_t0_ns:
             self._step_t0_ns = t0_ns
-        lane = lane or self._lanes.get(threading.get_ident()) or self.lane()
+        lane = lane or self._lanes.get(get_ident()) or self.lane()
         return self.tape.begin(lane, kind, name, t0_ns, 0, self.step, facts)
 
     def end(self, slot: Slot) -> None:
@@ -64,7 +66,7 @@ class Recorder:
 
     def lane(self) -> str:
         """Where the calling thread's spans belong: "main", or "thread 1" and so on."""
-        return self._lanes.setdefault(threading.get_ident(), f"thread {len(self._lanes)}")
+        return self._lanes.setdefault(get_ident(), f"thread {len(self._lanes)}")
 
     def begin_step(self, t0_ns: int) -> Slot:
         """Begin a step that `steps` counts."""
@@ -114,7 +116,7 @@ class Recorder:
             write()
 
 
-inside = threading.local()  # .call: this thread is in a recorded call
+inside: dict[int, bool] = {}  # by the ident of each thread that is in a recorded call
 _recorder: Recorder | None = None  # this process's one recorder; None outside workers
 
 
@@ -138,7 +140,7 @@ def outermost() -> Recorder | None:
     Object collectives call tensor collectives, and those wait for their work: only the call that
     the learner wrote counts.
     """
-    return None if getattr(inside, "call", False) else _recorder
+    return None if get_ident() in inside else _recorder
 
 
 def in_worker() -> bool:

@@ -36,7 +36,7 @@ from ddp_lessons.stacks import describe
 from ddp_lessons.tape import REGION, Tape
 
 VARIABLE = "DDP_LESSONS_RECORD"  # names the folder
-VERSION = 1  # of these files
+VERSION = 2  # of these files
 _OWNER = "DDP_LESSONS_RECORDED_BY"  # the process that records; what it starts sees it
 
 

@@ -31,6 +31,11 @@ def of(frame: FrameType | None) -> str | None:
     return None
 
 
+def is_in(site: str | None, frame: FrameType) -> bool:
+    """True if the learner's line is the one at which `frame` is, and not in a caller of it."""
+    return site == f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
 def split(site: str) -> tuple[str, int]:
     """The file and the number of the line."""
     filename, _, number = site.rpartition(":")

@@ -29,15 +29,18 @@ SPARE = 64  # records beyond them for what is open: a hang is seen also on a ful
 LONGEST_NAME = 200  # bytes
 KINDS = {name: n for n, name in enumerate(("compute", "issue", "comm", "wait", "data", "mark"))}
 
-_COUNT = struct.Struct("<Q")
-_PROGRESS, _DROPPED, _TEXT_USED = 0, 8, 16
-# t0_ns, t1_ns, nbytes, step, seq, bucket, peer, name, op, group, lane, tensor, site, kind, failed
-RECORD = struct.Struct("<qqqiiiiIIIIIIBBxxxxxx")
+_WORD = struct.Struct("=q")
+_PROGRESS, _DROPPED, _TEXT_USED = range(3)  # words of the head
+_HEAD = "=qqqq"  # of a record: t0_ns, t1_ns, step, seq
+_T0, _T1, _STEP, _SEQ = range(4)  # words of it
+# nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
+_TAIL = struct.Struct("=qiiIIIIIIBBxxxxxx")
+RECORD = struct.Struct(_HEAD + _TAIL.format[1:])
+_TAIL_START = RECORD.size - _TAIL.size
+_INT = struct.Struct("=i")
+_PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
 CHUNK = RECORD.size << 14  # bytes read at once
-_T0 = _T1 = struct.Struct("<q")
-_INT = struct.Struct("<i")
-_SEQ, _PEER, _FAILED = 28, 36, 65  # where they are in a record
-_LENGTH = struct.Struct("<H")
+_LENGTH = struct.Struct("=H")
 _TEXT_START = 64
 _TEXT_END = 1 << 20
 _SPANS_START = _TEXT_END
@@ -46,7 +49,7 @@ _SPARE_START = _SPANS_START + MOST_SPANS * RECORD.size
 _SPARE_END = _SPARE_START + SPARE * RECORD.size
 REGION = -(-_SPARE_END // _PAGES) * _PAGES
 
-Slot = int  # the place of a span in the region; 0 if it was not kept
+Slot = int  # the first byte of a span in the region; 0 if it was not kept
 
 
 class Facts(NamedTuple):
@@ -70,6 +73,7 @@ class Tape:
 
     def __init__(self, descriptor: int, rank: int) -> None:
         self._memory = mmap.mmap(descriptor, REGION, offset=rank * REGION)
+        self._words = memoryview(self._memory).cast("q")  # quicker to write than packed
         self._lock = threading.Lock()
         self._slots = iter(range(_SPANS_START, _SPARE_START, RECORD.size))  # next() is atomic
         self._spare = [_SPARE_START + n * RECORD.size for n in range(SPARE)]
@@ -89,7 +93,14 @@ class Tape:
         facts: Facts = NO_FACTS,
     ) -> Slot:
         """Write a span that goes on, or has ended where `t1_ns` is given."""
-        op, group, seq, nbytes, bucket, peer, tensor, site = facts
+        slot = self.write(self.tail(lane, kind, name, facts), t0_ns, step, facts.seq)
+        if t1_ns:
+            self.end(slot, t1_ns)
+        return slot
+
+    def tail(self, lane: str, kind: str, name: str, facts: Facts) -> bytes:
+        """The part of a record that stays the same when the call is made again."""
+        op, group, _, nbytes, bucket, peer, tensor, site = facts
         numbers = self._numbers
         try:
             texts = (
@@ -98,27 +109,31 @@ class Tape:
             )  # fmt: skip
         except KeyError:
             texts = tuple(map(self._add, (name, op, group, lane, tensor, site)))  # type: ignore[assignment]
+        return _TAIL.pack(nbytes, bucket, peer, *texts, KINDS[kind], 0)
+
+    def write(self, tail: bytes, t0_ns: int, step: int, seq: int) -> Slot:
+        """Write a span that goes on, with a tail made before."""
         slot = next(self._slots, 0) or self._spare_slot()
         if slot:
-            RECORD.pack_into(
-                self._memory, slot, t0_ns, t1_ns, nbytes, step, seq, bucket, peer, *texts,
-                KINDS[kind], 0,
-            )  # fmt: skip
-            if t1_ns:
-                self.end(slot, t1_ns)
+            self._memory[slot + _TAIL_START : slot + RECORD.size] = tail
+            words, place = self._words, slot >> 3
+            words[place + _STEP] = step
+            words[place + _SEQ] = seq
+            words[place] = t0_ns  # at last: a record without it is none
         return slot
 
     def began(self, slot: Slot, t0_ns: int) -> None:
         """Correct when a span began, where that is known only later."""
         if slot:
-            _T0.pack_into(self._memory, slot, t0_ns)
+            self._words[slot >> 3] = t0_ns
 
     def end(self, slot: Slot, t1_ns: int) -> None:
         """Note when a span ended."""
         if slot:
-            _T1.pack_into(self._memory, slot + _T1.size, t1_ns)
+            words = self._words
+            words[(slot >> 3) + _T1] = t1_ns
             self._progress += 1
-            _COUNT.pack_into(self._memory, _PROGRESS, self._progress)
+            words[_PROGRESS] = self._progress
             if slot >= _SPARE_START:
                 self._give_back(slot)
 
@@ -130,13 +145,13 @@ class Tape:
     def match(self, slot: Slot, seq: int, peer: int) -> None:
         """Note what a recv has met, which it did not know when it began."""
         if slot:
-            _INT.pack_into(self._memory, slot + _SEQ, seq)
+            self._words[(slot >> 3) + _SEQ] = seq
             _INT.pack_into(self._memory, slot + _PEER, peer)
 
     def moved(self) -> None:
         """Note that the rank goes on, where no span shows it."""
         self._progress += 1
-        _COUNT.pack_into(self._memory, _PROGRESS, self._progress)
+        self._words[_PROGRESS] = self._progress
 
     def _give_back(self, slot: Slot) -> None:
         """Free a spare record: only what is open may stay there."""
@@ -154,7 +169,7 @@ class Tape:
 
     def _drop(self) -> None:
         self._dropped += 1
-        _COUNT.pack_into(self._memory, _DROPPED, self._dropped)
+        self._words[_DROPPED] = self._dropped
 
     def _add(self, text: str | None) -> int:
         """The number of a text, which is written on the tape when it first occurs."""
@@ -169,7 +184,7 @@ class Tape:
             _LENGTH.pack_into(self._memory, start, len(data))
             self._memory[start + _LENGTH.size : end] = data
             self._text_used = end - _TEXT_START
-            _COUNT.pack_into(self._memory, _TEXT_USED, self._text_used)
+            self._words[_TEXT_USED] = self._text_used
             return self._numbers.setdefault(text, len(self._numbers))
 
 
@@ -183,20 +198,20 @@ class Reader:
 
     def progress(self) -> int:
         """A number that grows with everything that the rank finishes."""
-        return self._count(_PROGRESS)
+        return self._word(_PROGRESS)
 
     def dropped(self) -> int:
         """How many spans were not kept."""
-        return self._count(_DROPPED)
+        return self._word(_DROPPED)
 
     def spans(self) -> list[Span]:
         """The spans in the order in which they began; `t1_ns` None: never ended."""
         records = self._records()  # before the texts, to which they refer
-        texts = self._texts(self._base + _TEXT_START, self._count(_TEXT_USED))
+        texts = self._texts(self._base + _TEXT_START, self._word(_TEXT_USED))
         return sorted(_spans(self._rank, records, texts), key=lambda span: span.t0_ns)
 
-    def _count(self, place: int) -> int:
-        return int(_COUNT.unpack_from(self._memory, self._base + place)[0])
+    def _word(self, place: int) -> int:
+        return int(_WORD.unpack_from(self._memory, self._base + place * _WORD.size)[0])
 
     def _records(self) -> list[tuple[int, ...]]:
         """All records but the empty ones."""
@@ -281,7 +296,7 @@ def _spans(
     kinds = list(KINDS)
     steps = sum(texts[record[10]] == "steps" for record in records)
     for (
-        t0, t1, nbytes, step, seq, bucket, peer, name, op, group, lane, tensor, site, kind, failed
+        t0, t1, step, seq, nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
     ) in records:  # fmt: skip
         yield Span(
             rank,

@@ -23,9 +23,9 @@ import torch.distributed.nn
 from torch.distributed import all_reduce, distributed_c10d
 
 from ddp_lessons import Run, WorkerFailed, collectives, launch, recording, span
-from ddp_lessons.collectives import COLLECTIVES, RECVS, SENDS
 from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.messages import Span
+from ddp_lessons.signatures import COLLECTIVES, RECVS, SENDS
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -514,6 +514,69 @@ def test_a_rank_outside_a_group_is_no_part_of_it() -> None:
     run = launch(work)
     assert [(s.group, s.seq) for s in marks(run, 0)] == [("ranks 0", 0)]
     assert [(s.group, s.seq) for s in marks(run, 1)] == [(None, None)]
+
+
+class Forgetful(dict[Any, Any]):
+    """Keeps nothing: every call is recorded as if its line made it for the first time."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+def lines_that_call_again(rank: int, forgetful: bool) -> list[int]:
+    recorder = recording.current()
+    assert recorder is not None
+    if forgetful:
+        recorder.plans = Forgetful()
+    dist.init_process_group("gloo")
+    pair = dist.new_group([0, 1])
+    in_library: dict[str, Any] = {"dist": dist}
+    exec(compile("def reduce(t): dist.all_reduce(t)", torch.__file__, "exec"), in_library)
+    tensors = [torch.ones(6), torch.ones(2, 3), torch.ones(6).double(), torch.ones(6)]
+    failed = 0
+    for tensor in tensors * 2:
+        dist.all_reduce(tensor)
+        for call, size in ((dist.all_gather_into_tensor, 12), (dist.all_to_all_single, 6)):
+            call(torch.zeros(size), x())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.SUM, pair)
+        dist.all_gather([torch.zeros_like(tensor) for _ in range(2)], tensor)
+        dist.broadcast(tensor, src=int(tensor.dim() > 1))
+        for operation in (dist.ReduceOp.SUM, dist.ReduceOp.MAX)[: 2 - rank]:
+            try:
+                dist.all_reduce(tensor.cfloat(), operation)
+            except ValueError:  # there is no greatest of complex numbers: rank 0 alone fails
+                failed += 1
+        in_library["reduce"](tensor)  # the line that calls is the same, the learner's is not
+        in_library["reduce"](tensor)
+
+    def in_a_thread() -> None:
+        for _ in range(3):
+            dist.all_reduce(tensors[0])
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    in_a_thread()
+    dist.destroy_process_group()
+    del pair  # it would keep the store in which the ranks have met
+    dist.init_process_group("gloo")
+    in_a_thread()
+    dist.destroy_process_group()
+    return [failed, len(recorder.plans)]
+
+
+def test_what_a_line_calls_again_is_recorded_as_what_it_calls_first() -> None:
+    def without_times(spans: list[Span]) -> list[Span]:
+        return [s._replace(t0_ns=0, t1_ns=0 if s.t1_ns else None) for s in spans]
+
+    first, again = (launch(lines_that_call_again, (forgetful,)) for forgetful in (True, False))
+    assert [value[0] for value in first.values] == [value[0] for value in again.values] == [8, 0]
+    assert [value[1] for value in first.values] == [0, 0]
+    assert all(value[1] > 10 for value in again.values)
+    for rank in (0, 1):
+        assert without_times(marks(again, rank)) == without_times(marks(first, rank))
+        assert len({(s.tensor, s.site) for s in marks(again, rank)}) > 20
 
 
 def test_work_that_is_waited_for_twice_and_asked_for() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp_lessons.collectives import COLLECTIVES, RECVS, SENDS
 from ddp_lessons.errors import WorkersHung
 from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
 from ddp_lessons.messages import Span
 from ddp_lessons.recording import span
 from ddp_lessons.results import RankResult, Run
+from ddp_lessons.signatures import COLLECTIVES, RECVS, SENDS
 from ddp_lessons.wording import count
 
 Numbers = list[float]

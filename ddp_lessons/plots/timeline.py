@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch
 
-from ddp_lessons.collectives import RECVS, SENDS
 from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.meetings import ended
 from ddp_lessons.messages import Span
 from ddp_lessons.plots import lanes, style
 from ddp_lessons.results import RankResult, Run
+from ddp_lessons.signatures import RECVS, SENDS
 from ddp_lessons.wording import count
 
 if TYPE_CHECKING:

@@ -120,6 +120,16 @@ def test_labels_of_last_arrivals_do_not_overlap(late: Run) -> None:
     assert all(a.x1 <= b.x0 for a, b in pairwise(boxes))
 
 
+@pytest.mark.parametrize(("second", "expected"), [(70, "rank 1 comes last"), (31, "rank 1 last")])
+def test_all_last_arrivals_are_named_in_the_same_words(second: int, expected: str) -> None:
+    """The label in the middle has the least room: the other two have enough in both cases."""
+    ends = (20, second, 90)
+    calls = [call(0, end - 8, end + 1, seq) for seq, end in enumerate(ends)]
+    calls += [call(1, end, end + 1, seq) for seq, end in enumerate(ends)]
+    ax = plots.waits(made_up(2, calls))
+    assert [text for text in texts(ax) if "last" in text] == [expected] * 3
+
+
 def test_groups_are_told_apart() -> None:
     calls = [call(0, 20, 60), call(1, 50, 60), call(2, 20, 90), call(3, 80, 90)]
     calls = [s._replace(group=f"ranks {'0 1' if s.rank < 2 else '2 3'}") for s in calls]

@@ -22,6 +22,7 @@ HEIGHT = 0.72  # of a row
 DRAWN_SINGLY = 1500  # segments; of more, the mean over short times is drawn
 COLUMNS = 160  # such times in a picture
 SEEN = 0.003  # part of the picture that a kind must take to be in the legend
+LONGEST = "rank 0 comes last"  # label of a line
 MARKED = 0.02  # part of the picture that a wait must take for its last arrival to be marked
 FONT = 8.5
 
@@ -210,19 +211,24 @@ def _parts(intervals: Iterable[tuple[int, int]], edges: Any) -> Any:
 
 
 def _mark_last(ax: Axes, run: Run, window: Window) -> None:
-    """A line where the last rank comes to a collective, with its number as far as it fits."""
+    """A line where the last rank comes to a collective, with its number as far as it fits.
+
+    In the same words at all lines, if there is room for them.
+    """
     subgroups = any(share.group != "world" for share in run.waits())
     top = -0.5 - 0.035 * run.world_size
     marks = sorted((at, last, shares) for at, last, shares in _last(run, window))
-    times = [at for at, *_ in marks]
-    for (at, last, shares), room in zip(marks, _room(times), strict=True):
+    rooms = _room([at for at, *_ in marks])
+    narrowest = min(rooms, default=0.0) * style.points_per_unit(ax)
+    short = not subgroups and not style.fitting([LONGEST], narrowest, FONT)
+    for (at, last, shares), room in zip(marks, rooms, strict=True):
         rows = [share.rank for share in shares]
         edges = [row - 0.5 for row in rows], [row + 0.5 for row in rows]
         ax.vlines([at] * len(rows), *edges, color=style.INK, linewidth=1.2)
         group = f" of {shares[0].group}" if subgroups else ""
         texts = [f"rank {last} comes last{group}", f"rank {last} last", f"rank {last}", f"{last}"]
         where = (at - room / 2, at + room / 2)
-        style.write(ax, texts, where, top, FONT, va="bottom", clip_on=False)
+        style.write(ax, texts[short:], where, top, FONT, va="bottom", clip_on=False)
     ax.set_ylim(top=top - 0.35 - 0.02 * run.world_size)
 
 

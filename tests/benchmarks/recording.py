@@ -1,8 +1,9 @@
 """What recording costs, and how well it finds a late rank.
 
 Run by hand, on a quiet machine: `python -m tests.benchmarks.recording`. In one run the same ranks
-take turns: recording off, on, and on under torch.profiler; every second round in reverse. Off means
-torch's own functions, a DDP model that is not watched, and nobody who counts steps.
+take turns, call by call or step by step: recording off and on, for DDP also torch's own
+communication hook; after each round as many under torch.profiler. Off means torch's own functions,
+a DDP model that is not watched, and nobody who counts steps.
 """
 
 from __future__ import annotations
@@ -17,69 +18,83 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from ddp_lessons import launch, recording, span, steps, watch_ddp
 from tests.benchmarks.tables import machine, table
 
-OFF, ON, PROFILED = "off", "on", "profile"
-ARMS = (OFF, ON, PROFILED)
+OFF, HOOK, ON, PROFILED = "off", "hook", "on", "profile"
+ARMS = (OFF, HOOK, ON, PROFILED)
+OFF_BY_ROUND = "off by round"
 RANKS = (2, 4)
 KILOBYTES = 256
-WARM_UP, CALLS, STEPS = 3, 40, 8  # of one turn
+WARM_UP, CALLS, STEPS = 3, 100, 8  # of one round
 DELAY, DELAYED_STEPS = 0.03, 42  # seconds; the first two steps do not count
 LATE = 2
 QUIET = {"KINETO_LOG_LEVEL": "6"}  # else the profiler prints on stderr what it does
 
 NOTES = f"""\
-Medians of one rank's turns, in ms; a turn's figure is the median of its {CALLS} calls or {STEPS}
-steps. Ratios: the median over the rounds of the turns' ratios, with quartiles. DDP: a step of an
-MLP with 1.9 million parameters on 256 images, or of a CNN with 72,000 on 512, forward and backward
-marked with `span`. The MLP has little work for many gradients, which is the worst case.
+Medians of one rank's calls or steps, in ms. Ratios: each call or step to the one of torch alone
+beside it (of the profiler, the medians of {CALLS} calls or {STEPS} steps beside each other); their
+median, and in brackets its standard error. DDP: a step of an MLP with 1.9 million parameters on 256
+images, or of a CNN with 72,000 on 512, forward and backward marked with `span`. The MLP has little
+work for many gradients, which is the worst case. Hook: torch's own hook, `allreduce_hook`.
 """
 
-Figures = dict[str, list[float]]  # by arm: ms of each round
-
-
-def order(round_: int) -> Iterator[str]:
-    return iter(ARMS if round_ % 2 else reversed(ARMS))
+Figures = dict[str, list[float]]  # ms by arm: of each call or step; under the profiler, by round
+Works = dict[str, Callable[[], object]]
 
 
 @contextlib.contextmanager
 def recorded(arm: str) -> Iterator[None]:
     """Record, or not, or record under the profiler as well."""
-    recorder = recording.current()
+    recorder, wait = recording.current(), dist.Work.wait
     with contextlib.ExitStack() as stack:
-        if arm == OFF:
+        if arm in (OFF, HOOK):
             recording._recorder = None
+            dist.Work.wait = wait.__wrapped__
         if arm == PROFILED:
             stack.enter_context(profile(activities=[ProfilerActivity.CPU]))
         try:
             yield
         finally:
-            recording._recorder = recorder
+            recording._recorder, dist.Work.wait = recorder, wait
 
 
-def median_ms(work: Callable[[], object], times: int) -> float:
-    taken = []
-    for number in range(WARM_UP + times):
-        began = time.perf_counter_ns()
-        work()
-        if number >= WARM_UP:
-            taken.append((time.perf_counter_ns() - began) / 1e6)
-    return statistics.median(taken)
+def taken_ms(work: Callable[[], object]) -> float:
+    began = time.perf_counter_ns()
+    work()
+    return (time.perf_counter_ns() - began) / 1e6
+
+
+def take_turns(works: Works, rounds: int, times: int) -> Figures:
+    """Each of the works, `times` in each round, one after the other."""
+    figures: Figures = {arm: [] for arm in (*works, OFF_BY_ROUND)}
+    arms = [arm for arm in works if arm != PROFILED]
+    for _ in range(WARM_UP):
+        for arm in arms:
+            works[arm]()
+    for round_ in range(rounds * times):
+        arms.append(arms.pop(0))
+        for arm in arms if round_ % 2 else reversed(arms):
+            with recorded(arm):
+                figures[arm].append(taken_ms(works[arm]))
+        if round_ % times == times - 1:
+            with recorded(PROFILED):
+                turn = [taken_ms(works[PROFILED]) for _ in range(WARM_UP + times)]
+            figures[PROFILED].append(statistics.median(turn[WARM_UP:]))
+            figures[OFF_BY_ROUND].append(statistics.median(figures[OFF][-times:]))
+    return figures
 
 
 def all_reduces(rank: int, rounds: int) -> Figures:
     dist.init_process_group("gloo")
     tensor = torch.ones(KILOBYTES * 250)
-    figures: Figures = {arm: [] for arm in ARMS}
-    for round_ in range(rounds):
-        for arm in order(round_):
-            with recorded(arm):
-                function = dist.all_reduce.__wrapped__ if arm == OFF else dist.all_reduce
-                figures[arm].append(median_ms(lambda: function(tensor), CALLS))  # noqa: B023
+    off, on = dist.all_reduce.__wrapped__, dist.all_reduce
+    works: Works = {arm: lambda: on(tensor) for arm in (ON, PROFILED)}
+    figures = take_turns({OFF: lambda: off(tensor), **works}, rounds, CALLS)
     dist.destroy_process_group()
     return figures
 
@@ -100,16 +115,16 @@ def cnn() -> nn.Module:
 def ddp_steps(rank: int, rounds: int, network: Callable[[], nn.Module], batch: int) -> Figures:
     dist.init_process_group("gloo")
     images = torch.randn(batch, 1, 8, 8)
-    steppers = {}
+    works: Works = {}
     for arm in ARMS:
         model = DistributedDataParallel(network(), bucket_cap_mb=2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        steppers[arm] = stepper(watch_ddp(model) if arm != OFF else model, optimizer, images)
-    figures: Figures = {arm: [] for arm in ARMS}
-    for round_ in range(rounds):
-        for arm in order(round_):
-            with recorded(arm):
-                figures[arm].append(median_ms(steppers[arm], STEPS))
+        if arm == HOOK:
+            model.register_comm_hook(None, allreduce_hook)
+        elif arm != OFF:
+            watch_ddp(model)
+        works[arm] = stepper(model, optimizer, images)
+    figures = take_turns(works, rounds, STEPS)
     dist.destroy_process_group()
     return figures
 
@@ -146,16 +161,24 @@ def cost_rows(what: str, worker: Callable[..., Figures], *args: Any) -> list[lis
     rows = []
     for ranks in RANKS:
         figures = launch(worker, args, nprocs=ranks, timeout=300, env=QUIET).values[0]
-        medians = [f"{statistics.median(figures[arm]):.2f}" for arm in ARMS]
-        ratios = [ratio(figures, arm) for arm in (ON, PROFILED)]
+        medians = [f"{statistics.median(figures[a]):.2f}" if a in figures else "" for a in ARMS]
+        ratios = [
+            ratio(figures[arm], figures[OFF_BY_ROUND if arm == PROFILED else OFF])
+            if arm in figures
+            else ""
+            for arm in ARMS[1:]
+        ]
         rows.append([what, str(ranks), *medians, *ratios])
     return rows
 
 
-def ratio(figures: Figures, arm: str) -> str:
-    ratios = [a / b for a, b in zip(figures[arm], figures[OFF], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+def ratio(figures: list[float], off: list[float]) -> str:
+    """The median of the paired ratios, and its standard error: half of what holds 68 %."""
+    ratios = sorted(a / b for a, b in zip(figures, off, strict=True))
+    count, middle = len(ratios), len(ratios) // 2
+    reach = max(1, round(count**0.5 / 2))  # in places: those of the median vary by so much
+    error = (ratios[min(middle + reach, count - 1)] - ratios[max(middle - reach, 0)]) / 2
+    return f"{statistics.median(ratios):.3f} (±{error:.3f})"
 
 
 def straggler_line() -> str:
@@ -172,11 +195,12 @@ def straggler_line() -> str:
 
 
 def report(rounds: int) -> str:
-    head = ["", "ranks", "off", "on", "profile", "on : off", "profile : off"]
+    where = machine("torch")
+    head = ["", "ranks", *ARMS, *(f"{arm} : off" for arm in ARMS[1:])]
     rows = cost_rows(f"all_reduce of {KILOBYTES} kB", all_reduces, rounds)
     rows += cost_rows("DDP, CNN", ddp_steps, rounds, cnn, 512)
     rows += cost_rows("DDP, MLP", ddp_steps, rounds, mlp, 256)
-    return "\n".join([machine("torch"), table(head, rows), NOTES, straggler_line()])
+    return "\n".join([where, table(head, rows), NOTES, straggler_line()])
 
 
 def main() -> None:

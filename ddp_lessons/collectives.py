@@ -36,7 +36,10 @@ MOST_PLANS = 10_000  # kept; code that is made in a loop must not fill the memor
 
 
 class Plan(NamedTuple):
-    """What a call in the default group writes when the same line makes it again."""
+    """What a call in the default group writes when the same line makes it again.
+
+    Forgotten when groups are made or left.
+    """
 
     tail: bytes
     group: Group
@@ -152,7 +155,7 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
                 line = id(frame.f_code), frame.f_lasti
                 key = name, line, measured.shape, measured.dtype, thread
         plan = recorder.plans.get(key)
-        if plan is None or plan.group is not groups.world:
+        if plan is None:
             return unplanned(recorder, t0_ns, frame, key, args, kwargs)
         tail, group, _ = plan
         tape = recorder.tape

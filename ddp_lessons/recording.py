@@ -106,7 +106,8 @@ class Recorder:
             self.send(clock)
 
     def joined(self) -> None:
-        """A group was made or left: the first training step has not begun before."""
+        """A group was made or left: no call is as before, and no training step has begun."""
+        self.plans.clear()
         if self.step == 0:
             self._step_t0_ns = 0
 

@@ -558,12 +558,13 @@ def lines_that_call_again(rank: int, forgetful: bool) -> list[int]:
     thread.start()
     thread.join()
     in_a_thread()
+    planned = len(recorder.plans)
     dist.destroy_process_group()
     del pair  # it would keep the store in which the ranks have met
     dist.init_process_group("gloo")
     in_a_thread()
     dist.destroy_process_group()
-    return [failed, len(recorder.plans)]
+    return [failed, planned]
 
 
 def test_what_a_line_calls_again_is_recorded_as_what_it_calls_first() -> None:
@@ -721,6 +722,25 @@ def test_of_a_random_program_every_call_finds_its_others(seed: int) -> None:
     assert all(share.wait_ns + share.transfer_ns == share.t1_ns - share.t0_ns for share in shares)
     assert all(min(share.wait_ns, share.transfer_ns) >= 0 for share in shares)
     assert all(overlap.exposed_ns <= overlap.comm_ns for overlap in run.overlap())
+
+
+def test_the_first_step_begins_after_groups_were_made() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        parameter = torch.nn.Parameter(x())
+        parameter.grad = x()
+        optimizer = torch.optim.SGD([parameter])
+        for _ in range(2):
+            dist.new_group([0, 1])
+            for _ in range(2):
+                dist.all_reduce(parameter.grad)  # no first time in the second turn
+        optimizer.step()
+        dist.destroy_process_group()
+
+    for rank, spans in enumerate(result.spans for result in launch(work).ranks):
+        reduces = [s for s in spans if s.op == "all_reduce"]
+        (step,) = (s for s in spans if s.lane == "steps")
+        assert step.t0_ns == reduces[2].t0_ns, rank
 
 
 def test_nested_marks_and_steps_of_an_optimizer() -> None:

@@ -137,6 +137,14 @@ def test_of_many_ranks_the_first_are_shown() -> None:
     assert "8 of 64 ranks" in ax.get_xlabel()
 
 
+def test_a_bucket_has_as_much_of_its_name_as_it_has_room() -> None:
+    ends = [(0, 600), (620, 720), (740, 765), (780, 781)]
+    spans = [("buckets", "comm", f"bucket {n}", *end) for n, end in enumerate(ends)]
+    found = texts(plots.buckets(step_of(("main", "compute", "backward", 0, 800), *spans)))
+    assert {"bucket 0  2.1 MB", "bucket 1", "2"} < set(found)
+    assert "3" not in found
+
+
 def test_hundreds_of_buckets_stay_a_picture() -> None:
     spans = [("buckets", "comm", f"bucket {n}", n // 10, n // 10 + 30) for n in range(300)]
     began = time.process_time()

@@ -187,7 +187,9 @@ def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
     for bar, place in zip(row.buckets, row.places, strict=True):
         below = top + MAIN + 0.06 + place * BUCKET
         ax.broken_barh([(bar.left, bar.right - bar.left)], (below, BUCKET - 0.04), **_FLIGHT)
-        style.write(ax, [bar.name, bar.name.partition("  ")[0]], bar.interval, below + 0.2, SMALL)
+        short = bar.name.partition("  ")[0]
+        texts = [bar.name, short, short.removeprefix("bucket ")]
+        style.write(ax, texts, bar.interval, below + 0.2, SMALL)
     over = [bar.interval for bar in row.waiting]
     for bar in row.work:
         inner = [b.interval for b in row.work if b is not bar and _within(b, bar)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import select
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -15,7 +17,7 @@ from urllib.parse import urlparse
 
 PATIENCE = timedelta(seconds=10)  # for a rank that does not take part
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.016  # seconds between two knocks
-_OLD_STORE = 2.0  # seconds that the store of an earlier group may take to end
+_OLD_STORE = 2.0  # seconds that the store of an earlier group may take to end, unless it is kept
 _connections: list[socket.socket] = []  # of this process, to the store where it met the others
 _uses = itertools.count()  # of this process: each time under names of its own
 
@@ -53,6 +55,32 @@ def await_store(
     while not _knock(address) and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def meet_apart() -> None:
+    """Have this rank meet the others under other names each time that it joins again.
+
+    Who keeps a group or a DDP model keeps the store, too, and with it the addresses by which the
+    ranks found each other. torch uses the same names again: a rank that is ahead finds the old
+    address of another, and joining fails ("Connection refused"). The first time nothing changes.
+    """
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    rendezvous = distributed_c10d.rendezvous
+    times: Counter[tuple[str, int]] = Counter()  # by address
+
+    @functools.wraps(rendezvous)
+    def apart(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        for store, rank, world_size in rendezvous(*args, **kwargs):
+            if isinstance(store, dist.TCPStore):
+                address = store.host, store.port
+                if number := times[address]:
+                    store = dist.PrefixStore(f"ddp_lessons/join/{number}", store)
+                times[address] += 1
+            yield store, rank, world_size
+
+    distributed_c10d.rendezvous = apart
 
 
 @contextlib.contextmanager

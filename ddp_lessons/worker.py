@@ -36,6 +36,7 @@ from ddp_lessons.messages import (
     Unsendable,
     encode,
 )
+from ddp_lessons.rendezvous import meet_apart
 from ddp_lessons.stacks import describe
 from ddp_lessons.tape import Tape
 from ddp_lessons.task import PackedArgument, Place, Task
@@ -69,6 +70,7 @@ def main(
     )
     tape.close()
     recording.install(recorder)
+    meet_apart()
     code = _carry_out(task, place.rank, args, recorder)
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:

@@ -560,7 +560,6 @@ def lines_that_call_again(rank: int, forgetful: bool) -> list[int]:
     in_a_thread()
     planned = len(recorder.plans)
     dist.destroy_process_group()
-    del pair  # it would keep the store in which the ranks have met
     dist.init_process_group("gloo")
     in_a_thread()
     dist.destroy_process_group()

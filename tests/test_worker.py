@@ -320,6 +320,27 @@ def test_joining_again_where_ranks_are_not_in_step() -> None:
     assert launch(work, nprocs=3, timeout=10).ok
 
 
+@pytest.mark.parametrize("late", [None, 0, 1])
+@pytest.mark.parametrize("kept", ["a subgroup", "a DDP model"])
+def test_joining_again_with_something_of_the_last_time(kept: str, late: int | None) -> None:
+    def work(rank: int) -> list[int]:
+        sums, keep = [], []
+        for _ in range(2):
+            dist.init_process_group("gloo")
+            if kept == "a subgroup":
+                keep.append(dist.new_group([0, 1]))
+            else:
+                keep.append(torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4)))
+            total = torch.tensor(rank + 1)
+            dist.all_reduce(total)
+            sums.append(int(total))
+            dist.destroy_process_group()
+            time.sleep(0.3 * (rank == late))
+        return sums
+
+    assert launch(work, timeout=10).values == [[3, 3], [3, 3]]
+
+
 def test_a_thread_that_must_finish_does() -> None:
     def work(rank: int) -> None:
         def write_late() -> None:

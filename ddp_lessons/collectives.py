@@ -161,7 +161,7 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
         tape = recorder.tape
         seq = next(group.collectives)
         slot = tape.write(tail, t0_ns, recorder.step, seq)
-        inside[thread] = True
+        inside.add(thread)
         try:
             return function(*args, **kwargs)
         except BaseException as error:
@@ -170,7 +170,7 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
                 group.take_back(seq)
             raise
         finally:
-            del inside[thread]
+            inside.remove(thread)
             tape.end(slot, perf_counter_ns())
 
     def unplanned(
@@ -189,7 +189,7 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
                 _plan(recorder, key, group, facts, frame.f_code)
             thread = get_ident()
             slot = recorder.begin("comm", name, t0_ns, facts)
-            inside[thread] = True
+            inside.add(thread)
             try:
                 result = function(*args, **kwargs)
                 if call.receives and facts.peer < 0 and group is not None:
@@ -199,7 +199,7 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
                 recorder.tape.fail(slot)
                 raise
             finally:
-                del inside[thread]
+                inside.remove(thread)
                 recorder.end(slot)
         except Exception:
             call.take_back(group, facts, recorder.rank)
@@ -227,7 +227,7 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         started = [_start(recorder, t0_ns, op, site) for op in _p2p_ops(p2p_op_list)]
         works: Sequence[Any] = ()
         thread = get_ident()
-        inside[thread] = True
+        inside.add(thread)
         try:
             works = function(p2p_op_list)
             return works
@@ -236,7 +236,7 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 calls[flight.facts.op].take_back(flight.group, flight.facts, recorder.rank)
             raise
         finally:
-            del inside[thread]
+            inside.remove(thread)
             for place, flight in enumerate(started):  # NCCL returns one work for all of them
                 flight.carry(works[min(place, len(works) - 1)] if works else None)
             recorder.end(slot)

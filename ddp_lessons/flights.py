@@ -107,7 +107,7 @@ def issued(
     slot = recorder.begin("issue", facts.op or "work", t0_ns, facts)
     work = None
     thread = get_ident()
-    recording.inside[thread] = True
+    recording.inside.add(thread)
     try:
         work = function(*args, **kwargs)
         return work
@@ -115,7 +115,7 @@ def issued(
         recorder.tape.fail(slot)
         raise
     finally:
-        del recording.inside[thread]
+        recording.inside.remove(thread)
         flight.carry(work)
         recorder.end(slot)
 

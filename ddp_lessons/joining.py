@@ -87,7 +87,7 @@ def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return function(*args, **kwargs)
         thread = get_ident()
-        inside[thread] = True
+        inside.add(thread)
         facts = Facts(name, _subgroup(args, kwargs), site=sites.of(sys._getframe(1)))
         slot = recorder.begin("comm", name, time.perf_counter_ns(), facts)
         try:
@@ -96,7 +96,7 @@ def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             recorder.tape.fail(slot)
             raise
         finally:
-            del inside[thread]
+            inside.remove(thread)
             recorder.end(slot)
             recorder.joined()
             groups.update_world()

@@ -117,7 +117,7 @@ class Recorder:
             write()
 
 
-inside: dict[int, bool] = {}  # by the ident of each thread that is in a recorded call
+inside: set[int] = set()  # idents of the threads that are in a recorded call
 _recorder: Recorder | None = None  # this process's one recorder; None outside workers
 
 

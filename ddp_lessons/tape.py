@@ -32,7 +32,7 @@ KINDS = {name: n for n, name in enumerate(("compute", "issue", "comm", "wait", "
 _WORD = struct.Struct("=q")
 _PROGRESS, _DROPPED, _TEXT_USED = range(3)  # words of the head
 _HEAD = "=qqqq"  # of a record: t0_ns, t1_ns, step, seq
-_T0, _T1, _STEP, _SEQ = range(4)  # words of it
+_T1, _STEP, _SEQ = 1, 2, 3  # words of it
 # nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
 _TAIL = struct.Struct("=qiiIIIIIIBBxxxxxx")
 RECORD = struct.Struct(_HEAD + _TAIL.format[1:])

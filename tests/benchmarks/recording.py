@@ -76,12 +76,12 @@ def take_turns(works: Works, rounds: int, times: int) -> Figures:
     for _ in range(WARM_UP):
         for arm in arms:
             works[arm]()
-    for round_ in range(rounds * times):
-        arms.append(arms.pop(0))
-        for arm in arms if round_ % 2 else reversed(arms):
+    for turns in range(1, rounds * times + 1):
+        arms.append(arms.pop(0))  # another one begins
+        for arm in arms:
             with recorded(arm):
                 figures[arm].append(taken_ms(works[arm]))
-        if round_ % times == times - 1:
+        if turns % times == 0:
             with recorded(PROFILED):
                 turn = [taken_ms(works[PROFILED]) for _ in range(WARM_UP + times)]
             figures[PROFILED].append(statistics.median(turn[WARM_UP:]))

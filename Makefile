@@ -2,15 +2,17 @@
 PYTHON ?= python3
 LAB_ARGS ?=
 BIN := .venv/bin
-LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb $(wildcard notebooks/solutions/*.ipynb)
+RUN_HERE := $(wildcard notebooks/[0-9]*.ipynb) $(wildcard notebooks/solutions/*.ipynb)
+LESSONS := $(RUN_HERE) notebooks/gpu.ipynb
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks docs bench faults kills room setup
+.PHONY: help lessons test check tests nbval notebooks gpu docs bench faults kills room setup
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
 	@echo "make test       check everything: style, types, tests, notebooks"
-	@echo "make notebooks  run all notebooks again and store their outputs"
+	@echo "make notebooks  run all notebooks but gpu.ipynb again and store their outputs"
+	@echo "make gpu        all that needs a GPU, on a machine that has one (6 minutes; see benchmarks/gpu.sh)"
 	@echo "make docs       build the web site of the lessons: build/docs/index.html"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
 	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
@@ -38,7 +40,10 @@ nbval: setup
 	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.confined 1500 $(BIN)/python -m pytest $(NBVAL) $(LESSONS)
 
 notebooks: setup
-	$(BIN)/python -m tests.store_outputs $(LESSONS)
+	$(BIN)/python -m tests.store_outputs $(RUN_HERE)
+
+gpu:
+	benchmarks/gpu.sh
 
 docs: setup
 	$(BIN)/python -m sphinx -E -W --keep-going -q -n -b html notebooks build/docs

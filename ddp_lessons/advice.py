@@ -77,9 +77,15 @@ ONE_GPU = (
     "Two ranks are on one GPU. Every rank chooses its own before it joins: "
     'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])). Where ranks must share a GPU, use gloo.'
 )
+ON_GPU = (
+    "The line at fault may be an earlier one: calls return before the GPU has done the work. "
+    'With launch(..., env={"CUDA_LAUNCH_BLOCKING": "1"}) each call waits for the GPU, so the '
+    "traceback ends at the right line."
+)
 BACKENDS = {  # what torch or NCCL says of a backend, and what to try
     "doesn't have NCCL built in": NO_NCCL,
     "no GPUs found": NO_NCCL,
     "Duplicate GPU detected : ": ONE_GPU,
     "Multiple Ranks are using the same GPU": ONE_GPU,
+    "CUDA error: ": ON_GPU,
 }

@@ -6,6 +6,8 @@ line. If all failures are such losses, hangs.py tells who was missing.
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
 
 LAST_LINES = 5  # of a dead rank's output, shown as evidence
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
+_CPP_FRAME = re.compile(r"frame #\d+: ")  # of C++, below what it says
+_KERNEL_GAVE_UP = re.compile(r"^\S+\.cuh?:\d+: .*Assertion")  # once a thread of the GPU
+_GPU_FAILED = re.compile(r"CUDA error: ")
 
 
 def explain(run: Run) -> Verdict | None:
@@ -76,10 +81,18 @@ def _raised(run: Run, cause: RankResult) -> Verdict:
         "raised",
         tuple(same),
         f"{who} raised {cause.error.summary}",
-        (stacks.render(cause.error), *evidence.others(run, same)),
+        (stacks.render(cause.error), *_of_the_kernel(cause), *evidence.others(run, same)),
         _advice(run, cause),
         stacks.position(cause.error.frames).frame,
     )
+
+
+def _of_the_kernel(cause: RankResult) -> list[str]:
+    """What a kernel of the GPU wrote when it gave up: it says more than CUDA's error."""
+    if cause.error is None or not _GPU_FAILED.search(cause.error.text):
+        return []
+    said = next(filter(_KERNEL_GAVE_UP.search, cause.lines), None)
+    return ["", "What the GPU said:", f"    {said}"] if said else []
 
 
 def _advice(run: Run, cause: RankResult) -> str:
@@ -105,9 +118,9 @@ def _unsendable(run: Run, cause: RankResult) -> Verdict:
 def _died(run: Run, cause: RankResult) -> Verdict:
     what, why = _death(run, cause)
     lines = [why, *evidence.last_call(run, cause)]
-    if cause.shown_lines:
+    if last := _last_lines(cause):
         lines += ["", f"The last lines of rank {cause.rank}'s output:"]
-        lines += [f"    {line}" for line in cause.shown_lines[-LAST_LINES:]]
+        lines += [f"    {line}" for line in last]
     kind: Kind = "killed" if (cause.exitcode or 0) < 0 else "exited"
     return Verdict(
         kind,
@@ -144,9 +157,20 @@ def _death(run: Run, rank: RankResult) -> tuple[str, str]:
     return f"{verb} {name}", _reason(run, rank, exitcode)
 
 
+def _last_lines(rank: RankResult) -> list[str]:
+    """What a rank wrote at last, without C++ stacks; if its GPU failed, the lines that say how."""
+    lines = [line for line in rank.shown_lines if line.strip() and not _CPP_FRAME.match(line)]
+    if rank.exitcode == -signal.SIGABRT:
+        found = (next(filter(text.search, lines), None) for text in (_KERNEL_GAVE_UP, _GPU_FAILED))
+        if of_gpu := [line for line in found if line is not None]:
+            return of_gpu
+    return lines[-LAST_LINES:]
+
+
 def _reason(run: Run, rank: RankResult, exitcode: int) -> str:
     name = exit_name(exitcode)
-    out = any(text in line for line in rank.shown_lines[-LAST_LINES:] for text in _NO_MEMORY)
+    last = _last_lines(rank)
+    out = any(text in line for line in last for text in _NO_MEMORY)
     match name:
         case "SIGKILL" if run.out_of_memory:
             return (
@@ -164,6 +188,9 @@ def _reason(run: Run, rank: RankResult, exitcode: int) -> str:
             )
         case "SIGABRT" if out:
             return "Memory ran out: use smaller tensors or batches, or fewer ranks."
+        case "SIGABRT" if any(_GPU_FAILED.search(line) for line in last):
+            who = "NCCL's watchdog" if "watchdog" in last[-1] else "C++ code"
+            return f"{who} ended the process over an error of its GPU.\n{advice.ON_GPU}"
         case "SIGABRT":
             return "C++ code gave up; the reason is in the last lines of its output."
         case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":

@@ -38,12 +38,27 @@ def store(path: Path) -> None:
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute()
-    normalise(notebook)
-    nbformat.write(notebook, path)
+    write(notebook, path)
     if path.parent.name == "notebooks":
         for (stem, place), name in README_PICTURES.items():
             if stem == path.stem:
                 (PICTURES / name).write_bytes(base64.b64decode(pictures(notebook)[place]))
+
+
+def adopt(executed: Path, path: Path) -> None:
+    """Store the outputs of a copy that was run elsewhere: on a GPU, by `benchmarks/gpu.sh`."""
+    notebook, stored = (nbformat.read(p, as_version=4) for p in (executed, path))
+    if [c.source for c in notebook.cells] != [c.source for c in stored.cells]:
+        sys.exit(f"{executed} has other cells than {path}")
+    for number, cell in enumerate((c for c in notebook.cells if c.cell_type == "code"), 1):
+        cell.execution_count = number  # also of the first cell, which only Jupyter runs
+    write(notebook, path)
+
+
+def write(notebook: nbformat.NotebookNode, path: Path) -> None:
+    """Write a notebook that was run, normalised; exit if it is too large."""
+    normalise(notebook)
+    nbformat.write(notebook, path)
     size = path.stat().st_size
     print(f"{path}: {size // 1024} kB")
     if size > MOST_BYTES:
@@ -77,8 +92,11 @@ def normalise(notebook: nbformat.NotebookNode) -> None:
 
 
 def main() -> None:
-    """Store the notebooks named on the command line."""
+    """Run and store the notebooks named on the command line, or `--from EXECUTED NOTEBOOK`."""
     os.environ["DDP_LESSONS_LIVE"] = "0"  # a panel of the run would be stored, too
+    if sys.argv[1:2] == ["--from"]:
+        adopt(*map(Path, sys.argv[2:]))
+        return
     for name in sys.argv[1:]:
         store(Path(name))
 

@@ -127,17 +127,19 @@ def test_the_appendix_has_its_parts() -> None:
     assert first.startswith("# Appendix · ")
     assert re.search(r"\*\*.*\?\*\*", first), "the question"
     assert re.search(r"\d+ minutes · .* · stored outputs: ", first)
-    assert "Not yet run on a GPU" in first
+    assert re.search(r"stored outputs: one NVIDIA .*, torch", first)
     assert "## What you have seen" in last
     assert "**Next:**" in last
 
 
-def test_the_appendix_says_what_was_skipped_without_a_gpu() -> None:
-    """And its other cells ran: what differs on a machine with GPUs is not compared by nbval."""
+def test_the_appendix_shows_what_one_gpu_did_and_says_what_needs_two() -> None:
+    """What differs where there is no GPU is not compared by nbval."""
     guarded = [cell for cell in _code(APPENDIX) if cell.source.startswith("if enough(")]
     assert len(guarded) > 5
     for cell in _code(APPENDIX):
         text = "".join(output.get("text", "") for output in cell.outputs)
-        assert text.startswith("skipped: GPUs needed") == (cell in guarded), cell.source
+        skipped = cell.source.startswith("if enough(2)")
+        assert text.startswith("skipped: GPUs needed: 2, found: 1") == skipped, cell.source
         if cell in guarded:
             assert "nbval-ignore-output" in cell.metadata.tags
+            assert cell.outputs

@@ -219,6 +219,16 @@ def test_what_is_in_flight_lies_under_the_main_thread_and_nothing_covers_another
     assert "in flight" in legend(ax)
 
 
+def test_what_is_in_flight_for_less_than_a_pixel_is_seen() -> None:
+    """A white edge would cover all of it: NCCL's all_reduce of one rank takes 10 µs."""
+    spans = [Span(0, "cuda", "comm", "all_reduce", 1_050_000_000, 1_050_010_000)]
+    figure = figure_of(plots.timeline(made_up(1, spans)))
+    figure.canvas.draw()
+    pixels = figure.canvas.buffer_rgba()
+    orange = {tuple(p[:3]) for row in pixels.tolist() for p in row[300:600] if p[0] > p[2] + 100}
+    assert orange
+
+
 def test_groups_are_told_apart() -> None:
     calls = [
         Span(0, "main", "comm", "all_reduce", start, start + 10_000_000, None, "all_reduce", group)

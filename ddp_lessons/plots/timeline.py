@@ -90,7 +90,7 @@ def timeline(
     style.name_ranks(ax, run)
     pixel = style.POINTS / style.DPI / style.points_per_unit(ax)
     closest = pixel if len(bars) > LABELLED else 0.0
-    _draw(ax, bars, closest)
+    _draw(ax, bars, closest, 2 * pixel)
     if not closest:
         _label(ax, bars)
     _mark_steps(ax, run)
@@ -214,12 +214,18 @@ def _place(bar: Bar) -> tuple[float, float]:
     return top + main + 0.03 + bar.side_row * height, height * 0.9
 
 
-def _draw(ax: Axes, bars: Sequence[Bar], closest: float) -> None:
-    """Draw all bars, those of one place and look at once: ten times as fast as one by one."""
+def _draw(ax: Axes, bars: Sequence[Bar], closest: float, thin: float) -> None:
+    """Draw all bars, those of one place and look at once: ten times as fast as one by one.
+
+    A bar thinner than `thin` has no white edge: that would cover all of it.
+    """
     rows: dict[tuple[Any, ...], tuple[Look, list[lanes.Interval]]] = {}
     for bar in bars:
-        key = (*_place(bar), bar.span.lane == "process", str(bar.look))
-        rows.setdefault(key, (bar.look, []))[1].append((bar.left, bar.right))
+        look = bar.look
+        if bar.right - bar.left < thin and look.get("edgecolor") == "white":
+            look = {**look, "edgecolor": look["facecolor"]}
+        key = (*_place(bar), bar.span.lane == "process", str(look))
+        rows.setdefault(key, (look, []))[1].append((bar.left, bar.right))
     for (top, height, *_), (look, intervals) in rows.items():
         intervals = lanes.merged(intervals, closest) if closest else intervals
         ax.broken_barh([(a, b - a) for a, b in intervals], (top, height), **look)

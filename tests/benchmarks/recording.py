@@ -3,16 +3,18 @@
 Run by hand, on a quiet machine: `python -m tests.benchmarks.recording`. In one run the same ranks
 take turns, call by call or step by step: recording off and on, for DDP also torch's own
 communication hook; after each round as many under torch.profiler. Off means torch's own functions,
-a DDP model that is not watched, and nobody who counts steps.
+a DDP model that is not watched, and nobody who counts steps. With `--backend nccl` there are as
+many ranks as GPUs, and every call or step ends when the GPU has done it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,12 +91,26 @@ def take_turns(works: Works, rounds: int, times: int) -> Figures:
     return figures
 
 
-def all_reduces(rank: int, rounds: int) -> Figures:
-    dist.init_process_group("gloo")
-    tensor = torch.ones(KILOBYTES * 250)
+def join(backend: str) -> tuple[torch.device, Callable[[], None]]:
+    """Join on this rank's device; that, and what waits until it has done its work."""
+    device, finish = torch.device("cpu"), _nothing
+    if backend == "nccl":
+        device, finish = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.synchronize
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend)
+    return device, finish
+
+
+def _nothing() -> None:
+    pass
+
+
+def all_reduces(rank: int, rounds: int, backend: str) -> Figures:
+    device, finish = join(backend)
+    tensor = torch.ones(KILOBYTES * 250, device=device)
     off, on = dist.all_reduce.__wrapped__, dist.all_reduce
-    works: Works = {arm: lambda: on(tensor) for arm in (ON, PROFILED)}
-    figures = take_turns({OFF: lambda: off(tensor), **works}, rounds, CALLS)
+    works: Works = {arm: lambda: (on(tensor), finish()) for arm in (ON, PROFILED)}
+    figures = take_turns({OFF: lambda: (off(tensor), finish()), **works}, rounds, CALLS)
     dist.destroy_process_group()
     return figures
 
@@ -112,25 +128,30 @@ def cnn() -> nn.Module:
     return nn.Sequential(*convolutions, nn.ReLU(), nn.MaxPool2d(2), *head)
 
 
-def ddp_steps(rank: int, rounds: int, network: Callable[[], nn.Module], batch: int) -> Figures:
-    dist.init_process_group("gloo")
-    images = torch.randn(batch, 1, 8, 8)
+def ddp_steps(
+    rank: int, rounds: int, backend: str, network: Callable[[], nn.Module], batch: int
+) -> Figures:
+    device, finish = join(backend)
+    images = torch.randn(batch, 1, 8, 8, device=device)
     works: Works = {}
     for arm in ARMS:
-        model = DistributedDataParallel(network(), bucket_cap_mb=2)
+        model = DistributedDataParallel(network().to(device), bucket_cap_mb=2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         if arm == HOOK:
             model.register_comm_hook(None, allreduce_hook)
         elif arm != OFF:
             watch_ddp(model)
-        works[arm] = stepper(model, optimizer, images)
+        works[arm] = stepper(model, optimizer, images, finish)
     figures = take_turns(works, rounds, STEPS)
     dist.destroy_process_group()
     return figures
 
 
 def stepper(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    finish: Callable[[], None],
 ) -> Callable[[], None]:
     def step() -> None:
         optimizer.zero_grad()
@@ -139,6 +160,7 @@ def stepper(
         with span("backward"):
             loss.backward()
         optimizer.step()
+        finish()
 
     return step
 
@@ -157,11 +179,13 @@ def with_a_late_rank(rank: int) -> float:
     return statistics.median(slept)
 
 
-def cost_rows(what: str, worker: Callable[..., Figures], *args: Any) -> list[list[str]]:
+def cost_rows(
+    what: str, numbers: Sequence[int], worker: Callable[..., Figures], *args: Any
+) -> list[list[str]]:
     rows = []
-    for ranks in RANKS:
+    for ranks in numbers:
         figures = launch(worker, args, nprocs=ranks, timeout=300, env=QUIET).values[0]
-        medians = [f"{statistics.median(figures[a]):.2f}" if a in figures else "" for a in ARMS]
+        medians = [f"{statistics.median(figures[a]):.3f}" if a in figures else "" for a in ARMS]
         ratios = [
             ratio(figures[arm], figures[OFF_BY_ROUND if arm == PROFILED else OFF])
             if arm in figures
@@ -194,20 +218,28 @@ def straggler_line() -> str:
     )
 
 
-def report(rounds: int) -> str:
+def report(rounds: int, backend: str) -> str:
+    numbers = RANKS if backend == "gloo" else (torch.cuda.device_count(),)
     where = machine("torch")
-    head = ["", "ranks", *ARMS, *(f"{arm} : off" for arm in ARMS[1:])]
-    rows = cost_rows(f"all_reduce of {KILOBYTES} kB", all_reduces, rounds)
-    rows += cost_rows("DDP, CNN", ddp_steps, rounds, cnn, 512)
-    rows += cost_rows("DDP, MLP", ddp_steps, rounds, mlp, 256)
-    return "\n".join([where, table(head, rows), NOTES, straggler_line()])
+    head = [backend, "ranks", *ARMS, *(f"{arm} : off" for arm in ARMS[1:])]
+    what = f"all_reduce of {KILOBYTES} kB"
+    rows = cost_rows(what, numbers, all_reduces, rounds, backend)
+    rows += cost_rows("DDP, CNN", numbers, ddp_steps, rounds, backend, cnn, 512)
+    rows += cost_rows("DDP, MLP", numbers, ddp_steps, rounds, backend, mlp, 256)
+    lines = [where, table(head, rows), NOTES]
+    return "\n".join([*lines, straggler_line()] if backend == "gloo" else lines)
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
-    print(report(parser.parse_args().rounds))
+    parser.add_argument("--backend", choices=("gloo", "nccl"), default="gloo")
+    arguments = parser.parse_args()
+    if arguments.backend == "nccl" and not torch.cuda.device_count():
+        print("no GPU: NCCL cannot be measured")
+        return
+    print(report(arguments.rounds, arguments.backend))
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def _recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[
         recorder: Recorder, t0_ns: int, frame: FrameType, key: Any, args: Args, kwargs: Kwargs
     ) -> Any:
         group = call.group(args, kwargs)
-        site = sites.of(frame)
+        site = recorder.sites.of(frame)
         facts = call.facts(group, args, kwargs, recorder.rank, site)
         if call.timeout_place is not None:
             recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"))
@@ -222,7 +222,7 @@ def _batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         if recorder is None:
             return function(p2p_op_list)
         t0_ns = time.perf_counter_ns()
-        site = sites.of(sys._getframe(1))
+        site = recorder.sites.of(sys._getframe(1))
         slot = recorder.begin("issue", name, t0_ns, Facts(name, site=site))
         started = [_start(recorder, t0_ns, op, site) for op in _p2p_ops(p2p_op_list)]
         works: Sequence[Any] = ()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
-from ddp_lessons import device, recording, sites
+from ddp_lessons import device, recording
 from ddp_lessons.groups import Group
 from ddp_lessons.recording import Recorder
 from ddp_lessons.tape import NO_FACTS, Facts, Slot
@@ -130,7 +130,7 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"))
         flights = _flights.get(self, [])
-        site = sites.of(sys._getframe(1))
+        site = recorder.sites.of(sys._getframe(1))
         facts = (flights[0].facts if flights else NO_FACTS)._replace(site=site)
         name = f"wait for {facts.op or 'work'}"
         slot = recorder.begin("wait", name, time.perf_counter_ns(), facts)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
-from ddp_lessons import backends, clocks, recording, sites
+from ddp_lessons import backends, clocks, recording
 from ddp_lessons.arguments import Args, Kwargs, argument
 from ddp_lessons.groups import groups
 from ddp_lessons.messages import Joining
@@ -88,7 +88,7 @@ def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         thread = get_ident()
         inside.add(thread)
-        facts = Facts(name, _subgroup(args, kwargs), site=sites.of(sys._getframe(1)))
+        facts = Facts(name, _subgroup(args, kwargs), site=recorder.sites.of(sys._getframe(1)))
         slot = recorder.begin("comm", name, time.perf_counter_ns(), facts)
         try:
             return function(*args, **kwargs)

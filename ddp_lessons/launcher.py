@@ -144,13 +144,13 @@ def _carry_out(
             with deferred_interrupt():
                 watch.stop(AFTER_INTERRUPT)
                 crew.end()
-            run = _record(packed.name, crew, interrupted=True)
+            run = _record(packed, crew, interrupted=True)
             if isinstance(error, KeyboardInterrupt):
                 _show_interrupted(run)
                 show_without_frames(error)
             raise
         crew.end()
-        run = _record(packed.name, crew, hung_after=hung_after)
+        run = _record(packed, crew, hung_after=hung_after)
     _show_output(run)
     return run
 
@@ -197,11 +197,15 @@ def _refuse_nonsense(
 
 
 def _record(
-    name: str, crew: Crew, *, hung_after: float | None = None, interrupted: bool = False
+    packed: task.Task,
+    crew: Crew,
+    *,
+    hung_after: float | None = None,
+    interrupted: bool = False,
 ) -> Run:
-    ranks = [_result(worker, name) for worker in crew.workers if worker.exitcode is not None]
+    ranks = [_result(worker, packed) for worker in crew.workers if worker.exitcode is not None]
     return Run(
-        name,
+        packed.name,
         ranks,
         begin_ns=crew.begin_ns,
         hung_after=hung_after,
@@ -210,7 +214,7 @@ def _record(
     )
 
 
-def _result(worker: Worker, name: str) -> RankResult:
+def _result(worker: Worker, packed: task.Task) -> RankResult:
     assert worker.exitcode is not None
     assert worker.ended_ns is not None
     status: Status = "stopped" if worker.stopped else "died"
@@ -233,11 +237,11 @@ def _result(worker: Worker, name: str) -> RankResult:
         error=error,
         exception=exception,
         exitcode=worker.exitcode,
-        spans=(*_life(worker, name), *worker.spans()),
+        spans=(*_life(worker, packed.name), *worker.spans()),
         began_ns=worker.began_ns,
         started_ns=worker.started_ns,
         ended_ns=worker.ended_ns,
-        stack=stacks.parse(worker.stack_text),
+        stack=stacks.parse(worker.stack_text, packed.home),
         activity=worker.activity,
         dropped=worker.dropped(),
         group_rank=worker.place.group_rank,

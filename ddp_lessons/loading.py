@@ -29,8 +29,8 @@ from ddp_lessons.wording import agree, count, ranks_text
 _RECORD = re.compile(r"rank_(\d+)\.(\d+)\.jsonl")
 INTERRUPTED, TOLD_TO_END = -int(signal.SIGINT), -int(signal.SIGTERM)  # exit codes
 # Files in whose frames stacks.position sees the call of a rank that cannot be asked.
-_DISTRIBUTED = os.path.join("torch", "distributed", "distributed_c10d.py")
-_AUTOGRAD = os.path.join("torch", "autograd", "__init__.py")
+_DISTRIBUTED = "/site-packages/torch/distributed/distributed_c10d.py"
+_AUTOGRAD = "/site-packages/torch/autograd/__init__.py"
 
 
 def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:

@@ -77,12 +77,17 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Frame:
-    """One line of a traceback or stack: where it is, and its source text ("" if unknown)."""
+    """One line of a traceback or stack: where it is, and its source text ("" if unknown).
+
+    `at_home` is true in the installed package that holds the launched function: such lines count
+    as the learner's.
+    """
 
     filename: str
     lineno: int
     function: str
     source: str = ""
+    at_home: bool = False
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from ddp_lessons.messages import Clock, GivesUp, Message
+from ddp_lessons.sites import Sites
 from ddp_lessons.tape import NO_FACTS, Facts, Slot, Tape
 
 T = TypeVar("T")
@@ -33,8 +34,10 @@ class Recorder:
         *,
         one_clock: bool = True,
         host_of_rank_zero: str = "127.0.0.1",
+        home: str | None = None,
     ) -> None:
         self.rank = rank
+        self.sites = Sites(home)
         self.tape = tape
         self.send = send
         self.host_of_rank_zero = host_of_rank_zero

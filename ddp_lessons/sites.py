@@ -5,35 +5,64 @@ Looking it up takes a fraction of a microsecond: what is known of a place in the
 
 from __future__ import annotations
 
+import linecache
 from types import CodeType, FrameType
+from typing import NamedTuple
 
-from ddp_lessons.stacks import is_learners
+from ddp_lessons.stacks import Owner, owner_of
 
 _MOST = 10_000  # places kept; code that is made in a loop must not fill the memory
-_known: dict[tuple[int, int], tuple[CodeType, str | None]] = {}
 
 
-def of(frame: FrameType | None) -> str | None:
-    """The innermost of the learner's own lines at or above `frame`; None if there is none."""
-    while frame is not None:
+class _Place(NamedTuple):
+    code: CodeType  # kept, so that its id stays its own
+    owner: Owner
+    site: str
+
+
+class Sites:
+    """The lines of one process's calls. `home` is the installed package that counts as its own."""
+
+    def __init__(self, home: str | None = None) -> None:
+        self._home = home
+        self._known: dict[tuple[int, int], _Place] = {}
+
+    def of(self, frame: FrameType | None) -> str | None:
+        """The innermost of the learner's own lines at or above `frame`.
+
+        Without any, it is the innermost line of an installed package; None if there is none, too.
+        """
+        of_package = None
+        while frame is not None:
+            # By id, as the hash of a code object reads all of it.
+            key = id(frame.f_code), frame.f_lasti
+            place = self._known.get(key)
+            if place is None:
+                place = self._place(frame)
+                if len(self._known) < _MOST:
+                    self._known[key] = place
+            if place.owner is Owner.LEARNER:
+                return place.site
+            if place.owner is Owner.PACKAGE and of_package is None:
+                of_package = place.site
+            frame = frame.f_back
+        return of_package
+
+    def _place(self, frame: FrameType) -> _Place:
         code = frame.f_code
-        # By id, as the hash of a code object reads all of it; the object is kept, so the id holds.
-        place = id(code), frame.f_lasti
-        known = _known.get(place)
-        if known is None:
-            own = is_learners(code.co_filename)
-            known = code, f"{code.co_filename}:{frame.f_lineno}" if own else None
-            if len(_known) < _MOST:
-                _known[place] = known
-        if known[1] is not None:
-            return known[1]
-        frame = frame.f_back
-    return None
+        return _Place(code, owner_of(code.co_filename, self._home), _site(frame))
+
+
+def _site(frame: FrameType) -> str:
+    """`FILE:LINE`; where nobody has the text of the file, `FILE in FUNCTION:LINE`."""
+    code = frame.f_code
+    made_up = code.co_filename.startswith("<") and code.co_filename not in linecache.cache
+    return f"{code.co_filename}{f' in {code.co_name}' if made_up else ''}:{frame.f_lineno}"
 
 
 def is_in(site: str | None, frame: FrameType) -> bool:
     """True if the learner's line is the one at which `frame` is, and not in a caller of it."""
-    return site == f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return site == _site(frame)
 
 
 def split(site: str) -> tuple[str, int]:

@@ -6,6 +6,9 @@ function (first) to where it was (last).
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import inspect
 import linecache
 import os
 import re
@@ -13,7 +16,8 @@ import site
 import sys
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from ddp_lessons.messages import ErrorRecord, Frame
@@ -40,11 +44,17 @@ _INFRASTRUCTURE = tuple(
         "clocks",
     )
 )
-_LIBRARIES = tuple(
+# Of any host: an engine's paths are not those of the notebook.
+_IN_PACKAGE = re.compile(r"^(?P<root>.*/(?:site|dist)-packages/)(?P<name>[^/]+?)(?:\.py)?(?:/|$)")
+_IN_STDLIB = re.compile(r"^.*/lib(?:64)?/python3\.\d+t?/")
+# What libraries name the code that they make.
+_GENERATED = (
+    "<frozen ", "<attrs generated ", "<decorator-gen-", "<eval_with_key>", "<__array_function__ ",
+)  # fmt: skip
+_ROOTS = tuple(
     {
         os.path.realpath(path) + os.sep
         for path in (
-            sysconfig.get_path("stdlib"),
             sysconfig.get_path("purelib"),
             sysconfig.get_path("platlib"),
             *site.getsitepackages(),
@@ -52,11 +62,24 @@ _LIBRARIES = tuple(
         )
     }
 )
+_NOT_A_HOME = ("torch", "functorch", "torchgen", "ddp_lessons")
+
+
+class Owner(StrEnum):
+    """Whose code a frame is in: the learner's, an installed package's, or what runs it.
+
+    A library is Python's own, torch or this package. What cannot be told to be one of the others is
+    the learner's.
+    """
+
+    LEARNER = "learner"
+    PACKAGE = "package"
+    LIBRARY = "library"
 
 
 # Functions of threading and concurrent.futures that wait until a thread is done.
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
-_STDLIB = sysconfig.get_path("stdlib")
+_STDLIB = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 
 
 class Position(NamedTuple):
@@ -71,13 +94,14 @@ def is_infrastructure(filename: str) -> bool:
     return filename in _INFRASTRUCTURE
 
 
-def parse(dump: str, *, script: bool = False) -> tuple[Frame, ...]:
+def parse(dump: str, home: str | None = None, *, script: bool = False) -> tuple[Frame, ...]:
     """Where a rank is, from what faulthandler printed: the stack of the learner's function.
 
-    If that only waits for another thread of the learner's, it is that thread's. With `script=True`
-    it is the stack of a script, from its first line on.
+    If that only waits for another thread of the learner's, it is that thread's. `home` is the
+    installed package that holds the function, if one does. With `script=True` it is the stack of a
+    script, from its first line on.
     """
-    threads = _threads(dump)
+    threads = _threads(dump, home)
     main = _own_part(threads[-1]) if script else _main(threads, dump)
     if not _waits_for_a_thread(main):
         return main
@@ -87,10 +111,12 @@ def parse(dump: str, *, script: bool = False) -> tuple[Frame, ...]:
 
 
 def all_wait_for_others(dump: str) -> bool:
-    """True if the learner's threads all wait in torch.distributed, or for one that does."""
-    working = [_own_part(thread) for thread in _threads(dump)]
-    positions = [position(frames) for frames in working if not _waits_for_a_thread(frames)]
-    calls = [call for frame, call in positions if frame is not None]
+    """True if all threads that may be the learner's wait in torch.distributed.
+
+    Or for one that does. Not the learner's is only what runs Python's own code, torch's and ours.
+    """
+    parts = [part for thread in _threads(dump) if (part := _own_part(thread))]
+    calls = [position(part).call for part in parts if not _waits_for_a_thread(part)]
     return bool(calls) and None not in calls
 
 
@@ -106,26 +132,30 @@ def _main(threads: Sequence[Sequence[Frame]], dump: str) -> tuple[Frame, ...]:
 
 
 def _own_part(frames: Sequence[Frame]) -> tuple[Frame, ...]:
-    """A thread's frames from the learner's first on; none if it has none."""
-    own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
+    """A thread's frames from the first on that may be the learner's; none if it has none."""
+    own = _not_of_libraries(frames)
     return tuple(frames[own[0] :]) if own else ()
+
+
+def _not_of_libraries(frames: Sequence[Frame]) -> list[int]:
+    return [i for i, frame in enumerate(frames) if _owner(frame) is not Owner.LIBRARY]
 
 
 def _waits_for_a_thread(frames: Sequence[Frame]) -> bool:
     """Whether the innermost of the learner's lines waits for a thread, or for its result."""
-    own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
+    own = _not_of_libraries(frames)
     return bool(own) and any(
-        frame.function in _OF_THREADS and frame.filename.startswith(_STDLIB)
+        frame.function in _OF_THREADS and _is_stdlib(frame.filename)
         for frame in frames[own[-1] + 1 :]
     )
 
 
-def _threads(dump: str) -> list[list[Frame]]:
+def _threads(dump: str, home: str | None = None) -> list[list[Frame]]:
     """The frames of every thread."""
     found = []
     for thread in re.split(r"\n(?=(?:Current t|T)hread 0x)", _unescaped(dump)):
         lines = [_FRAME.match(line) for line in thread.splitlines()]
-        found.append([_frame(line) for line in lines[::-1] if line])
+        found.append([_frame(line, home) for line in lines[::-1] if line])
     return found
 
 
@@ -134,9 +164,9 @@ def frame_at(filename: str, lineno: int) -> Frame:
     return Frame(filename, lineno, "", _source(filename, lineno))
 
 
-def _frame(line: re.Match[str]) -> Frame:
-    number = int(line["line"])
-    return Frame(line["file"], number, line["function"], _source(line["file"], number))
+def _frame(line: re.Match[str], home: str | None) -> Frame:
+    file, number = line["file"], int(line["line"])
+    return Frame(file, number, line["function"], _source(file, number), _is_at_home(file, home))
 
 
 def _unescaped(dump: str) -> str:
@@ -146,12 +176,19 @@ def _unescaped(dump: str) -> str:
 
 def position(frames: Sequence[Frame]) -> Position:
     """Where a stack or traceback stands, in the learner's terms."""
-    own = [i for i, frame in enumerate(frames) if is_learners(frame.filename)]
+    own = _own(frames)
     below = frames[own[-1] + 1 :] if own else frames
     call = next((name for frame in below if (name := _call_of(frame))), None)
     if call is None and any(frame.filename == _INFRASTRUCTURE[2] for frame in below):
         call = "init_process_group"  # waiting for rank 0's store
     return Position(frames[own[-1]] if own else None, call)
+
+
+def _own(frames: Sequence[Frame]) -> list[int]:
+    """The places of the learner's frames; where there are none, of those of installed packages."""
+    owners = [_owner(frame) for frame in frames]
+    wanted = Owner.LEARNER if Owner.LEARNER in owners else Owner.PACKAGE
+    return [i for i, owner in enumerate(owners) if owner is wanted]
 
 
 def waiting_where(frames: Sequence[Frame]) -> str:
@@ -162,12 +199,65 @@ def waiting_where(frames: Sequence[Frame]) -> str:
     return f", waiting in {call}, {line_name(frame)}" if call else f" at {line_name(frame)}"
 
 
-def is_learners(filename: str) -> bool:
-    """True for cells and the learner's own modules; false for Python, torch and this package."""
-    if is_cell(filename):
-        return True
+def _owner(frame: Frame) -> Owner:
+    return Owner.LEARNER if frame.at_home else owner_of(frame.filename)
+
+
+@functools.lru_cache(4096)
+def owner_of(filename: str, home: str | None = None) -> Owner:
+    """Whose file it is; that of the package `home` is the learner's. See Owner."""
+    if not filename or filename.startswith(_GENERATED):
+        return Owner.LIBRARY
+    if not os.path.isabs(filename):
+        return Owner.LEARNER  # a cell, or code that no file holds
     path = os.path.realpath(filename)
-    return os.path.isabs(filename) and not path.startswith((*_LIBRARIES, _HERE + os.sep))
+    if path.startswith((_HERE + os.sep, _torch() + os.sep)):
+        return Owner.LIBRARY
+    package = _package_of(filename)
+    if package is not None:
+        if package in _NOT_A_HOME:
+            return Owner.LIBRARY
+        return Owner.LEARNER if package == home else Owner.PACKAGE
+    return Owner.LIBRARY if _is_stdlib(filename) else Owner.LEARNER
+
+
+def home_of(fn: Callable[..., Any]) -> str | None:
+    """The installed package that holds a function; None for functions from anywhere else."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    plain = inspect.unwrap(getattr(fn, "__func__", fn))
+    if not hasattr(plain, "__code__"):  # an object that can be called
+        plain = type(plain).__call__
+    code = getattr(plain, "__code__", None)
+    package = _package_of(code.co_filename) if code is not None else None
+    return None if package in _NOT_A_HOME else package
+
+
+def _is_at_home(filename: str, home: str | None) -> bool:
+    return home is not None and _package_of(filename) == home
+
+
+def _package_of(filename: str) -> str | None:
+    """The installed package, or module, that holds a file: what its path has first."""
+    path = os.path.realpath(filename)
+    for root in _ROOTS:
+        if path.startswith(root):
+            return path[len(root) :].partition(os.sep)[0].removesuffix(".py")
+    found = _IN_PACKAGE.match(path)
+    return found["name"] if found else None
+
+
+def _is_stdlib(filename: str) -> bool:
+    path = os.path.realpath(filename)
+    inside = path.startswith(_STDLIB) or _IN_STDLIB.match(path) is not None
+    return inside and _package_of(filename) is None
+
+
+@functools.cache
+def _torch() -> str:
+    """Where torch is; it is not imported for that."""
+    spec = importlib.util.find_spec("torch")
+    return os.path.dirname(os.path.realpath(spec.origin)) if spec and spec.origin else _HERE
 
 
 def is_cell(filename: str) -> bool:
@@ -183,9 +273,10 @@ def place_name(filename: str) -> str:
         named = shell.compile.format_code_name(filename)
         if named is not None:
             return " ".join(named)
-    for root in (*_LIBRARIES, os.getcwd() + os.sep):
-        if os.path.realpath(filename).startswith(root):
-            return os.path.realpath(filename)[len(root) :]
+    path = os.path.realpath(filename)
+    for root in (*_ROOTS, _STDLIB, os.getcwd() + os.sep):
+        if path.startswith(root):
+            return path[len(root) :]
     return filename
 
 
@@ -194,12 +285,15 @@ def line_name(frame: Frame) -> str:
     return f"{place_name(frame.filename)}, line {frame.lineno}"
 
 
-def describe(error: BaseException) -> ErrorRecord:
-    """The exception and those before it as plain data, without the frames of this package."""
-    return _record(traceback.TracebackException.from_exception(error))
+def describe(error: BaseException, home: str | None = None) -> ErrorRecord:
+    """The exception and those before it as plain data, without the frames of this package.
+
+    `home` is the installed package that holds the launched function, if one does.
+    """
+    return _record(traceback.TracebackException.from_exception(error), home)
 
 
-def _record(error: traceback.TracebackException) -> ErrorRecord:
+def _record(error: traceback.TracebackException, home: str | None) -> ErrorRecord:
     previous, link = error.__cause__, "cause"
     if previous is None and not error.__suppress_context__:
         previous, link = error.__context__, "context"
@@ -207,11 +301,17 @@ def _record(error: traceback.TracebackException) -> ErrorRecord:
         type_name=error.exc_type.__name__,
         text="".join(error.format_exception_only()).strip()[:MOST_TEXT],
         frames=tuple(
-            Frame(f.filename, f.lineno or 0, f.name, (f.line or "").strip())
+            Frame(
+                f.filename,
+                f.lineno or 0,
+                f.name,
+                (f.line or "").strip(),
+                _is_at_home(f.filename, home),
+            )
             for f in error.stack
             if not is_infrastructure(f.filename)
         ),
-        previous=_record(previous) if previous else None,
+        previous=_record(previous, home) if previous else None,
         link=link if previous else "",
     )
 
@@ -232,7 +332,7 @@ def render(error: ErrorRecord) -> str:
 def render_frames(frames: Sequence[Frame]) -> list[str]:
     """The learner's frames with their source; of the libraries', only the innermost."""
     lines: list[str] = []
-    own = [frame for frame in frames if is_learners(frame.filename)]
+    own = [frames[i] for i in _own(frames)]
     left_out = len(own) - 2 * MOST_FRAMES  # a recursion without end has a thousand
     for number, frame in enumerate(own):
         if number == MOST_FRAMES and left_out > 0:
@@ -242,19 +342,20 @@ def render_frames(frames: Sequence[Frame]) -> list[str]:
         lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
     if frames and frames[-1] not in own[-1:]:
         frame = frames[-1]
-        lines += [f"{line_name(frame)}, in {frame.function}", f"     {frame.source}"]
+        lines += [f"{line_name(frame)}, in {frame.function}"]
+        lines += [f"     {frame.source}"] if frame.source else []
     return lines
 
 
 def _excerpt(frame: Frame) -> list[str]:
-    """The marked line between its neighbours, as IPython shows it."""
+    """The marked line between its neighbours, as IPython shows it; nothing without its text."""
     numbers = range(max(1, frame.lineno - CONTEXT), frame.lineno + CONTEXT + 1)
     texts = {n: linecache.getline(frame.filename, n).rstrip() for n in numbers}
     texts[frame.lineno] = texts[frame.lineno] or frame.source
     return [
         f"{'---->' if n == frame.lineno else '     '} {n:>3} {text}"
         for n, text in texts.items()
-        if text or n == frame.lineno
+        if text
     ]
 
 

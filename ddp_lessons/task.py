@@ -11,6 +11,7 @@ import inspect
 import io
 import linecache
 import os
+import pickle
 import sys
 import types
 from collections import ChainMap
@@ -19,10 +20,9 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
-import cloudpickle
-
 from ddp_lessons.errors import CannotSend
-from ddp_lessons.stacks import is_cell
+from ddp_lessons.pickling import Pickler, dumps
+from ddp_lessons.stacks import home_of, is_cell
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 
@@ -73,7 +73,8 @@ class Task:
     `function` is the pickle of `(fn, anchor)`, see `pack`. A rank's variables are `environment`,
     then those of its place, then `overrides`, the learner's own. `sources` maps the file names of
     cells to their text, so that a traceback made in the worker shows the cell's own lines.
-    `one_clock` is true where all ranks run on one machine.
+    `home` is the installed package that holds the function, if one does: its lines are the
+    learner's. `one_clock` is true where all ranks run on one machine.
     """
 
     function: bytes
@@ -81,6 +82,7 @@ class Task:
     overrides: dict[str, str]
     profile: bool = False
     sources: dict[str, str] = field(default_factory=dict)
+    home: str | None = None
     one_clock: bool = True
     environment: dict[str, str] = field(default_factory=dict)
     cwd: str = ""
@@ -100,7 +102,7 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) ->
     # anchor the worker finds that dict and makes it its __main__.
     anchor = types.FunctionType((lambda: None).__code__, sys.modules["__main__"].__dict__)
     try:
-        function = _dumps((fn, anchor))
+        function = dumps((fn, anchor), _Pickler)
     except Exception as error:  # whatever a learner's object raises in its own __reduce__
         raise CannotSend(_why_not_function(fn, error)) from error
     return Task(
@@ -109,6 +111,7 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) ->
         overrides=dict(overrides),
         profile=profile,
         sources=_cell_sources(function),
+        home=home_of(fn),
     )
 
 
@@ -147,7 +150,7 @@ class PackedArgument:
     data: bytes
 
     def load(self) -> Any:
-        return cloudpickle.loads(self.data)
+        return pickle.loads(self.data)
 
 
 class Argument:
@@ -165,9 +168,9 @@ class Argument:
     def __reduce__(self) -> tuple[type[PackedArgument], tuple[bytes]]:
         return PackedArgument, (self.data(_argument_pickler()),)
 
-    def data(self, pickler: type[_Pickler]) -> bytes:
+    def data(self, pickler: type[Pickler]) -> bytes:
         try:
-            return _dumps(self._value, pickler)
+            return dumps(self._value, pickler)
         except Exception as error:  # as above: anything may come out of a learner's __reduce__
             raise CannotSend(self._why_not(error)) from error
 
@@ -187,10 +190,8 @@ def _refuse_file(file: io.TextIOWrapper) -> Any:
     raise TypeError(f"cannot pickle {type(file).__name__!r} object {file.name!r}")
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    dispatch_table: ClassVar = ChainMap(
-        {io.TextIOWrapper: _refuse_file}, cloudpickle.Pickler.dispatch_table
-    )
+class _Pickler(Pickler):
+    dispatch_table: ClassVar = ChainMap({io.TextIOWrapper: _refuse_file}, Pickler.dispatch_table)
 
 
 def _argument_pickler() -> type[_Pickler]:
@@ -204,16 +205,10 @@ def _argument_pickler() -> type[_Pickler]:
     return ArgumentPickler
 
 
-def _dumps(value: Any, pickler: type[_Pickler] = _Pickler) -> bytes:
-    buffer = io.BytesIO()
-    pickler(buffer).dump(value)
-    return buffer.getvalue()
-
-
 def _why_not_function(fn: Callable[..., Any], error: Exception) -> str:
     for where, value in _used_by(fn):
         try:
-            _dumps(value)
+            dumps(value, _Pickler)
         except Exception as culprit:  # the search for what failed above
             return _cannot_travel(f"{name_of(fn)} uses {where},", value, culprit)
     return f"the function {name_of(fn)} cannot travel to another process: {error}"

@@ -59,8 +59,11 @@ def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
 
 
 def line(frame: Frame | None) -> str:
-    """`: Cell In[3], line 4:  dist.barrier()`."""
-    return f": {stacks.line_name(frame)}:  {frame.source}" if frame else ""
+    """`: Cell In[3], line 4:  dist.barrier()`; without its text, `: <stdin>, line 4, in work`."""
+    if frame is None:
+        return ""
+    told = f":  {frame.source}" if frame.source else f", in {frame.function}"
+    return f": {stacks.line_name(frame)}{told if frame.source or frame.function else ''}"
 
 
 def _after(rank: RankResult) -> str:

@@ -25,8 +25,6 @@ from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, TextIO
 
-import cloudpickle
-
 from ddp_lessons import memory, profiling, recording
 from ddp_lessons.messages import (
     Message,
@@ -36,6 +34,7 @@ from ddp_lessons.messages import (
     Unsendable,
     encode,
 )
+from ddp_lessons.pickling import dumps
 from ddp_lessons.rendezvous import meet_apart
 from ddp_lessons.stacks import describe
 from ddp_lessons.tape import Tape
@@ -67,6 +66,7 @@ def main(
         send,
         one_clock=task.one_clock,
         host_of_rank_zero=task.environment["MASTER_ADDR"],
+        home=task.home,
     )
     tape.close()
     recording.install(recorder)
@@ -204,7 +204,7 @@ def _carry_out(
         recorder.send(
             Returned(end_ns, pickle.dumps(None))
             if code == 0
-            else Raised(end_ns, describe(error), code, _pickled_or_none(error))
+            else Raised(end_ns, describe(error, task.home), code, _pickled_or_none(error))
         )
         return code
     end_ns = _close(recorder)
@@ -213,7 +213,7 @@ def _carry_out(
 
 
 def _unpack(task: Task) -> Callable[..., Any]:
-    fn, anchor = cloudpickle.loads(task.function)
+    fn, anchor = pickle.loads(task.function)
     main = sys.modules["__main__"].__dict__
     main.update((k, v) for k, v in anchor.__globals__.items() if not k.startswith("__"))
     return fn  # type: ignore[no-any-return]
@@ -228,7 +228,7 @@ def _close(recorder: recording.Recorder) -> int:
 
 def _returned(value: Any, end_ns: int) -> Message:
     try:
-        return Returned(end_ns, cloudpickle.dumps(value))
+        return Returned(end_ns, dumps(value))
     except Exception as error:  # whatever a learner's object raises in its own __reduce__
         return Unsendable(end_ns, type(value).__name__, str(error))
 
@@ -244,6 +244,6 @@ def _exit_code(error: BaseException) -> int:
 
 def _pickled_or_none(error: BaseException) -> bytes | None:
     try:
-        return bytes(cloudpickle.dumps(error))
+        return dumps(error)
     except Exception:  # its text travels anyway, in the ErrorRecord
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from ddp_lessons.messages import Span
 
 SCRIPT = "/home/learner/train.py"
 SECOND = 1_000_000_000
-C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
+C10D = "/site-packages/torch/distributed/distributed_c10d.py"
 CLOSED = "RuntimeError: [pair.cc:553] Connection closed by peer [127.0.0.1]:25675."
 TIMED_OUT = "RuntimeError: [unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation"
 

@@ -12,14 +12,16 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import launch, sites, tensors
+from ddp_lessons.sites import Sites
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 HERE = __file__
+KNOWN = Sites()
 
 
 def here() -> str | None:
-    return sites.of(sys._getframe(1))
+    return KNOWN.of(sys._getframe(1))
 
 
 def test_the_line_of_the_caller() -> None:
@@ -33,12 +35,12 @@ def test_the_line_of_the_caller() -> None:
 def test_code_of_libraries_is_passed_over() -> None:
     found: list[str | None] = []
     future = futures.Future[int]()
-    future.add_done_callback(lambda _: found.append(sites.of(sys._getframe(1))))
+    future.add_done_callback(lambda _: found.append(KNOWN.of(sys._getframe(1))))
     future.set_result(0)  # the frame above the callback is the library's
     filename, line = sites.split(str(found[0]))
     assert filename == HERE
     assert "set_result" in open(HERE).readlines()[line - 1]
-    assert sites.of(None) is None
+    assert KNOWN.of(None) is None
 
 
 def test_each_kind_of_call_has_its_line() -> None:

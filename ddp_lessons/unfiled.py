@@ -1,0 +1,109 @@
+"""The text of code that no file holds: what stands below a cell's magic or after `python -c`.
+
+IPython compiles a cell below `%%time`, `%%timeit` or `%%prun` under a made-up name such as
+"<timed exec>", Python what follows `-c` under "<string>", and neither keeps its text. The session's
+inputs and the command line still have it. A code object is taken to come from one of these texts
+only if compiling the text gives the same code again, so that no wrong line is ever shown. Runs in
+the parent.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import re
+import sys
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any, NamedTuple
+
+TIMEIT = "<magic-timeit>"
+MADE_UP = ("<timed exec>", "<timed eval>", TIMEIT, "<string>")
+_LINE_MAGIC = re.compile(r"^\s*(?:\w+\s*=\s*)?%(?:time|timeit|prun)\b(?P<code>.*)$")
+
+
+class Text(NamedTuple):
+    """A piece of source: as compiled, and where it stands in what a person sees."""
+
+    source: str
+    name: str  # of the whole, as shown: "Cell In[5]"
+    whole: str
+    before: int  # lines of the whole before the source
+
+
+def place_of(code: CodeType) -> tuple[str, int]:
+    """The name under which `linecache` has the text of some code, and the code's first line there.
+
+    The text of code with a made-up name is put there if it is found, under a name of its own.
+    Otherwise these are the code's own name and line.
+    """
+    if code.co_filename in MADE_UP and code.co_filename not in linecache.cache:
+        for text in (*_of_session(), *_of_command()):
+            if _gives(text, code):
+                lines = text.whole.splitlines(keepends=True)
+                # As IPython keeps cells: without a time of change, so that it stays.
+                linecache.cache[text.name] = len(text.whole), None, lines, text.name
+                return text.name, code.co_firstlineno + text.before
+    return code.co_filename, code.co_firstlineno
+
+
+def _of_session() -> Iterator[Text]:
+    """What stands below or behind magics in the inputs of an IPython session, newest first."""
+    ipython = sys.modules.get("IPython")
+    shell: Any = ipython.get_ipython() if ipython else None
+    history = getattr(shell, "history_manager", None)
+    inputs = history.input_hist_raw if history else []
+    for number in range(len(inputs) - 1, 0, -1):
+        cell, name = inputs[number], f"Cell In[{number}]"
+        lines = cell.splitlines(keepends=True)
+        _, *rest = [n for n, line in enumerate(lines) if line.strip()] or [0]
+        if cell.lstrip().startswith("%%") and rest:  # IPython leaves out blank lines above
+            yield Text(shell.transform_cell("".join(lines[rest[0] :])), name, cell, rest[0])
+        for before, line in enumerate(lines):
+            if found := _LINE_MAGIC.match(line):
+                yield Text(found["code"].strip(), name, cell, before)
+
+
+def _of_command() -> Iterator[Text]:
+    """What follows `-c` on the command line."""
+    if sys.argv[:1] != ["-c"]:
+        return
+    options = [n for n, a in enumerate(sys.orig_argv) if re.fullmatch(r"-[a-zA-Z]*c", a)]
+    if options and options[0] + 1 < len(sys.orig_argv):
+        source = sys.orig_argv[options[0] + 1]
+        yield Text(source, "python -c", source, 0)
+
+
+def _gives(text: Text, code: CodeType) -> bool:
+    """Whether compiling the text gives this code object."""
+    try:
+        tree = ast.parse(text.source)
+        if code.co_filename == TIMEIT:  # which makes a function of it
+            inner = ast.parse("def inner(): pass")
+            inner.body[0].body = tree.body or inner.body[0].body  # type: ignore[attr-defined]
+            tree = inner
+        flags = code.co_flags & annotations.compiler_flag
+        whole = compile(tree, code.co_filename, "exec", flags, dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    return any(_same(code, other) for other in _all(whole))
+
+
+def _all(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _all(constant)
+
+
+def _same(one: CodeType, other: CodeType) -> bool:
+    return _signs(one) == _signs(other)
+
+
+def _signs(code: CodeType) -> tuple[Any, ...]:
+    """What tells a code object from others; constants with their types, for 1 equals True."""
+    constants = [
+        c.co_name if isinstance(c, CodeType) else (type(c), repr(c)) for c in code.co_consts
+    ]
+    lines = [line for *_, line in code.co_lines()]
+    return code.co_name, code.co_code, code.co_names, code.co_varnames, constants, lines

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ddp_lessons import recording
 from ddp_lessons.errors import BadLaunch
 from ddp_lessons.recording import Recorder
+from ddp_lessons.torch_api import NCCL
 from ddp_lessons.wording import count
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -147,7 +148,7 @@ def _refuse_shared_gpu(recorder: Recorder, backend: Any, ranks: Iterable[int] | 
 def wants_nccl(backend: Any) -> bool:
     """Whether CUDA tensors will go through NCCL; by default (None) they do."""
     names = str(backend or "cuda:nccl").lower().split(",")  # such as "cpu:gloo,cuda:nccl"
-    return any(name.rpartition(":")[2].strip() == "nccl" for name in names)
+    return any(name.rpartition(":")[2].strip() in NCCL for name in names)
 
 
 def on_this_machine(environment: Mapping[str, str], ranks: Iterable[int] | None = None) -> int:

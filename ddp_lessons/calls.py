@@ -17,8 +17,9 @@ from ddp_lessons.signatures import RECVS, SENDS
 
 # All ranks must pass as much data of the same type, or the call fails or mixes up the numbers.
 LIKE = (
-    "all_gather", "all_gather_into_tensor", "all_reduce", "broadcast", "gather", "reduce",
-    "reduce_scatter", "reduce_scatter_tensor",
+    "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "broadcast",
+    "gather", "gather_into_tensor", "gather_single", "reduce", "reduce_scatter",
+    "reduce_scatter_single", "reduce_scatter_tensor",
 )  # fmt: skip
 # Of no thread of its own.
 NOT_OWN_LANES = ("process", "steps", "comm", "buckets", "gloo", "nccl", "cuda")

@@ -31,6 +31,7 @@ from ddp_lessons.groups import Group, groups
 from ddp_lessons.recording import Recorder, inside
 from ddp_lessons.signatures import COLLECTIVES, ISSUED, RECVS, SAYS_NOTHING, SENDS, Call
 from ddp_lessons.tape import Facts
+from ddp_lessons.torch_api import public
 
 MOST_PLANS = 10_000  # kept; code that is made in a loop must not fill the memory
 
@@ -62,6 +63,7 @@ def wrap_torch() -> None:
     for name in joining.MAKES_GROUP:
         _replace(name, joining.making)
     _replace("destroy_process_group", joining.recorded)
+    _replace("set_timeout", joining.setting_a_timeout)
     for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
         _replace(name, functools.partial(_recorded, tensor=tensor))
     _replace("batch_isend_irecv", _batched)
@@ -73,11 +75,12 @@ def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., 
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 
-    if hasattr(distributed_c10d, name):
-        wrapped = make(name, getattr(distributed_c10d, name))
-        for module in (dist, distributed_c10d):
-            if hasattr(module, name):
-                setattr(module, name, wrapped)
+    if (function := public(name)) is None:
+        return
+    wrapped = make(name, function)
+    for module in (dist, distributed_c10d):
+        if getattr(module, name, None) is function:
+            setattr(module, name, wrapped)
 
 
 def replace_in(names: dict[str, Any]) -> None:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from ddp_lessons.recording import Recorder
 from ddp_lessons.tape import Facts, Slot, Tape
+from ddp_lessons.torch_api import STREAMED
 
-STREAMED = ("nccl", "xccl", "hccl")  # backends whose calls return at once
 PATIENCE = 1.0  # seconds that the device has to finish when the function has ended
 PAUSE = 0.001  # seconds between two looks at it
 

@@ -78,6 +78,19 @@ def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return recorded(name, new_group)
 
 
+def setting_a_timeout(_: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap set_timeout: the calls that follow will give up by themselves."""
+
+    @functools.wraps(function)
+    def set_timeout(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if (recorder := recording.current()) is not None:
+            recorder.gives_up(argument(args, kwargs, 0, "timeout"))
+        return result
+
+    return set_timeout
+
+
 def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Record a call that makes or ends groups."""
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ALL_TO_ALL, LATE_ROOT, EARLY_ROOT = "all to all", "late root", "early root"
 LATE_SENDER, LATE_RECEIVER = "late sender", "late receiver"
 FROM_ROOT = ("broadcast", "broadcast_object_list", "scatter", "scatter_object_list")
-TO_ROOT = ("gather", "gather_object", "reduce")
+TO_ROOT = ("gather", "gather_into_tensor", "gather_object", "gather_single", "reduce")
 
 
 class Share(NamedTuple):

@@ -22,7 +22,7 @@ import torch.distributed._functional_collectives as functional
 import torch.distributed.nn
 from torch.distributed import all_reduce, distributed_c10d
 
-from ddp_lessons import Run, WorkerFailed, collectives, launch, recording, span
+from ddp_lessons import Run, WorkerFailed, collectives, launch, recording, span, torch_api
 from ddp_lessons.joining import GROUP_CALLS
 from ddp_lessons.messages import Span
 from ddp_lessons.signatures import COLLECTIVES, RECVS, SENDS
@@ -108,6 +108,14 @@ BLOCKING: dict[str, tuple[Callable[[int, Any], Any], int | None, int | None]] = 
 }
 
 
+NOT_OF_GLOO = ("gather_into_tensor", "gather_single")
+
+
+def skip_without(name: str) -> None:
+    if torch_api.public(name) is None:
+        pytest.skip(f"torch {torch.__version__} has no {name}")
+
+
 def marks(run: Run, rank: int = 0) -> list[Span]:
     """What one rank recorded of calls, but for joining and leaving."""
     return [s for s in run.ranks[rank].spans if s.op not in (None, *GROUP_CALLS)]
@@ -180,6 +188,7 @@ def alone(rank: int, name: str, asynchronous: bool) -> bool:
 
 @pytest.mark.parametrize("name", [*CALLS, *BLOCKING])
 def test_a_blocking_call_is_one_span(name: str) -> None:
+    skip_without(name)
     run = launch(alone, args=(name, False))
     _, nbytes, peer = {**CALLS, **BLOCKING}[name]
     for rank in (0, 1):
@@ -192,6 +201,7 @@ def test_a_blocking_call_is_one_span(name: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_an_asynchronous_call_is_its_issue_its_flight_and_its_wait(name: str) -> None:
+    skip_without(name)
     run = launch(alone, args=(name, True))
     for rank in (0, 1):
         found = {s.kind: s for s in marks(run, rank)}
@@ -214,7 +224,25 @@ def test_an_asynchronous_call_is_its_issue_its_flight_and_its_wait(name: str) ->
 
 
 def test_every_call_that_is_recorded_is_tried_here() -> None:
-    assert {*CALLS, *BLOCKING} == {*COLLECTIVES}
+    assert {*CALLS, *BLOCKING, *NOT_OF_GLOO} == {*COLLECTIVES}
+
+
+@pytest.mark.parametrize("name", NOT_OF_GLOO)
+def test_a_call_that_gloo_does_not_have_is_recorded_as_failed(name: str) -> None:
+    skip_without(name)
+
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        try:
+            getattr(dist, name)(x(), torch.zeros(12) if rank == 0 else None, dst=0)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    run = launch(work)
+    assert "does not support" in run.values[0]
+    (mark,) = marks(run)
+    assert (mark.op, mark.failed, mark.peer, mark.nbytes) == (name, True, 0, BYTES)
 
 
 # The same call in all the ways to write it: the root by global rank or by place in the group.
@@ -383,13 +411,17 @@ def test_every_public_call_that_communicates_is_recorded() -> None:
         *("get_backend", "get_backend_config", "get_global_rank", "get_group_rank"),
         *("get_process_group_ranks", "get_rank", "get_world_size", "new_subgroups"),
         *("new_subgroups_by_enumeration", "split_group", "shrink_group"),
-        "P2POp",
+        *("get_backend_impl", "set_timeout"),
     }
     known = {*COLLECTIVES, *SENDS, *RECVS, *GROUP_CALLS, *quiet}
-    for name in {*distributed_c10d.__all__, *(n for n in dir(dist) if n[0] != "_")}:
-        call = getattr(distributed_c10d, name, None)
-        if inspect.isfunction(call) and not name.startswith("_"):
-            assert "group" not in inspect.signature(call).parameters or name in known, name
+    names = {*distributed_c10d.__all__, *(n for n in dir(dist) if n[0] != "_")}
+    calls = {n: getattr(distributed_c10d, n, None) for n in names if n[0] != "_"}
+    with_group = {
+        name
+        for name, call in calls.items()
+        if inspect.isfunction(call) and "group" in inspect.signature(call).parameters
+    }
+    assert with_group <= known
 
 
 def test_sends_and_recvs_belong_together() -> None:

@@ -6,7 +6,7 @@ RUN_HERE := $(wildcard notebooks/[0-9]*.ipynb) $(wildcard notebooks/solutions/*.
 LESSONS := $(RUN_HERE) notebooks/gpu.ipynb
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks gpu docs bench faults kills room setup
+.PHONY: help lessons test check tests nbval notebooks gpu docs bench faults kills room setup tools root
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
@@ -20,48 +20,57 @@ help:
 	@echo "make kills      kill agents and engines at random: is each named? (some minutes)"
 
 setup:
-	@$(PYTHON) binder/install.py
+	@$(PYTHON) binder/install.py lessons
 
-lessons: setup
+# What the tests need in addition; the target of everything but the lessons.
+tools:
+	@$(PYTHON) binder/install.py test
+
+# JupyterLab refuses root unless it is told; better said before minutes of installing than after.
+root:
+	@if [ "$$(id -u)" = 0 ] && [ -z "$(findstring allow-root,$(LAB_ARGS))" ]; then \
+		echo "You are root, which JupyterLab takes only if told so: make lessons LAB_ARGS=--allow-root"; exit 2; fi
+
+lessons: root setup
 	$(BIN)/jupyter lab --ServerApp.root_dir=notebooks \
 		--LabApp.default_url=/lab/tree/00_start_here.ipynb $(LAB_ARGS)
 
-test: setup check tests nbval
+test: tools check tests nbval
 
-check: setup
+check: tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-tests: setup
+tests: tools
 	$(BIN)/python -m pytest --durations=25
 
-nbval: setup
+nbval: tools
 	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.confined 1500 $(BIN)/python -m pytest $(NBVAL) $(LESSONS)
 
-notebooks: setup
+notebooks: tools
 	$(BIN)/python -m tests.store_outputs $(RUN_HERE)
 
 gpu:
 	benchmarks/gpu.sh
 
-docs: setup
+docs: tools
 	$(BIN)/python -m sphinx -E -W --keep-going -q -n -b html notebooks build/docs
 	@echo "open build/docs/index.html"
 
-bench: setup
+bench: tools
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks.launch
 	$(BIN)/python -m tests.benchmarks.recording
 
-kills: setup
+kills: tools
 	$(BIN)/python -m tests.benchmarks.agents --runs 20
 	$(BIN)/python -m tests.benchmarks.engines
 
-room: setup
+room: tools
 	$(BIN)/python -m tests.benchmarks.binder
 
-faults: setup
+faults: tools
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
 	$(BIN)/python -m tests.benchmarks.faults --runs 1000
 	$(BIN)/python -m tests.benchmarks.compared

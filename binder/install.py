@@ -1,6 +1,7 @@
-"""Set up `.venv` for `make lessons` and `make test`: one command, safe to repeat.
+"""Set up `.venv`: `install.py lessons` for learners, `install.py test` for all that tests need too.
 
-Uses only Python's standard library. When nothing has changed since the last time it does nothing.
+One command, safe to repeat; it uses only Python's standard library, and when nothing has changed
+since the last time it does nothing. What `test` needs contains what `lessons` needs.
 On Linux without an NVIDIA GPU, torch comes from PyTorch's index of CPU builds if that answers:
 the ordinary build brings gigabytes of CUDA. `TORCH_INDEX=URL` names another index, `TORCH_INDEX=`
 (empty) uses none.
@@ -14,7 +15,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +26,14 @@ STAMP = VENV / "installed"
 CONSTRAINTS = ROOT / "binder" / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PATIENCE = 4.0  # seconds that the CPU index has to answer
+TELL = 5.0  # seconds between two signs of life
+BUILD = ("hatchling", "editables")  # pyproject.toml's build system, and what it needs for -e
+OF_TORCH = "torch, torch._dynamo, torch.nn.parallel, torch.profiler"
+OF_COURSE = (
+    "ddp_lessons.worker, ddp_lessons.data, ddp_lessons.plots, ipykernel.kernelapp, ipywidgets, "
+    "jupyterlab.labapp, sklearn.datasets"
+)
+EXTRAS = {"lessons": "cluster", "test": "test,docs"}  # of pyproject.toml
 NEWS = "@jupyterlab/apputils-extension:announcements"  # a pop-up on the first start
 
 
@@ -33,22 +44,36 @@ def main() -> None:
             f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed. "
             "If you have one, say which: make lessons PYTHON=python3.12"
         )
-    wanted = state()
-    if STAMP.exists() and STAMP.read_text() == wanted:
+    purpose = sys.argv[1] if len(sys.argv) > 1 else "lessons"
+    if purpose not in EXTRAS:
+        sys.exit(f"{purpose!r} is not one of: {', '.join(EXTRAS)}")
+    found = STAMP.read_text().split() if STAMP.exists() else []
+    if found in ([purpose, state()], ["test", state()]):
         return
-    say("Setting up .venv: PyTorch, JupyterLab and the course. This takes a minute or two.")
+    if found == ["lessons", state()]:
+        say("Adding to .venv what the tests need.")
+    else:
+        say("Setting up .venv for the lessons: PyTorch, JupyterLab and the course.")
     STAMP.unlink(missing_ok=True)
-    if not python().exists():
-        make_venv()
-    pip("PyTorch, about 200 MB", pinned("torch"), *torch_options())
-    pip("JupyterLab, the course and its tests", "-e", f"{ROOT}[test,docs]")
+    with ThreadPoolExecutor() as pool:
+        options = pool.submit(torch_options)  # it may wait for an index that does not answer
+        if not python().exists():
+            make_venv()
+    # What builds our own package comes along: pip would else fetch it once more, to use it alone.
+    pip("PyTorch, about 200 MB", pinned("torch"), *options.result(), *BUILD)
+    with import_once(OF_TORCH):
+        what = {"lessons": "JupyterLab and the course", "test": "the course and its tests"}
+        pip(what[purpose], "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS[purpose]}]")
+    say("Making the first start quick ...")
+    if import_once(OF_COURSE).wait():
+        sys.exit(f"What was installed cannot be imported. See {python()} -c 'import {OF_COURSE}'")
     subprocess.run(
         [python().with_name("jupyter"), "labextension", "disable", NEWS],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    STAMP.write_text(wanted)
+    STAMP.write_text(f"{purpose} {state()}")
     say("Done.")
 
 
@@ -117,13 +142,46 @@ def answers(url: str) -> bool:
     return reached == [True]
 
 
+def import_once(modules: str) -> subprocess.Popen[bytes]:
+    """Import modules in a process of their own, so that their bytecode is written.
+
+    pip would compile everything, most of which nobody ever imports: that takes 20 s and 250 MB.
+    """
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.Popen(
+        [python(), "-c", f"import {modules}"],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
 def pip(what: str, *arguments: str) -> None:
-    """Install something at the tested versions, saying what."""
+    """Install something at the tested versions, saying what, and now and then how far it is."""
     say(f"Installing {what} ...")
     command = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "-c", str(CONSTRAINTS), *arguments], check=False)
-    if done.returncode:
+    command += ["--no-compile", "-c", str(CONSTRAINTS), *arguments]
+    began = time.monotonic()
+    with subprocess.Popen(command) as process:
+        while process.poll() is None:
+            try:
+                process.wait(TELL)
+            except subprocess.TimeoutExpired:
+                say(f"  {time.monotonic() - began:3.0f} s, .venv has {size() >> 20:,} MB")
+    if process.returncode:
         sys.exit(f"pip could not install {what}: see above. Then repeat the command.")
+
+
+def size() -> int:
+    """How many bytes `.venv` has; what disappears meanwhile is not counted."""
+    total = 0
+    for folder, _, names in os.walk(VENV):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(folder, name)).st_size
+            except OSError:
+                continue
+    return total
 
 
 def say(text: str) -> None:

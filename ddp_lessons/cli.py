@@ -6,6 +6,8 @@ Without a subcommand it opens lesson 00. `open`, `list` and `--help` load nothin
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,12 +18,21 @@ from ddp_lessons.course import CourseError, Lesson, find, lessons, source
 from ddp_lessons.lab import become_lab
 
 FOLDER = Path("ddp-lessons")
+JUPYTER_FLAGS = ("--allow-root", "--debug", "--expose-app-in-browser")
+JUPYTER_VALUES = (
+    *("--port", "--port-retries", "--ip", "--certfile", "--keyfile"),
+    *("--browser", "--config", "--log-level"),
+)
+JUPYTER_TRAIT = re.compile(r"--[A-Z]\w+\.\w+=")  # --ServerApp.allow_origin=...
 ABOUT = "Learn PyTorch distributed training by running it, in JupyterLab."
 MORE = """\
 examples:
   ddp-lessons                          open the course (it is copied to ./ddp-lessons once)
-  ddp-lessons open 7 --no-browser -- --port 8889
+  ddp-lessons open 7 --no-browser --port 8889
                                        open lesson 07 on a server, on another port
+  ddp-lessons --allow-root             as root, in a container
+
+Well-known options of JupyterLab are taken as they are; any other goes after --.
 
 What you change in a lesson is never overwritten. To begin one afresh, rename it and open it again.
 """
@@ -35,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("argument COMMAND: invalid choice"):
             message += "\nTo open a lesson: ddp-lessons open 7"
         if "invalid choice" in message or message.startswith("unrecognized arguments: -"):
-            message += "\nOptions of JupyterLab go after --: ddp-lessons open 7 -- --port 8889"
+            message += "\nOther options of JupyterLab go after --: ddp-lessons open 7 -- --OPTION"
         super().error(message)
 
 
@@ -44,14 +55,33 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     cut = given.index("--") if "--" in given else len(given)
     parser = _parser()
-    arguments = parser.parse_args(given[:cut])
+    ours, jupyters = _apart(given[:cut])
+    arguments = parser.parse_args(ours)
     if given[cut:] and arguments.command not in (None, "open"):
         parser.error(f"{arguments.command} takes nothing after --")
     try:
-        return _dispatch(arguments, given[cut + 1 :])
+        return _dispatch(arguments, jupyters + given[cut + 1 :])
     except CourseError as error:
         print(f"ddp-lessons: {error}", file=sys.stderr)
         return 2
+
+
+def _apart(given: list[str]) -> tuple[list[str], list[str]]:
+    """Our options, and those of JupyterLab that need no --; other commands have only ours."""
+    if {"list", "doctor", "export"} & {*given}:
+        return given, []
+    ours: list[str] = []
+    jupyters: list[str] = []
+    rest = iter(given)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name in JUPYTER_FLAGS or JUPYTER_TRAIT.match(word):
+            jupyters.append(word)
+        elif name in JUPYTER_VALUES:
+            jupyters += [word] if value else [word, *itertools.islice(rest, 1)]
+        else:
+            ours.append(word)
+    return ours, jupyters
 
 
 def _dispatch(arguments: argparse.Namespace, lab_options: list[str]) -> int:
@@ -96,7 +126,10 @@ def _add(commands: Any, name: str, about: str) -> Any:
 
 def _add_open(commands: Any) -> None:
     parser = _add(commands, "open", "open a lesson in JupyterLab (the course is copied here once)")
-    parser.epilog = "What follows -- goes to JupyterLab: ddp-lessons open 7 -- --port 8889"
+    parser.epilog = (
+        "JupyterLab's --port, --ip, --allow-root and the like are taken, too, and any other of its "
+        "options after --."
+    )
     what = "a number (7) or a name (ddp_timing); without it, lesson 00"
     parser.add_argument("lesson", nargs="?", default=argparse.SUPPRESS, metavar="LESSON", help=what)
     _add_folder(parser)

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddp_lessons.wording import INSTALL
+
 PACKAGE = Path(__file__).parent
 # The same patterns are in pyproject.toml, where they say what a wheel holds.
 PATTERNS = (
@@ -59,7 +61,7 @@ def source() -> Path:
             return folder
     raise CourseError(
         f"this installation holds no lessons: {PACKAGE / 'notebooks'} is missing. "
-        "Install it again: pip install --force-reinstall --no-deps ddp-lessons"
+        f"Install it again: {INSTALL} --force-reinstall --no-deps"
     )
 
 
@@ -80,6 +82,13 @@ def _lesson(path: Path) -> Lesson:
     text = "".join(notebook["cells"][0]["source"])
     minutes = re.search(r"(\d+) minutes", text)
     return Lesson(path.name, _question(text), int(minutes[1]) if minutes else 0)
+
+
+def code(path: Path) -> str:
+    """All code of a notebook, cell by cell."""
+    notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
 
 
 def _question(text: str) -> str:

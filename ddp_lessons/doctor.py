@@ -8,23 +8,55 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
+import linecache
 import math
 import os
 import platform
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ddp_lessons
+from ddp_lessons import course, stacks
 from ddp_lessons.capacity import NEEDS, available_memory
+from ddp_lessons.wording import listed
 
 KERNEL_BYTES = 700 << 20  # the notebook's kernel with torch, and the forkserver
 LEAST_SHARED = 64 << 20  # Docker's default /dev/shm; DataLoader workers exhaust it soon
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 OLD_CPU_QUOTA = [Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
+
+NEWEST = Path(__file__).with_name("newest.txt")  # what `make newest` tests with
+MATTER = (  # on which lines, output and pictures hang
+    *("torch", "cloudpickle", "numpy", "scikit-learn", "psutil", "matplotlib"),
+    *("ipython", "ipykernel", "ipywidgets"),
+)
+OPTIONAL = ("ipyparallel",)
+PIP_NAMES = {"sklearn": "scikit-learn"}
+
+CELL = "<a cell of doctor>"
+FAULTS = """
+import torch, torch.distributed as dist
+
+def fails(rank):
+    if rank == 1:
+        raise ValueError("on purpose")  # this line
+
+def hangs(rank):
+    dist.init_process_group("gloo")
+    if rank == 1:
+        dist.broadcast(torch.ones(1), src=0)  # this line: rank 0 never calls it
+    dist.barrier()  # this line
+"""
+SOON = 3.0  # seconds in which both are to be explained
+GIVEN_UP = 20.0  # seconds after which a hang is given up in any case
+CURE = "cloudpickle==3.1.2"  # the last release that leaves the names of files in its pickles
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
@@ -44,7 +76,7 @@ def doctor() -> int:
         worst = PROBLEM if finding.mark == PROBLEM else worst
     print()
     print(
-        "Something above keeps ranks from running."
+        "Something above keeps the lessons from working as they should."
         if worst == PROBLEM
         else "This machine can run the lessons."
     )
@@ -60,8 +92,13 @@ def examine() -> Iterator[Finding]:
     of_torch = list(on_torch())
     yield from of_torch
     yield on_jupyterlab()
+    yield from on_versions(tested())
+    yield from on_lessons(missing_packages())
     if all(finding.mark != PROBLEM for finding in of_torch):
-        yield on_launch()
+        launched = on_launch()
+        yield launched
+        if launched.mark != PROBLEM:
+            yield from on_lines()
 
 
 def on_python(version: str, system: str) -> Finding:
@@ -141,7 +178,6 @@ def on_torch() -> Iterator[Finding]:
     except (ImportError, OSError) as error:  # OSError: one of its shared libraries
         yield Finding(PROBLEM, f"torch cannot be imported: {error}")
         return
-    yield Finding(OK, f"torch {torch.__version__}.")
     if not dist.is_available():
         yield Finding(PROBLEM, "This build of torch has no distributed package.")
         return
@@ -174,7 +210,9 @@ def on_nccl(available: bool, cuda_build: bool, gpus: int) -> Finding:
 
 def on_gpus(names: list[str]) -> Finding:
     """List the GPUs."""
-    return Finding(OK, f"GPUs: {', '.join(names) or 'none'}.")
+    if not names:
+        return Finding(OK, "GPUs: none. Only the appendix has use for one, and shows what one did.")
+    return Finding(OK, f"GPUs: {', '.join(names)}.")
 
 
 def on_jupyterlab() -> Finding:
@@ -183,6 +221,58 @@ def on_jupyterlab() -> Finding:
         return Finding(OK, f"JupyterLab {importlib.metadata.version('jupyterlab')}.")
     except importlib.metadata.PackageNotFoundError:
         return Finding(NOTE, "JupyterLab is not installed: pip install jupyterlab.")
+
+
+def tested() -> dict[str, str]:
+    """The newest versions of packages that the course was tested with."""
+    lines = NEWEST.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def on_versions(newest: Mapping[str, str]) -> Iterator[Finding]:
+    """Name the versions on which lines, output and pictures hang, and those that are too new."""
+    installed = {}
+    for name in MATTER:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            installed[name] = importlib.metadata.version(name)
+    newer = [n for n, v in installed.items() if _number(v) > _number(newest.get(n, v))]
+    others = ", ".join(f"{n} {v}" for n, v in installed.items() if n not in newer)
+    yield Finding(OK, f"Versions that the course was tested with, or older: {others}.")
+    for name in newer:
+        yield Finding(
+            NOTE,
+            f"{name} {installed[name]} is newer than the course was tested with, {newest[name]}. "
+            f"If something breaks: pip install '{name}<={newest[name]}'",
+        )
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """The numbers of a version, without what comes after them."""
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])
+
+
+def missing_packages() -> dict[str, list[str]]:
+    """The packages that lessons import and that are not installed: for each, the lessons."""
+    missing: dict[str, list[str]] = {}
+    folder = course.source()
+    for lesson in course.lessons(folder):
+        code = course.code(folder / lesson.file)
+        imported = {*re.findall(r"^\s*(?:import|from) +(\w+)", code, re.M)}
+        of_its_own = {*re.findall(r"(\w+)\.py\b", code)}  # modules that the lesson writes
+        for name in sorted(imported - of_its_own):
+            if importlib.util.find_spec(name) is None:
+                missing.setdefault(name, []).append(lesson.number or lesson.name)
+    return missing
+
+
+def on_lessons(missing: Mapping[str, list[str]]) -> Iterator[Finding]:
+    """What lessons need and lack, and what to install."""
+    if not missing:
+        yield Finding(OK, "Every package that a lesson imports is installed.")
+    for name, lessons in missing.items():
+        part = "; without it a part is skipped" if name in OPTIONAL else ""
+        package = PIP_NAMES.get(name, name)
+        yield Finding(NOTE, f"Lesson {listed(lessons)} imports {name}{part}: pip install {package}")
 
 
 def add_up(rank: int) -> float:
@@ -206,3 +296,39 @@ def on_launch() -> Finding:
     if run.values == [3.0, 3.0]:
         return Finding(OK, "2 ranks were launched, joined a gloo group and added up.")
     return Finding(PROBLEM, f"2 ranks did not get through an all_reduce: {run.explain()}")
+
+
+def on_lines() -> Iterator[Finding]:
+    """Have a rank fail and two ranks hang, for real, and see whether their lines come back."""
+    functions = cell()
+    for name, what in (("fails", "a failure"), ("hangs", "a hang")):
+        began = time.monotonic()
+        run = ddp_lessons.launch(functions[name], nprocs=2, timeout=GIVEN_UP, check=False)
+        yield on_line(what, run, time.monotonic() - began)
+
+
+def cell() -> dict[str, Any]:
+    """The functions of FAULTS, as of a notebook's cell: no file has their text."""
+    linecache.cache[CELL] = len(FAULTS), None, FAULTS.splitlines(keepends=True), CELL
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(FAULTS, CELL, "exec"), names)
+    return names
+
+
+def on_line(what: str, run: ddp_lessons.Run, seconds: float) -> Finding:
+    """Judge what came back of a run that failed or hung on purpose."""
+    frame = run.verdict.frame if run.verdict is not None else None
+    if frame is None or "# this line" not in frame.source:
+        found = f"only {stacks.line_name(frame)}" if frame is not None else "no line at all"
+        return Finding(
+            PROBLEM,
+            f"The line of {what} on purpose did not come back, {found}: explanations will lack the "
+            f"code. Most often a new release of cloudpickle is why. pip install '{CURE}'",
+        )
+    if seconds > SOON:
+        return Finding(
+            NOTE,
+            f"The line of {what} on purpose came back only after {seconds:.0f} s: "
+            "is the machine busy?",
+        )
+    return Finding(OK, f"The line of {what} on purpose came back at once.")

@@ -19,13 +19,13 @@ from ddp_lessons.clocks import clock_id
 from ddp_lessons.engine import PACKAGES, Call
 from ddp_lessons.errors import BadLaunch, LaunchError
 from ddp_lessons.remote import Engine
-from ddp_lessons.wording import agree, count, listed
+from ddp_lessons.wording import INSTALL, agree, count, listed
 
 SOON = 1.0  # seconds after which an engine that has not answered is looked into
 ANSWER = 30.0  # seconds that an idle engine may take: it may have to import this package first
 HUB = 5.0  # seconds that the controller may take
 
-MISSING = "Install it there, in the engines' own Python: pip install ddp-lessons"
+MISSING = f"Install it there, in the engines' own Python: {INSTALL}"
 
 
 def client_and_targets(cluster: Any) -> tuple[Any, list[int]]:

@@ -35,12 +35,32 @@ def become_lab(folder: Path, file: str, options: list[str]) -> NoReturn:
     Raises
     ------
     CourseError
-        If JupyterLab is not installed.
+        If JupyterLab is not installed, or would refuse to start for root.
     """
     if importlib.util.find_spec("jupyterlab") is None:
         raise CourseError("JupyterLab is not installed: pip install jupyterlab")
+    if os.geteuid() == 0 and not _root_may(options):
+        raise CourseError(
+            "you are root, for whom JupyterLab starts only if told so: ddp-lessons --allow-root"
+        )
     sys.stdout.flush()
     os.execve(sys.executable, command(folder, file, options), environment())
+
+
+def _root_may(options: list[str]) -> bool:
+    """True if root is allowed by an option, or may be by a file of settings."""
+    if any("allow-root" in option or "allow_root" in option for option in options):
+        return True
+    from jupyter_core.paths import jupyter_config_path
+
+    names = ("jupyter", "jupyter_server", "jupyter_lab")
+    files = [
+        Path(folder, f"{name}_config.{kind}")
+        for folder in jupyter_config_path()
+        for name in names
+        for kind in ("py", "json")
+    ]
+    return any(file.is_file() and "allow_root" in file.read_text() for file in files)
 
 
 def command(folder: Path, file: str, options: list[str]) -> list[str]:

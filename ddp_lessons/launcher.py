@@ -87,7 +87,7 @@ def launch(
     cluster : ipyparallel.Client, optional
         Run the ranks on the engines of an ipyparallel cluster, one on each, `nprocs` on each of
         `nnodes` hosts (or on one host that has engines enough). Their variables, directory and
-        modules are the engines' own. Needs ``pip install 'ddp-lessons[cluster]'``.
+        modules are the engines' own. Needs ``pip install ipyparallel``.
 
     Returns
     -------
@@ -124,7 +124,7 @@ def _on_engines(cluster: Any, nprocs: int, nnodes: int, start_method: str | None
     except ImportError as error:
         raise BadLaunch(
             f"cluster= needs ipyparallel, which cannot be imported: {error}\n"
-            "Install it with: pip install 'ddp-lessons[cluster]'"
+            "Install it with: pip install ipyparallel"
         ) from None
     from ddp_lessons.cluster import OnEngines
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable, Sized
 
+INSTALL = "pip install git+https://github.com/ddp-lessons/ddp-lessons"  # as in pyproject.toml
+
 
 def count(number: int, noun: str) -> str:
     """`1 rank`, `4 ranks`."""

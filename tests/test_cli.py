@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ddp_lessons
-from ddp_lessons import course
+from ddp_lessons import cli, course
 from ddp_lessons.copies import bring
 from tests.test_course import ROOT
 
@@ -46,14 +46,15 @@ def test_help_names_every_command_and_gives_examples() -> None:
     text = _command("--help").stdout
     for name in ("open", "list", "doctor", "export"):
         assert f"\n    {name} " in text
-    assert text.count("\n  ddp-lessons ") == 2
+    assert text.count("\n  ddp-lessons ") == 3
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["cure"], "'cure'"),
-        (["open", "7", "--port", "8889"], "go after --"),
+        (["open", "7", "--gather-logs"], "go after --"),
+        (["list", "--port", "8889"], "unrecognized arguments"),
         (["list", "--", "--port"], "list takes nothing after --"),
         (["open", "ddp_timming"], "Did you mean ddp_timing"),
         (["open", "99"], "there is no lesson '99'"),
@@ -65,6 +66,31 @@ def test_what_it_does_not_take(tmp_path: Path, arguments: list[str], said: str) 
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "jupyters"),
+    [
+        (["--allow-root"], ["--allow-root"]),
+        (["open", "7", "--port", "8889"], ["--port", "8889"]),
+        (["--port=8889", "open", "7", "--no-browser"], ["--no-browser", "--port=8889"]),
+        (["--LabApp.collaborative=1", "--ip", "::1"], ["--LabApp.collaborative=1", "--ip", "::1"]),
+        (["--debug", "open", "7", "--", "--gather"], ["--debug", "--gather"]),
+        (["--folder", "here", "--allow-root"], ["--allow-root"]),
+    ],
+)
+def test_options_of_jupyterlab(
+    given: list[str], jupyters: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[str]] = []
+
+    def open_lesson(_: str, __: Path, options: list[str]) -> int:
+        taken.append(options)
+        return 0
+
+    monkeypatch.setattr(cli, "open_lesson", open_lesson)
+    assert cli.main(given) == 0
+    assert taken == [jupyters]
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["list"], ["open", "99"]])

@@ -20,8 +20,8 @@ from bs4 import BeautifulSoup, Tag
 import ddp_lessons
 from ddp_lessons import plots
 
-pytest.importorskip("myst_nb", reason="the site needs: pip install 'ddp-lessons[docs]'")
-pytest.importorskip("furo", reason="the site needs: pip install 'ddp-lessons[docs]'")
+pytest.importorskip("myst_nb", reason="the site needs: make tools")
+pytest.importorskip("furo", reason="the site needs: make tools")
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "notebooks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import subprocess
 import sys
@@ -23,6 +24,8 @@ def test_doctor_finds_this_machine_fit() -> None:
     for found in ("Python 3", "core", "memory free", "torch ", "gloo (CPU): available", "nccl"):
         assert found in done.stdout
     assert "2 ranks were launched" in done.stdout
+    assert "The line of a failure on purpose came back at once." in done.stdout
+    assert "The line of a hang on purpose came back at once." in done.stdout
     assert done.stdout.endswith("This machine can run the lessons.\n")
 
 
@@ -45,6 +48,7 @@ def test_doctor_finds_this_machine_fit() -> None:
         (doctor.on_nccl(True, True, 0), doctor.OK, "no GPU"),
         (doctor.on_nccl(True, True, 2), doctor.OK, "up to 2"),
         (doctor.on_gpus([]), doctor.OK, "none"),
+        (doctor.on_gpus(["H100"]), doctor.OK, "H100"),
     ],
 )
 def test_findings(finding: doctor.Finding, mark: str, said: str) -> None:
@@ -97,7 +101,7 @@ def test_a_problem_is_the_exit_code(
         doctor, "examine", lambda: iter([doctor.on_cores(2), doctor.on_gloo(False)])
     )
     assert doctor.doctor() == 1
-    assert "keeps ranks from running" in capsys.readouterr().out
+    assert "keeps the lessons from working" in capsys.readouterr().out
 
 
 def test_a_launch_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,3 +109,60 @@ def test_a_launch_that_fails_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> No
     finding = doctor.on_launch()
     assert finding.mark == doctor.PROBLEM
     assert "no-such-interface" in finding.text
+
+
+def test_versions_that_are_newer_than_tested_are_named() -> None:
+    newest = dict.fromkeys(doctor.MATTER, "99") | {"cloudpickle": "2.9", "torch": "1.13.1"}
+    first, *notes = doctor.on_versions(newest)
+    assert first.mark == doctor.OK
+    assert "numpy" in first.text
+    assert "cloudpickle" not in first.text
+    assert {note.mark for note in notes} == {doctor.NOTE}
+    assert any("pip install 'cloudpickle<=2.9'" in note.text for note in notes)
+    assert any("pip install 'torch<=1.13.1'" in note.text for note in notes)
+
+
+def test_what_it_was_tested_with_is_known_of_everything_that_matters() -> None:
+    assert {*doctor.MATTER} <= {*doctor.tested()}
+    assert all(doctor._number(version) for version in doctor.tested().values())
+
+
+def test_lessons_lack_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.missing_packages() == {}
+    (ok,) = doctor.on_lessons({})
+    assert ok.mark == doctor.OK
+    find = importlib.util.find_spec
+    hidden = ("ipyparallel", "sklearn")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in hidden else find(name)
+    )
+    assert doctor.missing_packages()["ipyparallel"] == ["13"]
+    texts = [finding.text for finding in doctor.on_lessons(doctor.missing_packages())]
+    assert (
+        "Lesson 13 imports ipyparallel; without it a part is skipped: pip install ipyparallel"
+        in texts
+    )
+
+
+# Each as it would be on some installation; the ranks are real.
+LOST_NAMES = "from ddp_lessons import unfiled; unfiled.place_of = lambda code: ('<lost>', 7)"
+LOST_SPANS = (
+    "from ddp_lessons import stacks; stacks.position = lambda frames: stacks.Position(None, None)"
+)
+
+
+@pytest.mark.parametrize("broken", [LOST_NAMES, LOST_SPANS])
+def test_an_installation_that_loses_lines_is_a_problem(broken: str) -> None:
+    code = f"{broken}\nimport sys, ddp_lessons.cli as c\nsys.exit(c.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "The line of a failure on purpose did not come back" in done.stdout
+    assert "pip install 'cloudpickle==" in done.stdout
+    assert "This machine can run the lessons" not in done.stdout
+
+
+def test_a_line_that_comes_late_is_a_note() -> None:
+    run = doctor.ddp_lessons.launch(doctor.cell()["fails"], nprocs=2, check=False)
+    assert doctor.on_line("a failure", run, 2.9).mark == doctor.OK
+    late = doctor.on_line("a failure", run, 8.0)
+    assert (late.mark, "8 s" in late.text) == (doctor.NOTE, True)

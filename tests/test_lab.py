@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +30,30 @@ def test_settings_come_after_those_of_the_user(monkeypatch: pytest.MonkeyPatch) 
     assert lab.environment()[lab.PATH] == f"/own{os.pathsep}{lab.SETTINGS}"
     (defaults,) = lab.SETTINGS.rglob("*.json")
     assert list(json.loads(defaults.read_text()).values()) == [{"fetchNews": "false"}]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="is about root")
+def test_root_is_told_in_one_line_what_to_add(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ddp_lessons.cli", "--folder", str(tmp_path / "copy")]
+    env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "ddp-lessons: you are root, for whom JupyterLab starts only if told so: "
+        "ddp-lessons --allow-root"
+    ]
+
+
+def test_root_may_where_an_option_or_a_setting_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", str(tmp_path))
+    assert lab._root_may(["--no-browser", "--allow-root"])
+    assert lab._root_may(["--ServerApp.allow_root=True"])
+    assert not lab._root_may(["--no-browser"])
+    (tmp_path / "jupyter_server_config.py").write_text("c.ServerApp.allow_root = True")
+    assert lab._root_may([])
 
 
 def test_without_jupyterlab_it_says_what_to_install(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def hangs(rank):
     dist.barrier()  # this line
 """
 SOON = 3.0  # seconds in which both are to be explained
-GIVEN_UP = 20.0  # seconds after which a hang is given up in any case
+GIVEN_UP = 10.0  # seconds after which a hang is given up in any case
 CURE = "cloudpickle==3.1.2"  # the last release that leaves the names of files in its pickles
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_lessons import doctor
+from ddp_lessons import doctor, launch
 
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -138,20 +138,18 @@ def test_lessons_lack_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert doctor.missing_packages()["ipyparallel"] == ["13"]
     texts = [finding.text for finding in doctor.on_lessons(doctor.missing_packages())]
-    assert (
-        "Lesson 13 imports ipyparallel; without it a part is skipped: pip install ipyparallel"
-        in texts
-    )
+    said = "Lesson 13 imports ipyparallel; without it a part is skipped: pip install ipyparallel"
+    assert said in texts
 
 
 # Each as it would be on some installation; the ranks are real.
 LOST_NAMES = "from ddp_lessons import unfiled; unfiled.place_of = lambda code: ('<lost>', 7)"
-LOST_SPANS = (
+LOST_LINES = (
     "from ddp_lessons import stacks; stacks.position = lambda frames: stacks.Position(None, None)"
 )
 
 
-@pytest.mark.parametrize("broken", [LOST_NAMES, LOST_SPANS])
+@pytest.mark.parametrize("broken", [LOST_NAMES, LOST_LINES])
 def test_an_installation_that_loses_lines_is_a_problem(broken: str) -> None:
     code = f"{broken}\nimport sys, ddp_lessons.cli as c\nsys.exit(c.main(['doctor']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
@@ -162,7 +160,7 @@ def test_an_installation_that_loses_lines_is_a_problem(broken: str) -> None:
 
 
 def test_a_line_that_comes_late_is_a_note() -> None:
-    run = doctor.ddp_lessons.launch(doctor.cell()["fails"], nprocs=2, check=False)
+    run = launch(doctor.cell()["fails"], nprocs=2, check=False)
     assert doctor.on_line("a failure", run, 2.9).mark == doctor.OK
     late = doctor.on_line("a failure", run, 8.0)
     assert (late.mark, "8 s" in late.text) == (doctor.NOTE, True)

@@ -6,13 +6,15 @@ RUN_HERE := $(wildcard notebooks/[0-9]*.ipynb) $(wildcard notebooks/solutions/*.
 LESSONS := $(RUN_HERE) notebooks/gpu.ipynb
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks gpu docs bench faults kills room setup tools root
+.PHONY: help lessons test check tests nbval notebooks gpu newest newest-renew pythons docs bench faults kills room setup tools root
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
 	@echo "make test       check everything: style, types, tests, notebooks"
 	@echo "make notebooks  run all notebooks but gpu.ipynb again and store their outputs"
 	@echo "make gpu        all that needs a GPU, on a machine that has one (6 minutes; see benchmarks/gpu.sh)"
+	@echo "make newest     what a user meets today: the newest versions of everything (20 minutes at most)"
+	@echo "make pythons    the same on Python 3.11 with the oldest torch, on 3.12 and on 3.13 (an hour)"
 	@echo "make docs       build the web site of the lessons: build/docs/index.html"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
 	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
@@ -53,6 +55,17 @@ notebooks: tools
 
 gpu:
 	benchmarks/gpu.sh
+
+newest:
+	$(PYTHON) -m tests.newest
+
+pythons:
+	python3.11 -m tests.newest --torch 2.6.0
+	python3.12 -m tests.newest
+	python3.13 -m tests.newest
+
+newest-renew:
+	$(PYTHON) -m tests.newest --renew
 
 docs: tools
 	$(BIN)/python -m sphinx -E -W --keep-going -q -n -b html notebooks build/docs

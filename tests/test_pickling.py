@@ -168,6 +168,7 @@ launch(work, timeout=30)
 @pytest.fixture(scope="module", params=["as installed", "without names"])
 def session(request: pytest.FixtureRequest) -> Iterator[Kernel]:
     with Kernel() as kernel:
+        assert not kernel.run("import torch.distributed; launch(lambda rank: rank)").error
         if request.param == "without names":
             assert not kernel.run(TAKE_NAMES_AWAY).error
         yield kernel

@@ -12,6 +12,8 @@ from statistics import median
 import nbformat
 import pytest
 
+from tests.kernels import Kernel
+
 ROOT = Path(__file__).parent.parent
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
@@ -143,3 +145,14 @@ def test_the_appendix_shows_what_one_gpu_did_and_says_what_needs_two() -> None:
         if cell in guarded:
             assert "nbval-ignore-output" in cell.metadata.tags
             assert cell.outputs
+
+
+def test_lesson_13_skips_one_part_where_ipyparallel_is_missing() -> None:
+    cells = [cell.source for cell in _code(ROOT / "notebooks" / "13_torchrun.ipynb")]
+    imports = next(source for source in cells if "from ddp_lessons import launch" in source)
+    (cluster,) = [source for source in cells if "ipyparallel" in source]
+    with Kernel("import sys; sys.modules['ipyparallel'] = None") as kernel:
+        assert not kernel.run(imports).error
+        cell = kernel.run(cluster)
+    assert not cell.error
+    assert cell.stdout == "skipped: this needs ipyparallel (pip install ipyparallel)\n"

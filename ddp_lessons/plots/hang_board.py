@@ -176,7 +176,7 @@ def _unlike(column: Column, call: Call) -> str:
 def _note(rank: RankResult) -> str:
     """Where a rank is, in a few words."""
     frame = position(rank).frame
-    where = f"line {frame.lineno}: {frame.source}" if frame else ""
+    where = f"line {frame.lineno}: {frame.source}".removesuffix(": ") if frame else ""
     match rank.status:
         case "returned" | "unsendable":
             return "has returned"

@@ -62,7 +62,7 @@ def wrap_torch() -> None:
     _replace("init_process_group", joining.joining)
     for name in joining.MAKES_GROUP:
         _replace(name, joining.making)
-    _replace("destroy_process_group", joining.recorded)
+    _replace("destroy_process_group", joining.leaving)
     _replace("set_timeout", joining.setting_a_timeout)
     for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
         _replace(name, functools.partial(_recorded, tensor=tensor))

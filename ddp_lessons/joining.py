@@ -22,6 +22,7 @@ from ddp_lessons.messages import Joining
 from ddp_lessons.recording import inside
 from ddp_lessons.rendezvous import await_others, await_store, rank_of
 from ddp_lessons.tape import Facts
+from ddp_lessons.torch_api import leaving_is_safe
 
 MAKES_GROUP = ("new_group", "split_group", "shrink_group")
 JOINING = ("init_process_group", *MAKES_GROUP)
@@ -40,7 +41,8 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         recorder = recording.current()
         if recorder is not None:
             backends.before_joining(recorder, backend, argument(args, kwargs, 1, "world_size"))
-            recorder.groups.clear()
+            if leaving_is_safe():
+                recorder.groups.clear()
             recorder.models.clear()
             recorder.send(Joining(seconds))
             if kwargs.get("store") is None:
@@ -76,6 +78,22 @@ def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return group
 
     return recorded(name, new_group)
+
+
+def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap destroy_process_group: older torch must not free the group, see torch_api."""
+    if leaving_is_safe():
+        return recorded(name, function)
+
+    @functools.wraps(function)
+    def destroy(*args: Any, **kwargs: Any) -> Any:
+        if (recorder := recording.current()) is not None:
+            recorder.groups += distributed_c10d._world.pg_map
+        return function(*args, **kwargs)
+
+    from torch.distributed import distributed_c10d
+
+    return recorded(name, destroy)
 
 
 def setting_a_timeout(_: str, function: Callable[..., Any]) -> Callable[..., Any]:

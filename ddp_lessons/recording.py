@@ -44,7 +44,7 @@ class Recorder:
         self.one_clock = one_clock  # all ranks are known to read the same clock
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0
-        self.groups: list[Any] = []  # of DDP models, see collectives.keep_groups_of_ddp
+        self.groups: list[Any] = []  # not to be freed: joining.leaving, keep_groups_of_ddp
         self.models: list[Callable[[], Any]] = []  # weak references to those
         self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over
         self.plans: dict[Any, Any] = {}  # see collectives.Plan

@@ -10,6 +10,7 @@ from types import CodeType, FrameType
 from typing import NamedTuple
 
 from ddp_lessons.stacks import Owner, owner_of
+from ddp_lessons.unfiled import MADE_UP
 
 _MOST = 10_000  # places kept; code that is made in a loop must not fill the memory
 
@@ -56,8 +57,9 @@ class Sites:
 def _site(frame: FrameType) -> str:
     """`FILE:LINE`; where nobody has the text of the file, `FILE in FUNCTION:LINE`."""
     code = frame.f_code
-    made_up = code.co_filename.startswith("<") and code.co_filename not in linecache.cache
-    return f"{code.co_filename}{f' in {code.co_name}' if made_up else ''}:{frame.f_lineno}"
+    name = code.co_filename
+    made_up = name in MADE_UP or (name.startswith("<") and name not in linecache.cache)
+    return f"{name}{f' in {code.co_name}' if made_up else ''}:{frame.f_lineno}"
 
 
 def is_in(site: str | None, frame: FrameType) -> bool:

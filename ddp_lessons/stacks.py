@@ -21,9 +21,11 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from ddp_lessons.messages import ErrorRecord, Frame
+from ddp_lessons.unfiled import MADE_UP
 
 MOST_TEXT = 20_000  # characters kept of an exception's message
 MOST_FRAMES = 5  # of the learner's, shown at either end
+MOST_DUMPED = 100  # frames of a thread, the innermost, that faulthandler prints
 CONTEXT = 1  # lines shown before and after the marked one
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$')
@@ -102,7 +104,7 @@ def parse(dump: str, home: str | None = None, *, script: bool = False) -> tuple[
     script, from its first line on.
     """
     threads = _threads(dump, home)
-    main = _own_part(threads[-1]) if script else _main(threads, dump)
+    main = _own_part(threads[-1]) if script else _main(threads)
     if not _waits_for_a_thread(main):
         return main
     others = [_own_part(thread) for thread in threads if _own_part(thread)]
@@ -120,14 +122,14 @@ def all_wait_for_others(dump: str) -> bool:
     return bool(calls) and None not in calls
 
 
-def _main(threads: Sequence[Sequence[Frame]], dump: str) -> tuple[Frame, ...]:
+def _main(threads: Sequence[Sequence[Frame]]) -> tuple[Frame, ...]:
     """The frames of the learner's function, from its first on."""
     for frames in reversed(threads):
         started = [i for i, frame in enumerate(frames) if frame.filename == _INFRASTRUCTURE[0]]
         if started:
             return tuple(frames[started[-1] + 1 :]) or (frames[started[-1]],)
-        if frames is threads[-1] and dump.rstrip().endswith("\n  ..."):
-            return tuple(frames)  # the main thread comes last, cut after its 100 innermost frames
+        if frames is threads[-1] and len(frames) >= MOST_DUMPED:
+            return tuple(frames)  # the main thread comes last, and its outermost frames are cut off
     return ()
 
 
@@ -298,14 +300,14 @@ def _record(error: traceback.TracebackException, home: str | None) -> ErrorRecor
     if previous is None and not error.__suppress_context__:
         previous, link = error.__context__, "context"
     return ErrorRecord(
-        type_name=error.exc_type.__name__,
+        type_name=_type_name(error),
         text="".join(error.format_exception_only()).strip()[:MOST_TEXT],
         frames=tuple(
             Frame(
                 f.filename,
                 f.lineno or 0,
                 f.name,
-                (f.line or "").strip(),
+                "" if f.filename in MADE_UP else (f.line or "").strip(),
                 _is_at_home(f.filename, home),
             )
             for f in error.stack
@@ -314,6 +316,12 @@ def _record(error: traceback.TracebackException, home: str | None) -> ErrorRecor
         previous=_record(previous, home) if previous else None,
         link=link if previous else "",
     )
+
+
+def _type_name(error: traceback.TracebackException) -> str:
+    if sys.version_info >= (3, 13):  # where `exc_type` warns
+        return error.exc_type_str.rpartition(".")[2]
+    return error.exc_type.__name__
 
 
 def render(error: ErrorRecord) -> str:
@@ -350,7 +358,7 @@ def render_frames(frames: Sequence[Frame]) -> list[str]:
 def _excerpt(frame: Frame) -> list[str]:
     """The marked line between its neighbours, as IPython shows it; nothing without its text."""
     numbers = range(max(1, frame.lineno - CONTEXT), frame.lineno + CONTEXT + 1)
-    texts = {n: linecache.getline(frame.filename, n).rstrip() for n in numbers}
+    texts = {n: _line(frame.filename, n).rstrip() for n in numbers}
     texts[frame.lineno] = texts[frame.lineno] or frame.source
     return [
         f"{'---->' if n == frame.lineno else '     '} {n:>3} {text}"
@@ -372,7 +380,12 @@ def _call_of(frame: Frame) -> str | None:
 
 
 def _source(filename: str, lineno: int) -> str:
-    return linecache.getline(filename, lineno).strip()
+    return _line(filename, lineno).strip()
+
+
+def _line(filename: str, lineno: int) -> str:
+    """A line's text. Under a made-up name there may be the text of something else: Python 3.13."""
+    return "" if filename in MADE_UP else linecache.getline(filename, lineno)
 
 
 def _shell() -> Any:

@@ -37,7 +37,7 @@ def place_of(code: CodeType) -> tuple[str, int]:
     The text of code with a made-up name is put there if it is found, under a name of its own.
     Otherwise these are the code's own name and line.
     """
-    if code.co_filename in MADE_UP and code.co_filename not in linecache.cache:
+    if code.co_filename in MADE_UP:
         for text in (*_of_session(), *_of_command()):
             if _gives(text, code):
                 lines = text.whole.splitlines(keepends=True)

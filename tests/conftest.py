@@ -112,5 +112,10 @@ def _sockets() -> set[str]:
 def _files() -> set[str]:
     temporary = Path(tempfile.gettempdir())
     found = [*temporary.iterdir(), *(SHARED_MEMORY.iterdir() if SHARED_MEMORY.is_dir() else ())]
-    # The forkserver's own socket directory is multiprocessing's, and goes with the process.
-    return {f"file {path}" for path in found if not path.name.startswith("pymp-")}
+    return {f"file {path}" for path in found if not _goes_with_the_forkserver(path)}
+
+
+def _goes_with_the_forkserver(path: Path) -> bool:
+    """Its socket's folder, which is multiprocessing's, and one that older torch makes."""
+    made_by_torch = (path / "_remote_module_non_scriptable.py").exists()
+    return path.name.startswith("pymp-") or made_by_torch

@@ -209,3 +209,18 @@ def test_the_line_is_the_workers_own_and_not_that_of_another_package(
     assert re.search(r"waits in barrier: \S*trainer/helped.py, line 8:  helper.meet\(\)", text)
     assert re.search(r"---->  12 +helper.fail\(\) or", text)
     assert "raise KeyError('of helper')" in text  # the innermost frame is shown, too
+
+
+def test_the_text_of_another_string_is_never_shown() -> None:
+    """From Python 3.13 on, linecache has what follows -c under "<string>"."""
+    define = f"""
+import linecache
+wrong = "wrong\\n" * 50
+linecache.cache["<string>"] = len(wrong), None, wrong.splitlines(True), "<string>"
+names = {{"dist": dist, "torch": torch}}
+exec({DEFINE!r}, names)
+skips, raises = names["skips"], names["raises"]
+"""
+    text = told([sys.executable, "-c", SCRIPT.format(define=define, soon=SOON)])
+    assert "wrong" not in text
+    assert "rank 0 waits in barrier: <string>, line 6, in skips" in text

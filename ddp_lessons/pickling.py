@@ -19,7 +19,7 @@ import cloudpickle
 
 from ddp_lessons import unfiled
 
-_reduce_code = cloudpickle.Pickler.dispatch_table[types.CodeType]
+_reduce_code = cloudpickle.Pickler.dispatch_table.get(types.CodeType)
 
 
 def rebuild(make: Callable[..., Any], args: tuple[Any, ...], name: str, first: int) -> Any:
@@ -36,8 +36,9 @@ def _reduce(code: types.CodeType) -> tuple[Any, ...]:
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's pickler, for code whose lines are to be found again."""
 
+    # If cloudpickle has another way of its own, names are lost: doctor sees that.
     dispatch_table: ClassVar = ChainMap(
-        {types.CodeType: _reduce}, cloudpickle.Pickler.dispatch_table
+        {types.CodeType: _reduce} if _reduce_code else {}, cloudpickle.Pickler.dispatch_table
     )
 
 

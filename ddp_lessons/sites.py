@@ -9,7 +9,7 @@ import linecache
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-from ddp_lessons.stacks import Owner, owner_of
+from ddp_lessons.owners import Owner, owner_of
 from ddp_lessons.unfiled import MADE_UP
 
 _MOST = 10_000  # places kept; code that is made in a loop must not fill the memory

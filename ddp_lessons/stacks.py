@@ -6,21 +6,16 @@ function (first) to where it was (last).
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import inspect
 import linecache
 import os
 import re
-import site
 import sys
-import sysconfig
 import traceback
-from collections.abc import Callable, Sequence
-from enum import StrEnum
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ddp_lessons.messages import ErrorRecord, Frame
+from ddp_lessons.owners import ROOTS, STDLIB, Owner, is_at_home, is_stdlib, owner_of
 from ddp_lessons.unfiled import MADE_UP
 
 MOST_TEXT = 20_000  # characters kept of an exception's message
@@ -46,42 +41,9 @@ _INFRASTRUCTURE = tuple(
         "clocks",
     )
 )
-# Of any host: an engine's paths are not those of the notebook.
-_IN_PACKAGE = re.compile(r"^(?P<root>.*/(?:site|dist)-packages/)(?P<name>[^/]+?)(?:\.py)?(?:/|$)")
-_IN_STDLIB = re.compile(r"^.*/lib(?:64)?/python3\.\d+t?/")
-# What libraries name the code that they make.
-_GENERATED = (
-    "<frozen ", "<attrs generated ", "<decorator-gen-", "<eval_with_key>", "<__array_function__ ",
-)  # fmt: skip
-_ROOTS = tuple(
-    {
-        os.path.realpath(path) + os.sep
-        for path in (
-            sysconfig.get_path("purelib"),
-            sysconfig.get_path("platlib"),
-            *site.getsitepackages(),
-            site.getusersitepackages(),
-        )
-    }
-)
-_NOT_A_HOME = ("torch", "functorch", "torchgen", "ddp_lessons")
-
-
-class Owner(StrEnum):
-    """Whose code a frame is in: the learner's, an installed package's, or what runs it.
-
-    A library is Python's own, torch or this package. What cannot be told to be one of the others is
-    the learner's.
-    """
-
-    LEARNER = "learner"
-    PACKAGE = "package"
-    LIBRARY = "library"
-
 
 # Functions of threading and concurrent.futures that wait until a thread is done.
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
-_STDLIB = os.path.realpath(sysconfig.get_path("stdlib")) + os.sep
 
 
 class Position(NamedTuple):
@@ -147,7 +109,7 @@ def _waits_for_a_thread(frames: Sequence[Frame]) -> bool:
     """Whether the innermost of the learner's lines waits for a thread, or for its result."""
     own = _not_of_libraries(frames)
     return bool(own) and any(
-        frame.function in _OF_THREADS and _is_stdlib(frame.filename)
+        frame.function in _OF_THREADS and is_stdlib(frame.filename)
         for frame in frames[own[-1] + 1 :]
     )
 
@@ -168,7 +130,7 @@ def frame_at(filename: str, lineno: int) -> Frame:
 
 def _frame(line: re.Match[str], home: str | None) -> Frame:
     file, number = line["file"], int(line["line"])
-    return Frame(file, number, line["function"], _source(file, number), _is_at_home(file, home))
+    return Frame(file, number, line["function"], _source(file, number), is_at_home(file, home))
 
 
 def _unescaped(dump: str) -> str:
@@ -205,63 +167,6 @@ def _owner(frame: Frame) -> Owner:
     return Owner.LEARNER if frame.at_home else owner_of(frame.filename)
 
 
-@functools.lru_cache(4096)
-def owner_of(filename: str, home: str | None = None) -> Owner:
-    """Whose file it is; that of the package `home` is the learner's. See Owner."""
-    if not filename or filename.startswith(_GENERATED):
-        return Owner.LIBRARY
-    if not os.path.isabs(filename):
-        return Owner.LEARNER  # a cell, or code that no file holds
-    path = os.path.realpath(filename)
-    if path.startswith((_HERE + os.sep, _torch() + os.sep)):
-        return Owner.LIBRARY
-    package = _package_of(filename)
-    if package is not None:
-        if package in _NOT_A_HOME:
-            return Owner.LIBRARY
-        return Owner.LEARNER if package == home else Owner.PACKAGE
-    return Owner.LIBRARY if _is_stdlib(filename) else Owner.LEARNER
-
-
-def home_of(fn: Callable[..., Any]) -> str | None:
-    """The installed package that holds a function; None for functions from anywhere else."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    plain = inspect.unwrap(getattr(fn, "__func__", fn))
-    if not hasattr(plain, "__code__"):  # an object that can be called
-        plain = type(plain).__call__
-    code = getattr(plain, "__code__", None)
-    package = _package_of(code.co_filename) if code is not None else None
-    return None if package in _NOT_A_HOME else package
-
-
-def _is_at_home(filename: str, home: str | None) -> bool:
-    return home is not None and _package_of(filename) == home
-
-
-def _package_of(filename: str) -> str | None:
-    """The installed package, or module, that holds a file: what its path has first."""
-    path = os.path.realpath(filename)
-    for root in _ROOTS:
-        if path.startswith(root):
-            return path[len(root) :].partition(os.sep)[0].removesuffix(".py")
-    found = _IN_PACKAGE.match(path)
-    return found["name"] if found else None
-
-
-def _is_stdlib(filename: str) -> bool:
-    path = os.path.realpath(filename)
-    inside = path.startswith(_STDLIB) or _IN_STDLIB.match(path) is not None
-    return inside and _package_of(filename) is None
-
-
-@functools.cache
-def _torch() -> str:
-    """Where torch is; it is not imported for that."""
-    spec = importlib.util.find_spec("torch")
-    return os.path.dirname(os.path.realpath(spec.origin)) if spec and spec.origin else _HERE
-
-
 def is_cell(filename: str) -> bool:
     """True for source that exists only in the interactive session, such as a notebook's cell."""
     entry = linecache.cache.get(filename)
@@ -276,7 +181,7 @@ def place_name(filename: str) -> str:
         if named is not None:
             return " ".join(named)
     path = os.path.realpath(filename)
-    for root in (*_ROOTS, _STDLIB, os.getcwd() + os.sep):
+    for root in (*ROOTS, STDLIB, os.getcwd() + os.sep):
         if path.startswith(root):
             return path[len(root) :]
     return filename
@@ -308,7 +213,7 @@ def _record(error: traceback.TracebackException, home: str | None) -> ErrorRecor
                 f.lineno or 0,
                 f.name,
                 "" if f.filename in MADE_UP else (f.line or "").strip(),
-                _is_at_home(f.filename, home),
+                is_at_home(f.filename, home),
             )
             for f in error.stack
             if not is_infrastructure(f.filename)

@@ -21,8 +21,9 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 from ddp_lessons.errors import CannotSend
+from ddp_lessons.owners import home_of
 from ddp_lessons.pickling import Pickler, dumps
-from ddp_lessons.stacks import home_of, is_cell
+from ddp_lessons.stacks import is_cell
 
 LOOPBACK = {"linux": "lo", "darwin": "lo0"}
 

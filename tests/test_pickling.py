@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -231,6 +233,17 @@ def test_names_that_are_lost_leave_function_and_line(kernel: Kernel) -> None:
     cell = kernel.run(f"{FAILURES['function']}\nlaunch(work, nprocs=1)")
     assert "<lost>, line 2, in work" in cell.error
     assert "ZeroDivisionError" in cell.error
+
+
+def test_a_cloudpickle_with_another_way_of_its_own_is_left_alone() -> None:
+    code = (
+        "import types, cloudpickle\n"
+        "del cloudpickle.Pickler.dispatch_table.maps[0][types.CodeType]\n"
+        "from ddp_lessons import pickling\n"
+        "print(pickling.dumps([1, 'two']) == cloudpickle.dumps([1, 'two']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
 
 
 def codes(code: types.CodeType) -> list[types.CodeType]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
 import os
 import runpy
-import site
 import sys
 import threading
 import time
@@ -15,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import cloudpickle
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, launch, stacks
 from ddp_lessons.messages import Frame
-from ddp_lessons.stacks import Owner, describe
+from ddp_lessons.stacks import describe
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -139,41 +135,6 @@ def test_a_real_dump_of_a_file_with_accents(
     assert (frame.filename, frame.source) == (str(path), "time.sleep(60)")
 
 
-@pytest.mark.parametrize(
-    ("filename", "owner"),
-    [
-        (__file__, Owner.LEARNER),
-        ("/home/me/train.py", Owner.LEARNER),
-        ("<string>", Owner.LEARNER),
-        ("<timed exec>", Owner.LEARNER),
-        ("<dynamic-code>", Owner.LEARNER),  # of cloudpickle
-        ("train.py", Owner.LEARNER),
-        (pytest.__file__, Owner.PACKAGE),
-        ("/opt/env/lib/python3.12/site-packages/trainer/loop.py", Owner.PACKAGE),  # of another host
-        ("/usr/lib/python3/dist-packages/trainer.py", Owner.PACKAGE),
-        (json.__file__, Owner.LIBRARY),
-        ("/opt/env/lib/python3.12/threading.py", Owner.LIBRARY),
-        ("/opt/env/lib/python3.13t/threading.py", Owner.LIBRARY),
-        (torch.__file__, Owner.LIBRARY),
-        (f"{site.getusersitepackages()}/torch/nn/functional.py", Owner.LIBRARY),
-        (stacks.__file__, Owner.LIBRARY),
-        ("/opt/env/lib/python3.12/site-packages/ddp_lessons/worker.py", Owner.LIBRARY),
-        ("<frozen importlib._bootstrap>", Owner.LIBRARY),
-        ("<eval_with_key>.3", Owner.LIBRARY),
-        ("", Owner.LIBRARY),
-    ],
-)
-def test_whose_file_it_is(filename: str, owner: Owner) -> None:
-    assert stacks.owner_of(filename) is owner
-
-
-def test_the_package_of_the_launched_function_is_the_learners() -> None:
-    file = "/opt/env/lib/python3.12/site-packages/trainer/loop.py"
-    other = "/opt/env/lib/python3.12/site-packages/helper/loop.py"
-    assert stacks.owner_of(file, "trainer") is Owner.LEARNER
-    assert stacks.owner_of(other, "trainer") is Owner.PACKAGE
-
-
 def test_lines_of_packages_count_only_where_the_learner_has_none() -> None:
     own = Frame("/home/me/train.py", 3, "work")
     package = Frame("/opt/lib/python3.12/site-packages/helper/loop.py", 4, "loop")
@@ -182,17 +143,6 @@ def test_lines_of_packages_count_only_where_the_learner_has_none() -> None:
     assert stacks.position([own, package, waits]) == (own, "barrier")
     assert stacks.position([package, waits]) == (package, "barrier")
     assert stacks.position([own, home, waits]) == (home, "barrier")
-
-
-def test_where_a_function_is_at_home() -> None:
-    assert stacks.home_of(pytest.importorskip) == "_pytest"
-    assert stacks.home_of(functools.partial(pytest.importorskip, "x")) == "_pytest"
-    assert stacks.home_of(np.random.RandomState) is None  # written in C
-    assert stacks.home_of(torch.distributed.all_reduce) is None
-    assert stacks.home_of(launch) is None
-    assert stacks.home_of(json.dumps) is None
-    assert stacks.home_of(lambda rank: rank) is None
-    assert stacks.home_of(len) is None
 
 
 def test_a_thread_of_a_package_may_make_the_missing_call() -> None:

@@ -77,6 +77,7 @@ class Calls:
         self.met: dict[str, dict[int, dict[int, Call]]] = {}  # group, number, rank
         self._pairs: Counter[tuple[str | None, str, int, int | None]] = Counter()
         self._made: Counter[tuple[str, int]] = Counter()  # groups made, by function and rank
+        self._in_flight = [[s for s in rank if _is_in_flight(s)] for rank in spans]
         for call in (call for rank in self.of_rank for call in rank):
             self._sort_in(call)
 
@@ -98,6 +99,11 @@ class Calls:
         if still:
             return still[0]
         return mine[-1] if mine and mine[-1].state == "failed" else None
+
+    def stands_recorded(self, rank: int) -> bool:
+        """True if a rank stands in a call that was recorded, and not in one of DDP's own."""
+        call = self.standing(rank)
+        return call is not None and call.state == "open"
 
     def missing(self, call: Call) -> set[int]:
         """The ranks without which a call cannot return, and that have not made theirs."""
@@ -128,19 +134,29 @@ class Calls:
     def stuck_for_good(self, waiting: Mapping[int, str]) -> bool:
         """True if every living rank waits for one that has ended, or itself waits for ever.
 
-        `waiting` names the call in which each living rank is. DDP's own collectives are not
-        recorded: who is in one waits for those that are not.
+        `waiting` names the call in which each living rank is. Of DDP's own collectives only those
+        that `watch_ddp` sees are recorded: a rank with one in flight waits for those that did not
+        come to it, else for all that are in another call.
         """
         stuck = {}
         for rank, name in waiting.items():
             call = self.standing(rank)
-            if call is not None and call.state == "open":
+            if call is not None and self.stands_recorded(rank):
                 stuck[rank] = self.missing(call)
+            elif self._in_flight[rank]:
+                stuck[rank] = {r for flight in self._in_flight[rank] for r in self._absent(flight)}
             else:
                 stuck[rank] = {r for r in range(self.world_size) if waiting.get(r) != name}
         while free := {rank for rank, missing in stuck.items() if not missing}:
             stuck = {r: m - free for r, m in stuck.items() if r not in free}
         return stuck.keys() == waiting.keys()
+
+    def _absent(self, flight: Span) -> set[int]:
+        """The ranks that have not come to a collective in flight; none if it is not known which."""
+        if flight.group is None or flight.seq is None:
+            return set()
+        there = self.met.get(flight.group, {}).get(flight.seq, {})
+        return {r for r in self.members(flight.group) if r not in there or there[r].op != flight.op}
 
     def not_made(self, rank: int) -> Call | None:
         """Another rank's call: the first that this rank did not come to."""
@@ -186,6 +202,10 @@ def _calls(spans: Iterable[Span]) -> Iterator[Call]:
             span.rank, span.op, span.group, span.seq, span.peer, span.nbytes, span.tensor,
             span.site, state, span.t0_ns, span.kind == "wait",
         )  # fmt: skip
+
+
+def _is_in_flight(span: Span) -> bool:
+    return span.t1_ns is None and span.lane in ("comm", "buckets") and span.kind == "comm"
 
 
 def _side(call: Call) -> str:

@@ -6,6 +6,7 @@ Runs in the parent, and in the engines of a cluster, which do the same for their
 from __future__ import annotations
 
 import contextlib
+import glob
 import multiprocessing
 import os
 import signal
@@ -32,7 +33,7 @@ FORKSERVER_ENDED = ErrorRecord(
 )
 CHUNK = 1 << 16  # bytes read from a pipe at once
 EVERY = 0.1  # seconds between two looks at all ranks
-BUSY = 0.1  # share of the time noted: a rank that uses more of the processor computes
+BUSY = 0.1  # share of the time noted: a rank that wants more of the processor computes
 
 
 class WorkerProcess(Worker):
@@ -139,15 +140,18 @@ class WorkerProcess(Worker):
         self.moved_at = time.monotonic()
         return True
 
-    def cpu_seconds(self) -> float:
-        """The processor time that the rank has used so far; 0 if it has ended."""
+    def wanted_seconds(self) -> float:
+        """The processor time that the rank has used or waited for so far; 0 if it has ended.
+
+        Where ranks share few cores, a rank that computes may hardly get any of them.
+        """
         import psutil
 
         try:
             times = psutil.Process(self.pid).cpu_times()
         except psutil.NoSuchProcess:
             return 0.0
-        return float(times.user + times.system)
+        return float(times.user + times.system) + queued_seconds(self.pid)
 
     def note_activity(self) -> None:
         import psutil
@@ -155,11 +159,12 @@ class WorkerProcess(Worker):
         now = time.monotonic()
         if self._cpu_noted is not None and now - self._cpu_noted[0] < NOTED_OVER:
             return
-        used = self.cpu_seconds()
+        wanted = self.wanted_seconds()
         if self._cpu_noted is not None:
             then, before = self._cpu_noted
-            self.activity = "busy" if used - before > BUSY * (now - then) else "idle"
-        self._cpu_noted = now, used
+            self.activity = "busy" if wanted - before > BUSY * (now - then) else "idle"
+        self._cpu_noted = now, wanted
+        self.sending = has_unsent_data(self.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
             if psutil.Process(self.pid).status() == psutil.STATUS_STOPPED:
                 self.activity = "suspended"
@@ -185,6 +190,36 @@ class WorkerProcess(Worker):
 
     def dropped(self) -> int:
         return self.tapes.dropped(self.rank)
+
+
+def has_unsent_data(pid: int) -> bool:
+    """Whether a process wrote data to TCP sockets that the other side has not received (Linux).
+
+    The kernel keeps it in the socket's send queue until then: proc_net_tcp, `tx_queue`.
+    """
+    inodes = set()
+    for file in glob.iglob(f"/proc/{pid}/fd/*"):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(file))
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
+            for fields in map(str.split, lines):
+                unsent = fields[4].partition(":")[0]
+                if unsent.strip("0") and f"socket:[{fields[9]}]" in inodes and unsent != "tx_queue":
+                    return True
+    return False
+
+
+def queued_seconds(pid: int) -> float:
+    """How long a process's threads have stood ready to run without a processor (Linux; else 0).
+
+    The second number of /proc/PID/task/TID/schedstat (kernel documentation, sched-stats).
+    """
+    total_ns = 0
+    for file in glob.iglob(f"/proc/{pid}/task/*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(file) as stat:
+            total_ns += int(stat.read().split()[1])
+    return total_ns / 1e9
 
 
 class Pump:

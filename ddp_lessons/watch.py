@@ -144,9 +144,12 @@ class Watch:
             return False
         if not all(stacks.all_wait_for_others(worker.stack_text) for worker in waiting):
             return False
-        return len(waiting) < len(self._workers) or self._stuck_for_good()
+        return self._stuck_for_good()
 
     def _stuck_for_good(self) -> bool:
         found = [(w.rank, stacks.position(stacks.parse(w.stack_text)).call) for w in self._workers]
+        waiting = {rank: call for rank, call in found if call is not None}
         calls = Calls(self._crew.spans())
-        return calls.stuck_for_good({rank: call for rank, call in found if call is not None})
+        if any(w.sending for w in self.alive) and not all(map(calls.stands_recorded, waiting)):
+            return False  # what DDP sends by itself is still on its way
+        return calls.stuck_for_good(waiting)

@@ -41,7 +41,7 @@ class Host(NamedTuple):
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Two hosts that reach each other; they are gone at the end. Skips where that cannot be."""
-    _skip_where_not_allowed()
+    skip_where_not_allowed()
     name = f"ddpl{os.getpid()}n{next(_numbers)}"
     one, other = (Host(f"{name}{end}", f"veth{end}", f"{NETWORK}.{end}") for end in (1, 2))
     with ExitStack() as stack:
@@ -73,7 +73,8 @@ def _ip(*arguments: str) -> str:
     return done.stdout
 
 
-def _skip_where_not_allowed() -> None:
+def skip_where_not_allowed() -> None:
+    """Skip the test where no namespaces can be made, saying why."""
     if sys.platform != "linux":
         pytest.skip("network namespaces are Linux's")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]

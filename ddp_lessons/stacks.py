@@ -46,6 +46,11 @@ _INFRASTRUCTURE = tuple(
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
 
 
+# Threads of Python's own that only wait for work: of a pool without any, of queues and pools.
+_IDLE_POOL = "_worker"
+_IDLE_HELPERS = ("_feed", "_handle_workers", "_handle_tasks", "_handle_results", "_monitor")
+
+
 class Position(NamedTuple):
     """Where a rank is: the learner's line, and the call of torch.distributed that it waits in."""
 
@@ -77,11 +82,25 @@ def parse(dump: str, home: str | None = None, *, script: bool = False) -> tuple[
 def all_wait_for_others(dump: str) -> bool:
     """True if all threads that may be the learner's wait in torch.distributed.
 
-    Or for one that does. Not the learner's is only what runs Python's own code, torch's and ours.
+    Or for one that does. Not the learner's is only what runs Python's own code, torch's and ours;
+    and even a thread of Python's own, such as a `threading.Timer`, may be about to call something.
     """
-    parts = [part for thread in _threads(dump) if (part := _own_part(thread))]
+    threads = _threads(dump)
+    if any(_may_call_something(thread) for thread in threads):
+        return False
+    parts = [part for thread in threads if (part := _own_part(thread))]
     calls = [position(part).call for part in parts if not _waits_for_a_thread(part)]
     return bool(calls) and None not in calls
+
+
+def _may_call_something(frames: Sequence[Frame]) -> bool:
+    """Whether a thread runs Python's own code only, and not to wait for what others hand over."""
+    return (
+        bool(frames)
+        and all(is_stdlib(frame.filename) for frame in frames)
+        and frames[-1].function != _IDLE_POOL
+        and not any(frame.function in _IDLE_HELPERS for frame in frames)
+    )
 
 
 def _main(threads: Sequence[Sequence[Frame]]) -> tuple[Frame, ...]:

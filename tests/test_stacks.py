@@ -145,20 +145,34 @@ def test_lines_of_packages_count_only_where_the_learner_has_none() -> None:
     assert stacks.position([own, home, waits]) == (home, "barrier")
 
 
-def test_a_thread_of_a_package_may_make_the_missing_call() -> None:
-    thread = """\
-Thread 0x00007f3a1c5fe640 (most recent call first):
-  File "/usr/lib/python3.11/threading.py", line 331 in wait
-  File "/opt/lib/python3.11/site-packages/helper/monitor.py", line 7 in run
+def thread_in(*frames: str) -> str:
+    """The dump of a thread: its frames, innermost first, as FILE:FUNCTION."""
+    split = [frame.rpartition(":") for frame in frames]
+    lines = [f'  File "{file}", line 7 in {function}' for file, _, function in split]
+    return "\n".join(["Thread 0x00007f3a1c5fe640 (most recent call first):", *lines, "", ""])
 
-"""
-    only_library = thread.replace(
-        "/opt/lib/python3.11/site-packages/helper/monitor", "/usr/lib/python3.11/threading"
-    )
+
+THREADING = "/usr/lib/python3.11/threading.py"
+POOL = "/usr/lib/python3.11/concurrent/futures/thread.py"
+
+
+@pytest.mark.parametrize(
+    ("thread", "may"),
+    [
+        ((f"{THREADING}:wait", f"{THREADING}:run"), True),  # a Timer
+        (("/opt/lib/python3.11/site-packages/helper/monitor.py:run", f"{THREADING}:run"), True),
+        (("/home/me/train.py:later", f"{THREADING}:run"), True),
+        ((f"{POOL}:run", f"{POOL}:_worker", f"{THREADING}:run"), True),  # something written in C
+        ((f"{POOL}:_worker", f"{THREADING}:run"), False),
+        ((f"{THREADING}:wait", "/usr/lib/python3.11/multiprocessing/queues.py:_feed"), False),
+        ((f"{TORCH}/../utils/data/_utils/pin_memory.py:do", f"{THREADING}:run"), False),
+        ((), False),
+    ],
+)
+def test_another_thread_may_make_the_missing_call(thread: tuple[str, ...], may: bool) -> None:
     waits = DUMP[DUMP.index("Current thread") :]
     assert stacks.all_wait_for_others(waits)
-    assert stacks.all_wait_for_others(only_library + waits)
-    assert not stacks.all_wait_for_others(thread + waits)
+    assert stacks.all_wait_for_others(thread_in(*thread) + waits) != may
 
 
 @pytest.mark.parametrize("name", ["<string>", "<dynamic-code>", "<anything>", "/nowhere/x.py"])

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,26 @@ def test_a_bucket_that_is_held_back() -> None:
         return "done"
 
     assert launch(train).values == ["done", "done"]
+
+
+def test_a_timer_that_makes_the_missing_call() -> None:
+    """None of the learner's lines is on the timer's stack before it goes off."""
+
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        group, other = dist.new_group(), dist.new_group()
+        timer = threading.Timer(4.0, dist.barrier, [other])
+        if rank == 0:
+            timer.start()
+            dist.barrier(group)
+            timer.join()
+        else:
+            dist.barrier(other)
+            dist.barrier(group)
+        dist.destroy_process_group()
+        return "met"
+
+    assert launch(work).values == ["met", "met"]
 
 
 def test_a_rank_that_skips_the_backward_of_the_others_is_still_told_soon() -> None:

@@ -99,6 +99,7 @@ class News(NamedTuple):
     pieces: tuple[tuple[int, bytes], ...]  # what came through which pipe
     progress: int  # grows with everything that the rank finishes
     activity: Activity | None
+    queued: bool
     sending: bool
     end: End | None
 
@@ -221,9 +222,8 @@ class Rank:
         self._told = len(process.pieces)
         progress = process.tapes.progress(process.rank)
         end = None if process.alive else self._end(process)
-        return News(
-            self._number, tuple(process.pieces), progress, process.activity, process.sending, end
-        )
+        seen = process.activity, process.queued, process.sending
+        return News(self._number, tuple(process.pieces), progress, *seen, end)
 
     def spans(self) -> list[Span]:
         self._unasked = 0.0

@@ -33,7 +33,7 @@ FORKSERVER_ENDED = ErrorRecord(
 )
 CHUNK = 1 << 16  # bytes read from a pipe at once
 EVERY = 0.1  # seconds between two looks at all ranks
-BUSY = 0.1  # share of the time noted: a rank that wants more of the processor computes
+BUSY = 0.1  # share of the time noted: a rank that uses more of the processor computes
 
 
 class WorkerProcess(Worker):
@@ -44,7 +44,7 @@ class WorkerProcess(Worker):
         self.tapes = tapes
         self.forkserver: int | None = None  # its process id
         self._progress = 0
-        self._cpu_noted: tuple[float, float] | None = None  # when, and the time used until then
+        self._noted: tuple[float, float, float] | None = None  # when; seconds used and queued
         self._channels: dict[Connection, int] = {}
         self._process: Any = None
 
@@ -140,30 +140,29 @@ class WorkerProcess(Worker):
         self.moved_at = time.monotonic()
         return True
 
-    def wanted_seconds(self) -> float:
-        """The processor time that the rank has used or waited for so far; 0 if it has ended.
-
-        Where ranks share few cores, a rank that computes may hardly get any of them.
-        """
+    def cpu_seconds(self) -> float:
+        """The processor time that the rank has used so far; 0 if it has ended."""
         import psutil
 
         try:
             times = psutil.Process(self.pid).cpu_times()
         except psutil.NoSuchProcess:
             return 0.0
-        return float(times.user + times.system) + queued_seconds(self.pid)
+        return float(times.user + times.system)
 
     def note_activity(self) -> None:
         import psutil
 
         now = time.monotonic()
-        if self._cpu_noted is not None and now - self._cpu_noted[0] < NOTED_OVER:
+        if self._noted is not None and now - self._noted[0] < NOTED_OVER:
             return
-        wanted = self.wanted_seconds()
-        if self._cpu_noted is not None:
-            then, before = self._cpu_noted
-            self.activity = "busy" if wanted - before > BUSY * (now - then) else "idle"
-        self._cpu_noted = now, wanted
+        used, queued = self.cpu_seconds(), queued_seconds(self.pid)
+        if self._noted is not None:
+            then, used_before, queued_before = self._noted
+            least = BUSY * (now - then)
+            self.activity = "busy" if used - used_before > least else "idle"
+            self.queued = queued - queued_before > least
+        self._noted = now, used, queued
         self.sending = has_unsent_data(self.pid)
         with contextlib.suppress(psutil.NoSuchProcess):
             if psutil.Process(self.pid).status() == psutil.STATUS_STOPPED:

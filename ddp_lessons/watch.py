@@ -128,6 +128,8 @@ class Watch:
     def _nothing_can_move(self, timeout: float) -> bool:
         """True if every rank waits, idle, in a call of torch.distributed, and none can be met.
 
+        Where ranks share few cores, one that computes may hardly get any of them: that is not idle.
+
         A rank that has ended meets nobody; nor do ranks that wait for each other in a ring. Only
         where a call gives up by itself before our timeout, that is the learner's to see.
         """
@@ -136,7 +138,7 @@ class Watch:
             return False
         if any(w.own_timeout is not None and w.own_timeout < timeout for w in waiting):
             return False
-        if any(worker.activity != "idle" for worker in waiting):
+        if any(worker.activity != "idle" or worker.queued for worker in waiting):
             return False
         moved_at = max(worker.moved_at for worker in waiting)
         self.take_stacks()

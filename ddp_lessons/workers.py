@@ -58,6 +58,7 @@ class Worker(ABC):
         self.lost: ErrorRecord | None = None  # why nobody can tell how it ended
         self.stopped = False  # the parent ended it
         self.activity: Activity | None = None  # what it did when it was stopped
+        self.queued = False  # when last noted, it stood in the queue for a processor for long
         self.sending = False  # when last noted, data of its was on the way to another rank
         self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
         self._decoder = Decoder()
@@ -99,7 +100,7 @@ class Worker(ABC):
 
     @abstractmethod
     def note_activity(self) -> None:
-        """See what the rank does: whether it wants the processor, and has data on the way."""
+        """See whether the rank uses a processor, waits for one, or has data on the way."""
 
     @abstractmethod
     def send_signal(self, number: signal.Signals) -> None:

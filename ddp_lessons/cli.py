@@ -23,7 +23,7 @@ JUPYTER_VALUES = (
     *("--port", "--port-retries", "--ip", "--certfile", "--keyfile"),
     *("--browser", "--config", "--log-level"),
 )
-JUPYTER_TRAIT = re.compile(r"--[A-Z]\w+\.\w+=")  # --ServerApp.allow_origin=...
+JUPYTER_TRAIT = re.compile(r"--[A-Z]\w+\.\w+=")  # --ServerApp.root_dir=...
 ABOUT = "Learn PyTorch distributed training by running it, in JupyterLab."
 MORE = """\
 examples:

@@ -13,8 +13,8 @@ BAD = error("ValueError: a bad batch", 9)
 @pytest.mark.parametrize(
     ("open", "line"),
     [
-        (True, "It was in all_reduce: /home/learner/train.py, line 8:  "),
-        (False, "Its last call was all_reduce: /home/learner/train.py, line 8:  "),
+        (True, "It was in all_reduce: /home/learner/train.py, line 8"),
+        (False, "Its last call was all_reduce: /home/learner/train.py, line 8"),
     ],
 )
 def test_the_last_call(open: bool, line: str) -> None:

@@ -40,6 +40,8 @@ def lines(path: Path) -> list[str]:
 
 def works(what: str) -> bool:
     """Whether the first words of a line name something that pip finds where the line says."""
+    if what.split()[:1] == ["."]:  # in a clone
+        return True
     words = [word.rstrip(".,:;") for word in what.split()]
     index = words.index("--index-url") if "--index-url" in words else len(words)
     named = [word for word in words[:index] if word not in OPTIONS]
@@ -52,6 +54,7 @@ def works(what: str) -> bool:
     [
         (f"{HOME} --no-deps", True),
         ("ipyparallel", True),
+        (".", True),
         ("torch --index-url https://download.pytorch.org/whl/cpu", True),
         ("cloudpickle==3.1.2", True),
         ("ddp-lessons", False),

@@ -149,7 +149,7 @@ class Watch:
         return self._stuck_for_good()
 
     def _stuck_for_good(self) -> bool:
-        found = [(w.rank, stacks.position(stacks.parse(w.stack_text)).call) for w in self._workers]
+        found = [(w.rank, stacks.position(stacks.parse(w.stack_text)).call) for w in self.alive]
         waiting = {rank: call for rank, call in found if call is not None}
         calls = Calls(self._crew.spans())
         if any(w.sending for w in self.alive) and not all(map(calls.stands_recorded, waiting)):

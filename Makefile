@@ -2,15 +2,20 @@
 PYTHON ?= python3
 LAB_ARGS ?=
 BIN := .venv/bin
-RUN_HERE := $(wildcard notebooks/[0-9]*.ipynb) $(wildcard notebooks/solutions/*.ipynb)
-LESSONS := $(RUN_HERE) notebooks/gpu.ipynb
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/nbval_sanitize.cfg -p no:cacheprovider
+LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb
+SOLUTIONS := $(wildcard notebooks/solutions/*.ipynb)
+RUN_HERE := $(filter-out notebooks/gpu.ipynb,$(LESSONS)) $(SOLUTIONS)
+JOBS ?= 4
+PYTEST := $(BIN)/python -m pytest
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
 
-.PHONY: help lessons test check tests nbval notebooks gpu newest newest-renew pythons docs bench faults kills room setup tools root
+.PHONY: help lessons test quick check tests nbval nbval-lessons nbval-solutions binder notebooks gpu newest newest-renew pythons docs bench faults healthy stops kills room setup tools root
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
-	@echo "make test       check everything: style, types, tests, notebooks"
+	@echo "make test       check everything: style, types, tests, notebooks (20 minutes on two cores; JOBS=8 on more)"
+	@echo "make quick      the tests that start no process (less than a minute)"
+	@echo "make binder     build what Binder builds, and run a lesson in it (downloads everything)"
 	@echo "make notebooks  run all notebooks but gpu.ipynb again and store their outputs"
 	@echo "make gpu        all that needs a GPU, on a machine that has one (6 minutes; see benchmarks/gpu.sh)"
 	@echo "make newest     what a user meets today: the newest versions of everything (20 minutes at most)"
@@ -18,8 +23,10 @@ help:
 	@echo "make docs       build the web site of the lessons: build/docs/index.html"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
 	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
+	@echo "make healthy    run 500 healthy programs on starved, slow and frozen machines: is one judged hung? (an hour)"
+	@echo "make stops      press Stop 1,000 times at random moments: is anything left? (some minutes)"
 	@echo "make room       run each lesson as on Binder, on one core: seconds and memory (some minutes)"
-	@echo "make kills      kill agents and engines at random: is each named? (some minutes)"
+	@echo "make kills      kill agents, engines, ranks and kernels at random: is each named, and is anything left? (half an hour)"
 
 setup:
 	@$(PYTHON) binder/install.py lessons
@@ -43,29 +50,43 @@ check: tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
 
+# Four at once, though there be two cores: most of the time tests wait. Those about time come after.
 tests: tools
-	$(BIN)/python -m pytest --durations=25
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder" --durations=10
+	$(PYTEST) -m alone --durations=10
 
+quick: tools
+	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"
+
+binder: tools
+	$(PYTEST) -m binder
+
+# Two notebooks at once, each within as much memory as we allow ourselves on Binder.
 nbval: tools
-	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.confined 1500 $(BIN)/python -m pytest $(NBVAL) $(LESSONS)
+	@$(MAKE) --no-print-directory -j2 nbval-lessons nbval-solutions
+
+nbval-lessons nbval-solutions: tools
+	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.support.confined 1500 $(PYTEST) $(NBVAL) $(if $(filter %solutions,$@),$(SOLUTIONS),$(LESSONS))
 
 notebooks: tools
-	$(BIN)/python -m tests.store_outputs $(RUN_HERE)
+	$(BIN)/python -m tests.support.store_outputs $(RUN_HERE)
 
 gpu:
 	benchmarks/gpu.sh
 
 newest:
-	$(PYTHON) -m tests.newest
+	$(PYTHON) -m tests.support.newest
 
 pythons:
-	python3.11 -m tests.newest --torch 2.6.0
-	python3.12 -m tests.newest
-	python3.13 -m tests.newest
+	python3.11 -m tests.support.newest --torch 2.6.0
+	python3.12 -m tests.support.newest
+	python3.13 -m tests.support.newest
 
 newest-renew:
-	$(PYTHON) -m tests.newest --renew
+	$(PYTHON) -m tests.support.newest --renew
 
 docs: tools
 	$(BIN)/python -m sphinx -E -W --keep-going -q -n -b html notebooks build/docs
@@ -73,17 +94,24 @@ docs: tools
 
 bench: tools
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
-	$(BIN)/python -m tests.benchmarks.launch
-	$(BIN)/python -m tests.benchmarks.recording
+	$(BIN)/python -m benchmarks.launch
+	$(BIN)/python -m benchmarks.recording
 
 kills: tools
-	$(BIN)/python -m tests.benchmarks.agents --runs 20
-	$(BIN)/python -m tests.benchmarks.engines
+	$(BIN)/python -m benchmarks.agents --runs 20
+	$(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.launches --runs 500 --kills 200
 
 room: tools
-	$(BIN)/python -m tests.benchmarks.binder
+	$(BIN)/python -m benchmarks.binder
+
+healthy: tools
+	$(BIN)/python -m benchmarks.healthy --runs 500
+
+stops: tools
+	$(BIN)/python -m benchmarks.interrupts --runs 400
 
 faults: tools
 	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
-	$(BIN)/python -m tests.benchmarks.faults --runs 1000
-	$(BIN)/python -m tests.benchmarks.compared
+	$(BIN)/python -m benchmarks.faults --runs 1000
+	$(BIN)/python -m benchmarks.compared

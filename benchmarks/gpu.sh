@@ -28,9 +28,9 @@ part() { # part NAME SECONDS COMMAND...: run it, show and keep what it prints
 
 part machine 30 "$python" -m benchmarks.gpu_machine
 part tests 190 "$python" -m pytest -c /dev/null --rootdir="$PWD" --noconftest -p no:cacheprovider \
-  -o faulthandler_timeout=90 -ra -q --durations=10 tests/test_gpu.py
+  -W ignore::pytest.PytestUnknownMarkWarning -o faulthandler_timeout=90 -ra -q --durations=10 tests/end_to_end/test_gpu.py
 part notebook 80 "$python" -m benchmarks.run_notebook notebooks/gpu.ipynb "$out"
-part recording 50 "$python" -m tests.benchmarks.recording --backend nccl --rounds 5
+part recording 50 "$python" -m benchmarks.recording --backend nccl --rounds 5
 
 if ((${#failed[@]})); then
   echo "failed: ${failed[*]}"

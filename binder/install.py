@@ -30,8 +30,8 @@ TELL = 5.0  # seconds between two signs of life
 BUILD = ("hatchling", "editables")  # pyproject.toml's build system, and what it needs for -e
 OF_TORCH = "torch, torch._dynamo, torch.nn.parallel, torch.profiler"
 OF_COURSE = (
-    "ddp_lessons.worker, ddp_lessons.data, ddp_lessons.plots, ipykernel.kernelapp, ipywidgets, "
-    "jupyterlab.labapp, sklearn.datasets"
+    "ddp_lessons.worker.main, ddp_lessons.data, ddp_lessons.plots, ipykernel.kernelapp, "
+    "ipywidgets, jupyterlab.labapp, sklearn.datasets"
 )
 EXTRAS = {"lessons": "cluster", "test": "test,docs"}  # of pyproject.toml
 NEWS = "@jupyterlab/apputils-extension:announcements"  # a pop-up on the first start

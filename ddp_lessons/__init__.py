@@ -13,12 +13,13 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from ddp_lessons.warm import warm_in_kernel
+from ddp_lessons.processes.forkserver import warm_in_kernel
 
 if TYPE_CHECKING:
     from ddp_lessons import plots
-    from ddp_lessons.backends import recommend_backend
-    from ddp_lessons.buckets import watch_ddp
+    from ddp_lessons.analysis.metrics import Link, Overlap, Straggler, Total
+    from ddp_lessons.analysis.wait_states import Arrival, Share
+    from ddp_lessons.diagnosis.verdict import Verdict
     from ddp_lessons.errors import (
         BadLaunch,
         CannotSend,
@@ -27,18 +28,32 @@ if TYPE_CHECKING:
         WorkerFailed,
         WorkersHung,
     )
-    from ddp_lessons.launcher import launch
-    from ddp_lessons.loading import load_run
-    from ddp_lessons.recording import span, steps
-    from ddp_lessons.results import RankResult, Run
+    from ddp_lessons.instrumentation.ddp_buckets import watch_ddp
+    from ddp_lessons.instrumentation.recording import span, steps
+    from ddp_lessons.launcher.api import launch
+    from ddp_lessons.launcher.backends import recommend_backend
+    from ddp_lessons.recorded_run import load_run
+    from ddp_lessons.results import RankResult
+    from ddp_lessons.run import Run
+    from ddp_lessons.wire.records import ErrorRecord, Frame, Span
 
 __version__ = "0.1.0"
 __all__ = [
+    "Arrival",
     "BadLaunch",
     "CannotSend",
+    "ErrorRecord",
+    "Frame",
     "LaunchError",
+    "Link",
+    "Overlap",
     "RankResult",
     "Run",
+    "Share",
+    "Span",
+    "Straggler",
+    "Total",
+    "Verdict",
     "WorkerDied",
     "WorkerFailed",
     "WorkersHung",
@@ -51,14 +66,24 @@ __all__ = [
     "watch_ddp",
 ]
 _HOME = {
+    "Arrival": "analysis.wait_states",
+    "ErrorRecord": "wire.records",
+    "Frame": "wire.records",
+    "Link": "analysis.metrics",
+    "Overlap": "analysis.metrics",
     "RankResult": "results",
-    "Run": "results",
-    "launch": "launcher",
-    "load_run": "loading",
-    "recommend_backend": "backends",
-    "span": "recording",
-    "steps": "recording",
-    "watch_ddp": "buckets",
+    "Run": "run",
+    "Share": "analysis.wait_states",
+    "Span": "wire.records",
+    "Straggler": "analysis.metrics",
+    "Total": "analysis.metrics",
+    "Verdict": "diagnosis.verdict",
+    "launch": "launcher.api",
+    "load_run": "recorded_run",
+    "recommend_backend": "launcher.backends",
+    "span": "instrumentation.recording",
+    "steps": "instrumentation.recording",
+    "watch_ddp": "instrumentation.ddp_buckets",
 }
 
 
@@ -78,4 +103,4 @@ def __dir__() -> list[str]:
 
 warm_in_kernel()
 if "DDP_LESSONS_RECORD" in os.environ:
-    importlib.import_module("ddp_lessons.script").begin()
+    importlib.import_module("ddp_lessons.worker.torchrun").begin()

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ddp_lessons.results import Run
+    from ddp_lessons.results import RunRecord
 
 _RED, _BOLD, _RESET = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
@@ -34,7 +34,9 @@ class LaunchError(Exception):
         The rank that caused the failure, where one rank did.
     """
 
-    def __init__(self, message: str, *, run: Run | None = None, rank: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, run: RunRecord | None = None, rank: int | None = None
+    ) -> None:
         super().__init__(message)
         self.run = run
         self.rank = rank

@@ -1,29 +1,16 @@
-"""What a run came to: `Run` and `RankResult`, and how they look as text and in a notebook.
-
-Lives in the parent. The text carries no timings, so a notebook's stored output is the same on
-every run; timings are for the pictures. Whatever a worker printed is escaped before it is HTML.
-"""
+"""What came of each rank, and the plain record of a run. Lives in the parent."""
 
 from __future__ import annotations
 
-import html
-import os
 import re
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from ddp_lessons import analysis, diagnosis, meetings, stacks, trace, wording
-from ddp_lessons.analysis import Link, Overlap, Straggler, Total
-from ddp_lessons.errors import LaunchError
-from ddp_lessons.meetings import Arrival, Share
-from ddp_lessons.messages import ENGINE, ErrorRecord, Frame, Span
-from ddp_lessons.output import cut_lines
-from ddp_lessons.verdict import Verdict
-
-LINES_SHOWN = 1000  # of all ranks together
+from ddp_lessons import text
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Span
 
 # Lines of torch's log with the time of day: its store warns where no name server answers, which
 # does not matter on loopback; gloo says what its exceptions say, too.
@@ -58,16 +45,16 @@ class RankResult:
         The rank, from 0 to world_size - 1.
     status : str
         "returned", "raised", "died" (ended by a signal or os._exit), "stopped" (by the launcher,
-        after another rank's failure, a hang or an interrupt; or it still runs, see `pid`) or
-        "unsendable" (its return value).
+        after another rank's failure, a hang or an interrupt; or it still runs, see `pid`; also
+        after its function had returned, see `kept_by`) or "unsendable" (its return value).
     value : object
-        What the function returned; None unless it returned.
+        What the function returned; None if it did not return.
     output : str
         What the rank wrote to stdout and stderr, in order; at most 1 MiB of it.
     error : ErrorRecord or None
         The exception that it raised.
     exception : BaseException or None
-        The exception itself, where it could be pickled.
+        The exception itself, where it could be pickled, in at most 1 MiB.
     exitcode : int or None
         The exit code of its process; minus the signal's number if a signal ended it. None if it is
         not known, as in the record of a script that was killed.
@@ -75,10 +62,14 @@ class RankResult:
         What it did when, in the order in which it began; at least one span of its life.
     stack : tuple of Frame
         Where it was when it was stopped; empty if it was not.
+    kept_by : str or None
+        What kept its process from ending after the function had returned, until it was stopped:
+        "thread 'saver'", "an atexit handler", "a child process" of multiprocessing's or, where it
+        did not answer, "its process".
     activity : str or None
         What it did when it was stopped: "busy" (it used the processor), "idle" or "suspended".
     dropped : int
-        Spans that were not kept because there were too many.
+        Spans that were not kept: there were too many, or no room for them.
     group_rank : int
         The number of its machine, from 0.
     host : str or None
@@ -105,6 +96,7 @@ class RankResult:
     ended_ns: int
     exception: BaseException | None = field(default=None, repr=False)
     stack: tuple[Frame, ...] = field(default=(), repr=False)
+    kept_by: str | None = None
     activity: Activity | None = None
     dropped: int = 0
     group_rank: int = 0
@@ -139,35 +131,20 @@ class RankResult:
             case "died" if self.error is not None and self.error.type_name == ENGINE:
                 return f"was lost: {self.error.summary}"
             case "died":
-                return f"died: {wording.exit_name(self.exitcode)}"
+                return f"died: {text.exit_name(self.exitcode)}"
+            case "stopped" if self.kept_by is not None:
+                where = stacks.waiting_where(self.stack)
+                return f"returned {_short.repr(self.value)}, but {self.kept_by} went on{where}"
             case "stopped":
                 now = "stopped" if self.pid is None else "still runs"
                 return f"{now}{stacks.waiting_where(self.stack)}"
 
 
-class Run:
-    """The record of one launch: every rank's value, output, error and spans.
+class RunRecord:
+    """What is known of one launch: every rank's result, and how the whole ended.
 
-    `launch` makes it. It says the same whether the run went well or not; `explain` tells why not.
-
-    Attributes
-    ----------
-    name : str
-        What was run: the name of the function.
-    ranks : list of RankResult
-        What came of each rank, by rank.
-    verdict : Verdict or None
-        Why the run failed or hung; None if it did not.
-    error : LaunchError or None
-        The error that `launch` raises with ``check=True``.
-    warnings : list of str
-        Lines on what went wrong without a failure, such as calls that changed places.
-    hung_after : float or None
-        Seconds without progress after which the run was given up; None if it was not.
-    interrupted : bool
-        It was stopped by an interrupt.
-    begin_ns : int
-        `time.perf_counter_ns()` when it began.
+    Those who explain or measure a run read this; `Run` adds what they say. See there for the
+    attributes.
     """
 
     def __init__(
@@ -188,9 +165,6 @@ class Run:
         self.interrupted = interrupted
         self.out_of_memory = out_of_memory  # the system killed a process for want of memory
         self.recorded = recorded  # by a script, and loaded
-        self.verdict: Verdict | None = diagnosis.verdict(self)
-        self.error: LaunchError | None = diagnosis.error(self)
-        self.warnings = diagnosis.warnings(self)  # lines on what went wrong without a failure
 
     @property
     def world_size(self) -> int:
@@ -207,89 +181,11 @@ class Run:
         """True if every rank returned."""
         return all(rank.status == "returned" for rank in self.ranks)
 
+    @property
+    def lossy(self) -> list[int]:
+        """The ranks whose later spans were not kept, as their tape or their disk was full."""
+        return [rank.rank for rank in self.ranks if rank.dropped]
+
     def spans(self) -> list[Span]:
         """The spans of all ranks on one clock, by start time (`t0_ns`, in nanoseconds)."""
         return sorted((s for rank in self.ranks for s in rank.spans), key=lambda s: s.t0_ns)
-
-    def waits(self) -> list[Share]:
-        """Every rank's part in every collective, split into waiting and transfer.
-
-        A list of named tuples, as of all methods here: `pandas.DataFrame(run.waits())` is a table.
-        See `meetings.Share` for the fields.
-        """
-        return meetings.waits(self)
-
-    def arrivals(self) -> list[Arrival]:
-        """How much later than the first each rank came to a collective; see `meetings.Arrival`."""
-        return meetings.arrivals(self)
-
-    def overlap(self) -> list[Overlap]:
-        """How much communication was exposed and overlapped, by step; see `analysis.Overlap`."""
-        return analysis.overlap(self)
-
-    def totals(self) -> list[Total]:
-        """What each rank's time went on; see `analysis.Total`."""
-        return analysis.totals(self)
-
-    def straggler(self) -> Straggler:
-        """Who keeps the others waiting, and whether it is always the same rank."""
-        return analysis.straggler(self)
-
-    def bandwidth(self) -> list[Link]:
-        """Latency and bandwidth of each collective that was called with several sizes."""
-        return analysis.bandwidth(self)
-
-    def save_trace(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write what every rank did when, for Perfetto and HolisticTraceAnalysis.
-
-        A name that ends in .json or .json.gz becomes one file of all ranks. Any other name is a
-        folder: one file a rank, and merged/all_ranks.json. Returns the files. See `trace.save`.
-        """
-        return trace.save(self, path)
-
-    def explain(self) -> str:
-        """What failed or hung and why; one line if nothing did."""
-        if self.error is not None:
-            return f"{type(self.error).__name__}: {self.error}"
-        return "\n".join([f"{wording.all_ranks(self.world_size)} returned.", *self.warnings])
-
-    def raise_for_failure(self) -> None:
-        """Raise the error of this run, if it has one."""
-        if self.error is not None:
-            cause = None if self.error.rank is None else self.ranks[self.error.rank].exception
-            raise self.error from cause
-
-    def output_lines(self) -> list[str]:
-        """What the ranks printed, grouped by rank and labelled, at most about 1,000 lines."""
-        labelled = {
-            r.rank: [f"[rank {r.rank}] {line}" for line in r.shown_lines] for r in self.ranks
-        }
-        if sum(map(len, labelled.values())) <= LINES_SHOWN:
-            return [line for lines in labelled.values() for line in lines]
-        fair = max(2, LINES_SHOWN // self.world_size)
-        return [
-            line if line.startswith("[rank") else f"[rank {rank}] {line}"
-            for rank, lines in labelled.items()
-            for line in cut_lines(lines, fair)
-        ]
-
-    def __repr__(self) -> str:
-        head = f"Run of {self.name} on {wording.count(self.world_size, 'rank')}"
-        return "\n".join([f"{head}:", *(f"  rank {r.rank} {r.outcome()}" for r in self.ranks)])
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><td style='text-align:right'>{r.rank}</td>"
-            f"<td style='text-align:left'>{_mark(r.status)}</td>"
-            f"<td style='text-align:left'><code>{html.escape(r.outcome())}</code></td></tr>"
-            for r in self.ranks
-        )
-        head = f"{html.escape(self.name)} on {wording.count(self.world_size, 'rank')}"
-        return (
-            f"<table><caption style='text-align:left'><b>{head}</b></caption>"
-            f"<tr><th>rank</th><th></th><th style='text-align:left'>outcome</th></tr>{rows}</table>"
-        )
-
-
-def _mark(status: Status) -> str:
-    return {"returned": "✓", "stopped": "■"}.get(status, "✗")

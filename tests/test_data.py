@@ -111,6 +111,7 @@ def test_one_caller_cannot_spoil_the_digits_of_the_next(train: TensorDataset) ->
     assert checksum(data.digits()) == checksum(train)
 
 
+@pytest.mark.ranks
 def test_scikit_learn_itself_is_not_imported() -> None:
     def work(rank: int) -> tuple[str, bool]:
         return checksum(data.digits()), "sklearn" in sys.modules
@@ -198,6 +199,7 @@ def learn(rank: int, model: type[nn.Module]) -> float:
     return float((net.eval()(images).argmax(1) == labels).float().mean())
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("model", [data.SmallMLP, data.SmallCNN])
 def test_the_models_learn_the_digits_in_a_worker(model: type[nn.Module]) -> None:
     (accuracy,) = launch(learn, args=(model,), nprocs=1).values

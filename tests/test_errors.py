@@ -14,13 +14,14 @@ from ddp_lessons import (
     BadLaunch,
     CannotSend,
     LaunchError,
+    Run,
     WorkerDied,
     WorkerFailed,
     WorkersHung,
     errors,
     launch,
 )
-from tests.kernels import ANSI
+from tests.support.kernels import ANSI
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -63,6 +64,7 @@ def test_an_error_without_a_run() -> None:
     assert error.rank is None
 
 
+@pytest.mark.ranks
 def test_a_failure_carries_its_run_and_rank_also_through_pickle() -> None:
     def work(rank: int) -> str:
         if rank == 1:
@@ -72,7 +74,7 @@ def test_a_failure_carries_its_run_and_rank_also_through_pickle() -> None:
     with pytest.raises(WorkerFailed) as caught:
         launch(work)
     error = caught.value
-    assert error.run is not None
+    assert isinstance(error.run, Run)
     assert error.run.error is error
     assert error.run.values[1] is None
     assert error.rank == 1
@@ -82,7 +84,7 @@ def test_a_failure_carries_its_run_and_rank_also_through_pickle() -> None:
     assert str(copy) == str(error)
     assert copy.rank == 1
     assert repr(copy.run) == repr(error.run)
-    assert copy.run is not None
+    assert isinstance(copy.run, Run)
     assert copy.run.error is copy
 
 

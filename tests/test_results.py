@@ -13,7 +13,9 @@ import pytest
 import torch.distributed as dist
 
 from ddp_lessons import Run, WorkerDied, WorkerFailed, launch
-from ddp_lessons.results import LINES_SHOWN
+from ddp_lessons.run import LINES_SHOWN
+
+pytestmark = pytest.mark.ranks
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -19,6 +19,8 @@ from ddp_lessons import launch
 from ddp_lessons.data import SmallCNN, digits
 from ddp_lessons.syncbn import SyncBatchNorm, combine, convert_sync_batchnorm
 
+pytestmark = pytest.mark.ranks
+
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 CHANNELS = 3

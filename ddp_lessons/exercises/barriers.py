@@ -15,18 +15,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
-from ddp_lessons.recording import span
-from ddp_lessons.results import Run
-from ddp_lessons.wording import count
+from ddp_lessons import Run, span
+from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
+from ddp_lessons.exercises.numeric_answers import first_miss, predict, wrong_rule
+from ddp_lessons.text import count
 
 LIMIT = timedelta(seconds=3)  # of a process group: a barrier that some rank misses fails soon
-TOLERANCE = 0.15  # seconds
-EACH_AS_MANY = (
-    "A barrier ends only when every rank of the group has called it. Whatever the `if`s are, each "
-    "rank must pass as many barriers as the others; else one waits alone, or meets the others in "
-    "the wrong place."
-)
+_in_group = functools.partial(in_group, timeout=LIMIT)
 
 
 def _judge_barriers(what: str, run: Run) -> None:
@@ -35,38 +30,30 @@ def _judge_barriers(what: str, run: Run) -> None:
     other = next((rank for rank, times in enumerate(called) if times != called[0]), None)
     if other is not None:
         first, second = count(called[0], "time"), count(called[other], "time")
-        seen = f"{what}: rank 0 called barrier {first}, rank {other} {second}."
-        raise Wrong(seen, EACH_AS_MANY)
+        raise Wrong(
+            f"{what}: rank 0 called barrier {first}, rank {other} {second}.",
+            "A barrier ends only when every rank of the group has called it. Whatever the `if`s "
+            "are, each rank must pass as many barriers as the others; else one waits alone, or "
+            "meets the others in the wrong place.",
+        )
 
 
-def _errors(run: Run) -> str:
-    """What the ranks that failed said."""
-    return " ".join(rank.error.summary for rank in run.ranks if rank.error is not None)
-
-
-class _Case(NamedTuple):
-    """Ranks that come to a `with` after some seconds, and stay in its body for some."""
-
-    what: str
-    late: tuple[float, ...]
-    busy: tuple[float, ...]
-
-
+# The seconds after which each rank comes to the `with`, and those that it stays in its body.
 CASES = (
-    _Case("1 rank", (0.0,), (0.0,)),
-    _Case("2 ranks, rank 0 comes late", (0.3, 0.0), (0.1, 0.1)),
-    _Case("4 ranks, rank 3 comes late", (0.0, 0.0, 0.0, 0.3), (0.2, 0.0, 0.0, 0.1)),
+    ("1 rank", (0.0,), (0.0,)),
+    ("2 ranks, rank 0 comes late", (0.3, 0.0), (0.1, 0.1)),
+    ("4 ranks, rank 3 comes late", (0.0, 0.0, 0.0, 0.3), (0.2, 0.0, 0.0, 0.1)),
 )
 FirstOne = Callable[[int], AbstractContextManager[Any]]
+Seconds = Sequence[float]  # by rank
 
 
-def _enter(rank: int, rank_zero_first: FirstOne, case: _Case) -> None:
-    dist.init_process_group("gloo", timeout=LIMIT)
-    time.sleep(case.late[rank])
+@_in_group
+def _enter(rank: int, rank_zero_first: FirstOne, late: Seconds, busy: Seconds) -> None:
+    time.sleep(late[rank])
     with rank_zero_first(rank), span("body"):
-        time.sleep(case.busy[rank])
+        time.sleep(busy[rank])
     dist.all_reduce(torch.ones(1))  # where ranks with too many barriers do not meet
-    dist.destroy_process_group()
 
 
 @exercise(
@@ -76,29 +63,26 @@ def _enter(rank: int, rank_zero_first: FirstOne, case: _Case) -> None:
 )
 def check_rank_zero_first(rank_zero_first: FirstOne) -> str:
     """Check that `with rank_zero_first(rank):` runs its body on rank 0 before all others."""
-    for case in CASES:
-        run = run_quietly(_enter, (rank_zero_first, case), nprocs=len(case.late))
-        _judge_manager(case.what, run)
-        _judge_barriers(case.what, run)
+    for what, late, busy in CASES:
+        run = run_ranks(_enter, (rank_zero_first, late, busy), nprocs=len(late), check=False)
+        _judge_manager(what, run)
+        _judge_barriers(what, run)
         run.raise_for_failure()
-        _judge_order(case.what, run)
+        _judge_order(what, run)
     return "rank 0 first, then all others, whoever came late; and every barrier was met."
 
 
 def _judge_manager(what: str, run: Run) -> None:
-    errors = _errors(run)
-    if "object does not support the context manager" in errors:
-        raise Wrong(
-            f"{what}: `with` does not take what rank_zero_first(rank) returns.",
-            "A function with a `yield` makes a generator. `@contextmanager` above it, from "
-            "contextlib, makes a context manager of that.",
-        )
-    if "generator didn't yield" in errors:
-        raise Wrong(
-            f"{what}: rank_zero_first came to its end without a `yield`.",
-            "The body of the `with` runs at the `yield`, and every rank needs it: the others load "
-            "the file, too, only later.",
-        )
+    raised = " ".join(error.summary for error in errors(run))
+    mistakes = {
+        "`with` does not take what rank_zero_first(rank) returns.\n"
+        "A function with a `yield` makes a generator. `@contextmanager` above it, from contextlib, "
+        "makes a context manager of that.": "object does not support the context manager" in raised,
+        "rank_zero_first came to its end without a `yield`.\n"
+        "The body of the `with` runs at the `yield`, and every rank needs it: the others load the "
+        "file, too, only later.": "generator didn't yield" in raised,
+    }
+    judge(f"{what}: ", mistakes)
 
 
 def _judge_order(what: str, run: Run) -> None:
@@ -106,22 +90,17 @@ def _judge_order(what: str, run: Run) -> None:
     early = [body.rank for body in bodies if body.rank and body.t0_ns < (bodies[0].t1_ns or 0)]
     if not early:
         return
-    seen = f"{what}: rank {early[0]} began its body before rank 0 had ended its own."
     barriers = [s for s in run.spans() if s.op == "barrier"]
-    if not barriers:
-        raise Wrong(seen, "Nobody waits: there is no barrier on any rank.")
     before = {s.rank for s in barriers if s.t0_ns < bodies[s.rank].t0_ns}
-    if 0 in before and early[0] not in before:
-        raise Wrong(
-            seen,
-            "Rank 0 went last. Who calls barrier before the body waits there for those who call it "
-            "after theirs. Here rank 0 waits for the others; it should be the other way round.",
-        )
     when = "before the body lets all begin at once" if before else "after the body comes too late"
-    raise Wrong(
-        seen,
-        f"A barrier that all ranks pass {when}. What differs between rank 0 and the others?",
-    )
+    mistakes = {
+        "Nobody waits: there is no barrier on any rank.": not barriers,
+        "Rank 0 went last. A rank that calls barrier before the body waits there for those that "
+        "call it after theirs. Here rank 0 waits for the others; it should "
+        "be the other way round.": 0 in before and early[0] not in before,
+        f"A barrier that all ranks pass {when}. What differs between rank 0 and the others?": True,
+    }
+    judge(f"{what}: rank {early[0]} began its body before rank 0 had ended its own.", mistakes)
 
 
 HALVES = "first half\n", "second half\n"
@@ -141,7 +120,7 @@ class _Job(NamedTuple):
     downloads: int = 1  # how often the file should be downloaded
 
     def run(self, load: Load, folder: str) -> Run:
-        return run_quietly(_load, (load, folder, self), self.nprocs, self.nnodes)
+        return run_ranks(_load, (load, folder, self), self.nprocs, self.nnodes, check=False)
 
 
 JOBS = (
@@ -155,21 +134,15 @@ AFTER_FAILURE = _Job("a second job, after one whose download failed halfway", 3)
 CACHED = _Job("3 ranks, and the file is there already", 3, downloads=0)
 
 
+@_in_group
 def _load(rank: int, load: Load, folder: str, job: _Job) -> str:
-    dist.init_process_group("gloo", timeout=LIMIT)
     time.sleep(0.3 if rank == job.late else 0.0)
+    disk = Path(folder, f"machine {os.environ.get('GROUP_RANK', '0')}")  # each has its own
+    disk.mkdir(exist_ok=True)
     download = functools.partial(_download, job.fails)
-    content = load(rank, int(os.environ["LOCAL_RANK"]), _path(folder), download)
+    content = load(rank, int(os.environ["LOCAL_RANK"]), str(disk / "data.txt"), download)
     dist.all_reduce(torch.ones(1))  # where ranks with too many barriers do not meet
-    dist.destroy_process_group()
     return content
-
-
-def _path(folder: str) -> str:
-    """Where this machine's file belongs, on a disk of its own."""
-    disk = os.path.join(folder, f"machine {os.environ.get('GROUP_RANK', '0')}")
-    os.makedirs(disk, exist_ok=True)
-    return os.path.join(disk, "data.txt")
 
 
 def _download(fails: bool, path: str) -> None:
@@ -208,63 +181,58 @@ def check_load(load: Load) -> str:
 
 def _judge_load(job: _Job, run: Run) -> None:
     loaders = [s.rank for s in run.spans() if s.name == "download"]
-    if "FileNotFoundError" in _errors(run):
-        raise _no_file(job, run, loaders)
+    for result in run.ranks:
+        if result.error and "FileNotFoundError" in result.error.summary:
+            _explain_missing_file(job, result.rank, loaders)
     _judge_barriers(job.what, run)
     run.raise_for_failure()
     if len(loaders) > job.downloads:
-        raise _too_many(job, loaders)
-    odd = next((rank for rank, content in enumerate(run.values) if content != WHOLE), None)
-    if odd is not None:
-        raise _not_whole(job, odd, run.values[odd])
+        _explain_downloads(job, loaders)
+    for rank, content in enumerate(run.values):
+        if content != WHOLE:
+            _explain_content(job, rank, content)
 
 
-def _no_file(job: _Job, run: Run, loaders: Sequence[int]) -> Wrong:
-    lost = next(r.rank for r in run.ranks if r.error and "FileNotFound" in r.error.summary)
-    seen = f"{job.what}: rank {lost} found no file."
-    if job.nnodes > 1 and not any(r // job.nprocs == lost // job.nprocs for r in loaders):
-        return Wrong(
-            f"{seen} Nobody downloaded on its machine.",
-            "Each machine has a disk of its own, and there is only one rank 0 in the whole job. "
-            "The rank on its machine is `local_rank`, and that is 0 once on each.",
-        )
-    if not loaders:
-        return Wrong(f"{seen} Nobody called `download`.", "Which rank should call it?")
-    return Wrong(
-        seen,
+def _explain_missing_file(job: _Job, rank: int, loaders: Sequence[int]) -> None:
+    machines = {loader // job.nprocs for loader in loaders}
+    mistakes = {
+        " Nobody downloaded on its machine.\n"
+        "Each machine has a disk of its own, and there is only one rank 0 in the whole job. The "
+        "rank on its machine is `local_rank`, and that is 0 once "
+        "on each.": job.nnodes > 1 and rank // job.nprocs not in machines,
+        " Nobody called `download`.\nWhich rank should call it?": not loaders,
         "It looked before the download was over. The others have to wait in a barrier that the "
-        "downloading rank calls after the download.",
-    )
+        "downloading rank calls after the download.": True,
+    }
+    judge(f"{job.what}: rank {rank} found no file.", mistakes)
 
 
-def _too_many(job: _Job, loaders: Sequence[int]) -> Wrong:
-    seen = f"{job.what}: `download` was called by rank {', '.join(map(str, loaders))}."
-    if not job.downloads:
-        return Wrong(seen, "If there is a file at `path`, nobody needs to download it again.")
-    if job.nnodes > 1:
-        because = "`local_rank` is 0 once on each machine; `rank` is 0 once in the whole job."
-        return Wrong(seen, f"One download a machine is enough. {because}")
-    return Wrong(seen, "One is enough: let one rank download, while the others wait in a barrier.")
+def _explain_downloads(job: _Job, loaders: Sequence[int]) -> None:
+    called_by = ", ".join(map(str, loaders))
+    mistakes = {
+        "If there is a file at `path`, nobody needs to download it again.": not job.downloads,
+        "One download a machine is enough. `local_rank` is 0 once on each machine; `rank` is 0 "
+        "once in the whole job.": job.nnodes > 1,
+        "One is enough: let one rank download, while the others wait in a barrier.": True,
+    }
+    judge(f"{job.what}: `download` was called by rank {called_by}.", mistakes)
 
 
-def _not_whole(job: _Job, rank: int, content: Any) -> Wrong:
-    seen = f"{job.what}: rank {rank} returned {content!r}."
-    if job is AFTER_FAILURE and content == HALVES[0]:
-        return Wrong(
-            f"{seen} That is half the file.",
-            "The first job left it at `path`, and the second took it for whole. Download to "
-            "another name, and `os.replace` it to `path` when it is complete.",
-        )
-    if content in ("", HALVES[0]):
-        return Wrong(
-            f"{seen} That is not the whole file.",
-            "A file is there as soon as it is opened for writing. Do not look for the file: wait "
-            "in a barrier for the rank that writes it.",
-        )
-    return Wrong(seen, "Every rank returns what is in the file. Is `return` missing on some?")
+def _explain_content(job: _Job, rank: int, content: Any) -> None:
+    mistakes = {
+        " That is half the file.\n"
+        "The first job left it at `path`, and the second took it for whole. Download to another "
+        "name, and `os.replace` it to `path` when "
+        "it is complete.": job is AFTER_FAILURE and content == HALVES[0],
+        " That is not the whole file.\n"
+        "A file is there as soon as it is opened for writing. Do not look for the file: wait in a "
+        "barrier for the rank that writes it.": content in ("", HALVES[0]),
+        "Every rank returns what is in the file. Is `return` missing on some?": True,
+    }
+    judge(f"{job.what}: rank {rank} returned {content!r}.", mistakes)
 
 
-Work = Sequence[Sequence[float]]  # seconds, [step][rank]
+Work = Sequence[Seconds]  # of each step
 WORKS: tuple[Work, ...] = (
     ((0.0, 0.4, 0.2),),
     ((0.4, 0.0), (0.0, 0.4)),
@@ -272,12 +240,11 @@ WORKS: tuple[Work, ...] = (
 )
 
 
+@in_group
 def _steps(rank: int, work: Work) -> None:
-    dist.init_process_group("gloo")
     for seconds in work:
         time.sleep(seconds[rank])
         dist.barrier()
-    dist.destroy_process_group()
 
 
 @exercise(
@@ -285,60 +252,35 @@ def _steps(rank: int, work: Work) -> None:
     "waited that worked for `seconds` seconds?",
     "In each step a rank waits `max(step) - step[rank]` seconds. Then add up the steps.",
 )
-def check_waits(waits: Callable[[Work], Sequence[float]]) -> str:
+def check_waits(waits: Callable[[Work], Seconds]) -> str:
     """Check `waits(work)`, the seconds each rank waits in all barriers, by measuring them."""
+    because = "It takes `work[step][rank]` in seconds and returns one number for each rank."
     for work in WORKS:
-        answer = _prediction(waits, work)
-        run = run_quietly(_steps, (work,), nprocs=len(work[0]))
-        run.raise_for_failure()
-        rows = run.waits()
-        seen = [sum(r.wait_ns for r in rows if r.rank == n) / 1e9 for n in range(len(work[0]))]
-        _judge_waits(work, answer, seen)
+        world_size = len(work[0])
+        answer = predict(waits, work, world_size, because)
+        rows = run_ranks(_steps, (work,), nprocs=world_size).waits()
+        measured = [sum(r.wait_ns for r in rows if r.rank == n) / 1e9 for n in range(world_size)]
+        _judge_waits(work, answer, measured)
     return "your prediction and the measured waits agree, for one step and for two."
 
 
-def _prediction(waits: Callable[[Work], Sequence[float]], work: Work) -> list[float]:
-    @functools.wraps(waits)
-    def numbers(work: Work) -> list[float]:
-        return [float(seconds) for seconds in waits(work)]
-
-    because = "It takes `work[step][rank]` in seconds and returns one number for each rank."
-    answer: list[float] = call(numbers, work, because=because)
-    if len(answer) != len(work[0]):
-        ranks = count(len(work[0]), "rank")
-        raise Wrong(f"waits({work}) gave {count(len(answer), 'number')} for {ranks}.", because)
-    return answer
-
-
-def _judge_waits(work: Work, answer: Sequence[float], seen: Sequence[float]) -> None:
-    for rank, (predicted, measured) in enumerate(zip(answer, seen, strict=True)):
-        if abs(predicted - measured) > TOLERANCE:
-            did = ", then ".join(f"{step[rank]:g} s" for step in work)
-            raise Wrong(
-                f"{count(len(answer), 'rank')}; rank {rank} worked {did}, and waited about "
-                f"{measured:.1f} s in all; you said {predicted:g} s.",
-                f"At each barrier all wait for the last of that step.{_rule(work, answer)}",
-            )
-
-
-def _rule(work: Work, answer: Sequence[float]) -> str:
-    """Which rule a wrong prediction followed, where that can be told."""
+def _judge_waits(work: Work, answer: Seconds, measured: Seconds) -> None:
+    rank = first_miss(answer, measured)
+    if rank is None:
+        return
     worked = [sum(seconds) for seconds in zip(*work, strict=True)]
+    left = [sum(map(max, work))] * len(worked)
     rules = {
         " You gave the time that they work: waiting is from there to the last arrival.": worked,
-        " You gave the time at which all leave: waiting begins when a rank comes.": [
-            sum(map(max, work))
-        ]
-        * len(worked),
+        " You gave the time at which all leave: waiting begins when a rank comes.": left,
         " Yours would be right for a single barrier at the end. Then delays of different ranks "
-        "can pass side by side; with a barrier in each step they add up.": [
-            max(worked) - seconds for seconds in worked
-        ],
+        "can pass side by side; with a barrier in each "
+        "step they add up.": [max(worked) - seconds for seconds in worked],
         " You counted one of the steps only.": [max(work[-1]) - seconds for seconds in work[-1]],
     }
-    fits = (
-        said
-        for said, numbers in rules.items()
-        if all(abs(a - b) < 1e-6 for a, b in zip(answer, numbers, strict=True))
+    did = ", then ".join(f"{step[rank]:g} s" for step in work)
+    raise Wrong(
+        f"{count(len(answer), 'rank')}; rank {rank} worked {did}, and waited about "
+        f"{measured[rank]:.1f} s in all; you said {answer[rank]:g} s.",
+        f"At each barrier all wait for the last of that step.{wrong_rule(answer, rules)}",
     )
-    return next(fits, "")

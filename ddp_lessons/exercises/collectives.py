@@ -9,13 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ddp_lessons.errors import WorkersHung
-from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
-from ddp_lessons.messages import Span
-from ddp_lessons.recording import span
-from ddp_lessons.results import RankResult, Run
-from ddp_lessons.signatures import COLLECTIVES, RECVS, SENDS
-from ddp_lessons.wording import count
+from ddp_lessons import RankResult, Run, Span, WorkersHung, span
+from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks
+from ddp_lessons.exercises.numeric_answers import near, plain
+from ddp_lessons.text import count
+from ddp_lessons.wire.ops import COLLECTIVES, RECVS, SENDS
 
 Numbers = list[float]
 MEANS: tuple[tuple[str, Sequence[Sequence[float]]], ...] = (
@@ -25,14 +23,12 @@ MEANS: tuple[tuple[str, Sequence[Sequence[float]]], ...] = (
 )
 
 
+@in_group
 def _mean_of(rank: int, mean_over_ranks: Callable[..., Any], rows: Any) -> tuple[Any, bool]:
-    dist.init_process_group("gloo")
     x = torch.tensor(rows[rank])
     before = x.clone()
-    mean = mean_over_ranks(x)
-    unchanged = torch.equal(x, before)
-    dist.destroy_process_group()
-    return (mean.tolist() if isinstance(mean, torch.Tensor) else mean), unchanged
+    mean = plain(mean_over_ranks(x))
+    return mean, torch.equal(x, before)
 
 
 @exercise(
@@ -42,8 +38,7 @@ def _mean_of(rank: int, mean_over_ranks: Callable[..., Any], rows: Any) -> tuple
 def check_mean_over_ranks(mean_over_ranks: Callable[..., Any]) -> str:
     """Check that `mean_over_ranks(x)` is the mean over ranks, by element, and leaves x alone."""
     for what, rows in MEANS:
-        run = run_quietly(_mean_of, (mean_over_ranks, rows), nprocs=len(rows))
-        run.raise_for_failure()
+        run = run_ranks(_mean_of, (mean_over_ranks, rows), nprocs=len(rows))
         _judge_mean(what, rows, run.values)
     return "right for integers, for fractions and for a single rank, and `x` stayed as it was."
 
@@ -51,84 +46,62 @@ def check_mean_over_ranks(mean_over_ranks: Callable[..., Any]) -> str:
 def _judge_mean(what: str, rows: Sequence[Sequence[float]], values: list[tuple[Any, bool]]) -> None:
     sums = [sum(column) for column in zip(*rows, strict=True)]
     means = [number / len(rows) for number in sums]
-    right = [_agree(mean, means) for mean, _ in values]
     for rank, (mean, unchanged) in enumerate(values):
         x = f"{what}, x is {rows[rank]} on rank {rank}"
-        if not right[rank]:
-            seen = f"{x}: you returned {mean!r}, not {means}."
-            raise Wrong(seen, ONLY_ONE if right[0] else _why_no_mean(mean, sums, rows[rank]))
+        is_row = isinstance(mean, list) and len(mean) == len(means)
+        numbers = [n for n in mean if isinstance(n, int | float)] if is_row else []
+        if len(numbers) < len(means) or not all(
+            near(a, b, 1e-4) for a, b in zip(numbers, means, strict=True)
+        ):
+            mistakes = {
+                "Rank 0 has the mean, and the others do not. `reduce` gives the sums to `dst` "
+                "only; `all_reduce` gives them to all.": rank > 0,  # rank 0's is right
+                "Return a tensor with as many numbers as x. (`dist.all_reduce` returns None: the "
+                "sums are in the tensor that it was given.)": len(numbers) < len(means),
+                "That is the sum. all_reduce adds up; to get a mean, divide by the world size.": (
+                    numbers == sums
+                ),
+                "That is what this rank had itself. Only a collective brings in the others.": (
+                    numbers == list(rows[rank])
+                ),
+                "Integers cannot hold the mean: `x.float()` before the collective, `/` after "
+                "it.": all(float(number).is_integer() for number in numbers),
+                "Add up over all ranks first, then divide by the number of ranks (not of "
+                "elements).": True,
+            }
+            judge(f"{x}: you returned {mean!r}, not {means}.", mistakes)
         if not unchanged:
-            raise Wrong(f"{x}: the result is right, but x was changed.", IN_PLACE)
+            raise Wrong(
+                f"{x}: the result is right, but x was changed.",
+                "`all_reduce` puts the sums into the tensor that it is given. Give it a copy, "
+                "`x.clone()`. (`x.float()` is a copy only if x had another type; of floats it "
+                "returns x itself.)",
+            )
 
 
-ONLY_ONE = (
-    "Rank 0 has the mean, and the others do not. `reduce` gives the sums to `dst` only; "
-    "`all_reduce` gives them to all."
-)
-IN_PLACE = (
-    "`all_reduce` puts the sums into the tensor that it is given. Give it a copy, `x.clone()`. "
-    "(`x.float()` is a copy only if x had another type; of floats it returns x itself.)"
-)
-
-
-def _agree(mean: Any, means: Numbers) -> bool:
-    if not _are_numbers(mean) or len(mean) != len(means):
-        return False
-    return all(abs(a - b) < 1e-4 for a, b in zip(mean, means, strict=True))
-
-
-def _are_numbers(answer: Any) -> bool:
-    return isinstance(answer, list) and all(isinstance(n, int | float) for n in answer)
-
-
-def _why_no_mean(mean: Any, sums: Numbers, own: Sequence[float]) -> str:
-    if not _are_numbers(mean) or len(mean) != len(sums):
-        return (
-            "Return a tensor with as many numbers as x. (`dist.all_reduce` returns None: the sums "
-            "are in the tensor that it was given.)"
-        )
-    if mean == sums:
-        return "That is the sum. all_reduce adds up; to get a mean, divide by the world size."
-    if mean == list(own):
-        return "That is what this rank had itself. Only a collective brings in the others."
-    if all(float(number).is_integer() for number in mean):
-        return "Integers cannot hold the mean: `x.float()` before the collective, `/` after it."
-    return "Add up over all ranks first, then divide by the number of ranks (not of elements)."
-
-
+@in_group
 def _after(rank: int, op: str, before: Sequence[Numbers]) -> Numbers | None:
     """What the collective does for real."""
-    dist.init_process_group("gloo")
-    world_size = dist.get_world_size()
+    world_size, is_root = dist.get_world_size(), rank == 0
     x = torch.tensor(before[rank])
     pieces = list(x.chunk(world_size))
     room = [torch.empty_like(x) for _ in range(world_size)]
     piece = torch.empty_like(pieces[0])
-    result: Any = x
-    if op == "broadcast":
-        dist.broadcast(x, src=0)
-    elif op == "all_reduce":
-        dist.all_reduce(x)
-    elif op == "reduce":
-        dist.reduce(x, dst=0)
-        result = x if rank == 0 else None
-    elif op == "all_gather":
-        dist.all_gather(room, x)
-        result = torch.cat(room)
-    elif op == "gather":
-        dist.gather(x, room if rank == 0 else None, dst=0)
-        result = torch.cat(room) if rank == 0 else None
-    elif op == "scatter":
-        dist.scatter(piece, pieces if rank == 0 else None, src=0)
-        result = piece
-    else:
-        dist.reduce_scatter(piece, pieces)
-        result = piece
-    dist.destroy_process_group()
-    return None if result is None else result.tolist()
-
-
-OPS = ("broadcast", "all_reduce", "reduce", "all_gather", "gather", "scatter", "reduce_scatter")
+    arguments = {
+        "broadcast": (x, 0),
+        "all_reduce": (x,),
+        "reduce": (x, 0),
+        "all_gather": (room, x),
+        "gather": (x, room if is_root else None, 0),
+        "scatter": (piece, pieces if is_root else None, 0),
+        "reduce_scatter": (piece, pieces),
+    }
+    getattr(dist, op)(*arguments[op])
+    if op in ("reduce", "gather") and not is_root:
+        return None
+    result = torch.cat(room) if "gather" in op else piece if "scatter" in op else x
+    numbers: Numbers = result.tolist()
+    return numbers
 
 
 @exercise(
@@ -142,15 +115,14 @@ def check_predict(predict: Callable[..., Any]) -> str:
     for op in OPS:
         for ranks, length in ((2, 4), (3, 3)):
             before = [[numbers.randrange(100) for _ in range(length)] for _ in range(ranks)]
-            run = run_quietly(_after, (op, before), nprocs=ranks)
-            run.raise_for_failure()
+            run = run_ranks(_after, (op, before), nprocs=ranks)
             given = [list(row) for row in before]
             predicted = call(predict, op, given, because="It takes a name and a list of lists.")
             _judge_prediction(op, before, run.values, predicted)
     return "right for all seven collectives on 2 and on 3 ranks."
 
 
-_ABOUT = {
+OPS = {
     "broadcast": "All ranks, `src` too, have what `src` had.",
     "all_reduce": "All ranks have the sums, number by number.",
     "reduce": "Only `dst` has the sums. What is in the others' tensors does not count: None.",
@@ -169,34 +141,24 @@ def _judge_prediction(op: str, before: Any, after: list[Any], predicted: Any) ->
             f"Return one list for each of the {len(after)} ranks. Is this op missing?",
         )
     for rank, (have, said) in enumerate(zip(after, predicted, strict=True)):
-        if _plain(said) != have:
-            raise Wrong(f"{what}: rank {rank} has {have}; you said {said!r}.", _ABOUT[op])
-
-
-def _plain(said: Any) -> Any:
-    """A predicted row as a list of numbers, whatever kind of row it is."""
-    if hasattr(said, "tolist"):  # a tensor or an array
-        return said.tolist()
-    return list(said) if isinstance(said, tuple) else said
+        row = plain(said)
+        if have != (list(row) if isinstance(row, tuple) else row):
+            raise Wrong(f"{what}: rank {rank} has {have}; you said {said!r}.", OPS[op])
 
 
 RINGS = ((2, 4), (4, 10), (3, 2), (1, 5))  # (ranks, length)
 ANSWER = "answer"  # the span in which the learner's function runs
 
 
+@in_group
 def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> tuple[Numbers, Numbers]:
     """What the learner's all_reduce leaves in x, and what `dist.all_reduce` does."""
-    dist.init_process_group("gloo")
-    x, same = _row(rank, length), _row(rank, length)
+    x = torch.arange(length, dtype=torch.float32) + 100.0**rank
+    same = x.clone()
     with span(ANSWER):
         ring_all_reduce(x)
     dist.all_reduce(same)
-    dist.destroy_process_group()
     return x.tolist(), same.tolist()
-
-
-def _row(rank: int, length: int) -> torch.Tensor:
-    return torch.arange(length, dtype=torch.float32) + 100.0**rank
 
 
 @exercise(
@@ -208,67 +170,60 @@ def _row(rank: int, length: int) -> torch.Tensor:
 def check_ring_all_reduce(ring_all_reduce: Callable[..., Any]) -> str:
     """Check `ring_all_reduce(x)`: the sums, in place, with neighbours only and few bytes."""
     for ranks, length in RINGS:
-        run = run_quietly(_ring, (ring_all_reduce, length), nprocs=ranks)
+        run = run_ranks(_ring, (ring_all_reduce, length), nprocs=ranks, check=False)
         if isinstance(run.error, WorkersHung):
-            raise _hung(run, ranks)
+            _explain_hang(run)
         run.raise_for_failure()
         _judge_ring(run, ranks, length)
     return "the sums on 1 to 4 ranks, with neighbours only, and less than twice the tensor sent."
 
 
-def _hung(run: Run, ranks: int) -> Wrong:
+def _explain_hang(run: Run) -> None:
     stuck = {s.op for s in run.spans() if s.t1_ns is None and s.op in (*SENDS, *RECVS)}
-    if stuck == {"send"}:
-        seen = "all wait in send."
-        because = (
-            "A `send` may wait until its `recv` has begun. If every rank sends first, nobody "
-            "receives: start with `isend`, then `recv`, then `wait()`."
-        )
-    else:
-        seen = f"it never ends.\n{run.error}"
-        because = (
-            "Each send needs its recv on the rank that it names, and each recv its send: as many, "
-            "and in the same order. Do all ranks take all steps?"
-        )
-    return Wrong(f"{ranks} ranks: {seen}", because)
+    mistakes = {
+        "all wait in send.\n"
+        "A `send` may wait until its `recv` has begun. If every rank sends first, nobody receives: "
+        "start with `isend`, then `recv`, then `wait()`.": stuck == {"send"},
+        f"it never ends.\n{run.error}\n"
+        "Each send needs its recv on the rank that it names, and each recv its send: as many, and "
+        "in the same order. Do all ranks take all steps?": True,
+    }
+    judge(f"{run.world_size} ranks: ", mistakes)
 
 
 def _judge_ring(run: Run, ranks: int, length: int) -> None:
-    what = f"{count(ranks, 'rank')}, {length} numbers"
-    calls = [s for rank in run.ranks for s in _answer(rank)]
+    what = f"{count(ranks, 'rank')}, {length} numbers: "
+    calls = [s for rank in run.ranks for s in _made_by_answer(rank)]
     used = {str(s.op) for s in calls if s.op in COLLECTIVES}
     if used:
-        raise Wrong(f"{what}: you called {', '.join(sorted(used))}.", "Build it by hand.")
+        raise Wrong(f"{what}you called {', '.join(sorted(used))}.", "Build it by hand.")
     for rank, (have, expected) in enumerate(run.values):
         if have != expected:
             raise Wrong(
-                f"{what}: rank {rank} has {have}; after dist.all_reduce it has {expected}.",
+                f"{what}rank {rank} has {have}; after dist.all_reduce it has {expected}.",
                 "After the first round each piece is complete on one rank only; after the second "
                 "everywhere. Work on views of x, so that x itself changes; check which piece goes "
                 "to whom in each step.",
             )
-    _judge_sends(what, [s for s in calls if s.op in SENDS and s.kind == "comm"], ranks, length)
-
-
-def _answer(rank: RankResult) -> Iterator[Span]:
-    """What the rank recorded during the learner's function."""
-    answer = next(s for s in rank.spans if s.name == ANSWER)
-    return (s for s in rank.spans if answer.t0_ns <= s.t0_ns < (answer.t1_ns or 0))
-
-
-def _judge_sends(what: str, sends: Sequence[Span], ranks: int, length: int) -> None:
-    strangers = [s for s in sends if (int(s.peer or 0) - s.rank) % ranks not in (1, ranks - 1)]
-    if strangers:
-        raise Wrong(
-            f"{what}: rank {strangers[0].rank} sent to rank {strangers[0].peer}.",
-            "In a ring each rank talks to the next and the previous one only: then all links "
-            "work at once, and none carries everything.",
-        )
+    sends = [s for s in calls if s.op in SENDS and s.kind == "comm"]
+    for s in sends:
+        if (int(s.peer or 0) - s.rank) % ranks not in (1, ranks - 1):
+            raise Wrong(
+                f"{what}rank {s.rank} sent to rank {s.peer}.",
+                "In a ring each rank talks to the next and the previous one only: then all links "
+                "work at once, and none carries everything.",
+            )
     most = 2 * (ranks - 1) * -(-length // ranks) * 4
     sent = max(sum(s.nbytes or 0 for s in sends if s.rank == rank) for rank in range(ranks))
     if sent > most:
         raise Wrong(
-            f"{what}: the sums are right, but a rank sent {sent} bytes; {most} are enough.",
+            f"{what}the sums are right, but a rank sent {sent} bytes; {most} are enough.",
             "Passing whole tensors round sends each n - 1 times. Send pieces: 2 (n - 1) of them, "
             "each an n-th of the tensor, however many ranks there are.",
         )
+
+
+def _made_by_answer(rank: RankResult) -> Iterator[Span]:
+    """What the rank recorded during the learner's function."""
+    answer = next(s for s in rank.spans if s.name == ANSWER)
+    return (s for s in rank.spans if answer.t0_ns <= s.t0_ns < (answer.t1_ns or 0))

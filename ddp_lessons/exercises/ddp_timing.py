@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons.buckets import watch_ddp
-from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
-from ddp_lessons.meetings import Share
-from ddp_lessons.recording import steps
-from ddp_lessons.results import Run
+from ddp_lessons import Run, Share, steps, watch_ddp
+from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks
+from ddp_lessons.exercises.small_training import gradients, new_layer, samples
 from ddp_lessons.simulated import SimulatedLink
+from ddp_lessons.text import count
 
 # Seconds of sleep before each step, `[step][rank]`, and the rank that costs the others most.
 DELAYS: tuple[tuple[str, tuple[tuple[float, ...], ...], int], ...] = (
@@ -35,80 +34,48 @@ DELAYS: tuple[tuple[str, tuple[tuple[float, ...], ...], int], ...] = (
 )
 
 
+@in_group
 def _work(rank: int, delays: tuple[tuple[float, ...], ...]) -> None:
-    dist.init_process_group("gloo")
     for step in steps(range(len(delays))):
         time.sleep(delays[step][rank])
         dist.all_reduce(torch.ones(1000))
-    dist.destroy_process_group()
 
 
 @exercise(
-    "Who waits is not to blame. Which field of a row says for whom it waited?",
+    "The rank that waits is not to blame. Which field of a row says for whom it waited?",
     "Add up `wait_ns` for each `last_rank`, over all rows, and take the largest sum.",
 )
 def check_name_straggler(name_straggler: Callable[[list[Share]], int]) -> str:
     """Check that `name_straggler(waits)` names the rank that costs the others most time."""
     for what, delays, culprit in DELAYS:
-        run = run_quietly(_work, (delays,), nprocs=4)
-        run.raise_for_failure()
-        named = call(name_straggler, run.waits(), because="It takes the rows and returns a rank.")
-        _judge_straggler(what, run, culprit, named)
+        rows = run_ranks(_work, (delays,), nprocs=4).waits()
+        named = call(name_straggler, list(rows), because="It takes the rows and returns a rank.")
+        if named == culprit:
+            continue
+        waited = [sum(row.wait_ns for row in rows if row.rank == rank) for rank in range(4)]
+        longest = max(rows, key=lambda row: row.wait_ns)
+        mistakes = {
+            "Return the number of one rank. Is `return` missing?": not isinstance(named, int),
+            f"Rank {named} waited longest: it is the victim. The guilty rank comes last, so it "
+            "finds all the others there "
+            "and hardly waits at all.": named == waited.index(max(waited)),
+            "That rank was late in the last step. One step is chance: add up the waiting that each "
+            "rank causes, over all steps.": named == rows[-1].last_rank,
+            "That rank caused the longest single wait. One hiccup costs less than a little every "
+            "time: add up the waiting that each rank causes.": named == longest.last_rank,
+            "Each row says who came last in it (`last_rank`) and what that cost.": True,
+        }
+        judge(f"{what}; you named {named!r}.", mistakes)
     return "right in all three runs: late always, late once, late in the last step only."
 
 
-def _judge_straggler(what: str, run: Run, culprit: int, named: Any) -> None:
-    if named == culprit:
-        return
-    seen = f"{what}; you named {named!r}."
-    rows = run.waits()
-    waited = [sum(row.wait_ns for row in rows if row.rank == rank) for rank in range(4)]
-    if not isinstance(named, int):
-        raise Wrong(seen, "Return the number of one rank. Is `return` missing?")
-    if named == waited.index(max(waited)):
-        raise Wrong(
-            seen,
-            f"Rank {named} waited longest: it is the victim. The guilty rank comes last, so it "
-            "finds all the others there and hardly waits at all.",
-        )
-    if named == rows[-1].last_rank:
-        raise Wrong(
-            seen,
-            "That rank was late in the last step. One step is chance: add up the waiting that each "
-            "rank causes, over all steps.",
-        )
-    if named == max(rows, key=lambda row: row.wait_ns).last_rank:
-        raise Wrong(
-            seen,
-            "That rank caused the longest single wait. One hiccup costs less than a little every "
-            "time: add up the waiting that each rank causes.",
-        )
-    raise Wrong(seen, "Each row says who came last in it (`last_rank`) and what that cost.")
-
-
-def _network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-
-
-def _data(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    return torch.randn(size, 16), torch.arange(size) % 4
-
-
-def _gradient(model: nn.Module) -> torch.Tensor:
-    parts = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.parameters()]
-    return torch.cat([part.flatten() for part in parts]).clone()
-
-
-def _accumulated(rank: int, accumulate: Callable[..., Any], pieces: int) -> torch.Tensor:
-    dist.init_process_group("gloo")
-    model = watch_ddp(DistributedDataParallel(_network()))
-    inputs, labels = (part[rank :: dist.get_world_size()] for part in _data(24))
+@in_group
+def _accumulated(rank: int, accumulate: Callable[..., Any], pieces: int) -> Tensor:
+    model = watch_ddp(DistributedDataParallel(new_layer()))
+    inputs, labels = (part[rank :: dist.get_world_size()] for part in samples())
     micro_batches = list(zip(inputs.chunk(pieces), labels.chunk(pieces), strict=True))
     accumulate(model, nn.functional.cross_entropy, micro_batches)
-    dist.destroy_process_group()
-    return _gradient(model)
+    return gradients(model)
 
 
 @exercise(
@@ -119,40 +86,33 @@ def _accumulated(rank: int, accumulate: Callable[..., Any], pieces: int) -> torc
 )
 def check_accumulate(accumulate: Callable[..., Any]) -> str:
     """Check `accumulate(model, loss_fn, micro_batches)`: the right gradient, and one sync."""
-    whole = _network()
-    inputs, labels = _data(24)
+    whole = new_layer()
+    inputs, labels = samples()
     nn.functional.cross_entropy(whole(inputs), labels).backward()
     for ranks, pieces in ((2, 3), (3, 4), (2, 1)):
-        run = run_quietly(_accumulated, (accumulate, pieces), nprocs=ranks)
-        run.raise_for_failure()
-        _judge_accumulated(run, pieces, _gradient(whole))
+        run = run_ranks(_accumulated, (accumulate, pieces), nprocs=ranks)
+        _judge_accumulated(run, pieces, gradients(whole))
     return "one sync for 1, 3 and 4 micro-batches, and the gradient of the whole batch."
 
 
-def _judge_accumulated(run: Run, pieces: int, expected: torch.Tensor) -> None:
+def _judge_accumulated(run: Run, pieces: int, expected: Tensor) -> None:
     syncs = sum(span.lane == "buckets" for span in run.ranks[0].spans)
-    seen = f"{pieces} micro-batches on {run.world_size} ranks"
-    gradients: list[torch.Tensor] = run.values
-    if syncs == 0:
-        raise Wrong(
-            f"{seen}: no gradient was ever sent; are those of rank 0 and 1 the same? "
-            f"{torch.equal(gradients[0], gradients[1])}.",
-            "The last micro-batch must run outside of `no_sync()`: its backward sends the sum of "
-            "all. Else every rank steps with gradients of its own, and the models drift apart.",
-        )
-    if syncs > 1:
-        raise Wrong(
-            f"{seen}: the gradients were sent {syncs} times.",
-            "Whether backward sends is decided in the forward pass. All micro-batches but the last "
-            "belong in `with model.no_sync():`, with their forward pass.",
-        )
-    ratio = float((gradients[0] @ expected) / (expected @ expected))
-    if not torch.allclose(gradients[0], expected, rtol=1e-4, atol=1e-6):
-        raise Wrong(
-            f"{seen}: the gradient is {ratio:.2f} times that of the whole batch.",
-            "`backward` adds to what is in `.grad`. For the mean over all samples, divide each "
-            "micro-batch's loss by their number, and use every one of them.",
-        )
+    first, second, *_ = run.values
+    ratio = float((first @ expected) / (expected @ expected))
+    mistakes = {
+        "no gradient was ever sent; are those of rank 0 and 1 the same? "
+        f"{torch.equal(first, second)}.\n"
+        "The last micro-batch must run outside of `no_sync()`: its backward sends the sum of all. "
+        "Else every rank steps with gradients of its own, and the models drift apart.": syncs == 0,
+        f"the gradients were sent {syncs} times.\n"
+        "Whether backward sends is decided in the forward pass. All micro-batches but the last "
+        "belong in `with model.no_sync():`, with their forward pass.": syncs > 1,
+        f"the gradient is {ratio:.2f} times that of the whole batch.\n"
+        "`backward` adds to what is in `.grad`. For the mean over all samples, divide each "
+        "micro-batch's loss by their number, and use "
+        "every one of them.": not torch.allclose(first, expected, atol=1e-9),
+    }
+    judge(f"{pieces} micro-batches on {run.world_size} ranks: ", mistakes)
 
 
 class _Link(NamedTuple):
@@ -192,12 +152,12 @@ MUCH_LONGER = 1.2  # times the best: not chance
 
 class _SlowBackward(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, seconds: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
         ctx.seconds, ctx.weights = seconds, weight.numel()
         return x + weight[0]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         time.sleep(ctx.seconds)
         return grad, grad.sum().expand(ctx.weights).contiguous(), None
 
@@ -211,15 +171,15 @@ class _Layers(nn.Module):  # type: ignore[misc]
         size = int(link.layer_mb * 1e6 / 4)
         self.weights = nn.ParameterList([torch.zeros(size) for _ in range(link.layers)])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for weight in self.weights:
             x = _SlowBackward.apply(x, weight, self.seconds)
         return x
 
 
+@in_group
 def _backward_ms(_: int, link: _Link, bucket_mb: float) -> float:
     """How long backward takes, once DDP knows the order of the gradients."""
-    dist.init_process_group("gloo")
     mebibytes = bucket_mb * 1e6 / 2**20  # what DDP counts in
     model = DistributedDataParallel(_Layers(link), bucket_cap_mb=mebibytes)
     watch_ddp(model, SimulatedLink(link.mb_per_s, link.latency_ms))
@@ -229,7 +189,6 @@ def _backward_ms(_: int, link: _Link, bucket_mb: float) -> float:
         began = time.perf_counter()
         loss.backward()
         times.append((time.perf_counter() - began) * 1000)
-    dist.destroy_process_group()
     return min(times[1:])
 
 
@@ -247,33 +206,27 @@ def check_choose_bucket(choose_bucket: Callable[..., float]) -> str:
                 f"for {link} you chose {bucket_mb!r}.",
                 "Return the largest size of a bucket in MB, a number above 0.",
             )
-        chosen, best = (_measured(link, mb) for mb in (bucket_mb, link.best() * link.layer_mb))
+        chosen, best = (
+            max(run_ranks(_backward_ms, (link, mb)).values)
+            for mb in (bucket_mb, link.best() * link.layer_mb)
+        )
         if chosen > MUCH_LONGER * best:
             _explain_bucket(link, bucket_mb, chosen / best)
     return "backward was as short as it can be on all three simulated links."
 
 
-def _measured(link: _Link, bucket_mb: float) -> float:
-    run = run_quietly(_backward_ms, (link, bucket_mb))
-    run.raise_for_failure()
-    times: Sequence[float] = run.values
-    return max(times)
-
-
 def _explain_bucket(link: _Link, bucket_mb: float, ratio: float) -> None:
     # DDP closes a bucket with the layer that fills it.
     per_bucket = min(link.layers, max(1, math.ceil(bucket_mb / link.layer_mb - 1e-6)))
-    buckets = math.ceil(link.layers / per_bucket)
-    what = "1 bucket" if buckets == 1 else f"{buckets} buckets"
-    seen = f"on {link}, {bucket_mb:g} MB make {what}, and backward takes {ratio:.1f} times the best"
-    if per_bucket < link.best():
-        raise Wrong(
-            f"{seen}.",
-            "Every bucket pays the latency again. Where that is long, fewer and larger buckets are "
-            "better.",
-        )
-    raise Wrong(
-        f"{seen}.",
+    buckets = count(math.ceil(link.layers / per_bucket), "bucket")
+    mistakes = {
+        "Every bucket pays the latency again. Where that is long, fewer and larger buckets are "
+        "better.": per_bucket < link.best(),
         "A bucket travels when its last gradient is ready. One that is large leaves late, and "
-        "backward has nothing left to hide it behind.",
+        "backward has nothing left to hide it behind.": True,
+    }
+    judge(
+        f"on {link}, {bucket_mb:g} MB make {buckets}, and backward takes {ratio:.1f} times the "
+        "best.",
+        mistakes,
     )

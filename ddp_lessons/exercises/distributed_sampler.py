@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
-import torch.distributed as dist
 from torch.utils.data import DataLoader, DistributedSampler
 
-from ddp_lessons.exercises.checking import Wrong, call, exercise, run_quietly
+from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks
+from ddp_lessons.exercises.numeric_answers import near, plain
+from ddp_lessons.text import count
 
 Shards = list[list[int]]  # by rank
 
@@ -42,69 +44,56 @@ def check_sampler(sampler: Callable[[int, int, int, bool], Iterable[int]]) -> st
     """Check `sampler(total, rank, world_size, drop_last)` against DistributedSampler's samples."""
     for drop_last in (False, True):
         for total, ranks in SHARDED:
-            run = run_quietly(_loaded, (sampler, total, drop_last), nprocs=ranks)
-            run.raise_for_failure()
-            what = f"{_samples(total)} on {_ranks(ranks)}, drop_last={drop_last}"
-            _judge_sampler(what, total, drop_last, run.values)
+            run = run_ranks(_loaded, (sampler, total, drop_last), nprocs=ranks)
+            lengths, shards = map(list, zip(*run.values, strict=True))
+            seen = f"{_on(total, ranks)}, drop_last={drop_last}: the ranks got {shards}"
+            _judge_shards(f"{seen}.", shards, total, drop_last)
+            if lengths != [len(shard) for shard in shards]:
+                raise Wrong(
+                    f"{seen}, but len() says {lengths}.",
+                    "`__len__` is the number of samples of this rank: the DataLoader counts its "
+                    "steps by it.",
+                )
     return "the samples of DistributedSampler, also with 10 samples on 3 ranks and with 2 on 3."
 
 
-def _judge_sampler(
-    what: str, total: int, drop_last: bool, loaded: list[tuple[int, list[int]]]
-) -> None:
-    lengths, shards = [length for length, _ in loaded], [shard for _, shard in loaded]
-    ranks = len(shards)
+def _judge_shards(seen: str, shards: Shards, total: int, drop_last: bool) -> None:
+    ranks, sizes = len(shards), [len(shard) for shard in shards]
     expected = [
         list(DistributedSampler(range(total), ranks, rank, shuffle=False, drop_last=drop_last))
         for rank in range(ranks)
     ]
-    seen = f"{what}: the ranks got {shards}"
-    if shards != expected:
-        raise Wrong(f"{seen}.", _what_is_wrong(shards, expected, total, drop_last))
-    if lengths != [len(shard) for shard in shards]:
-        raise Wrong(
-            f"{seen}, but len() says {lengths}.",
-            "`__len__` is the number of samples of this rank: the DataLoader counts its steps by "
-            "it.",
-        )
-
-
-def _what_is_wrong(shards: Shards, expected: Shards, total: int, drop_last: bool) -> str:
-    sizes = [len(shard) for shard in shards]
-    if len(set(sizes)) > 1:
-        return (
-            f"Rank {sizes.index(max(sizes))} has {max(sizes)} samples and rank "
-            f"{sizes.index(min(sizes))} only {min(sizes)}. Ranks with more take more steps, and "
-            "wait in their last one for the others, which have none left. Pad by wrapping round, "
-            "or drop."
-        )
-    if _are_blocks(shards):
-        return (
-            "Each rank has a block of neighbours. DistributedSampler deals samples out like cards: "
-            "rank r gets every world_size-th one, beginning with r."
-        )
-    if len({tuple(shard) for shard in shards}) < len(shards) and total >= len(shards):
-        return "Two ranks have the same samples: they would do the same work twice."
-    if sizes != [len(shard) for shard in expected]:
-        return (
-            f"Each rank should have {len(expected[0])} samples. With drop_last the number of "
-            "samples is rounded down to a multiple of world_size, else up; never more than that."
-        )
+    if shards == expected:
+        return
     never = sorted(set().union(*expected).difference(*shards))
-    if never:
-        return f"Sample {never[0]} was never seen."
-    if not drop_last and total % len(shards):
-        return "The padding begins again with the first samples: 0, 1 and so on."
-    return f"DistributedSampler gives {expected}."
+    are_twins = len(set(map(tuple, shards))) < ranks <= total
+    is_padded = not drop_last and total % ranks
+    mistakes = {
+        f"Rank {sizes.index(max(sizes))} has {max(sizes)} samples and rank "
+        f"{sizes.index(min(sizes))} only {min(sizes)}. Ranks with more take more steps, and wait "
+        "in their last one for the others, which have none left. Pad by wrapping round, or "
+        "drop.": len(set(sizes)) > 1,
+        "Each rank has a block of neighbours. DistributedSampler deals samples out like cards: "
+        "rank r gets every world_size-th one, beginning with r.": _are_blocks(shards),
+        "Two ranks have the same samples: they would do the same work twice.": are_twins,
+        f"Each rank should have {len(expected[0])} samples. With drop_last the number of samples "
+        "is rounded down to a multiple of "
+        "world_size, else up; never more than that.": sizes[0] != len(expected[0]),
+        f"Sample {never[0] if never else ''} was never seen.": never,
+        "The padding begins again with the first samples: 0, 1 and so on.": is_padded,
+        f"DistributedSampler gives {expected}.": True,
+    }
+    judge(seen, mistakes)
 
 
 def _are_blocks(shards: Shards) -> bool:
     return len(shards) > 1 and all(
         len(shard) > 1 and shard == list(range(shard[0], shard[0] + len(shard)))
-        for shard in shards[: len(shards) - 1]
+        for shard in shards[:-1]
     )
 
 
+@in_group
 def _evaluated(
     _: int, accuracy: Callable[..., Any], total: int, wrong: tuple[int, ...]
 ) -> tuple[Any, list[int]]:
@@ -114,10 +103,7 @@ def _evaluated(
         asked.append(int(index))
         return int(index) not in wrong
 
-    dist.init_process_group("gloo")
-    result = accuracy(is_right, total)
-    dist.destroy_process_group()
-    return (result.item() if hasattr(result, "item") else result), asked
+    return plain(accuracy(is_right, total)), asked
 
 
 @exercise(
@@ -128,62 +114,51 @@ def _evaluated(
 def check_accuracy(accuracy: Callable[..., Any]) -> str:
     """Check `accuracy(is_right, total)`: each sample asked for once, the exact value everywhere."""
     for total, ranks, wrong in EVALUATED:
-        run = run_quietly(_evaluated, (accuracy, total, wrong), nprocs=ranks)
-        run.raise_for_failure()
-        what = f"{_samples(total)} on {_ranks(ranks)}, {total - len(wrong)} of them right"
-        _judge_asked(what, total, [asked for _, asked in run.values])
-        results = [result for result, _ in run.values]
-        _judge_accuracy(what, results, [asked for _, asked in run.values], total, wrong)
+        run = run_ranks(_evaluated, (accuracy, total, wrong), nprocs=ranks)
+        results, shards = map(list, zip(*run.values, strict=True))
+        what = f"{_on(total, ranks)}, {total - len(wrong)} of them right"
+        _judge_asked(f"{what}: the ranks asked for {shards}.", total, shards)
+        _judge_accuracy(what, results, shards, total, wrong)
     return "exact on every rank, for 10 samples on 3 ranks, 5 on 4, 1 on 2 and 6 on 1."
 
 
-def _judge_asked(what: str, total: int, shards: Shards) -> None:
+def _judge_asked(seen: str, total: int, shards: Shards) -> None:
+    everything = list(range(total))
     counts = Counter(index for shard in shards for index in shard)
-    twice = sorted(index for index, count in counts.items() if count > 1)
-    never = [index for index in range(total) if not counts[index]]
-    seen = f"{what}: the ranks asked for {shards}."
-    if len(shards) > 1 and all(sorted(shard) == list(range(total)) for shard in shards):
-        raise Wrong(seen, "Every rank did all the work. Each needs only its own part.")
-    if twice:
-        raise Wrong(
-            seen,
-            f"Sample {twice[0]} was counted twice. A padded sampler is for training, where ranks "
-            "need equally many steps; in evaluation each sample may count once.",
-        )
-    if never:
-        raise Wrong(seen, f"Sample {never[0]} was never asked for: it is missing in the accuracy.")
+    twice = [index for index in sorted(counts) if counts[index] > 1]
+    never = [index for index in everything if not counts[index]]
+    are_all = len(shards) > 1 and all(sorted(shard) == everything for shard in shards)
+    mistakes = {
+        "Every rank did all the work. Each needs only its own part.": are_all,
+        f"Sample {min(twice, default='')} was counted twice. A padded sampler is for training, "
+        "where ranks need equally many steps; in evaluation each sample may count once.": twice,
+        f"Sample {min(never, default='')} was never asked for: it is missing in the accuracy.": (
+            never
+        ),
+    }
+    judge(seen, mistakes)
 
 
 def _judge_accuracy(
     what: str, results: list[Any], shards: Shards, total: int, wrong: tuple[int, ...]
 ) -> None:
     exact = (total - len(wrong)) / total
-    if all(_near(result, exact) for result in results):
+    right = [near(result, exact, 1e-5) for result in results]
+    if all(right):
         return
-    seen = f"{what}: the accuracy is {exact:.3g}, and the ranks returned {_short(results)}."
     local = [1 - len({*shard} & {*wrong}) / len(shard) if shard else 0.0 for shard in shards]
-    if _near(results[0], exact) and len(results) > 1:
-        raise Wrong(seen, "Rank 0 is right, but every rank should know: `all_reduce` tells all.")
-    if len(results) > 1 and all(map(_near, results, local)):
-        raise Wrong(
-            seen, "These are the ranks' own accuracies. Put their counts together: `all_reduce`."
-        )
-    if _near(results[0], sum(local) / len(local)):
-        raise Wrong(
-            seen,
-            "This is the mean of the ranks' accuracies. They have different numbers of samples: "
-            "send the counts round and divide the sums.",
-        )
-    raise Wrong(seen, "Add up the right ones and the samples over all ranks, then divide.")
-
-
-def _near(value: Any, target: float) -> bool:
-    return isinstance(value, int | float) and abs(value - target) < 1e-5
-
-
-def _short(values: list[Any]) -> str:
-    texts = [f"{v:.3g}" if isinstance(v, float) else str(v)[:40] for v in values]
-    return ", ".join(texts)
+    pairs = zip(results, local, strict=True)
+    are_local = len(results) > 1 and all(near(a, b, 1e-5) for a, b in pairs)
+    mistakes = {
+        "Rank 0 is right, but every rank should know: `all_reduce` tells all.": right[0],
+        "These are the ranks' own accuracies. Put their counts together: `all_reduce`.": are_local,
+        "This is the mean of the ranks' accuracies. They have different numbers of samples: send "
+        "the counts round and divide the sums.": near(results[0], sum(local) / len(local), 1e-5),
+        "Add up the right ones and the samples over all ranks, then divide.": True,
+    }
+    returned = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v)[:40] for v in results)
+    seen = f"{what}: the accuracy is {exact:.3g}, and the ranks returned {returned}."
+    judge(seen, mistakes)
 
 
 def _trained(rank: int, train: Callable[..., Any], total: int, first: int, last: int) -> Any:
@@ -200,56 +175,41 @@ def _trained(rank: int, train: Callable[..., Any], total: int, first: int, last:
 def check_train(train: Callable[..., Any]) -> str:
     """Check `train(sampler, loader, first, last)`: each epoch has the shuffle of its number."""
     for total, ranks, first, last in TRAINED:
-        run = run_quietly(_trained, (train, total, first, last), nprocs=ranks)
-        run.raise_for_failure()
-        what = f"epochs {first} to {last - 1} of {_samples(total)} on {_ranks(ranks)}"
+        run = run_ranks(_trained, (train, total, first, last), nprocs=ranks)
+        what = f"epochs {first} to {last - 1} of {_on(total, ranks)}"
         _judge_trained(what, run.values, total, range(first, last))
     return "every epoch has its own shuffle, also when training goes on from epoch 2."
 
 
 def _judge_trained(what: str, values: list[Any], total: int, epochs: range) -> None:
     ranks = len(values)
-    right = {
-        e: [_order(total, ranks, rank, e) for rank in range(ranks)] for e in range(epochs.stop)
-    }
+    samplers = [DistributedSampler(range(total), ranks, rank) for rank in range(ranks)]
+    right = []
+    for epoch in range(epochs.stop):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        right.append(list(map(list, samplers)))
     got: list[Any] = list(zip(*values, strict=False)) if all(values) else []
     seen = f"{what}: rank 0 saw {values[0]}."
     if len(got) != len(epochs):
         raise Wrong(seen, f"Return one list of samples for each of the {len(epochs)} epochs.")
     shards = [list(map(list, epoch)) for epoch in got]
-    if shards == [right[epoch] for epoch in epochs]:
+    if shards == right[epochs.start :]:
         return
-    if shards[1:] == shards[:-1]:
-        raise Wrong(
-            seen,
-            "All epochs are the same. The sampler does not count epochs: tell it the number of "
-            "each one with `set_epoch`.",
-        )
-    if shards[1] == right[epochs[0]]:
-        raise Wrong(
-            seen,
-            "Each epoch has the shuffle of the one before. The loader asks for the order when its "
-            "loop begins; `set_epoch` inside that loop comes too late.",
-        )
-    if any(set().union(*epoch) != {*range(total)} for epoch in shards):
-        raise Wrong(
-            seen,
-            "Together the ranks did not see every sample in every epoch. All ranks must set the "
-            "same epoch, so that they cut the same order into parts.",
-        )
-    if epochs[0] and shards == [right[epoch - epochs[0]] for epoch in epochs]:
-        raise Wrong(
-            seen,
-            "Training that goes on from a checkpoint began again with the shuffle of epoch 0. "
-            "Count epochs from `first`.",
-        )
-    raise Wrong(seen, "Epoch e must have the order after `sampler.set_epoch(e)`.")
-
-
-def _order(total: int, ranks: int, rank: int, epoch: int) -> list[int]:
-    sampler = DistributedSampler(range(total), ranks, rank)
-    sampler.set_epoch(epoch)
-    return list(sampler)
+    mistakes = {
+        "All epochs are the same. The sampler does not count epochs: tell it the number of each "
+        "one with `set_epoch`.": shards[1:] == shards[:-1],
+        "Each epoch has the shuffle of the one before. The loader asks for the order when its loop "
+        "begins; `set_epoch` inside that loop comes too late.": shards[1] == right[epochs.start],
+        "Together the ranks did not see every sample in every epoch. All ranks must set the same "
+        "epoch, so that they cut the same order into parts.": any(
+            {*map(str, chain(*epoch))} != {*map(str, range(total))} for epoch in shards
+        ),
+        "Training that goes on from a checkpoint began again with the shuffle of epoch 0. Count "
+        "epochs from `first`.": epochs.start and shards == right[: len(epochs)],
+        "Epoch e must have the order after `sampler.set_epoch(e)`.": True,
+    }
+    judge(seen, mistakes)
 
 
 def _first_batch(rank: int, batch_size: Any, total: int) -> int:
@@ -272,46 +232,42 @@ def check_per_rank_batch(per_rank_batch: Callable[[int, int], int]) -> str:
 
 
 def _judge_batch(batch: int, ranks: int, size: Any) -> None:
+    asked = f"a batch of {batch} on {count(ranks, 'rank')}"
     if not isinstance(size, int):
         raise Wrong(
-            f"a batch of {batch} on {_ranks(ranks)}: you returned {size!r}.",
+            f"{asked}: you returned {size!r}.",
             "A DataLoader takes whole numbers only, and `/` gives a float: use `//`.",
         )
     if size < 1:
-        raise Wrong(f"a batch of {batch} on {_ranks(ranks)}: {size}.", "That is no batch size.")
-    run = run_quietly(_first_batch, (size, 4 * ranks * max(batch, size)), nprocs=ranks)
-    run.raise_for_failure()
+        raise Wrong(f"{asked}: {size}.", "That is no batch size.")
+    run = run_ranks(_first_batch, (size, 4 * ranks * max(batch, size)), nprocs=ranks)
     together = sum(run.values)
     if together != batch:
-        because = (
+        mistakes = {
             "Every rank takes the global batch. A DataLoader's batch size counts for one rank: all "
-            "of them together take that many times the number of ranks."
-            if size == batch
-            else "The ranks' batches together must be the global batch."
-        )
-        raise Wrong(f"one step on {_ranks(ranks)} took {together} samples, not {batch}.", because)
+            "of them together take that many times the number of ranks.": size == batch,
+            "The ranks' batches together must be the global batch.": True,
+        }
+        took = f"one step on {count(ranks, 'rank')} took {together} samples, not {batch}."
+        judge(took, mistakes)
 
 
 def _judge_impossible(per_rank_batch: Callable[[int, int], int], batch: int, ranks: int) -> None:
+    asked = f"a batch of {batch} on {count(ranks, 'rank')}"
     try:
         size = per_rank_batch(batch, ranks)
     except ValueError:
         return
     except Exception as error:
         raise Wrong(
-            f"a batch of {batch} on {_ranks(ranks)}: it raised {type(error).__name__}.",
+            f"{asked}: it raised {type(error).__name__}.",
             "Raise a ValueError: the value is what is wrong.",
         ) from error
-    if not isinstance(size, int) or size < 1:
-        because = "No rank can take such a batch: say so with a ValueError."
-    else:
-        because = f"{ranks} x {size} is {ranks * size}: samples get lost or added in silence."
-    raise Wrong(f"a batch of {batch} on {_ranks(ranks)}: you returned {size!r}.", because)
+    because = "No rank can take such a batch: say so with a ValueError."
+    if isinstance(size, int) and size > 0:
+        because = f"{ranks} x {size} is {ranks * size}: samples are lost or added without an error."
+    raise Wrong(f"{asked}: you returned {size!r}.", because)
 
 
-def _samples(count: int) -> str:
-    return f"{count} sample{'s' * (count != 1)}"
-
-
-def _ranks(count: int) -> str:
-    return f"{count} rank{'s' * (count != 1)}"
+def _on(samples: int, ranks: int) -> str:
+    return f"{count(samples, 'sample')} on {count(ranks, 'rank')}"

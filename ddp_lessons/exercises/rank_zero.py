@@ -2,80 +2,54 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons.errors import WorkersHung
-from ddp_lessons.exercises.checking import Wrong, exercise, run_quietly
-from ddp_lessons.exercises.killed import SAVED, Facts, checkpoint_path, resume, train
-from ddp_lessons.results import Run
+from ddp_lessons import Run, WorkersHung
+from ddp_lessons.exercises.checkpoint_training import SAVED, Facts, resume, train
+from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
+from ddp_lessons.text import count
 
-PARTS = ("model", "momentum", "scheduler", "random")
-
-
-class _Named(nn.Module):  # type: ignore[misc]
-    """A model with a layer whose name ends in `module`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder, self.norm = nn.Linear(2, 3), nn.BatchNorm1d(3)
-        self.submodule = nn.Sequential(nn.Linear(3, 2))
-
-
-class _Own(nn.Module):  # type: ignore[misc]
-    """A model with a layer that is called `module`, as DDP's own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module, self.head = nn.Linear(2, 3), nn.Linear(3, 2)
-
-
-class _Only(nn.Module):  # type: ignore[misc]
-    """A model all of whose keys begin with `module.`, though it is in no DDP."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module = nn.Linear(2, 3)
-
-
-def _simple() -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "two layers": _simple,
-    "a layer called `submodule`": _Named,
-    "a layer called `module`": _Own,
-    "no other layer than `module`": _Only,
+# What a rank has when it saves, and how a wrong answer's is described.
+PARTS = {
+    "model": "other weights",
+    "momentum": "another momentum",
+    "scheduler": "another learning rate, or another count of the scheduler's steps,",
+    "random": "another random state",
 }
 
 
-def _load_each(_: int, load_anywhere: Callable[..., Any], wrapped: bool) -> list[list[str]]:
-    """What went wrong, `[name, from, what]`, in the first case in which anything did."""
-    if wrapped:
-        dist.init_process_group("gloo")
+# The last two have layers that are called as DDP calls the model in it.
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "two layers": lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)),
+    "a layer called `submodule`": lambda: nn.ModuleDict(
+        {"encoder": nn.Linear(2, 3), "norm": nn.BatchNorm1d(3), "submodule": nn.Linear(3, 2)}
+    ),
+    "a layer called `module`": lambda: nn.ModuleDict(
+        {"module": nn.Linear(2, 3), "head": nn.Linear(3, 2)}
+    ),
+    "no other layer than `module`": lambda: nn.ModuleDict({"module": nn.Linear(2, 3)}),
+}
+
+
+def _load_each(_: int, load_anywhere: Callable[..., Any], wrapped: bool) -> tuple[str, ...]:
+    """The first case in which loading went wrong: the model, the state's origin, what happened."""
     for name, make in MODELS.items():
-        for prefixed in (True, False):
+        for origin, prefix in (("DDP", "module."), ("a plain model", "")):
             torch.manual_seed(1)
-            source = _filled(make())
-            prefix = "module." if prefixed else ""
-            state = {prefix + key: value.clone() for key, value in source.state_dict().items()}
+            wanted = _filled(make()).state_dict()
+            state = {prefix + key: value.clone() for key, value in wanted.items()}
             model: nn.Module = DistributedDataParallel(make()) if wrapped else make()
-            problem = _load_one(load_anywhere, model, state, source.state_dict())
+            problem = _load(load_anywhere, model, state, wanted)
             if problem:
-                return [[name, "DDP" if prefixed else "a plain model", problem]]
-    if wrapped:
-        dist.destroy_process_group()
-    return []
+                return name, origin, problem
+    return ()
 
 
 def _filled(model: nn.Module) -> nn.Module:
@@ -86,11 +60,10 @@ def _filled(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load_one(
-    load_anywhere: Callable[..., Any], model: nn.Module, state: Facts, wanted: Facts
-) -> str:
+def _load(load: Callable[..., Any], model: nn.Module, state: Facts, wanted: Facts) -> str:
+    """What went wrong; "" if nothing did."""
     try:
-        load_anywhere(model, state)
+        load(model, state)
     except Exception as error:
         return f"raised {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     inner = model.module if isinstance(model, DistributedDataParallel) else model
@@ -108,49 +81,33 @@ def _load_one(
 )
 def check_load_anywhere(load_anywhere: Callable[[nn.Module, dict[str, Tensor]], None]) -> str:
     """Check `load_anywhere(model, state)` for plain models and DDP's, and states of both."""
-    for wrapped, ranks in ((False, 1), (True, 2)):
-        run = run_quietly(_load_each, (load_anywhere, wrapped), nprocs=ranks)
-        run.raise_for_failure()
+    plain = run_ranks(_load_each, (load_anywhere, False), nprocs=1)
+    wrapped = run_ranks(in_group(_load_each), (load_anywhere, True))
+    for is_wrapped, run in ((False, plain), (True, wrapped)):
         for problem in filter(None, run.values):
-            _judge_loaded(wrapped, *problem[0])
+            _explain_loading(is_wrapped, *problem)
     return "plain into plain, DDP into plain, plain into DDP, DDP into DDP; whatever layers' names."
 
 
-def _judge_loaded(wrapped: bool, name: str, origin: str, problem: str) -> None:
-    seen = f"a model with {name}, {'in DDP' if wrapped else 'plain'}; a state from {origin}: "
-    raise Wrong(seen + problem, _why_not_loaded(wrapped, name, origin, problem))
-
-
-def _why_not_loaded(wrapped: bool, name: str, origin: str, problem: str) -> str:
-    if "no error" in problem:
-        return (
-            "`strict=False` skips every key that does not fit. Make the keys fit, and stay strict: "
-            "then an error tells of what is missing."
-        )
-    if name == "two layers" and wrapped:
-        return (
-            "DDP's own keys begin with `module.`; those of `model.module` do not. Load into the "
-            "inner model in any case."
-        )
-    if name == "two layers":
-        return (
-            "The keys of a DDP model begin with `module.`, those of the model in it do not. Cut "
-            "the prefix off, but only where there is one."
-        )
-    if "submodule" in name:
-        return (
-            "Only the beginning of a key may be cut off. `replace` also finds `submodule.`, and "
-            "`lstrip` takes away single letters, not a word."
-        )
-    if not wrapped and origin == "DDP":
-        return (
-            "That a model has a `module` does not make it DDP's: ask `isinstance(model, DDP)`. And "
-            "cut `module.` off once: the second one in a key is the layer's."
-        )
-    return (
+def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> None:
+    is_simple = name == "two layers"
+    mistakes = {
+        "`strict=False` skips every key that does not fit. Make the keys fit, and stay strict: "
+        "then an error tells of what is missing.": "no error" in problem,
+        "DDP's own keys begin with `module.`; those of `model.module` do not. Load into the inner "
+        "model in any case.": is_simple and wrapped,
+        "The keys of a DDP model begin with `module.`, those of the model in it do not. Cut the "
+        "prefix off, but only where there is one.": is_simple,
+        "Only the beginning of a key may be cut off. `replace` also finds `submodule.`, and "
+        "`lstrip` takes away single letters, not a word.": "submodule" in name,
+        "That a model has a `module` does not make it DDP's: ask `isinstance(model, DDP)`. And cut "
+        "`module.` off once: the "
+        "second one in a key is the layer's.": not wrapped and origin == "DDP",
         "Here `module.` begins the key of the model's own layer. What tells a prefix from a layer "
-        "is the model: do the state's keys equal its keys or not?"
-    )
+        "is the model: do the state's keys equal its keys or not?": True,
+    }
+    kind = "in DDP" if wrapped else "plain"
+    judge(f"a model with {name}, {kind}; a state from {origin}: {problem}", mistakes)
 
 
 @exercise(
@@ -163,33 +120,26 @@ def _why_not_loaded(wrapped: bool, name: str, origin: str, problem: str) -> str:
 def check_resume(checkpoint: Any) -> str:
     """Check a class with `save` and `load`: killed trainings must end in the same weights."""
     for ranks in (2, 1, 3):
-        with _folder() as folder:
+        with tempfile.TemporaryDirectory() as folder:
             run = _run(train, (checkpoint, folder, False), ranks)
             _judge_files(folder)
             _judge_failure(run)
             _judge_returned(run.values)
             resumed = _run(resume, (checkpoint, folder), ranks)
             _judge_failure(resumed)
-            _judge_load(run.values, resumed.values)
+            _judge_loaded(run.values, resumed.values)
         if ranks == 2:
-            with _folder() as folder:
+            with tempfile.TemporaryDirectory() as folder:
                 _run(train, (checkpoint, folder, True), ranks)
-                _judge_left(run.values, _run(resume, (checkpoint, folder), ranks))
+                _judge_killed(run.values, _run(resume, (checkpoint, folder), ranks))
     return (
         "the same weights, bit for bit, on 2 ranks, 1 and 3; also after rank 0 was killed in the "
         "middle of a write."
     )
 
 
-@contextlib.contextmanager
-def _folder() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        os.mkdir(os.path.dirname(checkpoint_path(folder)))
-        yield folder
-
-
 def _run(worker: Callable[..., Facts], args: tuple[Any, ...], ranks: int) -> Run:
-    run = run_quietly(worker, args, nprocs=ranks)
+    run = run_ranks(worker, args, nprocs=ranks, check=False)
     if isinstance(run.error, WorkersHung):
         raise Wrong(
             run.explain(),
@@ -201,20 +151,69 @@ def _run(worker: Callable[..., Facts], args: tuple[Any, ...], ranks: int) -> Run
 
 def _judge_failure(run: Run) -> None:
     """Raise if a rank failed; two common errors have an explanation."""
-    errors = [rank.error.summary for rank in run.ranks if rank.error]
-    if any(error.startswith("FileNotFoundError") for error in errors):
-        raise Wrong(
-            run.explain(),
-            "Only the rank that has written a file may rename it, once; and nobody may read it "
-            "before.",
-        )
-    if any("Weights only load failed" in error for error in errors):
-        raise Wrong(
-            "`torch.load` raised UnpicklingError: Weights only load failed.",
-            "The file holds whole objects, which `torch.load` does not trust. Save the "
-            "`state_dict()` of model, optimizer and scheduler, and numbers and tensors.",
-        )
+    raised = [error.summary for error in errors(run)]
+    mistakes = {
+        f"{run.explain()}\n"
+        "Only the rank that has written a file may rename it, once; and nobody may read it "
+        "before.": any(error.startswith("FileNotFoundError") for error in raised),
+        "`torch.load` raised UnpicklingError: Weights only load failed.\n"
+        "The file holds whole objects, which `torch.load` does not trust. Save the `state_dict()` "
+        "of model, optimizer and scheduler, and numbers and "
+        "tensors.": any("Weights only load failed" in error for error in raised),
+    }
+    judge("", mistakes)
     run.raise_for_failure()
+
+
+def _judge_loaded(saved: list[Facts], loaded: list[Facts]) -> None:
+    ranks, several = count(len(saved), "rank"), "" if len(saved) > 1 else ", alone,"
+    for rank, facts in enumerate(loaded):
+        place = facts["place"]
+        if place == SAVED:
+            continue
+        mistakes = {
+            "Save `epoch` and `batch`, and return both from `load`: `return epoch, batch`.": (
+                place is None
+            ),
+            f"The epoch would begin anew: its first {SAVED[1]} batches would be trained on twice. "
+            "The place in the epoch belongs in the checkpoint.": place == (SAVED[0], 0),
+            "The training goes on where `save` was called: with that epoch's order and that "
+            "batch.": True,
+        }
+        where = f"saved before {_told(SAVED)}; on rank {rank}{several} `load` returned "
+        judge(f"{where}{_told(place)}.", mistakes)
+    for part, what in PARTS.items():
+        wrong = [r for r, facts in enumerate(loaded) if not _same(facts[part], saved[r][part])]
+        if wrong:
+            seen = f"{ranks}: after `load`, rank {wrong[0]} has {what} than it had when it saved."
+            _explain_part(seen, part, wrong, saved, loaded)
+    if not all(torch.equal(a["end"], b["end"]) for a, b in zip(saved, loaded, strict=True)):
+        raise Wrong(
+            f"{ranks}: after `load` all was there, but the weights in the end differ.",
+            "`save` and `load` must change nothing but what they load: no seeds, no new objects.",
+        )
+
+
+def _explain_part(
+    seen: str, part: str, wrong: list[int], saved: list[Facts], loaded: list[Facts]
+) -> None:
+    first, is_random = saved[0]["random"], part == "random"
+    all_first = all(torch.equal(loaded[rank]["random"], first) for rank in wrong)
+    mistakes = {
+        "It got that of rank 0. Then all ranks draw the same dropout from now on. Each rank has a "
+        "random state of its own: gather all, and give "
+        "each its own back.": is_random and len(saved) > 1 and all_first,
+        "Dropout would draw other numbers than the undisturbed training. Save "
+        "`torch.get_rng_state()` of every rank, and set it last.": is_random,
+        "Only rank 0 loaded it. DDP makes the weights equal when it wraps the model, and never "
+        "again; of the optimizer it knows nothing. Every rank must load.": 0 not in wrong,
+        "The weights belong in the checkpoint: `model.module.state_dict()`.": part == "model",
+        "SGD with momentum remembers a mean of past gradients; without it the first steps are too "
+        "short. Save and load `optimizer.state_dict()`.": part == "momentum",
+        "It counts steps, and halves the rate after every fourth. Save and load "
+        "`scheduler.state_dict()`, and the optimizer's, where the rate is.": part == "scheduler",
+    }
+    judge(seen, mistakes)
 
 
 def _judge_files(folder: str) -> None:
@@ -226,8 +225,8 @@ def _judge_files(folder: str) -> None:
             if name in writers:
                 raise Wrong(
                     f"ranks {writers[name]} and {rank} wrote to the same file, {name}.",
-                    "Whoever writes last wins, or the file is a mixture of both. Let rank 0 write "
-                    "alone.",
+                    "The last one overwrites the others, or the file is a mixture of both. Let "
+                    "rank 0 write alone.",
                 )
             writers[name] = rank
 
@@ -244,113 +243,34 @@ def _judge_returned(ranks: list[Facts]) -> None:
         )
 
 
-def _judge_load(saved: list[Facts], loaded: list[Facts]) -> None:
-    several = "" if len(saved) > 1 else ", alone,"
-    for rank, facts in enumerate(loaded):
-        if facts["place"] != SAVED:
-            raise Wrong(
-                f"saved before epoch {SAVED[0]}, batch {SAVED[1]}; on rank {rank}{several} `load` "
-                f"returned {_told(facts['place'])}.",
-                _why_not_place(facts["place"]),
-            )
-    for part in PARTS:
-        wrong = [r for r, facts in enumerate(loaded) if not _same(facts[part], saved[r][part])]
-        if wrong:
-            raise Wrong(
-                f"{len(saved)} rank{'s' * (len(saved) > 1)}: after `load`, rank {wrong[0]} has "
-                f"{_what(part)} than it had when it saved.",
-                _why_not(part, wrong, saved, loaded),
-            )
-    if not all(torch.equal(a["end"], b["end"]) for a, b in zip(saved, loaded, strict=True)):
-        raise Wrong(
-            f"{len(saved)} ranks: after `load` all was there, but the weights in the end differ.",
-            "`save` and `load` must change nothing but what they load: no seeds, no new objects.",
-        )
-
-
 def _told(place: Any) -> str:
     return "no two numbers" if place is None else f"epoch {place[0]}, batch {place[1]}"
 
 
-def _why_not_place(place: Any) -> str:
-    if place is None:
-        return "Save `epoch` and `batch`, and return both from `load`: `return epoch, batch`."
-    if place == (SAVED[0], 0):
-        return (
-            f"The epoch would begin anew: its first {SAVED[1]} batches would be trained on twice. "
-            "The place in the epoch belongs in the checkpoint."
-        )
-    return "The training goes on where `save` was called: with that epoch's order and that batch."
-
-
-def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-
-
-def _what(part: str) -> str:
-    return {
-        "model": "other weights",
-        "momentum": "another momentum",
-        "scheduler": "another learning rate, or another count of the scheduler's steps,",
-        "random": "another random state",
-    }[part]
-
-
-def _why_not(part: str, wrong: list[int], saved: list[Facts], loaded: list[Facts]) -> str:
-    if part == "random":
-        first = saved[0]["random"]
-        if len(saved) > 1 and all(torch.equal(loaded[rank]["random"], first) for rank in wrong):
-            return (
-                "It got that of rank 0. Then all ranks draw the same dropout from now on. Each "
-                "rank has a random state of its own: gather all, and give each its own back."
-            )
-        return (
-            "Dropout would draw other numbers than the undisturbed training. Save "
-            "`torch.get_rng_state()` of every rank, and set it last."
-        )
-    if 0 not in wrong:
-        return (
-            "Only rank 0 loaded it. DDP makes the weights equal when it wraps the model, and "
-            "never again; of the optimizer it knows nothing. Every rank must load."
-        )
-    return {
-        "model": "The weights belong in the checkpoint: `model.module.state_dict()`.",
-        "momentum": (
-            "SGD with momentum remembers a mean of past gradients; without it the first steps are "
-            "too short. Save and load `optimizer.state_dict()`."
-        ),
-        "scheduler": (
-            "It counts steps, and halves the rate after every fourth. Save and load "
-            "`scheduler.state_dict()`, and the optimizer's, where the rate is."
-        ),
-    }[part]
-
-
-def _judge_left(saved: list[Facts], run: Run) -> None:
+def _judge_killed(saved: list[Facts], run: Run) -> None:
     """Raise if a second save that was cut off has spoilt the first one."""
     killed = "rank 0 was killed in the middle of its second `save`. "
-    atomic = (
-        "Write to another name in the same folder, and `os.replace` it when it is complete: then "
-        "the old checkpoint is there until the new one is."
-    )
     if not run.ok:
-        raise Wrong(f"{killed}After that `load` failed.\n{run.explain()}", atomic)
-    places = {facts["place"] for facts in run.values}
-    if len(places) > 1 or not all(map(_as_saved, saved, run.values)):
-        found = [
-            *map(_told, sorted(places, key=str)),
-            *(_what(part).rstrip(",") for part in PARTS if not _all_same(part, saved, run.values)),
-        ]
         raise Wrong(
-            f"{killed}What `load` found then was not what the first one saved: {', '.join(found)}.",
+            f"{killed}After that `load` failed.\n{run.explain()}",
+            "Write to another name in the same folder, and `os.replace` it when it is complete: "
+            "then the old checkpoint is there until the new one is.",
+        )
+    pairs = list(zip(saved, run.values, strict=True))
+    places = {loaded["place"] for loaded in run.values}
+    other = [
+        what.rstrip(",")
+        for part, what in PARTS.items()
+        if not all(_same(a[part], b[part]) for a, b in pairs)
+    ]
+    if other or places != {SAVED}:
+        found = ", ".join([*map(_told, sorted(places, key=str)), *other])
+        raise Wrong(
+            f"{killed}What `load` found then was not what the first one saved: {found}.",
             "Some files were of the first save and some of the second. One file that is replaced "
             "at once cannot be torn apart.",
         )
 
 
-def _as_saved(saved: Facts, loaded: Facts) -> bool:
-    return loaded["place"] == SAVED and all(_same(saved[part], loaded[part]) for part in PARTS)
-
-
-def _all_same(part: str, saved: list[Facts], loaded: list[Facts]) -> bool:
-    return all(_same(a[part], b[part]) for a, b in zip(saved, loaded, strict=True))
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)

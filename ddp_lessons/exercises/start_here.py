@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ddp_lessons.exercises.checking import Wrong, exercise, run_quietly
-from ddp_lessons.results import RankResult
+from ddp_lessons.exercises.framework import exercise, judge, run_ranks
+from ddp_lessons.text import count
 
 
 @exercise(
@@ -15,41 +15,28 @@ from ddp_lessons.results import RankResult
 def check_greet(greet: Callable[[int, int], None]) -> str:
     """Check that `greet(rank, world_size)` prints "hello from N ranks" once in all."""
     for world_size in (4, 2, 1):
-        run = run_quietly(greet, (world_size,), nprocs=world_size)
-        run.raise_for_failure()
-        _judge(world_size, {r.rank: _lines(r) for r in run.ranks if _lines(r)})
+        run = run_ranks(greet, (world_size,), nprocs=world_size)
+        _judge(world_size, [(r.rank, line) for r in run.ranks for line in r.shown_lines])
     return "once with 4 ranks, once with 2, once with 1."
 
 
-def _lines(rank: RankResult) -> list[str]:
-    return [line for line in rank.shown_lines if line.strip()]
-
-
-def _judge(world_size: int, printed: dict[int, list[str]]) -> None:
-    with_ranks = f"with {world_size} rank{'s' if world_size > 1 else ''}"
-    lines = [line for lines in printed.values() for line in lines]
-    if not lines:
-        raise Wrong(
-            f"{with_ranks} nothing was printed.",
-            "Rank 0 is the only rank that every run has: ranks count from 0 to world_size - 1. "
-            "(A value that is returned is not printed.)",
-        )
-    if len(lines) > 1:
-        who = ", ".join(map(str, printed))
-        zero = "" if 0 in printed else " Note that `if rank:` is true for every rank but 0."
-        raise Wrong(
-            f"{with_ranks} the line was printed {len(lines)} times, by rank {who}.",
-            "Each rank is a process of its own that runs the whole function: whatever is not under "
-            f"an `if` happens world_size times.{zero}",
-        )
+def _judge(world_size: int, output: list[tuple[int, str]]) -> None:
+    printed = [(rank, line) for rank, line in output if line.strip()]
+    ranks = sorted({rank for rank, _ in printed})
+    line = printed[0][1] if printed else ""
     expected = f"hello from {world_size} ranks"
-    if lines != [expected] and ("{" in lines[0] or lines[0].lower().strip() == expected):
-        raise Wrong(
-            f"{with_ranks} the line was {lines[0]!r}, not {expected!r}.",
-            "Compare letter by letter. If there are braces in it, the string lacks its f in front.",
-        )
-    if lines != [expected]:
-        raise Wrong(
-            f"{with_ranks} the line was {lines[0]!r}, not {expected!r}.",
-            "The number of ranks is the launcher's choice: take it from world_size.",
-        )
+    zero = "" if 0 in ranks else " Note that `if rank:` is true for every rank but 0."
+    mistakes = {
+        "nothing was printed.\n"
+        "Rank 0 is the only rank that every run has: ranks count from 0 to world_size - 1. (A "
+        "value that is returned is not printed.)": not printed,
+        f"the line was printed {len(printed)} times, by rank {', '.join(map(str, ranks))}.\n"
+        "Each rank is a process of its own that runs the whole function: whatever is not under an "
+        f"`if` happens world_size times.{zero}": len(printed) > 1,
+        f"the line was {line!r}, not {expected!r}.\n"
+        "Compare letter by letter. If there are braces in it, the string lacks its f in "
+        "front.": line != expected and ("{" in line or line.lower().strip() == expected),
+        f"the line was {line!r}, not {expected!r}.\n"
+        "The number of ranks is the launcher's choice: take it from world_size.": line != expected,
+    }
+    judge(f"with {count(world_size, 'rank')} ", mistakes)

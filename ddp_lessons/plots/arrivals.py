@@ -8,7 +8,7 @@ import numpy as np
 
 from ddp_lessons.plots import style
 from ddp_lessons.plots.waits import finding
-from ddp_lessons.results import Run
+from ddp_lessons.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from ddp_lessons.analysis import Link, measured
+from ddp_lessons.analysis.metrics import Link, measured
 from ddp_lessons.plots import style
-from ddp_lessons.results import Run
+from ddp_lessons.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch
 
-from ddp_lessons.intervals import length
-from ddp_lessons.meetings import ended
-from ddp_lessons.messages import Span
-from ddp_lessons.plots import lanes, style
-from ddp_lessons.results import RankResult, Run
+from ddp_lessons.analysis.intervals import length
+from ddp_lessons.analysis.wait_states import ended
+from ddp_lessons.plots import row_layout, style
+from ddp_lessons.results import RankResult
+from ddp_lessons.run import Run
+from ddp_lessons.wire.records import Lane, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +99,7 @@ class Bar(NamedTuple):
     right: float
 
     @property
-    def interval(self) -> lanes.Interval:
+    def interval(self) -> row_layout.Interval:
         return self.left, self.right
 
 
@@ -121,7 +122,7 @@ class Row(NamedTuple):
     def unmarked(self) -> float:
         """Which part of the step is no marked work."""
         whole = sum(bar.right - bar.left for bar in self.step)
-        marked = sum(b - a for a, b in lanes.merged([bar.interval for bar in self.work], 0.0))
+        marked = sum(b - a for a, b in row_layout.merged([bar.interval for bar in self.work], 0.0))
         return 1 - marked / whole if whole else 0.0
 
     @property
@@ -131,7 +132,7 @@ class Row(NamedTuple):
 
 
 def _typical_step(run: Run) -> int:
-    numbers = {s.step for s in run.spans() if s.lane == "buckets" and s.step is not None}
+    numbers = {s.step for s in run.spans() if s.lane == Lane.BUCKETS and s.step is not None}
     if not numbers:
         raise ValueError(
             "no buckets were recorded. Let the worker call watch_ddp(model) on its "
@@ -159,18 +160,18 @@ def _limits(run: Run, step: int) -> tuple[int, int]:
 def _row(rank: RankResult, step: int, begin_ns: int, end_ns: int) -> Row:
     found: dict[str, list[Bar]] = {"steps": [], "compute": [], "wait": [], "buckets": []}
     for span, t1_ns in ended(rank.spans, rank.ended_ns):
-        kind = span.kind if span.lane == "main" else span.lane
+        kind = span.kind if span.lane == Lane.MAIN else span.lane
         if span.step == step and kind in found:
             left, right = (span.t0_ns - begin_ns) / 1e6, (min(t1_ns, end_ns) - begin_ns) / 1e6
             found[kind].append(Bar(_name(span), left, right))
     flights = found["buckets"]
-    places = [min(p, MOST_ROWS - 1) for p in lanes.pack([bar.interval for bar in flights])]
+    places = [min(p, MOST_ROWS - 1) for p in row_layout.pack([bar.interval for bar in flights])]
     return Row(rank.rank, found["steps"], found["compute"], found["wait"], flights, places)
 
 
 def _name(span: Span) -> str:
     """A bucket's name says how large it is."""
-    if span.lane != "buckets" or span.nbytes is None:
+    if span.lane != Lane.BUCKETS or span.nbytes is None:
         return span.name
     open_end = ", never ended" if span.t1_ns is None else ""
     return f"{span.name}  {style.bytes_text(span.nbytes)}{open_end}"
@@ -193,7 +194,7 @@ def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
     over = [bar.interval for bar in row.waiting]
     for bar in row.work:
         inner = [b.interval for b in row.work if b is not bar and _within(b, bar)]
-        where = lanes.widest_gap(bar.interval, over + inner)
+        where = row_layout.widest_gap(bar.interval, over + inner)
         ink = style.ink_on(_look(works.index(bar.name))["facecolor"])
         style.write(ax, [bar.name], where, top + MAIN / 2, FONT, color=ink)
     for bar in row.waiting:

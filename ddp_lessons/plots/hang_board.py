@@ -8,18 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch, Rectangle
 
-from ddp_lessons.calls import Call, Calls
-from ddp_lessons.joining import JOINING
+from ddp_lessons.diagnosis.calls import Call, Calls
+from ddp_lessons.diagnosis.rank_state import position, waits
 from ddp_lessons.plots import style
-from ddp_lessons.whereabouts import position, waits
-from ddp_lessons.wording import count, exit_name, ranks_text
+from ddp_lessons.text import count, exit_name, ranks_text
+from ddp_lessons.wire.ops import JOINING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import RankResult, Run
+    from ddp_lessons.results import RankResult
+    from ddp_lessons.run import Run
 
 MOST_COLUMNS = 6
 MOST_ROWS = 8  # beyond, ranks that did the same share a row

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ddp_lessons.joining import GROUP_CALLS
-from ddp_lessons.meetings import ended
-from ddp_lessons.messages import Span
-from ddp_lessons.plots import lanes, style
-from ddp_lessons.results import RankResult, Run
-from ddp_lessons.wording import count
+from ddp_lessons.analysis.wait_states import ended
+from ddp_lessons.plots import row_layout, style
+from ddp_lessons.results import RankResult
+from ddp_lessons.run import Run
+from ddp_lessons.text import count
+from ddp_lessons.wire.ops import GROUP_CALLS
+from ddp_lessons.wire.records import Kind, Lane, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +110,7 @@ class _Row(NamedTuple):
 
 def _row(rank: RankResult) -> _Row:
     spans = [(span, (span.t0_ns, t1_ns)) for span, t1_ns in ended(rank.spans, rank.ended_ns)]
-    begun = [(span, when) for span, when in spans if span.lane == "steps"]
+    begun = [(span, when) for span, when in spans if span.lane == Lane.STEPS]
     intervals = [when for _, when in begun]
     over = max((right for _, right in intervals), default=0)
     calls = sorted(when for span, when in spans if _is_call(span) and when[1] > over)
@@ -118,13 +119,17 @@ def _row(rank: RankResult) -> _Row:
 
 
 def _is_call(span: Span) -> bool:
-    return span.lane == "main" and span.kind in ("comm", "wait") and span.name not in GROUP_CALLS
+    return (
+        span.lane == Lane.MAIN
+        and span.kind in (Kind.COMM, Kind.WAIT)
+        and span.name not in GROUP_CALLS
+    )
 
 
 def _is_unfinished(rank: RankResult, last: Span) -> bool:
     # An exception in the loop ends the step that ddp_lessons.steps began, whose batch was fetched
     # when it began; an optimizer's step is noted when it is over.
-    of_loop = any(span.kind == "data" and span.t0_ns == last.t0_ns for span in rank.spans)
+    of_loop = any(span.kind == Kind.DATA and span.t0_ns == last.t0_ns for span in rank.spans)
     return last.t1_ns is None or (rank.status == "raised" and of_loop)
 
 
@@ -133,7 +138,7 @@ def _draw(ax: Axes, row: _Row, kinds: list[str]) -> None:
     gap = GAP if len(kinds) <= DRAWN_SINGLY else 0.0
     for kind in {*kinds} - {""}:
         cells = [(n - 0.5 + gap / 2, n + 0.5 - gap / 2) for n, k in enumerate(kinds) if k == kind]
-        bars = [(left, right - left) for left, right in lanes.merged(cells, GAP / 2 - gap / 4)]
+        bars = [(left, right - left) for left, right in row_layout.merged(cells, GAP / 2 - gap / 4)]
         ax.broken_barh(bars, (row.rank.rank - HEIGHT / 2, HEIGHT), **LOOKS[kind])
     end = max((n for n, kind in enumerate(kinds) if kind), default=-1) + 0.5
     ax.annotate(

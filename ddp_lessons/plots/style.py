@@ -8,8 +8,8 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-from ddp_lessons.plots import shown
-from ddp_lessons.wording import exit_name
+from ddp_lessons.plots import alt_text
+from ddp_lessons.text import exit_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    from ddp_lessons.results import RankResult, Run
+    from ddp_lessons.results import RankResult
+    from ddp_lessons.run import Run
 
 # Okabe and Ito's colours, told apart by the colour-blind.
 BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
@@ -94,7 +95,7 @@ def bytes_text(nbytes: float) -> str:
 
 def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
     """Write the title, and under it the legend, in as few rows as it needs."""
-    shown.offer()
+    alt_text.offer()
     columns = MOST_COLUMNS
     while handles and _legend_width(ax, handles, columns) > 1.0 and columns > 1:
         columns -= 1
@@ -141,7 +142,7 @@ def failure(rank: RankResult) -> str:
 def losses(run: Run) -> list[str]:
     """A line for the picture that says which ranks' spans it does not show; none if it has all."""
     lost = [f"rank {rank.rank}: {rank.dropped:,}" for rank in run.ranks if rank.dropped]
-    return [f"spans that were too many to keep: {', '.join(lost)}"] if lost else []
+    return [f"spans that could not be kept: {', '.join(lost)}"] if lost else []
 
 
 def points_per_unit(ax: Axes) -> float:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from matplotlib.patches import Patch
 
-from ddp_lessons.joining import GROUP_CALLS
-from ddp_lessons.meetings import ended
-from ddp_lessons.messages import Span
-from ddp_lessons.plots import lanes, style
-from ddp_lessons.results import RankResult, Run
-from ddp_lessons.signatures import RECVS, SENDS
-from ddp_lessons.wording import count
+from ddp_lessons.analysis.wait_states import ended
+from ddp_lessons.plots import row_layout, style
+from ddp_lessons.results import RankResult
+from ddp_lessons.run import Run
+from ddp_lessons.text import count
+from ddp_lessons.wire.ops import GROUP_CALLS, RECVS, SENDS
+from ddp_lessons.wire.records import IN_FLIGHT, PROFILED, Kind, Lane, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def timeline(
         last = max((bar.right for bar in bars), default=1.0)
         ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer one
     else:
-        first, last = (_ms(run, t_ns) for t_ns in lanes.of_steps(run, steps))
+        first, last = (_ms(run, t_ns) for t_ns in row_layout.of_steps(run, steps))
         bars = [bar for bar in bars if bar.left < last and bar.right > first]
         ax.set_xlim(first, last)
     style.name_ranks(ax, run)
@@ -122,7 +122,7 @@ class Looks:
     """How spans look, and the legend of it: work by its name, collectives by their group."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        works = dict.fromkeys(span.name for span in spans if span.kind == "compute")
+        works = dict.fromkeys(span.name for span in spans if span.kind == Kind.COMPUTE)
         groups = dict.fromkeys(span.group for span in spans if span.group not in (None, "world"))
         self._works = {
             name: _WORK_LOOKS[n] if n < len(_WORK_LOOKS) else _OTHER_LOOK
@@ -137,11 +137,11 @@ class Looks:
         self._call = f"{CALL}, send or recv" if pairs else CALL
 
     def of(self, span: Span) -> Look:
-        if span.lane == "process":
+        if span.lane == Lane.PROCESS:
             return _START_UP_LOOK if span.name == START_UP else _UNMARKED_LOOK
-        if span.kind == "compute":
+        if span.kind == Kind.COMPUTE:
             return self._works[span.name]
-        if span.kind == "data":
+        if span.kind == Kind.DATA:
             return _DATA_LOOK
         if span.name in GROUP_CALLS:
             return _GROUP_LOOK
@@ -166,7 +166,7 @@ class Looks:
 
 def _is_beside(span: Span) -> bool:
     """In flight beside the threads of its rank."""
-    return span.lane in ("comm", "buckets", "gloo", "nccl", "cuda")
+    return span.lane in (*IN_FLIGHT, *PROFILED, Lane.CUDA)
 
 
 def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
@@ -174,13 +174,13 @@ def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
     sides: dict[str, list[Bar]] = {}
     main: list[Bar] = []
     for span, t1_ns in ended(rank.spans, rank.ended_ns):
-        if span.lane == "steps":
+        if span.lane == Lane.STEPS:
             continue
         look = looks.of(span)
         look = {**look, **style.OPEN_EDGE} if span.t1_ns is None else look
         bar = Bar(span, _ms(run, span.t0_ns), _ms(run, t1_ns), look)
         lane = "" if _is_beside(span) else span.lane
-        (main if span.lane in ("process", "main") else sides.setdefault(lane, [])).append(bar)
+        (main if span.lane in (Lane.PROCESS, Lane.MAIN) else sides.setdefault(lane, [])).append(bar)
     placed = list(_placed(sides))
     rows = min(max((row for row, _ in placed), default=-1) + 1, MOST_SIDE_ROWS)
     yield from (bar._replace(side_rows=rows) for bar in main)
@@ -192,7 +192,7 @@ def _placed(sides: dict[str, list[Bar]]) -> Iterator[tuple[int, Bar]]:
     base = 0
     for lane in sorted(sides, reverse=True):  # the threads come first
         bars = sides[lane]
-        rows = [0] * len(bars) if lane else lanes.pack([(b.left, b.right) for b in bars])
+        rows = [0] * len(bars) if lane else row_layout.pack([(b.left, b.right) for b in bars])
         for row, bar in zip(rows, bars, strict=True):
             yield base + row, bar
         base += max(rows) + 1
@@ -219,29 +219,29 @@ def _draw(ax: Axes, bars: Sequence[Bar], closest: float, thin: float) -> None:
 
     A bar thinner than `thin` has no white edge: that would cover all of it.
     """
-    rows: dict[tuple[Any, ...], tuple[Look, list[lanes.Interval]]] = {}
+    rows: dict[tuple[Any, ...], tuple[Look, list[row_layout.Interval]]] = {}
     for bar in bars:
         look = bar.look
         if bar.right - bar.left < thin and look.get("edgecolor") == "white":
             look = {**look, "edgecolor": look["facecolor"]}
-        key = (*_place(bar), bar.span.lane == "process", str(look))
+        key = (*_place(bar), bar.span.lane == Lane.PROCESS, str(look))
         rows.setdefault(key, (look, []))[1].append((bar.left, bar.right))
     for (top, height, *_), (look, intervals) in rows.items():
-        intervals = lanes.merged(intervals, closest) if closest else intervals
+        intervals = row_layout.merged(intervals, closest) if closest else intervals
         ax.broken_barh([(a, b - a) for a, b in intervals], (top, height), **look)
 
 
 def _label(ax: Axes, bars: Sequence[Bar]) -> None:
     """Write names and lengths into the bars, as far as they fit beside what lies on top of them."""
     for bar in bars:
-        if bar.span.lane == "process" and bar.span.name != START_UP:
+        if bar.span.lane == Lane.PROCESS and bar.span.name != START_UP:
             continue
         left, right = ax.get_xlim()
         seen = max(bar.left, left), min(bar.right, right)
-        _write(ax, bar, lanes.widest_gap(seen, _on_top(bar, bars)))
+        _write(ax, bar, row_layout.widest_gap(seen, _on_top(bar, bars)))
 
 
-def _on_top(bar: Bar, bars: Sequence[Bar]) -> list[lanes.Interval]:
+def _on_top(bar: Bar, bars: Sequence[Bar]) -> list[row_layout.Interval]:
     return [
         (other.left, other.right)
         for other in bars
@@ -254,13 +254,13 @@ def _on_top(bar: Bar, bars: Sequence[Bar]) -> list[lanes.Interval]:
     ]
 
 
-def _write(ax: Axes, bar: Bar, where: lanes.Interval) -> None:
+def _write(ax: Axes, bar: Bar, where: row_layout.Interval) -> None:
     span = bar.span
     if bar.side_row is not None and bar.side_rows > 3:
         return
     end = OPEN if span.t1_ns is None else f"{bar.right - bar.left:.0f} ms"
     top, height = _place(bar)
-    on_work = span.kind == "compute"
+    on_work = span.kind == Kind.COMPUTE
     plain = on_work or span.name == START_UP or _is_beside(span)
     style.write(
         ax,
@@ -276,7 +276,9 @@ def _write(ax: Axes, bar: Bar, where: lanes.Interval) -> None:
 def _mark_steps(ax: Axes, run: Run) -> None:
     """A short line over the bar where a step ends."""
     first, last = ax.get_xlim()
-    all_ends = [(s.rank, _ms(run, s.t1_ns)) for s in run.spans() if s.lane == "steps" and s.t1_ns]
+    all_ends = [
+        (s.rank, _ms(run, s.t1_ns)) for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns
+    ]
     ends = [(rank, end) for rank, end in all_ends if first <= end <= last]
     if ends and len(ends) <= STEPS_SHOWN * run.world_size:
         ranks, at = zip(*ends, strict=True)

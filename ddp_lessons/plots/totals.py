@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons.analysis import Segment, segments
+from ddp_lessons.analysis.metrics import Segment, segments
 from ddp_lessons.plots import style
 from ddp_lessons.plots.waits import HEIGHT, LOOKS, OWN, SEEN, WAIT, entries, finding
-from ddp_lessons.results import RankResult, Run
+from ddp_lessons.results import RankResult
+from ddp_lessons.run import Run
+from ddp_lessons.wire.records import Lane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,13 +60,13 @@ def totals(
 
 
 def _steps(run: Run) -> set[int]:
-    numbers = sorted({s.step for s in run.spans() if s.lane == "steps" and s.step is not None})
+    numbers = sorted({s.step for s in run.spans() if s.lane == Lane.STEPS and s.step is not None})
     return {*numbers[WARM_UP:]} if len(numbers) > MANY_STEPS else {*numbers}
 
 
 def _parts(rank: RankResult, held: list[Segment], steps: set[int]) -> dict[str, float]:
     """The ms of each kind, in the order in which they are drawn."""
-    marks = [s for s in rank.spans if s.lane == "steps" and s.step in steps]
+    marks = [s for s in rank.spans if s.lane == Lane.STEPS and s.step in steps]
     if steps:
         whole = sum((s.t1_ns or rank.ended_ns) - s.t0_ns for s in marks) / 1e6
     else:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from matplotlib.patches import Patch
 
-from ddp_lessons.analysis import Segment, segments
-from ddp_lessons.joining import JOINING
-from ddp_lessons.meetings import ALL_TO_ALL, Share
-from ddp_lessons.plots import lanes, style
-from ddp_lessons.results import Run
+from ddp_lessons.analysis.metrics import Segment, segments
+from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share
+from ddp_lessons.plots import row_layout, style
+from ddp_lessons.run import Run
+from ddp_lessons.wire.ops import JOINING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,7 +141,7 @@ def _window(run: Run, steps: tuple[int, int] | None) -> Window:
         begin = max(joins or starts or [run.begin_ns])
         end = min((t for t in leaves if t > begin), default=max(ends))
         return begin, max(end, begin + 1)
-    return lanes.of_steps(run, steps)
+    return row_layout.of_steps(run, steps)
 
 
 def _is_open(segment: Segment) -> bool:

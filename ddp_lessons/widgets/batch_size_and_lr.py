@@ -12,7 +12,7 @@ from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.run import Run
 
 BATCH = 16  # samples of a rank
 RATES = {"SGD": 0.1, "Adam": 0.003}

@@ -11,7 +11,7 @@ from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.run import Run
 
 
 def explore(collective: Callable[[int, str, int], Any], ops: list[str]) -> Explorer:

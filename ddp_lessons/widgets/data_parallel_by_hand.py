@@ -11,7 +11,7 @@ from ddp_lessons.widgets.explorer import Explorer, run_ranks, whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.run import Run
 
 SAMPLES = 240
 ROUNDING = 1e-5

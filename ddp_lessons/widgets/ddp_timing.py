@@ -12,7 +12,7 @@ from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.run import Run
 
 BUCKETS_MB = (0.5, 1, 2, 4, 25)
 LINKS = {"as it is": None, "simulated: 300 MB/s": 300, "simulated: 100 MB/s": 100}

@@ -20,15 +20,15 @@ from IPython.core.pylabtools import print_figure
 from IPython.display import display
 
 from ddp_lessons.errors import LaunchError
-from ddp_lessons.launcher import launch
-from ddp_lessons.live import hidden
-from ddp_lessons.plots import shown
-from ddp_lessons.warm import is_live
+from ddp_lessons.launcher.api import launch
+from ddp_lessons.launcher.live_panel import hidden
+from ddp_lessons.plots import alt_text
+from ddp_lessons.system.notebook import is_live
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.run import Run
 
 SOON = 0.03  # seconds in which further moves of a control are taken together
 TIMEOUT = 10.0  # seconds without progress: nobody watches a slider longer
@@ -149,11 +149,11 @@ class Explorer:
 
     def _show(self, ax: Axes) -> None:
         png = base64.b64encode(print_figure(ax.figure)).decode()
-        alt = shown.text(ax.figure)
+        alt = alt_text.text(ax.figure)
         plt.close(ax.figure)
         data = {"image/png": png, "text/plain": alt}
         if is_live():
-            data["text/html"] = shown.image(png, alt)
+            data["text/html"] = alt_text.image(png, alt)
         metadata = {"image/png": {"alt": alt}}
         if self._picture is None:
             self._picture = display(data, metadata=metadata, raw=True, display_id=True)

@@ -15,7 +15,7 @@ from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.run import Run
 
 RANKS = 2
 EVERY = 5  # steps between checkpoints

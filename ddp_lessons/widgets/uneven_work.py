@@ -11,7 +11,7 @@ from ddp_lessons.widgets.explorer import Explorer, run_ranks, switch, whole
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ddp_lessons.results import Run
+    from ddp_lessons.run import Run
 
 BATCHES = 3  # of rank 0
 

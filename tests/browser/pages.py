@@ -19,7 +19,7 @@ from playwright.sync_api import (
 )
 
 from tests.browser.server import Server
-from tests.checkout import ROOT
+from tests.support.checkout import ROOT
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
 CLICK = 20_000  # milliseconds until a click is possible

@@ -16,8 +16,8 @@ import matplotlib
 import nbformat
 import psutil
 
-from ddp_lessons import lab
-from tests import checkout, servers
+from ddp_lessons.cli import jupyterlab
+from tests.support import checkout, servers
 
 
 class Server(servers.Server):
@@ -62,5 +62,9 @@ def _environment() -> dict[str, str]:
     """That of the command `ddp-lessons`; pictures of a cell are live, as for a learner."""
     path = os.pathsep.join(filter(None, (str(checkout.ROOT), os.environ.get("PYTHONPATH"))))
     fonts = matplotlib.get_cachedir()  # to find all fonts takes seconds
-    kept = {name: value for name, value in lab.environment().items() if name != "DDP_LESSONS_LIVE"}
+    kept = {
+        name: value
+        for name, value in jupyterlab.environment().items()
+        if name != "DDP_LESSONS_LIVE"
+    }
     return {**kept, "PYTHONPATH": path, "MPLCONFIGDIR": fonts}

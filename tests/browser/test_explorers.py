@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import Open
 from tests.browser.pages import SIZES
 from tests.browser.server import Server
 
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
+
 Role = Literal["slider", "checkbox", "combobox"]
 
 ALL = """
     from IPython.display import display
-    from tests.test_widgets import EXPLORERS
+    from tests.widgets.test_explorers import EXPLORERS
 
     shown = []
     for explore, _ in EXPLORERS.values():

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.browser.conftest import Open
 from tests.browser.pages import Notebook
 
-
-def test_run_all_of_the_first_lesson(open_notebook: Open) -> None:
-    notebook = open_notebook("00_start_here.ipynb")
-    notebook.start_all()
-    notebook.wait_for_all()
-    assert_failed_as_meant(notebook)
-    cell = notebook.show(notebook.find("plots.timeline"))
-    picture = cell.get_by_role("img", name="One slow rank, three that wait in all_reduce")
-    assert picture.evaluate("async img => { await img.decode(); return img.naturalWidth }") > 0
-    notebook.picture("lesson_00")
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 
 def test_two_lessons_run_side_by_side(open_notebook: Open) -> None:
@@ -25,6 +18,11 @@ def test_two_lessons_run_side_by_side(open_notebook: Open) -> None:
         notebook.wait_for_all()
         assert_failed_as_meant(notebook)
         notebook.picture(f"side_by_side_{notebook.name}")
+    first = notebooks[0]
+    cell = first.show(first.find("plots.timeline"))
+    picture = cell.get_by_role("img", name="One slow rank, three that wait in all_reduce")
+    assert picture.evaluate("async img => { await img.decode(); return img.naturalWidth }") > 0
+    first.picture("lesson_00")
 
 
 def assert_failed_as_meant(notebook: Notebook) -> None:

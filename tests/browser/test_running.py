@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import Open
 from tests.browser.pages import SIZES
 from tests.browser.server import Server
-from tests.kernels import gone, wait_for_workers
+from tests.support.kernels import gone, wait_for_workers
+
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 HANG = """
     import time

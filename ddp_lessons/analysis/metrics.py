@@ -1,0 +1,336 @@
+"""What the spans of a run say of its speed: waiting, transfer, overlap, stragglers, bandwidth.
+
+Runs in the parent, behind the methods of `Run` and the pictures; wait_states.py says who waits for
+whom in one collective. The functions return lists of named tuples, which `pandas.DataFrame` takes
+as they are, but for the verdict of `straggler`. Odd spans never raise.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, NamedTuple
+
+from ddp_lessons.analysis.intervals import Intervals, common, length, union
+from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share, ended, meetings, waits
+from ddp_lessons.wire.ops import GROUP_CALLS, RECVS
+from ddp_lessons.wire.records import PROFILED, Kind, Lane
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RankResult, RunRecord
+    from ddp_lessons.wire.records import Span
+
+MOST = 2 / 3  # of all waiting: who causes so much is the straggler
+NOTEWORTHY = 0.05  # of the ranks' time: less waiting is the noise of any machine
+WARM_UP, MANY_STEPS = 2, 4  # so many steps are left out where there are more than so many
+
+
+class Segment(NamedTuple):
+    """A time in which a rank's main thread was held up.
+
+    `kind` is "wait" (for ranks that had not come yet), "transfer", "data" (the next batch) or
+    "group" (joining or leaving a process group). `share` is the collective, where it is one.
+    """
+
+    rank: int
+    kind: str
+    step: int | None
+    t0_ns: int
+    t1_ns: int
+    share: Share | None = None
+
+
+class Overlap(NamedTuple):
+    """A rank's communication in one step.
+
+    `comm_ns` is how long at least one collective was in flight, `exposed_ns` for how much of that
+    the main thread was blocked, `overlapped_ns` the rest. With NCCL the thread is hardly ever
+    blocked: what the device waits for does not count as exposed.
+    """
+
+    rank: int
+    step: int | None
+    comm_ns: int
+    exposed_ns: int
+    overlapped_ns: int
+
+
+class Total(NamedTuple):
+    """What a rank's main thread did while the function ran; the parts add up to `seconds`.
+
+    Compute is marked work without what it was held up by; work marked twice counts once. Other is
+    what is not marked, and joining and leaving groups.
+    """
+
+    rank: int
+    seconds: float
+    compute_ns: int
+    data_ns: int
+    wait_ns: int
+    transfer_ns: int
+    other_ns: int
+
+
+class Straggler(NamedTuple):
+    """Who keeps the others waiting.
+
+    Attributes
+    ----------
+    kind : str
+        "chronic" (one rank causes two thirds of the waiting or more), "rotating" (no rank does) or
+        "none" (less than 5 % of the ranks' time is waiting).
+    rank : int or None
+        The chronic straggler.
+    share : float
+        How much of the waiting the worst rank causes, from 0 to 1.
+    late_by_step : dict
+        For each step the rank that causes most waiting in it.
+    """
+
+    kind: str
+    rank: int | None
+    share: float
+    late_by_step: dict[int, int]
+
+
+class Link(NamedTuple):
+    """How long an operation takes once all have come: `latency_ns` + bytes / `bytes_per_second`.
+
+    `points` are (bytes, median time in ns) of each size, by size. `bytes_per_second` is infinite
+    where the time does not grow with the size.
+    """
+
+    op: str
+    group: str
+    latency_ns: float
+    bytes_per_second: float
+    points: list[tuple[int, float]]
+
+
+def segments(run: RunRecord) -> list[Segment]:
+    """What held up the main threads: by rank, and then by time."""
+    by_rank: dict[int, list[Share]] = {}
+    for share in waits(run):
+        by_rank.setdefault(share.rank, []).append(share)
+    return [s for rank in run.ranks for s in _held(rank, by_rank.get(rank.rank, []))]
+
+
+def overlap(run: RunRecord) -> list[Overlap]:
+    """How much of each rank's communication in each step was hidden behind other work.
+
+    Joining and leaving groups does not count.
+    """
+    found = []
+    for rank in run.ranks:
+        blocked = union(_blocked(rank))
+        for step, intervals in _communication(rank).items():
+            found.append(_overlap(rank.rank, step, union(intervals), blocked))
+    return sorted(found, key=lambda o: (o.rank, -1 if o.step is None else o.step))
+
+
+def totals(run: RunRecord) -> list[Total]:
+    """What every rank's main thread spent its time on, by rank."""
+    held: dict[int, list[Segment]] = {rank.rank: [] for rank in run.ranks}
+    for segment in segments(run):
+        held[segment.rank].append(segment)
+    return [_total(rank, held[rank.rank]) for rank in run.ranks]
+
+
+def straggler(run: RunRecord) -> Straggler:
+    """Who keeps the others waiting, and whether it is always the same rank.
+
+    Only collectives in which all wait for all count, and where there are steps only those inside
+    them; of more than four steps the first two, the warm-up, do not. With NCCL it is the GPUs that
+    wait.
+    """
+    steps = [s for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns is not None]
+    counts = _counted({s.step for s in steps})
+    caused: Counter[int] = Counter()
+    by_step: dict[int, Counter[int]] = {}
+    for rank, step, wait_ns in filter(lambda cause: counts(cause[1]), _causes(run)):
+        caused[rank] += wait_ns
+        if step is not None:
+            by_step.setdefault(step, Counter())[rank] += wait_ns
+    late_by_step = {step: by_step[step].most_common(1)[0][0] for step in sorted(by_step)}
+    if not caused:
+        return Straggler("none", None, 0.0, late_by_step)
+    worst, most = caused.most_common(1)[0]
+    share = most / caused.total()
+    if caused.total() < NOTEWORTHY * _time(run, [s for s in steps if counts(s.step)]):
+        return Straggler("none", None, share, late_by_step)
+    if share >= MOST:
+        return Straggler("chronic", worst, share, late_by_step)
+    return Straggler("rotating", None, share, late_by_step)
+
+
+def bandwidth(run: RunRecord) -> list[Link]:
+    """Latency and bandwidth of every operation that was called with at least two sizes.
+
+    The model is that of R. W. Hockney, "The communication challenge for MPP" (1994). It is fitted
+    to the medians by least squares of the relative error, so that small messages count, too.
+    """
+    times: dict[tuple[str, str], dict[int, list[int]]] = {}
+    for op, group, nbytes, time_ns in measured(run):
+        times.setdefault((op, group), {}).setdefault(nbytes, []).append(time_ns)
+    links = []
+    for (op, group), by_size in sorted(times.items()):
+        points = [(nbytes, float(median(found))) for nbytes, found in sorted(by_size.items())]
+        if len(points) > 1:
+            links.append(Link(op, group, *_fit(points), points))
+    return links
+
+
+def measured(run: RunRecord) -> Iterator[tuple[str, str, int, int]]:
+    """Op, group, bytes and time in ns of each collective that all its ranks went through.
+
+    The time runs from the last arrival until the last of those who wait leaves.
+    """
+    for meeting in meetings(run):
+        spans = [span for span, _ in meeting.parts.values()]
+        sizes = [span.nbytes for span in spans if span.nbytes is not None]
+        ends = [t1_ns for rank, (_, t1_ns) in meeting.parts.items() if meeting.waits(rank)]
+        if sizes and ends and meeting.complete and all(s.t1_ns is not None for s in spans):
+            span = next((s for s in spans if s.op in RECVS), spans[0])
+            time_ns = max(ends) - meeting.last_ns
+            if time_ns > 0:
+                yield span.op or span.name, span.group or "", max(sizes), time_ns
+
+
+def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
+    """The segments of one rank."""
+    by_call = {(s.op, s.group, s.seq, s.peer): s for s in shares}
+    by_step: dict[int | None, list[Share]] = {}
+    for share in shares:
+        by_step.setdefault(share.step, []).append(share)
+    for span, t1_ns in ended(rank.spans, rank.ended_ns):
+        if span.lane != Lane.MAIN or span.kind not in (Kind.COMM, Kind.WAIT, Kind.DATA):
+            continue
+        if span.kind == Kind.DATA:
+            yield Segment(span.rank, "data", span.step, span.t0_ns, t1_ns)
+        elif span.op in GROUP_CALLS:
+            yield Segment(span.rank, "group", span.step, span.t0_ns, t1_ns)
+        else:
+            seq = -1 if span.seq is None else span.seq
+            call = by_call.get((span.op or "", span.group or "", seq, span.peer))
+            in_flight = by_step.get(span.step, []) if call is None else [call]
+            yield from _split(span, t1_ns, in_flight)
+
+
+def _split(span: Span, t1_ns: int, shares: Iterable[Share]) -> Iterator[Segment]:
+    """A blocked time in turns: waiting for the ranks of each collective, then its transfer."""
+    at_ns, share = span.t0_ns, None
+    among = [s for s in shares if s.t0_ns < t1_ns and s.t1_ns > span.t0_ns]
+    for share in sorted(among, key=lambda s: s.t0_ns + s.wait_ns):
+        for kind, end_ns in (("wait", share.t0_ns + share.wait_ns), ("transfer", share.t1_ns)):
+            end_ns = min(end_ns, t1_ns)
+            if end_ns > at_ns:
+                yield Segment(span.rank, kind, span.step, at_ns, end_ns, share)
+                at_ns = end_ns
+    if t1_ns > at_ns:
+        yield Segment(span.rank, "transfer", span.step, at_ns, t1_ns, share)
+
+
+def _communication(rank: RankResult) -> dict[int | None, Intervals]:
+    by_step: dict[int | None, Intervals] = {}
+    for span, t1_ns in ended(rank.spans, rank.ended_ns):
+        if span.kind == Kind.COMM and span.lane not in PROFILED and span.op not in GROUP_CALLS:
+            by_step.setdefault(span.step, []).append((span.t0_ns, t1_ns))
+    return by_step
+
+
+def _blocked(rank: RankResult) -> Intervals:
+    return [
+        (span.t0_ns, t1_ns)
+        for span, t1_ns in ended(rank.spans, rank.ended_ns)
+        if span.lane == Lane.MAIN
+        and span.kind in (Kind.COMM, Kind.WAIT)
+        and span.op not in GROUP_CALLS
+    ]
+
+
+def _overlap(rank: int, step: int | None, comm: Intervals, blocked: Intervals) -> Overlap:
+    whole, exposed = length(comm), common(comm, blocked)
+    return Overlap(rank, step, whole, exposed, whole - exposed)
+
+
+def _total(rank: RankResult, held: Sequence[Segment]) -> Total:
+    marked = [
+        (span.t0_ns, t1_ns)
+        for span, t1_ns in ended(rank.spans, rank.ended_ns)
+        if span.lane == Lane.MAIN and span.kind == Kind.COMPUTE
+    ]
+    stops = [(s.t0_ns, s.t1_ns) for s in held]
+    compute = length(marked + stops) - length(stops)
+    parts = {
+        kind: length((s.t0_ns, s.t1_ns) for s in held if s.kind == kind)
+        for kind in ("data", "wait", "transfer")
+    }
+    other = round(rank.seconds * 1e9) - compute - sum(parts.values())
+    return Total(
+        rank.rank,
+        rank.seconds,
+        compute,
+        parts["data"],
+        parts["wait"],
+        parts["transfer"],
+        max(0, other),
+    )
+
+
+def _counted(steps: set[int | None]) -> Callable[[int | None], bool]:
+    """Whether a step says something of the run: not the warm-up, if there are steps enough."""
+    if not steps:
+        return lambda _: True
+    numbers = {step for step in steps if step is not None}
+    warm_up = sorted(numbers)[:WARM_UP] if len(numbers) > MANY_STEPS else []
+    counted = numbers.difference(warm_up)
+    return lambda step: step in counted
+
+
+def _causes(run: RunRecord) -> Iterator[tuple[int, int | None, int]]:
+    """Who made somebody wait, in which step and for how many ns."""
+    for segment in segments(run):
+        share = segment.share
+        if segment.kind != "wait" or share is None or share.last_rank is None:
+            continue
+        if share.pattern == ALL_TO_ALL:
+            yield share.last_rank, segment.step, segment.t1_ns - segment.t0_ns
+    on_device = {rank.rank: set(_on_device(rank)) for rank in run.ranks}
+    for share in waits(run):
+        if share.t0_ns not in on_device[share.rank] or share.last_rank is None:
+            continue
+        if share.pattern == ALL_TO_ALL and share.wait_ns:
+            yield share.last_rank, share.step, share.wait_ns
+
+
+def _on_device(rank: RankResult) -> Iterator[int]:
+    """When collectives began that a GPU waited in, while the main thread went on."""
+    blocked = any(s.kind == Kind.WAIT and s.op is None for s in rank.spans)  # for its buckets
+    for span in rank.spans:
+        if span.lane == Lane.CUDA or (span.lane == Lane.BUCKETS and not blocked):
+            yield span.t0_ns
+
+
+def _time(run: RunRecord, steps: Iterable[Span]) -> float:
+    """The time of all ranks in the steps that count, or in the function; ns."""
+    in_steps = sum((s.t1_ns or s.t0_ns) - s.t0_ns for s in steps)
+    return in_steps or sum(rank.seconds for rank in run.ranks) * 1e9
+
+
+def _fit(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """Latency in ns and bytes per second: weighted least squares, neither of them negative."""
+    weights = [1 / time**2 for _, time in points]
+    total = sum(weights)
+    mean_n = sum(w * n for w, (n, _) in zip(weights, points, strict=True)) / total
+    mean_t = sum(w * t for w, (_, t) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (n - mean_n) ** 2 for w, (n, _) in zip(weights, points, strict=True))
+    both = sum(w * (n - mean_n) * (t - mean_t) for w, (n, t) in zip(weights, points, strict=True))
+    slope = both / spread
+    if slope <= 0:
+        return mean_t, float("inf")
+    latency = mean_t - slope * mean_n
+    if latency < 0:  # the best line through zero
+        squares = sum(w * n * n for w, (n, _) in zip(weights, points, strict=True))
+        slope = sum(w * n * t for w, (n, t) in zip(weights, points, strict=True)) / squares
+    return max(0.0, latency), 1e9 / slope

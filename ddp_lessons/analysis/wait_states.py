@@ -1,0 +1,236 @@
+"""Which spans of different ranks are one collective, and who waits for whom in it.
+
+Runs in the parent; metrics.py and the pictures build on it. Nobody leaves an all_reduce before the
+last rank has come, so the time until then is waiting and the time after that is transfer. Spans
+that never ended and ranks that never came do not raise: of them less is known.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ddp_lessons.wire.ops import FROM_ROOT, OWN_WORLD, RECVS, SENDS, TO_ROOT
+from ddp_lessons.wire.records import Kind, Span
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RunRecord
+
+ALL_TO_ALL, LATE_ROOT, EARLY_ROOT = "all to all", "late root", "early root"
+LATE_SENDER, LATE_RECEIVER = "late sender", "late receiver"
+
+
+class Share(NamedTuple):
+    """One rank's part in one collective, send or recv.
+
+    Attributes
+    ----------
+    bucket : int or None
+        The index of the gradient bucket, for DDP's own collectives.
+    wait_ns : int
+        How long it waited for those whom its pattern waits for.
+    transfer_ns : int
+        How long it was in it then.
+    last_rank : int or None
+        Who came last of those who are waited for; None where one of them never came.
+    pattern : str
+        "all to all" (all wait for the last), "late root" (all wait for the root), "early root" (the
+        root waits for the last of the others), "late sender" (a recv waits for its send) or "late
+        receiver" (a send waits for its recv).
+    open : bool
+        It never ended; `t1_ns` is when the rank did.
+    peer : int or None
+        The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
+    """
+
+    rank: int
+    op: str
+    group: str
+    seq: int
+    step: int | None
+    nbytes: int | None
+    bucket: int | None
+    t0_ns: int
+    t1_ns: int
+    wait_ns: int
+    transfer_ns: int
+    last_rank: int | None
+    pattern: str
+    open: bool = False
+    peer: int | None = None
+
+
+class Arrival(NamedTuple):
+    """When the ranks came to one collective.
+
+    `lateness_ns` is by global rank, counted from the first to come; None: it did not take part.
+    `last_rank` is None where a rank of the group never came.
+    """
+
+    op: str
+    group: str
+    seq: int
+    step: int | None
+    last_rank: int | None
+    lateness_ns: tuple[int | None, ...]
+
+
+def waits(run: RunRecord) -> list[Share]:
+    """Every rank's part in every collective, send and recv, split into waiting and transfer.
+
+    The cases are those of Scalasca's wait states (Geimer et al., 2010). In the order of the last
+    arrival in the collective, then by rank.
+    """
+    shares = [(m.last_ns, share) for m in meetings(run) for share in _shares(m)]
+    return [share for _, share in sorted(shares, key=lambda pair: (pair[0], pair[1].rank))]
+
+
+def arrivals(run: RunRecord) -> list[Arrival]:
+    """How much later than the first each rank came to each collective, by the last arrival.
+
+    Sends and recvs are left out.
+    """
+    collectives = [m for m in meetings(run) if m.pattern != LATE_SENDER]
+    return [_arrival(run, m) for m in sorted(collectives, key=lambda m: m.last_ns)]
+
+
+def ended(spans: Iterable[Span], end_ns: int) -> Iterator[tuple[Span, int]]:
+    """The spans and when they ended: at `end_ns` those that never did."""
+    for span in spans:
+        t1_ns = end_ns if span.t1_ns is None else span.t1_ns
+        yield span, max(span.t0_ns, t1_ns)
+
+
+def key_of(span: Span) -> tuple[object, ...]:
+    """What the spans of one collective, or of a send and its recv, have in common."""
+    if span.op in SENDS:
+        return span.group, "send", span.seq, span.rank, span.peer
+    if span.op in RECVS:
+        return span.group, "send", span.seq, span.peer, span.rank
+    return span.group, span.op, span.seq
+
+
+class Collective(NamedTuple):
+    """One collective, or a send and its recv: which ranks came, and for whom they wait."""
+
+    pattern: str
+    parts: dict[int, tuple[Span, int]]  # the spans and their ends, by rank
+    ranks: tuple[int, ...]  # who takes part
+    awaited: tuple[int | None, ...]  # the ranks for which the others wait
+    last_ns: int  # when the last rank came
+
+    @property
+    def complete(self) -> bool:
+        """All that are awaited came."""
+        return all(rank in self.parts for rank in self.awaited)
+
+    def waits(self, rank: int) -> bool:
+        """Whether `rank` is one of those who wait."""
+        return self.pattern in (ALL_TO_ALL, LATE_SENDER) or rank not in self.awaited
+
+
+Members = Callable[[str], tuple[int, ...]]  # the ranks of a group, by its name
+
+
+def meetings(run: RunRecord) -> Iterator[Collective]:
+    """All collectives, and the sends with their recvs, of which enough is known."""
+    parts: dict[tuple[object, ...], dict[int, tuple[Span, int]]] = {}
+    for rank in run.ranks:
+        for span, t1_ns in ended(rank.spans, rank.ended_ns):
+            if span.kind == Kind.COMM and span.seq is not None:
+                parts.setdefault(key_of(span), {}).setdefault(span.rank, (span, t1_ns))
+    groups = members([s for rank in run.ranks for s in rank.spans], run.world_size)
+    lossy = set(run.lossy)
+    for by_rank in parts.values():
+        meeting = _meeting(by_rank, groups)
+        # A rank whose spans were dropped may well have come: nothing can be said then.
+        if lossy.isdisjoint(meeting.awaited) or lossy.isdisjoint({*meeting.awaited} - {*by_rank}):
+            yield meeting
+
+
+def _meeting(parts: dict[int, tuple[Span, int]], members_of: Members) -> Collective:
+    span, _ = next(iter(parts.values()))
+    last_ns = max(part.t0_ns for part, _ in parts.values())
+    if span.op in SENDS or span.op in RECVS:
+        pair = (span.rank, -1 if span.peer is None else span.peer)
+        return Collective(LATE_SENDER, parts, pair, pair, last_ns)
+    ranks = members_of(span.group or "")
+    if span.op in FROM_ROOT:
+        return Collective(LATE_ROOT, parts, ranks, (span.peer,), last_ns)
+    if span.op in TO_ROOT:
+        others = tuple(rank for rank in ranks if rank != span.peer)
+        return Collective(EARLY_ROOT, parts, ranks, others, last_ns)
+    return Collective(ALL_TO_ALL, parts, ranks, ranks, last_ns)
+
+
+def members(spans: Sequence[Span], world_size: int) -> Members:
+    """How to find the ranks of a group by its name, from the spans of all ranks."""
+    joined = Counter(s.rank for s in spans if s.op == "init_process_group" and s.group is None)
+
+    @functools.cache
+    def of(group: str) -> tuple[int, ...]:
+        if OWN_WORLD in group:
+            return tuple({s.rank for s in spans if s.group == group})
+        listed = _listed(group)
+        if listed or not joined:
+            return listed or tuple(range(world_size))
+        _, _, number = group.partition(" #")  # of "world #2" are those who joined twice
+        times = int(number) if number.isdecimal() else 1
+        active = {s.rank for s in spans if s.group == group}
+        return tuple(sorted(active.union(r for r, count in joined.items() if count >= times)))
+
+    return of
+
+
+def _listed(group: str) -> tuple[int, ...]:
+    """The ranks in a group's name: 0, 4, 5 and 6 in "rows: ranks 0 4-6 #2"; none in "world"."""
+    found = re.search(r"(?:^|: )ranks (\d[\d -]*?)(?: #\d+)?$", group)
+    ranges = [part.partition("-") for part in found[1].split()] if found else []
+    return tuple(rank for a, _, b in ranges for rank in range(int(a), int(b or a) + 1))
+
+
+def _shares(meeting: Collective) -> Iterator[Share]:
+    begun = {rank: span.t0_ns for rank, (span, _) in meeting.parts.items()}
+    complete = meeting.complete
+    awaited = [rank for rank in meeting.awaited if rank in begun] if complete else []
+    last = max(awaited, key=begun.__getitem__, default=None)
+    came_ns = max((begun[rank] for rank in awaited), default=0)
+    for rank, (span, t1_ns) in meeting.parts.items():
+        until_ns = span.t0_ns
+        if meeting.waits(rank):
+            until_ns = min(t1_ns, max(came_ns, span.t0_ns)) if complete else t1_ns
+        yield Share(
+            rank,
+            span.op or span.name,
+            span.group or "",
+            -1 if span.seq is None else span.seq,
+            span.step,
+            span.nbytes,
+            span.bucket,
+            span.t0_ns,
+            t1_ns,
+            until_ns - span.t0_ns,
+            t1_ns - until_ns,
+            last,
+            LATE_RECEIVER if span.op in SENDS else meeting.pattern,
+            span.t1_ns is None,
+            span.peer,
+        )
+
+
+def _arrival(run: RunRecord, meeting: Collective) -> Arrival:
+    begun = {rank: span.t0_ns for rank, (span, _) in meeting.parts.items()}
+    first_ns = min(begun.values())
+    span, _ = next(iter(meeting.parts.values()))
+    lateness = (begun[r] - first_ns if r in begun else None for r in range(run.world_size))
+    return Arrival(
+        span.op or span.name,
+        span.group or "",
+        -1 if span.seq is None else span.seq,
+        span.step,
+        max(begun, key=begun.__getitem__) if begun.keys() >= {*meeting.ranks} else None,
+        tuple(lateness),
+    )

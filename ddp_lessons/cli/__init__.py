@@ -1,0 +1,3 @@
+"""The command `ddp-lessons`."""
+
+from ddp_lessons.cli.command import main as main

@@ -1,0 +1,212 @@
+"""The command `ddp-lessons`: what it takes, and who does it.
+
+Without a subcommand it opens lesson 00. `open`, `list` and `--help` load nothing heavy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ddp_lessons
+from ddp_lessons.cli.jupyterlab import become_lab
+from ddp_lessons.cli.lesson_copies import bring, changed, containing, find_copy, is_copy
+from ddp_lessons.cli.lesson_files import CommandError, Lesson, find, lessons, source
+
+FOLDER = Path("ddp-lessons")
+JUPYTER_FLAGS = ("--allow-root", "--debug", "--expose-app-in-browser")
+JUPYTER_VALUES = (
+    *("--port", "--port-retries", "--ip", "--certfile", "--keyfile"),
+    *("--browser", "--config", "--log-level"),
+)
+JUPYTER_TRAIT = re.compile(r"--[A-Z]\w+\.\w+=")  # --ServerApp.root_dir=...
+ABOUT = "Learn PyTorch distributed training by running it, in JupyterLab."
+MORE = """\
+examples:
+  ddp-lessons                          open the course (it is copied to ./ddp-lessons once)
+  ddp-lessons open 7 --no-browser --port 8889
+                                       open lesson 07 on a server, on another port
+  ddp-lessons --allow-root             as root, in a container
+
+Well-known options of JupyterLab are taken as they are; any other goes after --.
+
+What you change in a lesson is never overwritten: a new version is a new folder beside yours.
+To begin a lesson afresh, rename it and open it again.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that tells where options of Jupyter go."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong; exit code 2."""
+        if message.startswith("argument COMMAND: invalid choice"):
+            message += "\nTo open a lesson: ddp-lessons open 7"
+        if "invalid choice" in message or message.startswith("unrecognized arguments: -"):
+            message += "\nOther options of JupyterLab go after --: ddp-lessons open 7 -- --OPTION"
+        super().error(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    given = sys.argv[1:] if argv is None else argv
+    cut = given.index("--") if "--" in given else len(given)
+    parser = _parser()
+    ours, jupyters = _apart(given[:cut])
+    arguments = parser.parse_args(ours)
+    if given[cut:] and arguments.command not in (None, "open"):
+        parser.error(f"{arguments.command} takes nothing after --")
+    try:
+        return _dispatch(arguments, jupyters + given[cut + 1 :])
+    except CommandError as error:
+        print(f"ddp-lessons: {error}", file=sys.stderr)
+        return 2
+
+
+def _apart(given: list[str]) -> tuple[list[str], list[str]]:
+    """Our options, and those of JupyterLab that need no --; other commands have only ours."""
+    if {"list", "doctor", "export"} & {*given}:
+        return given, []
+    ours: list[str] = []
+    jupyters: list[str] = []
+    rest = iter(given)
+    for word in rest:
+        name, _, value = word.partition("=")
+        if name in JUPYTER_FLAGS or JUPYTER_TRAIT.match(word):
+            jupyters.append(word)
+        elif name in JUPYTER_VALUES:
+            jupyters += [word] if value else [word, *itertools.islice(rest, 1)]
+        else:
+            ours.append(word)
+    return ours, jupyters
+
+
+def _dispatch(arguments: argparse.Namespace, lab_options: list[str]) -> int:
+    if arguments.command == "doctor":
+        from ddp_lessons.cli.doctor import doctor
+
+        return doctor()
+    if arguments.command == "export":
+        return export(arguments.notebook, arguments.function, arguments.args)
+    folder = arguments.folder or containing(Path.cwd()) or FOLDER
+    if arguments.command == "list":
+        return list_lessons(folder.expanduser())
+    if arguments.no_browser:
+        lab_options = ["--no-browser", *lab_options]
+    return open_lesson(arguments.lesson, folder.expanduser(), lab_options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="ddp-lessons",
+        description=ABOUT,
+        epilog=MORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"ddp-lessons {ddp_lessons.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    _add_folder(parser, None)
+    _add_no_browser(parser, False)
+    parser.set_defaults(lesson="00")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    _add_open(commands)
+    _add_folder(_add(commands, "list", "show the lessons, and which of them you have changed"))
+    _add(commands, "doctor", "tell whether this machine can run ranks, and if not, why")
+    _add_export(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, about: str) -> Any:
+    """A subcommand, described by the line that stands in the list of commands."""
+    return commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
+
+
+def _add_open(commands: Any) -> None:
+    parser = _add(commands, "open", "open a lesson in JupyterLab (the course is copied here once)")
+    parser.epilog = (
+        "JupyterLab's --port, --ip, --allow-root and the like are taken, too, and any other of its "
+        "options after --."
+    )
+    what = "a number (7) or a name (ddp_timing); without it, lesson 00"
+    parser.add_argument("lesson", nargs="?", default=argparse.SUPPRESS, metavar="LESSON", help=what)
+    _add_folder(parser)
+    _add_no_browser(parser)
+
+
+# An option that may stand before and after a subcommand has its default in the first place only.
+def _add_folder(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    about = "your copy of the lessons (by default ./ddp-lessons)"
+    parser.add_argument("--folder", type=Path, metavar="PATH", default=default, help=about)
+
+
+def _add_no_browser(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    about = "print the address only, as on a server"
+    parser.add_argument("--no-browser", action="store_true", default=default, help=about)
+
+
+def _add_export(commands: Any) -> None:
+    parser = _add(
+        commands, "export", "print a script for torchrun, made from a notebook's function"
+    )
+    parser.add_argument("notebook", type=Path, help="a .ipynb file; nothing of it is executed")
+    parser.add_argument(
+        "function", help="a function that a cell defines, called as function(rank, ...)"
+    )
+    parser.add_argument(
+        "--args",
+        metavar="TEXT",
+        help="the arguments after rank, as in --args \"1000, 'x'\"; "
+        "by default those of the function's first launch(...)",
+    )
+
+
+def export(notebook: Path, function: str, args: str | None = None) -> int:
+    """Print the script; 2 if none can be made, with the reason on stderr."""
+    from ddp_lessons.cli.export import CannotExport, script
+
+    try:
+        print(script(notebook, function, args), end="")
+    except CannotExport as error:
+        print(f"ddp-lessons export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def open_lesson(name: str, folder: Path, lab_options: list[str]) -> int:
+    """Copy the lessons if need be, and become JupyterLab on one of them."""
+    course = source()
+    lesson = find(name, lessons(course))
+    copy = find_copy(course, folder)
+    if bring(course, copy, lesson.file):
+        print(f"The lessons are now in {copy}/, for you to change.")
+        if copy != folder:
+            print(f"{folder}/ holds another version, or files of your own, and stays as it is.")
+    become_lab(copy, lesson.file, lab_options)
+
+
+def list_lessons(folder: Path) -> int:
+    """Print a line for each lesson, and what is known of the learner's copy."""
+    course = source()
+    for lesson in lessons(course):
+        print(_line(lesson))
+    print()
+    print(_state(course, folder))
+    return 0
+
+
+def _line(lesson: Lesson) -> str:
+    return f"{lesson.number:>2}  {lesson.name:<22}  {lesson.minutes:>2} min  {lesson.question}"
+
+
+def _state(course: Path, folder: Path) -> str:
+    copy = find_copy(course, folder)
+    if not is_copy(course, copy):
+        place = "" if folder == FOLDER else f" --folder {folder}"
+        return f"No copy of these lessons yet: `ddp-lessons{place}` makes it in {copy}/."
+    short = {lesson.file: lesson.number or lesson.name for lesson in lessons(course)}
+    names = [short.get(file, file) for file in changed(course, copy)]
+    return f"Your copy: {copy.resolve()}\nChanged by you: {', '.join(names) or 'none'}"

@@ -1,0 +1,1 @@
+"""Ranks on the engines of an ipyparallel cluster. Runs in the parent and in engines."""

@@ -1,0 +1,215 @@
+"""The ranks on a cluster's engines as the notebook sees them: asking for news, passing signals on.
+
+Runs in the parent. What an engine does with it is in `engine.py`. All of it goes through the
+channels of the ipyparallel client that the learner connected.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ddp_lessons.cluster.engine import (
+    LEASE,
+    PollReply,
+    PollRequest,
+    RemoteCall,
+    Signal,
+    StartRequest,
+)
+from ddp_lessons.processes.base import UNKNOWN_EXIT, Worker
+from ddp_lessons.wire.records import ENGINE, ErrorRecord, Span
+from ddp_lessons.wire.task import RankInfo
+
+SHORTEST, LONGEST = 0.2, 0.5  # seconds that an engine waits for something to tell
+SILENT = 5.0  # seconds without an answer after which to ask the controller
+RETRIES = 5  # of a question that failed, in a row
+
+
+_ENDED = (
+    "Its rank ended with it. It was killed or stopped, or its host is gone: the cluster's logs may "
+    "tell. Start an engine in its place, or launch on those that are left."
+)
+_CLOSED = (
+    "The cluster was stopped, its host is gone, or the client was closed. The engines end their "
+    f"ranks by themselves within {LEASE:.0f} seconds. Start the cluster, connect a new client, and "
+    "launch again."
+)
+_FORGOTTEN = (
+    f"An engine ends a rank that nobody asks for in {LEASE:.0f} seconds: the notebook's process "
+    "stood still, or the network between them."
+)
+_SILENT = (
+    "It carries out another task, was suspended, or cannot be reached. It ends the rank when it "
+    "goes on."
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine of a cluster, and what it said of itself."""
+
+    id: int
+    host: str
+    machine: str  # its host, apart from containers on the same host
+    clock: str
+    ahead_ns: int  # of the notebook's clock, about
+    address: str | None  # of its host, for other hosts
+
+    def __str__(self) -> str:
+        return f"engine {self.id} on host {self.host}"
+
+
+class RemoteWorker(Worker):
+    """A rank on an engine."""
+
+    def __init__(self, place: RankInfo, engine: Engine, client: Any, run: str) -> None:
+        super().__init__(place)
+        self.engine = engine
+        self.host = engine.host
+        self.began_ns += engine.ahead_ns
+        self.out_of_memory: bool | None = None
+        self.pid: int | None = None
+        self.asked: Any = None  # the question on its way, an AsyncResult
+        self.asked_at = 0.0
+        self._client = client
+        self._run = run
+        self._asked_to_start = False
+        self._heard = 0
+        self._signals: list[Signal] = []
+        self._on_their_way: tuple[Signal, ...] = ()
+        self._note_activity = False
+        self._failures = 0
+        self._progress = 0
+        self._spans: Sequence[Span] = ()
+        self._dropped = 0
+
+    @property
+    def alive(self) -> bool:
+        return self._asked_to_start and self.exitcode is None
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Have the engine call one of its functions; the result to come.
+
+        None if there is no such engine any more, or no connection to it.
+        """
+        try:
+            return self._client[self.engine.id].apply_async(RemoteCall(name), self._run, *args)
+        except IndexError:  # what ipyparallel says of an engine that has ended
+            self.lose(f"{self.engine} has ended", _ENDED)
+        except OSError as error:
+            self.lose(f"the connection to the cluster is closed: {error}", _CLOSED)
+        return None
+
+    def start(self, order: StartRequest) -> Any:
+        """Ask for the process; the result to come."""
+        self._asked_to_start = True
+        return self.call("start", order)
+
+    def ask(self) -> None:
+        """Send a question, unless one is on its way."""
+        if self.asked is not None:
+            return
+        self._on_their_way, self._signals = tuple(self._signals), []
+        question = PollRequest(
+            self._patience(), self._heard, self._on_their_way, self._note_activity
+        )
+        self.asked = self.call("news", question)
+        self.asked_at, self._note_activity = time.monotonic(), False
+
+    def _patience(self) -> float:
+        """The longer nothing moves, the longer it may take until the next question is sent."""
+        return min(LONGEST, max(SHORTEST, (time.monotonic() - self.moved_at) / 10))
+
+    def is_silent(self) -> bool:
+        """True if it has not answered for long: that is no engine's way while it is idle."""
+        return self.asked is not None and time.monotonic() - self.asked_at > SILENT
+
+    def hear(self) -> None:
+        """Take in the answer, if it has come."""
+        if self.asked is None or not self.asked.done():
+            return
+        from ipyparallel import error
+
+        asked, self.asked = self.asked, None
+        try:
+            news = asked.result(timeout=0)
+        except error.IPythonError as failure:  # the engine ended; the task was aborted; ...
+            self._not_answered(failure)
+        else:
+            self._failures = 0
+            self._take_news(news)
+
+    def _not_answered(self, failure: Exception) -> None:
+        if getattr(failure, "ename", "") == "EngineError" or self.engine.id not in self._client.ids:
+            self.lose(f"{self.engine} has ended", _ENDED)
+            return
+        self._signals = [*self._on_their_way, *self._signals]
+        self._failures += 1
+        if self._failures > RETRIES:
+            self.lose(f"{self.engine} cannot tell what its rank does", str(failure))
+
+    def _take_news(self, news: PollReply | None) -> None:
+        if news is None:
+            self.lose(f"{self.engine} has no rank of this run any more", _FORGOTTEN)
+            return
+        if news.number <= self._heard:
+            return
+        self._heard = news.number
+        for channel, data in news.pieces:
+            self.take(channel, data)
+        if news.progress != self._progress:
+            self._progress, self.moved_at = news.progress, time.monotonic()
+        self.activity = news.activity or self.activity
+        self.queued, self.sending = news.queued, news.sending
+        if news.end is not None:
+            self.exitcode, self.lost = news.end.exitcode, news.end.lost
+            self.ended_ns = self.ended_ns or news.end.ended_ns
+            self._spans, self._dropped = news.end.spans, news.end.dropped
+            self.out_of_memory = news.end.out_of_memory
+            self.moved_at = time.monotonic()
+
+    def lose(self, what: str, why: str) -> None:
+        """Count it as ended, since nobody can tell any more how it does."""
+        if self.exitcode is None:
+            self.exitcode = UNKNOWN_EXIT
+            self.ended_ns = self.ended_ns or time.perf_counter_ns() + self.engine.ahead_ns
+            self.moved_at = time.monotonic()
+            if self.outcome is None:
+                self.lost = ErrorRecord(ENGINE, f"{what}\n{why}", ())
+
+    def lose_controller(self) -> None:
+        """Count it as ended, since the cluster's controller is gone."""
+        self.lose("the cluster's controller does not answer", _CLOSED)
+
+    def give_up(self) -> None:
+        self.lose(f"{self.engine} did not answer when its rank was to end", _SILENT)
+
+    def spans(self) -> Sequence[Span]:
+        return self._spans
+
+    def dropped(self) -> int:
+        return self._dropped
+
+    def note_activity(self) -> None:
+        self._note_activity = True
+
+    def send_signal(self, number: int) -> None:
+        self._signals.append(Signal(number, group=False))
+
+    def signal_group(self, number: int) -> None:
+        self._signals.append(Signal(number, group=True))
+
+    def shift(self, by_ns: int) -> None:
+        """Bring all times to another clock, which is `by_ns` ahead of its own."""
+        self.began_ns += by_ns
+        self.started_ns = None if self.started_ns is None else self.started_ns + by_ns
+        self.ended_ns = None if self.ended_ns is None else self.ended_ns + by_ns
+        self._spans = [_shifted(span, by_ns) for span in self._spans]
+
+
+def _shifted(span: Span, by_ns: int) -> Span:
+    end_ns = None if span.t1_ns is None else span.t1_ns + by_ns
+    return span._replace(t0_ns=span.t0_ns + by_ns, t1_ns=end_ns)

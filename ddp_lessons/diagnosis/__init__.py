@@ -1,0 +1,1 @@
+"""Why a run failed or hung, from its record. Runs in the parent."""

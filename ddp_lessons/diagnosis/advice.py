@@ -1,0 +1,100 @@
+"""What to try: the last words of verdicts on hangs (hangs.py) and failures (failures.py)."""
+
+ORDER = (
+    "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
+    "`continue` or the early `return` that lets some ranks take another way."
+)
+TENSORS = (
+    "All ranks must pass {op} a tensor of the same shape and dtype. Print x.shape and x.dtype on "
+    "every rank before that line. The last, smaller batch of an epoch is a common reason: "
+    "drop_last=True."
+)
+MISSING = (
+    "A collective returns only when every rank of its group has called it. Look for the `if`, the "
+    "early `return` or the exception that keeps the missing rank from it."
+)
+JOINING = (
+    "init_process_group returns when every rank has called it. Look for the `if`, the early "
+    "`return` or the long work before it that keeps the missing rank away."
+)
+LATE = (
+    "The errors are on the ranks that were in time, and on a late one that found them gone. Is it "
+    "slower, or has it more to do? Else raise timeout= of init_process_group."
+)
+SAME_CALL = (
+    "All of them make the same call. Do their tensors have the same shape and dtype, and did all "
+    "of them make the same calls before?"
+)
+DDP = (
+    "DistributedDataParallel makes collectives of its own, to which every rank must come: it "
+    "broadcasts buffers in forward, also under no_grad and in eval(), and adds up gradients in "
+    "backward. What a rank does alone, such as a validation, must go through model.module."
+)
+SLOW = (
+    "If a rank is slow rather than stuck, let it make progress that shows: a printed line, or a "
+    "span() that ends. Or raise launch(timeout=...); None means no limit."
+)
+IDLE = "An idle rank uses no processor time: it waits for a lock, a queue, a thread or the clock. "
+THREADS = (
+    "A rank's process, as every script, ends only after its threads. Stop and join() the thread "
+    "before the function returns, or start it as Thread(..., daemon=True), which nobody awaits. "
+)
+HANDLERS = "A rank's process, as every script, runs its atexit handlers before it ends. "
+CHILDREN = (
+    "A rank's process, as every script, waits for the processes that it started with "
+    "multiprocessing, unless they are daemons: stop and join() them before the function returns. "
+)
+SUSPENDED = (
+    "SIGSTOP suspends a process until SIGCONT: `kill -CONT`, or `fg` in the terminal. Nothing in "
+    "its Python code needs repair."
+)
+LEFT = (
+    "destroy_process_group is for the very end: no rank may call it while others still communicate."
+)
+IN_C = "It did not print its stack: it is busy in C code. "
+NETWORK = (
+    "All ranks made the same call, so their code is right. Do the machines still reach each other "
+    "(ping), and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name an interface that leads there?"
+)
+RECORD = "A record tells of the calls of torch.distributed, not where a rank is between them. "
+PY_SPY = "`py-spy dump --pid {rank.pid}` on {rank.host} tells where rank {rank.rank} is now."
+GROUPS = (
+    "Ranks that share two groups must use them in the same order: while one waits in the first "
+    "group, the other waits in the second. Choose one order for all."
+)
+PLACE = (
+    "{ranks} were launched. Does world_size= or WORLD_SIZE say the same, does every rank have a "
+    "number of its own, and do all name the same place?"
+)
+SENDS_FIRST = (
+    "A send may wait until its recv has begun, and here all of them send first. Start with isend "
+    "and wait for it after the recv, or let some ranks receive first."
+)
+RECEIVES_FIRST = (
+    "A recv waits for its send, and here all of them receive first. Send before receiving, or "
+    "start with irecv and wait for it after the send."
+)
+PAIRS = (
+    "Each send needs one recv on the rank that it names, and each recv one send. Check dst= and "
+    "src=, and the order of the calls on both ranks."
+)
+NO_NCCL = (
+    "NCCL works only between NVIDIA's GPUs, and only in a build of torch that has it. Join with "
+    'dist.init_process_group("gloo"); recommend_backend(nprocs) tells what suits this machine.'
+)
+ONE_GPU = (
+    "Two ranks are on one GPU. Every rank chooses its own before it joins: "
+    'torch.cuda.set_device(int(os.environ["LOCAL_RANK"])). Where ranks must share a GPU, use gloo.'
+)
+ON_GPU = (
+    "The line at fault may be an earlier one: calls return before the GPU has done the work. "
+    'With launch(..., env={"CUDA_LAUNCH_BLOCKING": "1"}) each call waits for the GPU, so the '
+    "traceback ends at the right line."
+)
+BACKENDS = {  # what torch or NCCL says of a backend, and what to try
+    "doesn't have NCCL built in": NO_NCCL,
+    "no GPUs found": NO_NCCL,
+    "Duplicate GPU detected : ": ONE_GPU,
+    "Multiple Ranks are using the same GPU": ONE_GPU,
+    "CUDA error: ": ON_GPU,
+}

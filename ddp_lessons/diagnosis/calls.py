@@ -1,0 +1,257 @@
+"""What every rank called, in order, and who is awaited in which call. Runs in the parent.
+
+Within a group, the n-th collective of one rank meets the n-th of the others. The launcher's
+watchdog asks whether any rank can still go on, hangs.py where it went wrong, and the hang board
+draws it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from ddp_lessons.analysis.wait_states import members
+from ddp_lessons.wire.ops import (
+    BY_TREE,
+    DIRECT,
+    GROUP_CALLS,
+    JOINING,
+    LIKE,
+    RECVS,
+    SENDS,
+    WAIT_FOR_BUCKETS,
+)
+from ddp_lessons.wire.records import IN_FLIGHT, NOT_OF_A_THREAD, Kind, Span
+
+State = Literal["done", "open", "failed"]
+
+
+class Call(NamedTuple):
+    """One rank's call of torch.distributed.
+
+    Attributes
+    ----------
+    group, seq : str or None, int or None
+        The group and the call's number in it; None for calls that make groups.
+    peer : int or None
+        The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
+    site : str or None
+        The learner's line, see `wire.records.split_site`.
+    state : str
+        "done", "open" (it never returned) or "failed" (it raised).
+    """
+
+    rank: int
+    op: str
+    group: str | None
+    seq: int | None
+    peer: int | None
+    nbytes: int | None
+    tensor: str | None
+    site: str | None
+    state: State
+    t0_ns: int
+    waits: bool = False  # for asynchronous work, which was issued before
+    of_ddp: bool = False  # DDP made it by itself
+
+    @property
+    def name(self) -> str:
+        """The function; `DDP's broadcast` where the learner's line does not name it."""
+        return f"DDP's {self.op}" if self.of_ddp else self.op
+
+    @property
+    def pairwise(self) -> bool:
+        """It is a send or a recv."""
+        return self.op in SENDS or self.op in RECVS
+
+    @property
+    def look(self) -> tuple[int | None, str] | None:
+        """What must be the same on all ranks: bytes and dtype, for calls that ask for it."""
+        if self.op not in LIKE or self.tensor is None:
+            return None
+        return self.nbytes, self.tensor.partition(" (")[0]
+
+
+class Calls:
+    """The calls of all ranks. Made from the spans of each rank, by rank.
+
+    `lossy` are the ranks whose later spans were not kept.
+    """
+
+    def __init__(self, spans: Sequence[Sequence[Span]], lossy: Iterable[int] = ()) -> None:
+        self.lossy = set(lossy)
+        self.world_size = len(spans)
+        self.members = members([s for rank in spans for s in rank], self.world_size)
+        self.of_rank = [list(_calls(rank)) for rank in spans]
+        self.met: dict[str, dict[int, dict[int, Call]]] = {}  # group, number, rank
+        self._pairs: Counter[tuple[str | None, str, int, int | None]] = Counter()
+        self._made: Counter[tuple[str, int]] = Counter()  # groups made, by function and rank
+        for call in (call for rank in self.of_rank for call in rank):
+            self._sort_in(call)
+        self._awaited_buckets = [list(self._awaited(rank)) for rank in spans]
+
+    def _sort_in(self, call: Call) -> None:
+        if call.op in GROUP_CALLS:
+            self._made[call.op, call.rank] += call.group is None
+        elif call.pairwise:
+            self._pairs[call.group, _side(call), call.rank, call.peer] += not call.waits
+        elif call.group is not None and call.seq is not None:
+            there = self.met.setdefault(call.group, {}).setdefault(call.seq, {})
+            before = there.get(call.rank)
+            waits = before if call.waits else None
+            there[call.rank] = waits._replace(state=call.state) if waits else call
+
+    def open(self, rank: int) -> list[Call]:
+        """The calls in which a rank stands, one on each of its threads.
+
+        If backward has nothing left but to wait for its buckets, one of those: one that cannot
+        arrive, if there is any.
+        """
+        found = [call for call in self.of_rank[rank] if call.state == "open"]
+        buckets = self._awaited_buckets[rank]
+        stuck = [call for call in buckets if self.missing(call)]
+        return found + (stuck or buckets)[:1]
+
+    def standing(self, rank: int) -> Call | None:
+        """The call in which a rank stands: the one that is open, or that raised at last."""
+        if still := self.open(rank):
+            return still[0]
+        mine = self.of_rank[rank]
+        return mine[-1] if mine and mine[-1].state == "failed" else None
+
+    def _awaited(self, spans: Sequence[Span]) -> Iterator[Call]:
+        """The buckets for which a rank's backward waits, and what else it waits for with them."""
+        if not any(s.t1_ns is None and s.name == WAIT_FOR_BUCKETS for s in spans):
+            return
+        for span in spans:
+            in_flight = span.t1_ns is None and span.lane in IN_FLIGHT
+            if in_flight and span.group is not None and span.seq is not None:
+                call = self.met.get(span.group, {}).get(span.seq, {}).get(span.rank)
+                if call is not None:
+                    yield call._replace(state="open", waits=True)
+
+    def missing(self, call: Call) -> set[int]:
+        """The ranks without which a call cannot return, and that have not made theirs."""
+        return {r for r in self._not_there(call) if not self._may_have_come(r, call)}
+
+    def _may_have_come(self, rank: int, call: Call) -> bool:
+        """Whether its call may be one that was not kept; not so where it stands before that."""
+        if rank not in self.lossy:
+            return False
+        stands = next((c for c in self.of_rank[rank] if c.state == "open"), None)
+        if stands is None or stands.pairwise or call.pairwise:
+            return True
+        if stands.group != call.group or stands.seq is None or call.seq is None:
+            return True
+        return stands.seq > call.seq
+
+    def _not_there(self, call: Call) -> set[int]:
+        if call.op in JOINING and call.group is not None:
+            return set()
+        if call.op in JOINING:
+            made = self._made[call.op, call.rank]
+            return {r for r in range(self.world_size) if self._made[call.op, r] < made}
+        if call.pairwise:
+            return self._missing_peer(call)
+        if call.group is None or call.seq is None:
+            return set()
+        there = self.met.get(call.group, {}).get(call.seq, {})
+        return {
+            r
+            for r in _needed(call, self.members(call.group))
+            if r not in there or there[r].op != call.op or there[r].look != call.look
+        }
+
+    def _missing_peer(self, call: Call) -> set[int]:
+        other = "recv" if _side(call) == "send" else "send"
+        if call.peer is None:  # a recv from anyone: all others
+            return set(range(self.world_size)) - {call.rank}
+        theirs = self._pairs[call.group, other, call.peer, call.rank]
+        return {call.peer} if call.seq is None or theirs <= call.seq else set()
+
+    def stuck_for_good(self, alive: Iterable[int]) -> bool:
+        """True if no living rank can go on: this is proof, from recorded calls alone.
+
+        Each of them stands in calls that lack a rank. That one has ended, or stands so itself.
+        """
+        standing = [self.open(rank) for rank in alive]
+        return all(calls and all(map(self.missing, calls)) for calls in standing)
+
+    def not_made(self, rank: int) -> Call | None:
+        """Another rank's call: the first that this rank did not come to."""
+        if rank in self.lossy:
+            return None
+        beyond = []
+        for group, numbers in self.met.items():
+            mine = max((seq for seq, calls in numbers.items() if rank in calls), default=-1)
+            if rank in self.members(group):
+                beyond += [
+                    c for seq, calls in numbers.items() if seq > mine for c in calls.values()
+                ]
+        return min(beyond, key=lambda call: call.t0_ns, default=None)
+
+    def left(self, rank: int, group: str) -> Call | None:
+        """The call by which a rank left a group, or all, if it has and did not join again."""
+        for call in reversed(self.of_rank[rank]):
+            if call.op == "init_process_group":
+                return None
+            if call.op == "destroy_process_group" and call.group in (None, group):
+                return call
+        return None
+
+
+def _calls(spans: Iterable[Span]) -> Iterator[Call]:
+    """A rank's calls. Asynchronous work is one call; a wait for it counts while it goes on."""
+    issued: set[tuple[object, ...]] = set()
+    for span in spans:
+        if span.op is None or span.kind not in (Kind.COMM, Kind.ISSUE, Kind.WAIT):
+            continue
+        state: State = "failed" if span.failed else "open" if span.t1_ns is None else "done"
+        key = span.op, span.group, span.seq, span.peer
+        if span.kind == Kind.WAIT:
+            if state == "done":
+                continue
+        elif span.seq is not None:
+            if span.lane in NOT_OF_A_THREAD:  # what is in flight blocks nobody by itself
+                state = "done"
+                if key in issued:
+                    continue
+            issued.add(key)
+        elif span.lane in NOT_OF_A_THREAD:
+            continue
+        yield Call(
+            span.rank, span.op, span.group, span.seq, span.peer, span.nbytes, span.tensor,
+            span.site, state, span.t0_ns, span.kind == Kind.WAIT,
+            of_ddp=span.kind == Kind.COMM and span.name != span.op,
+        )  # fmt: skip
+
+
+def _needed(call: Call, ranks: Sequence[int]) -> set[int]:
+    """The other ranks of a group without whose part a collective does not return on this one."""
+    others = set(ranks) - {call.rank}
+    root = call.peer
+    if root not in ranks or root is None:
+        return others
+    if call.op in DIRECT:
+        return others if call.rank == root else {root}
+    if call.op in BY_TREE:
+        return _neighbours(ranks.index(call.rank), ranks.index(root), ranks)
+    return others
+
+
+def _neighbours(place: int, root: int, ranks: Sequence[int]) -> set[int]:
+    """From whom a rank gets a broadcast, and to whom it passes it on (gloo/broadcast.cc).
+
+    Counted from the root, number n gets it from n without its highest bit.
+    """
+    size = len(ranks)
+    number = (place - root) % size
+    bits = [1 << bit for bit in range(size.bit_length())]
+    onward = [number | bit for bit in bits if bit > number and number | bit < size]
+    before = [number ^ max(bit for bit in bits if bit <= number)] if number else []
+    return {ranks[(n + root) % size] for n in onward + before}
+
+
+def _side(call: Call) -> str:
+    return "send" if call.op in SENDS else "recv"

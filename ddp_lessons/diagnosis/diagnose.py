@@ -1,0 +1,92 @@
+"""From a finished run to what is wrong with it: one verdict with its evidence, and warnings.
+
+Runs in the parent. `failures.py` explains ranks that failed, `hangs.py` ranks that wait for ever.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ddp_lessons.diagnosis import failures, hangs, mismatch
+from ddp_lessons.diagnosis.calls import Calls
+from ddp_lessons.diagnosis.mismatch import Mismatch
+from ddp_lessons.diagnosis.verdict import Verdict
+from ddp_lessons.errors import CannotSend, LaunchError, WorkerDied, WorkerFailed, WorkersHung
+from ddp_lessons.text import ranks_text
+from ddp_lessons.wire.ops import GROUP_CALLS
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RunRecord
+
+
+def verdict(run: RunRecord) -> Verdict | None:
+    """Why a run failed or hung; None if every rank returned, or it was interrupted."""
+    if run.ok:
+        return None
+    return hangs.explain(run) if run.hung_after is not None else failures.explain(run)
+
+
+def warnings(run: RunRecord) -> list[str]:
+    """What is wrong with a run in which nothing failed: a line for each finding."""
+    if not run.ok or _all_did_the_same(run):
+        return []
+    calls = Calls([rank.spans for rank in run.ranks], run.lossy)
+    found = [
+        _silent(parting)
+        for group in calls.met
+        if (parting := mismatch.first(calls, group)) is not None
+    ]
+    return [*found, *_forgotten(calls)]
+
+
+def _all_did_the_same(run: RunRecord) -> bool:
+    """The usual case, found quickly: every rank made the same calls at the same lines."""
+    if not run.ranks:
+        return True
+    first, *others = (
+        [(s.op, s.group, s.peer, s.nbytes, s.tensor, s.site) for s in rank.spans if s.op]
+        for rank in run.ranks
+    )
+    return all(other == first for other in others)
+
+
+def _silent(parting: Mismatch) -> str:
+    consequence = "the numbers are mixed up, and nothing failed"
+    if parting.why == "tensors":
+        return f"Warning: {parting.title()}, so {consequence}."
+    lines = "; ".join(parting.lines())
+    return f"Warning: {parting.place} was not the same on all ranks, so {consequence}: {lines}"
+
+
+def _forgotten(calls: Calls) -> list[str]:
+    """Only some ranks left the group; where all forget it, nobody waits."""
+    joined = [r for r, made in enumerate(calls.of_rank) if any(c.op in GROUP_CALLS for c in made)]
+    stayed = [rank for rank in joined if calls.left(rank, "world") is None]
+    if not stayed or len(stayed) == len(joined):
+        return []
+    stayed = [rank for rank in stayed if rank not in calls.lossy]
+    if not stayed:
+        return []
+    who = ranks_text(stayed)
+    return [f"Warning: {who} returned without destroy_process_group, which the others called."]
+
+
+def error(run: RunRecord, found: Verdict | None) -> LaunchError | None:
+    """The error to raise for a run with this verdict; None if it has none."""
+    if found is None:
+        return None
+    return _class(run, found)(
+        found.text(), run=run, rank=found.ranks[0] if len(found.ranks) == 1 else None
+    )
+
+
+def _class(run: RunRecord, found: Verdict) -> type[LaunchError]:
+    if run.hung_after is not None:
+        return WorkersHung
+    if found.kind == "unsendable":
+        return CannotSend
+    return WorkerFailed if found.kind == "raised" or not _someone_died(run) else WorkerDied
+
+
+def _someone_died(run: RunRecord) -> bool:
+    return any(rank.status == "died" for rank in run.ranks)

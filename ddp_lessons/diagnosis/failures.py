@@ -1,0 +1,294 @@
+"""Why a run failed in which a rank raised, died or could not send its value. Runs in the parent.
+
+The earliest failure is the cause; ranks that only lost their partner are collateral and get one
+line. If all failures are such losses, hangs.py tells who was missing.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+
+from ddp_lessons.diagnosis import advice, hangs, rank_state
+from ddp_lessons.diagnosis.calls import Calls
+from ddp_lessons.diagnosis.mismatch import frame_of
+from ddp_lessons.diagnosis.rank_state import line, lost_partner
+from ddp_lessons.diagnosis.verdict import Kind, Verdict
+from ddp_lessons.results import RankResult, RunRecord
+from ddp_lessons.text import agree, at_head, exit_name, ranks_text
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.records import FORKSERVER
+
+FAILED = ("raised", "died", "unsendable")
+LAST_LINES = 5  # of a dead rank's output, shown as evidence
+_NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
+_CPP_FRAME = re.compile(r"frame #\d+: ")  # of C++, below what it says
+_KERNEL_GAVE_UP = re.compile(r"^\S+\.cuh?:\d+: .*Assertion")  # once a thread of the GPU
+_GPU_FAILED = re.compile(r"CUDA error: ")
+# What to say of ranks of a script whose recording ends without an exit status.
+_RANK_VANISHED = (
+    "Its record just stops: it was killed (for want of memory, say), it left by os._exit, or its "
+    "machine is gone. The log of torchrun tells which."
+)
+_NODE_VANISHED = "Its agent (torchrun) was killed and its ranks with it, or the machine is gone."
+_ALL_VANISHED = "The agent (torchrun) was killed and its ranks with it, or the machine stopped."
+
+
+def explain(run: RunRecord) -> Verdict | None:
+    """The verdict on a run in which ranks failed; None if none did."""
+    failures = [rank for rank in run.ranks if rank.status in FAILED]
+    if not failures:
+        return None
+    own = [rank for rank in failures if not lost_partner(rank)]
+    if own and all(_got_another_size(rank) for rank in own):
+        return hangs.explain_sizes(run, [rank.rank for rank in own])
+    if not own:
+        return hangs.explain(run)
+    cause = _cause(own)
+    if cause.status == "died" and cause.exitcode is None:
+        return _vanished(run, cause)
+    match cause.status:
+        case "raised":
+            return _raised(run, cause)
+        case "unsendable":
+            return _unsendable(run, cause)
+        case _:
+            return _died(run, cause) if cause.error is None else _lost(run, cause)
+
+
+def _got_another_size(rank: RankResult) -> bool:
+    """Gloo ended the process because data of another size came than its call expects."""
+    return rank.status == "died" and any("op.preamble.length" in line for line in rank.lines)
+
+
+def _cause(failures: Sequence[RankResult]) -> RankResult:
+    """The failure that came first; of ranks that failed alike, the lowest."""
+    first = min(failures, key=lambda rank: rank.ended_ns)
+    return min((rank for rank in failures if _alike(rank, first)), key=lambda rank: rank.rank)
+
+
+def _alike(one: RankResult, other: RankResult) -> bool:
+    if one.error is None or other.error is None:
+        return one is other
+    return (one.error.type_name, stacks.position(one.error.frames)) == (
+        other.error.type_name,
+        stacks.position(other.error.frames),
+    )
+
+
+def _raised(run: RunRecord, cause: RankResult) -> Verdict:
+    assert cause.error is not None
+    same = [
+        rank.rank
+        for rank in run.ranks
+        if rank.status == "raised" and _alike(rank, cause) and not lost_partner(rank)
+    ]
+    who = f"{ranks_text(same)} of {run.world_size}" if run.world_size > 1 else "the rank"
+    return Verdict(
+        "raised",
+        tuple(same),
+        f"{who} raised {cause.error.summary}",
+        (
+            stacks.render(cause.error),
+            *_before_the_call(run, cause),
+            *_of_the_kernel(cause),
+            *other_ranks(run, same),
+        ),
+        _advice(run, cause),
+        stacks.position(cause.error.frames).frame,
+    )
+
+
+def _before_the_call(run: RunRecord, cause: RankResult) -> list[str]:
+    """A function or argument may run any code while it is loaded, such as sys.exit."""
+    if cause.started_ns is not None:
+        return []
+    return ["", f"That was before {run.name} was called: while it or its arguments were loaded."]
+
+
+def _of_the_kernel(cause: RankResult) -> list[str]:
+    """What a kernel of the GPU wrote when it gave up: it says more than CUDA's error."""
+    if cause.error is None or not _GPU_FAILED.search(cause.error.text):
+        return []
+    said = next(filter(_KERNEL_GAVE_UP.search, cause.lines), None)
+    return ["", "What the GPU said:", f"    {said}"] if said else []
+
+
+def _advice(run: RunRecord, cause: RankResult) -> str:
+    assert cause.error is not None
+    if cause.error.type_name == "TypeError" and not cause.error.frames:
+        return f"launch() calls {run.name}(rank, *args): does it take these arguments?"
+    if any(text in cause.error.text for text in _NO_MEMORY):
+        return "Memory ran out: use smaller tensors or batches, or fewer ranks."
+    return next((what for text, what in advice.BACKENDS.items() if text in cause.error.text), "")
+
+
+def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:
+    assert cause.error is not None
+    return Verdict(
+        "unsendable",
+        (cause.rank,),
+        f"rank {cause.rank} of {run.world_size} returned a value of type {cause.error.type_name}, "
+        f"which cannot travel back to the notebook: {cause.error.text}",
+        advice="Return plain data instead: numbers, strings, lists, tensors, state_dict().",
+    )
+
+
+def _died(run: RunRecord, cause: RankResult) -> Verdict:
+    what, why = _death(run, cause)
+    lines = [why, *last_call(run, cause)]
+    if last := _last_lines(cause):
+        lines += ["", f"The last lines of rank {cause.rank}'s output:"]
+        lines += [f"    {line}" for line in last]
+    kind: Kind = "killed" if (cause.exitcode or 0) < 0 else "exited"
+    return Verdict(
+        kind,
+        (cause.rank,),
+        f"rank {cause.rank} of {run.world_size} {what}",
+        (*lines, *other_ranks(run, [cause.rank])),
+    )
+
+
+def _lost(run: RunRecord, cause: RankResult) -> Verdict:
+    """What started a rank was gone before it could tell how the rank ended."""
+    assert cause.error is not None
+    same = [rank.rank for rank in run.ranks if rank.error == cause.error]
+    what, _, why = cause.error.text.partition("\n")
+    kind: Kind = "forkserver ended" if cause.error.type_name == FORKSERVER else "engine lost"
+    return Verdict(
+        kind,
+        tuple(same),
+        f"{ranks_text(same)} of {run.world_size} {agree(same, 'was', 'were')} lost: {what}",
+        (why, *last_call(run, cause), *other_ranks(run, same)),
+    )
+
+
+def _death(run: RunRecord, rank: RankResult) -> tuple[str, str]:
+    """What happened to a rank that died, and the likely reason."""
+    exitcode = rank.exitcode or 0
+    name = exit_name(exitcode)
+    if rank.started_ns is None:
+        return (
+            f"ended with {name} before its function was called",
+            "See what the rank printed below; a shortage of memory is a common reason.",
+        )
+    verb = "was ended by" if exitcode < 0 else "ended with"
+    return f"{verb} {name}", _reason(run, rank, exitcode)
+
+
+def _last_lines(rank: RankResult) -> list[str]:
+    """What a rank wrote at last, without C++ stacks; if its GPU failed, the lines that say how."""
+    lines = [line for line in rank.shown_lines if line.strip() and not _CPP_FRAME.match(line)]
+    if rank.exitcode == -signal.SIGABRT:
+        found = (next(filter(text.search, lines), None) for text in (_KERNEL_GAVE_UP, _GPU_FAILED))
+        if of_gpu := [line for line in found if line is not None]:
+            return of_gpu
+    return lines[-LAST_LINES:]
+
+
+def _reason(run: RunRecord, rank: RankResult, exitcode: int) -> str:
+    name = exit_name(exitcode)
+    last = _last_lines(rank)
+    out = any(text in line for line in last for text in _NO_MEMORY)
+    match name:
+        case "SIGKILL" if run.out_of_memory:
+            return (
+                "The system killed a process during this run because memory had run out: use "
+                "fewer ranks or smaller tensors."
+            )
+        case "SIGKILL" if run.out_of_memory is None:
+            return (
+                "Most often that is the system, out of memory: use fewer ranks or smaller tensors."
+            )
+        case "SIGKILL":
+            return (
+                "The system reports no kill for want of memory during this run: another process, "
+                "or the rank itself, sent that signal."
+            )
+        case "SIGABRT" if out:
+            return "Memory ran out: use smaller tensors or batches, or fewer ranks."
+        case "SIGABRT" if any(_GPU_FAILED.search(line) for line in last):
+            who = "NCCL's watchdog" if "watchdog" in last[-1] else "C++ code"
+            return f"{who} ended the process over an error of its GPU.\n{advice.ON_GPU}"
+        case "SIGABRT":
+            return "C++ code gave up; the reason is in the last lines of its output."
+        case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":
+            return "C or C++ code crashed; nothing in Python can catch that."
+        case _ if exitcode < 0:
+            return "Another process sent that signal."
+    return (
+        f"Its process left without returning: os._exit({exitcode}), or a library that calls exit()."
+    )
+
+
+def _vanished(run: RunRecord, first: RankResult) -> Verdict:
+    """The verdict on a run in which a rank died without a word; `first` is the earliest."""
+    silent = [rank for rank in run.ranks if rank.status == "died" and rank.exitcode is None]
+    ranks = tuple(rank.rank for rank in silent)
+    if len(silent) == run.world_size:
+        who = f"all {run.world_size} ranks" if run.world_size > 1 else "the rank"
+        lines = (_ALL_VANISHED, "", *rank_state.lines(silent))
+        return Verdict("killed", ranks, f"{who} ended without a word", lines)
+    if (node := _gone_node(run, first)) is not None:
+        return _node(run, node, first)
+    title = f"rank {first.rank} of {run.world_size} ended without a word"
+    lines = (_RANK_VANISHED, *last_call(run, first), *other_ranks(run, [first.rank]))
+    return Verdict("killed", (first.rank,), title, lines)
+
+
+def _gone_node(run: RunRecord, first: RankResult) -> list[RankResult] | None:
+    """The ranks of the first one's machine, if all of them and no others are silent."""
+    there = [rank for rank in run.ranks if rank.group_rank == first.group_rank]
+    silent = [rank for rank in run.ranks if rank.status == "died"]
+    return there if silent == there else None
+
+
+def _node(run: RunRecord, there: list[RankResult], first: RankResult) -> Verdict:
+    ranks = tuple(rank.rank for rank in there)
+    others = {rank.host for rank in run.ranks if rank.group_rank != first.group_rank}
+    host = f" ({first.host})" if first.host not in others else ""
+    title = (
+        f"node {first.group_rank}{host} is gone: {ranks_text(ranks)} of {run.world_size} ended "
+        "without a word"
+    )
+    now = map(at_head, rank_state.lines(there))
+    lines = (_NODE_VANISHED, "", *now, *other_ranks(run, ranks))
+    return Verdict("killed", ranks, title, lines)
+
+
+# What is said beside the cause
+
+
+def last_call(run: RunRecord, rank: RankResult) -> list[str]:
+    """Where a rank was that can no longer tell: the tape stays readable."""
+    calls = Calls([rank.spans for rank in run.ranks])
+    made = calls.of_rank[rank.rank]
+    if not made:
+        return []
+    call = calls.standing(rank.rank) or made[-1]
+    what = "Its last call was" if call.state == "done" else "It was in"
+    return [f"{what} {call.name}{line(frame_of(call.site))}"]
+
+
+def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
+    """One line for each kind of collateral damage."""
+    rest = [r for r in run.ranks if r.rank not in told]
+    lost = [r for r in rest if lost_partner(r)]
+    stopped = [r for r in rest if r.status == "stopped"]
+    own = [r for r in rest if r.status in FAILED and r not in lost]
+    lines = [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
+    for where in dict.fromkeys(_lost_where(r) for r in lost):
+        there = [r.rank for r in lost if _lost_where(r) == where]
+        partner = agree(there, "its partner", "their partner")
+        lines.append(f"{at_head(ranks_text(there))} lost {partner} by that{where}.")
+    lines += [
+        f"rank {r.rank} {'' if r.pid or r.kept_by else 'was '}{r.outcome()}" for r in stopped[:4]
+    ]
+    if len(stopped) > 4:
+        lines.append(f"... and {len(stopped) - 4} more ranks were stopped")
+    return ["", *lines] if lines else []
+
+
+def _lost_where(rank: RankResult) -> str:
+    return stacks.waiting_where(rank.error.frames) if rank.error is not None else ""

@@ -1,0 +1,399 @@
+"""Why ranks wait for ever, or lost each other, from their calls and stacks. Runs in the parent.
+
+Three questions, in this order. Did the ranks' calls part: at one number in a group, other functions
+or tensors? If not, who is awaited and did not come, and what does it do instead? If nobody, why do
+those that came wait for each other?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ddp_lessons.diagnosis import advice, mismatch, rank_state
+from ddp_lessons.diagnosis.calls import Call, Calls
+from ddp_lessons.diagnosis.mismatch import Mismatch, frame_of, line_of
+from ddp_lessons.diagnosis.rank_state import lost_partner, position, waits
+from ddp_lessons.diagnosis.verdict import Kind, Verdict
+from ddp_lessons.results import RankResult, RunRecord
+from ddp_lessons.text import agree, at_head, count, listed, ranks_text
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.ops import DDP_CALLS, JOINING, SENDS
+from ddp_lessons.wire.records import Frame
+
+JOIN = "init_process_group"
+# Of several that are awaited, the kind that says most.
+_WORST: tuple[Kind, ...] = (
+    "suspended",
+    "computing",
+    "blocked in Python",
+    "not ended",
+    "left the group",
+    "never joined",
+    "returned early",
+    "unmatched recv",
+    "unmatched send",
+    "no answer",
+)
+
+# What to say of what keeps a rank from ending, other than threads.
+_ENDING = {
+    stacks.HANDLER: advice.HANDLERS,
+    stacks.CHILD: advice.CHILDREN,
+    stacks.PROCESS: advice.IN_C,
+}
+
+
+def explain(run: RunRecord) -> Verdict:
+    """The verdict on a run in which ranks wait for ever, or lost each other and nothing else."""
+    return _Hang(run).verdict()
+
+
+def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
+    """The verdict on a run in which gloo ended ranks that got data of another size."""
+    hang = _Hang(run)
+    verdict = hang.verdict()
+    if verdict.kind in ("unlike tensors", "skipped collective", "different collectives"):
+        return verdict
+    # Calls that are not recorded, such as DDP's own: it cannot be told which rank is wrong.
+    return Verdict(
+        "different collectives",
+        tuple(range(run.world_size)),
+        f"{ranks_text(ended)} got data of another size than {agree(ended, 'its', 'their')} call "
+        "expects: the calls do not match",
+        verdict.evidence,
+        f"{advice.ORDER} {advice.DDP}",
+        verdict.frame,
+    )
+
+
+class Standstill:
+    """What is known of the ranks of such a run.
+
+    Attributes
+    ----------
+    run : RunRecord
+        The run.
+    calls : Calls
+        What every rank called.
+    waiting, away : list of RankResult
+        The ranks that wait in a call of torch.distributed, or did until it failed; the others.
+    standing : dict of int to calls.Call
+        The call in which a rank waits, by rank; DDP's own calls are not recorded.
+    """
+
+    def __init__(self, run: RunRecord) -> None:
+        self.run = run
+        self.calls = Calls([rank.spans for rank in run.ranks], run.lossy)
+        self.waiting = [rank for rank in run.ranks if waits(rank)]
+        self.away = [rank for rank in run.ranks if rank not in self.waiting]
+        self.standing = {
+            rank.rank: call
+            for rank in self.waiting
+            if (call := self.calls.standing(rank.rank)) is not None
+        }
+
+    def who_waits(self) -> str:
+        """`ranks 0 and 2 wait in barrier`."""
+        who = self.waiting
+        calls = listed(sorted({str(position(rank).call) for rank in who}))
+        waits = agree(who, "waits", "wait") if any(r.status == "stopped" for r in who) else "waited"
+        return f"{ranks_text([rank.rank for rank in who])} {waits} in {calls}"
+
+    def frame(self) -> Frame | None:
+        """The line where the first rank waits."""
+        first = next(iter(self.waiting), None)
+        return None if first is None else position(first).frame
+
+    def errors(self) -> list[str]:
+        """The traceback of a rank that raised something of its own, or gave up waiting."""
+        raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
+        own = [r for r in raised if not lost_partner(r)] or raised
+        return [*stacks.render(own[0].error).splitlines(), ""] if own and own[0].error else []
+
+    def evidence(self) -> tuple[str, ...]:
+        """That traceback, and where every rank is."""
+        return (*self.errors(), *rank_state.lines(self.run.ranks))
+
+
+class _Hang(Standstill):
+    def verdict(self) -> Verdict:
+        parting = self._parting()
+        if parting is not None:
+            return self._parted(parting)
+        awaited = self._awaited()
+        if awaited:
+            return self._missed(awaited)
+        return _deadlock(self)
+
+    # Calls that do not fit
+
+    def _parting(self) -> Mismatch | None:
+        """The first call at which ranks parted, in the groups where some wait now."""
+        last: dict[str, int] = {}
+        for call in self.standing.values():
+            if call.group is not None and call.seq is not None and not call.pairwise:
+                last[call.group] = max(call.seq, last.get(call.group, 0))
+        if not last and any(position(rank).call in DDP_CALLS for rank in self.waiting):
+            last = {group: max(numbers) for group, numbers in self.calls.met.items()}
+        found = [mismatch.first(self.calls, group, until) for group, until in last.items()]
+        return min(
+            (p for p in found if p is not None),
+            key=lambda p: min(call.t0_ns for call in p.calls),
+            default=None,
+        )
+
+    def _parted(self, parting: Mismatch) -> Verdict:
+        lines = rank_state.lines(self.run.ranks)
+        if any(self._stands_elsewhere(call) for call in parting.calls):
+            lines = [f"{at_head(parting.place)}:", *parting.lines(), "", "Now:", *lines]
+        first = parting.calls[0]
+        against = advice.ORDER if parting.why == "order" else advice.TENSORS.format(op=first.name)
+        if any(call.of_ddp for call in parting.calls):
+            against += f" {advice.DDP}"
+        return Verdict(
+            parting.kind,
+            parting.odd_ranks,
+            parting.title(),
+            (*self.errors(), *lines),
+            against,
+            parting.frame,
+        )
+
+    def _stands_elsewhere(self, call: Call) -> bool:
+        stands = self.standing.get(call.rank)
+        return stands is None or stands.site != call.site
+
+    # Ranks that do not come
+
+    def _awaited(self) -> dict[int, Kind]:
+        """The ranks that others wait for and that do not wait themselves, and why."""
+        missing: dict[int, Call | None] = {}
+        for call in self.standing.values():
+            missing.update(dict.fromkeys(self.calls.missing(call), call))
+        if len(self.standing) < len(self.waiting):  # DDP's own calls: all may be awaited
+            missing = {**{r.rank: None for r in self.away}, **missing}
+        away = {rank.rank: rank for rank in self.away}
+        found = {r: self._why_away(away[r], call) for r, call in missing.items() if r in away}
+        joining = any(call.op in JOINING for call in self.standing.values())
+        if not found and (not self.standing or (joining and self.run.hung_after is None)):
+            found = {r: self._why_away(rank, None) for r, rank in away.items()}
+        return found
+
+    def _why_away(self, rank: RankResult, call: Call | None) -> Kind:
+        left = self._left(rank.rank)
+        if call is not None and call.op == JOIN:
+            return "never joined"
+        if rank.kept_by is not None and not self.waiting and rank.activity != "suspended":
+            return "not ended"
+        if rank.status == "returned" or (rank.kept_by is not None and self.waiting):
+            return "returned early"
+        if left is not None:
+            return "left the group"
+        match rank.activity:
+            case "suspended":
+                return "suspended"
+            case "busy":
+                return "computing"
+        if not rank.stack:
+            return "no answer"
+        return "blocked in Python"
+
+    def _left(self, rank: int) -> Call | None:
+        """The call by which a rank left a group in which others wait."""
+        groups = {"world", *(call.group for call in self.standing.values() if call.group)}
+        found = [self.calls.left(rank, group) for group in groups]
+        return next((call for call in found if call is not None), None)
+
+    def _missed(self, awaited: dict[int, Kind]) -> Verdict:
+        kind = min(awaited.values(), key=_WORST.index)
+        ranks = tuple(sorted(r for r, why in awaited.items() if why == kind))
+        gone = listed(self._short(kind, ranks) for kind, ranks in _by_kind(awaited))
+        title = f"{self.who_waits()}, but {gone}" if self.waiting else self._nobody_waits()
+        if kind == "not ended":
+            title = self._short(kind, ranks)
+        frame = stacks.position(self.run.ranks[ranks[0]].stack).frame
+        if frame is None and (call := self.calls.not_made(ranks[0])) is not None:
+            frame = frame_of(call.site)
+        return Verdict(
+            kind,
+            ranks,
+            title,
+            self.evidence(),
+            self._against(kind, ranks),
+            frame,
+        )
+
+    def _against(self, kind: Kind, ranks: Sequence[int]) -> str:
+        """What to try where `ranks` did not come."""
+        after = self.run.hung_after
+        limit = "" if after is None else f"No rank made progress for {after:g} s. "
+        slow = "" if self.run.recorded else advice.SLOW
+        match kind:
+            case "computing":
+                return limit + slow
+            case "blocked in Python":
+                return limit + advice.IDLE + slow
+            case "no answer" if self.run.recorded:
+                rank = self.run.ranks[ranks[0]]
+                return advice.RECORD + (advice.PY_SPY.format(rank=rank) if rank.pid else "")
+            case "no answer":
+                return advice.IN_C + advice.SLOW
+            case "suspended":
+                return advice.SUSPENDED
+            case "never joined":
+                return advice.JOINING
+            case "left the group":
+                return advice.LEFT
+            case "not ended":
+                keeper = self.run.ranks[ranks[0]].kept_by
+                return limit + _ENDING.get(str(keeper), advice.THREADS) + slow
+        return advice.MISSING
+
+    def _nobody_waits(self) -> str:
+        after = self.run.hung_after
+        return f"no rank made progress for {after:g} s" if after is not None else "no rank goes on"
+
+    def _short(self, kind: Kind, ranks: Sequence[int]) -> str:
+        who, rank = ranks_text(ranks), self.run.ranks[ranks[0]]
+        has, is_ = agree(ranks, "has", "have"), agree(ranks, "is", "are")
+        frame = stacks.position(rank.stack).frame
+        where = f" at {stacks.line_name(frame)}" if frame else ""
+        match kind:
+            case "never joined" if rank.status == "returned":
+                return f"{who} {has} returned"
+            case "never joined" if rank.activity is not None:
+                return f"{who} {is_} {rank.activity}{where}"
+            case "returned early":
+                call = self.calls.not_made(ranks[0])
+                before = f" before {call.name} at {line_of(call.site)}" if call else ""
+                return f"{who} {has} returned{before}"
+            case "left the group":
+                call = self._left(ranks[0])
+                return f"{who} {has} left the group at {line_of(call.site if call else None)}"
+            case "not ended":
+                return f"{who} {has} returned, but {rank.kept_by} goes on{where}"
+            case "computing":
+                return f"{who} {is_} busy{where}"
+            case "suspended":
+                return f"{who} {is_} suspended{where}"
+            case "no answer" if self.run.recorded:
+                return f"{who} did not come"
+            case "no answer":
+                return f"{who} did not answer"
+            case _:
+                return f"{who} {is_} idle{where}"
+
+
+def _by_kind(awaited: dict[int, Kind]) -> Iterable[tuple[Kind, list[int]]]:
+    for kind in sorted(set(awaited.values()), key=_WORST.index):
+        yield kind, sorted(rank for rank, why in awaited.items() if why == kind)
+
+
+# Nobody is away: the ranks wait for each other
+
+
+def _deadlock(still: Standstill) -> Verdict:
+    """The verdict on a standstill for which no rank that is elsewhere can be blamed."""
+    lines = still.evidence()
+    frame = still.frame()
+    calls = {position(rank).call for rank in still.waiting}
+    everyone = tuple(rank.rank for rank in still.waiting)
+    if calls == {JOIN}:
+        title = f"{still.who_waits()} for ranks that never came"
+        place = advice.PLACE.format(ranks=count(still.run.world_size, "rank"))
+        return Verdict("never joined", everyone, title, lines, place, frame)
+    title = f"all ranks wait for each other: {still.who_waits()}"
+    if late := _late(still):
+        op = still.standing[late[0]].name
+        them = agree(late, "it", "them")
+        title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"
+        return Verdict("gave up waiting", late, title, lines, advice.LATE, frame)
+    unmatched = [c for c in still.standing.values() if c.pairwise and still.calls.missing(c)]
+    groups = {c.group for c in still.standing.values() if not c.pairwise and c.group}
+    if unmatched and len(unmatched) == len(still.standing):
+        return _all_pairwise(title, unmatched, lines)
+    if unmatched:
+        return _unmatched(unmatched[0], lines)
+    if len(groups) > 1:
+        return Verdict(
+            "groups in different order",
+            _in_the_smallest_group(still) or everyone,
+            f"{title}, in groups that they take in different order",
+            lines,
+            advice.GROUPS,
+            frame,
+        )
+    if len(calls) > 1:
+        return _different(still, lines)
+    if _across_machines(still):
+        title = f"{title}, and nothing comes through from one machine to the other"
+        return Verdict("cut off", everyone, title, lines, advice.NETWORK, frame)
+    if still.run.hung_after is None:
+        return Verdict("gave up waiting", everyone, still.who_waits(), lines, advice.MISSING, frame)
+    return Verdict("waiting for each other", everyone, title, lines, advice.SAME_CALL, frame)
+
+
+def _across_machines(still: Standstill) -> bool:
+    """A call never ended though all have come to it, and they are on several machines."""
+    hosts = {rank.host for rank in still.waiting}
+    calls = still.standing.values()
+    return len(hosts) > 1 and any(not still.calls.missing(call) for call in calls)
+
+
+def _different(still: Standstill, lines: tuple[str, ...]) -> Verdict:
+    """Some wait in a call of DDP's own, which is not recorded, others elsewhere."""
+    by_call: dict[str | None, list[int]] = {}
+    for rank in still.waiting:
+        by_call.setdefault(position(rank).call, []).append(rank.rank)
+    few, *_, many = sorted(by_call.values(), key=len)
+    sides = [
+        f"{ranks_text(ranks)} {agree(ranks, 'waits', 'wait')} in {call}"
+        for call, ranks in by_call.items()
+    ]
+    return Verdict(
+        "different collectives",
+        tuple(few if len(few) < len(many) else sorted(few + many)),
+        f"the ranks wait for each other in different calls: {listed(sides)}",
+        lines,
+        advice.DDP if DDP_CALLS & by_call.keys() else advice.ORDER,
+        position(still.run.ranks[few[0]]).frame,
+    )
+
+
+def _in_the_smallest_group(still: Standstill) -> tuple[int, ...]:
+    """The ranks that wait in a group where fewer wait than in the others; () if none."""
+    by_group: dict[str | None, list[int]] = {}
+    for rank, call in still.standing.items():
+        by_group.setdefault(call.group, []).append(rank)
+    few, *_, many = sorted(by_group.values(), key=len)
+    return tuple(few) if len(few) < len(many) else ()
+
+
+def _late(still: Standstill) -> tuple[int, ...]:
+    """The ranks that came to a call only after others had failed there."""
+    standing = still.standing.values()
+    if still.run.hung_after is not None or len({(c.group, c.seq) for c in standing}) != 1:
+        return ()
+    ended = (rank.ended_ns for rank in still.waiting if rank.status == "raised")
+    first = min(ended, default=None)
+    return tuple(c.rank for c in standing if first is not None and c.t0_ns > first)
+
+
+def _all_pairwise(title: str, calls: list[Call], lines: tuple[str, ...]) -> Verdict:
+    ranks = tuple(sorted(call.rank for call in calls))
+    kind: Kind = "unmatched recv"
+    against = advice.RECEIVES_FIRST
+    if all(call.op in SENDS for call in calls):
+        kind, against = "unmatched send", advice.SENDS_FIRST
+    return Verdict(kind, ranks, title, lines, against, frame_of(calls[0].site))
+
+
+def _unmatched(call: Call, lines: tuple[str, ...]) -> Verdict:
+    sends = call.op in SENDS
+    other = "any rank" if call.peer is None else f"rank {call.peer}"
+    title = (
+        f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}, which does "
+        f"not {'receive' if sends else 'send'}: it waits, too"
+    )
+    kind: Kind = "unmatched send" if sends else "unmatched recv"
+    return Verdict(kind, (call.rank,), title, lines, advice.PAIRS, frame_of(call.site))

@@ -1,0 +1,231 @@
+"""Where the calls of ranks part: at one number in a group, other functions, or other tensors.
+
+Runs in the parent, on `Calls`. A hang is explained by it (hangs.py), and so are numbers that are
+silently wrong because two calls changed places (diagnose.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from ddp_lessons.diagnosis.calls import Call, Calls
+from ddp_lessons.diagnosis.rank_state import line
+from ddp_lessons.diagnosis.verdict import Kind
+from ddp_lessons.text import agree, listed, ranks_text
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.ops import FROM_ROOT
+from ddp_lessons.wire.records import Frame, split_site
+
+Why = Literal["order", "tensors"]
+
+
+class Mismatch(NamedTuple):
+    """The first number in a group at which ranks made different calls.
+
+    Attributes
+    ----------
+    calls : tuple of Call
+        The call of every rank that made one.
+    why : str
+        "order" (other functions or roots, or the same lines in another order) or "tensors".
+    passed : str or None
+        The line that the ranks at another line passed by, as far as that can be told.
+    """
+
+    group: str
+    seq: int
+    calls: tuple[Call, ...]
+    why: Why
+    passed: str | None
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of verdict."""
+        if self.why == "tensors":
+            return "unlike tensors"
+        return "different collectives" if self.passed is None else "skipped collective"
+
+    @property
+    def place(self) -> str:
+        """`call 3`, or `call 3 of group 'ranks 0 2'`."""
+        group = "" if self.group == "world" else f" of group {self.group!r}"
+        return f"call {self.seq + 1}{group}"
+
+    @property
+    def sides(self) -> list[list[Call]]:
+        """The calls that agree, together; the largest side first."""
+        sides: dict[object, list[Call]] = defaultdict(list)
+        for call in self.calls:
+            order = call.op, call.peer, call.site
+            sides[call.look if self.why == "tensors" else order].append(call)
+        return sorted(sides.values(), key=lambda side: (-len(side), side[0].rank))
+
+    @property
+    def odd_ranks(self) -> tuple[int, ...]:
+        """The ranks of the smallest side; of all sides if none is smaller."""
+        most, *_, least = self.sides
+        return ranks_of(least if len(least) < len(most) else self.calls)
+
+    @property
+    def frame(self) -> Frame | None:
+        """The line to look at first."""
+        return frame_of(self.passed or self.sides[-1][0].site)
+
+    def title(self) -> str:
+        """What happened, in a line."""
+        if self.why == "tensors":
+            looks = listed(f"{side[0].tensor} on {_who(side)}" for side in self.sides)
+            return f"{self.calls[0].name} was called with unlike tensors: {looks}"
+        if self.passed is None:
+            what = listed(
+                f"{_who(s)} {agree(s, 'calls', 'call')} {_name(s[0])}" for s in self.sides
+            )
+            return f"{self.place} is not the same on all ranks: {what}"
+        callers = [call for call in self.calls if call.site == self.passed]
+        others = [call for call in self.calls if call.site != self.passed]
+        return (
+            f"{_who(callers)} {agree(callers, 'calls', 'call')} {callers[0].name} at "
+            f"{line_of(self.passed)}, which {_who(others)} {agree(others, 'passes', 'pass')} by"
+        )
+
+    def lines(self) -> list[str]:
+        """The calls, a line a side."""
+        return [_side(side, self.why) for side in self.sides]
+
+
+def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None:
+    """The first number in a group, at most `until`, at which the calls differ."""
+    for seq, by_rank in sorted(calls.met.get(group, {}).items()):
+        if until is not None and seq > until:
+            break
+        if len(by_rank) > 1 and (why := _difference(calls.met[group], seq)):
+            found = Mismatch(group, seq, tuple(by_rank.values()), why, None)
+            if why == "order":
+                most, *_, least = found.sides
+                passed = _passed_by(calls.met[group], most[0].site, least[0].site)
+                return found._replace(passed=passed)
+            return found
+    return None
+
+
+def ranks_of(calls: Sequence[Call]) -> tuple[int, ...]:
+    """The ranks that made the calls."""
+    return tuple(sorted(call.rank for call in calls))
+
+
+def frame_of(site: str | None) -> Frame | None:
+    """The line of a site."""
+    return None if site is None else stacks.frame_at(*split_site(site))
+
+
+def line_of(site: str | None) -> str:
+    """`Cell In[3], line 4`."""
+    frame = frame_of(site)
+    return stacks.line_name(frame) if frame else "a line that is not known"
+
+
+Numbers = dict[int, dict[int, Call]]  # the calls in a group by number and rank
+
+
+def _difference(numbers: Numbers, seq: int) -> Why | None:
+    calls = list(numbers[seq].values())
+    if len({(call.op, call.peer) for call in calls}) > 1:
+        return "order"
+    if len({call.site for call in calls}) > 1 and _out_of_step(numbers, seq):
+        return "order"
+    return "tensors" if len({call.look for call in calls}) > 1 else None
+
+
+def _out_of_step(numbers: Numbers, seq: int) -> bool:
+    """Whether one rank makes, as this call, what another makes as its next.
+
+    Other lines alone mean nothing: the branches of an `if rank == 0` often make the same call. But
+    a rank that makes both calls, one after the other, makes them in an order.
+    """
+    here, then = numbers[seq], numbers.get(seq + 1, {})
+    for rank, call in here.items():
+        follows = then.get(rank)
+        if follows is None or _exclusive(call.site, follows.site):
+            continue
+        for other, theirs in here.items():
+            if _source(theirs) == _source(call) or _source(theirs) != _source(follows):
+                continue
+            if other not in then or _source(then[other]) == _source(call):
+                return True
+    return False
+
+
+def _passed_by(numbers: Numbers, one: str | None, other: str | None) -> str | None:
+    """Of two lines where ranks stand, the one that those at the other have not called.
+
+    None if the order of the lines tells nothing: they are the branches of an `if`, say.
+    """
+    if one is None or other is None or one == other:
+        return None
+    forth, back = _follows(numbers, one, other), _follows(numbers, other, one)
+    if forth != back:
+        return one if forth else other
+    (file, line), (other_file, other_line) = split_site(one), split_site(other)
+    if file != other_file or _exclusive(one, other):
+        return None
+    return one if line < other_line else other
+
+
+def _follows(numbers: Numbers, one: str, other: str) -> bool:
+    """Whether, on some rank, a call from line `other` came right after one from line `one`."""
+    for seq, calls in numbers.items():
+        then = numbers.get(seq + 1, {})
+        for rank, call in calls.items():
+            if call.site == one and rank in then and then[rank].site == other:
+                return True
+    return False
+
+
+def _source(call: Call) -> str:
+    return linecache.getline(*split_site(call.site)).strip() if call.site is not None else ""
+
+
+@functools.lru_cache(maxsize=256)
+def _exclusive(one: str | None, other: str | None) -> bool:
+    """Whether two lines are in different branches of one `if`."""
+    if one is None or other is None:
+        return False
+    (file, line), (other_file, other_line) = split_site(one), split_site(other)
+    if file != other_file:
+        return False
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:  # a cell with a line of magic
+        return False
+    return any(
+        (_within(node.body, line) and _within(node.orelse, other_line))
+        or (_within(node.body, other_line) and _within(node.orelse, line))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If)
+    )
+
+
+def _within(block: Sequence[ast.stmt], line: int) -> bool:
+    return bool(block) and block[0].lineno <= line <= (block[-1].end_lineno or 0)
+
+
+def _who(calls: Sequence[Call]) -> str:
+    return ranks_text(ranks_of(calls))
+
+
+def _side(side: Sequence[Call], why: Why) -> str:
+    call = side[0]
+    what = f"{_name(call)} with {call.tensor}" if why == "tensors" else _name(call)
+    return f"{_who(side)} {agree(side, 'calls', 'call')} {what}{line(frame_of(call.site))}"
+
+
+def _name(call: Call) -> str:
+    """`all_reduce`, `broadcast from rank 1`."""
+    if call.peer is None:
+        return call.name
+    return f"{call.name} {'from' if call.op in FROM_ROOT else 'to'} rank {call.peer}"

@@ -1,0 +1,148 @@
+"""Where each rank is, or was when it failed, and whether it only lost another one.
+
+Runs in the parent.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ddp_lessons.results import RankResult
+from ddp_lessons.text import agree, exit_name, ranks_text
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.records import ErrorRecord, Frame, Lane, split_site
+from ddp_lessons.wire.stacks import Position
+
+# How gloo, the TCP store and NCCL say that another rank is gone (torch 2.13; gloo transport/tcp).
+_LOST_PEER = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed"
+    r"|[Ff]ailed to recv, got 0 bytes|remote process has (?:terminated|exited)|NCCL.*remote error"
+)
+# And how they say that it did not come in time.
+_GAVE_UP = re.compile(
+    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Application timeout caused pair closure"
+    r"|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
+)
+# And how it says, under TORCH_DISTRIBUTED_DEBUG=DETAIL, that others came to another call.
+_MISMATCH = re.compile(r"Detected mismatch between collectives on ranks")
+
+# The verbs with which the lines begin, for one rank and for several.
+_PLURAL = {
+    "waits in": "wait in",
+    "is": "are",
+    "lost its partner in": "lost their partner in",
+    "has not finished on its GPU:": "have not finished on their GPUs:",
+}
+
+
+def position(rank: RankResult) -> Position:
+    """Where it was when it was stopped, or when it raised, and the call in which it waited."""
+    return stacks.position(rank.stack if rank.error is None else rank.error.frames)
+
+
+def waits(rank: RankResult) -> bool:
+    """True if a rank waits in a call of torch.distributed, or did until that failed."""
+    if rank.status == "stopped":
+        return position(rank).call is not None and rank.activity != "busy"
+    return lost_partner(rank)
+
+
+def lines(ranks: Sequence[RankResult]) -> list[str]:
+    """What every rank did and where, a line for those together that did the same."""
+    texts: dict[tuple[str, str], list[int]] = {}
+    for rank in ranks:
+        texts.setdefault(_doing(rank), []).append(rank.rank)
+    for rank in ranks:
+        if (call := _on_gpu(rank)) is not None:
+            texts.setdefault(call, []).append(rank.rank)
+    return [
+        f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
+        for (verb, rest), those in texts.items()
+    ]
+
+
+def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
+    """What its GPU has not finished of what it was told first; its call returned long ago."""
+    for span in rank.spans:
+        if span.lane == Lane.CUDA and span.t1_ns is None:
+            frame = stacks.frame_at(*split_site(span.site)) if span.site else None
+            return "has not finished on its GPU:", f"{span.op}{line(frame)}"
+    return None
+
+
+def line(frame: Frame | None) -> str:
+    """`: Cell In[3], line 4:  dist.barrier()`; without its text, `: <stdin>, line 4, in work`."""
+    if frame is None:
+        return ""
+    told = f":  {frame.source}" if frame.source else f", in {frame.function}"
+    return f": {stacks.line_name(frame)}{told if frame.source or frame.function else ''}"
+
+
+def _after(rank: RankResult) -> str:
+    """`, after all_reduce at train.py, line 7`: its last call, where a record ends."""
+    calls = [span for span in rank.spans if span.op and span.site]
+    if not calls:
+        return ""
+    frame = stacks.frame_at(*split_site(calls[-1].site or ""))
+    return f", after {calls[-1].op} at {stacks.line_name(frame)}"
+
+
+def _doing(rank: RankResult) -> tuple[str, str]:
+    """A verb, and the rest of the line."""
+    frame, call = position(rank)
+    match rank.status:
+        case "died" if rank.exitcode is None and call is not None:
+            return "ended in", f"{call}{line(frame)}"
+        case "died" if rank.exitcode is None:
+            return "ended", f"outside torch.distributed{_after(rank)}"
+        case "died":
+            return "died:", exit_name(rank.exitcode)
+        case "raised" if gave_up(rank):
+            return "gave up waiting in", f"{call}{line(frame)}"
+        case "raised" if lost_partner(rank):
+            return "lost its partner in", f"{call}{line(frame)}"
+        case "raised":
+            return "raised", f"{rank.error.summary if rank.error else ''}{line(frame)}"
+        case "stopped" if rank.kept_by is not None:
+            return "returned,", f"but {rank.kept_by} goes on{line(frame)}"
+        case "stopped" if call is None and frame is None and rank.exitcode is None:
+            return "is", f"outside torch.distributed{_after(rank)}"
+        case "stopped" if call is None and frame is None:
+            return "did not answer:", "suspended, or busy in C code"
+        case "stopped" if rank.activity == "suspended" or call is None:
+            return "is", f"{rank.activity or 'idle'}{line(frame)}"
+        case "stopped":
+            return "waits in", f"{call}{line(frame)}"
+    verb, _, rest = rank.outcome().partition(" ")
+    return verb, rest
+
+
+def lost_partner(rank: RankResult) -> bool:
+    """True for a rank that failed only because another one was gone, or did not come."""
+    if rank.status == "died":
+        return rank.exitcode == -6 and _says_so("\n".join(rank.shown_lines[-20:]))
+    return _is_loss(rank.error)
+
+
+def _is_loss(error: ErrorRecord | None) -> bool:
+    """Whether an exception, one before it or all the parts of a group say so."""
+    while error is not None:
+        if _lost(error) or (error.parts and all(map(_is_loss, error.parts))):
+            return True
+        error = error.previous
+    return False
+
+
+def gave_up(rank: RankResult) -> bool:
+    """True for a rank whose call ended by its own timeout."""
+    return rank.error is not None and bool(_GAVE_UP.search(rank.error.text)) and _lost(rank.error)
+
+
+def _lost(error: ErrorRecord) -> bool:
+    # In torch.distributed only: a data base may lose its connection, too.
+    return _says_so(error.text) and stacks.position(error.frames).call is not None
+
+
+def _says_so(text: str) -> bool:
+    return any(pattern.search(text) for pattern in (_LOST_PEER, _GAVE_UP, _MISMATCH))

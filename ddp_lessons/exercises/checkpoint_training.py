@@ -1,0 +1,157 @@
+"""A small training for lesson 12's check: it saves, is killed and resumes with the learner's class.
+
+Runs in workers, except `checkpoint_path`. It has all that a checkpoint must remember: momentum, a
+scheduler, shuffled epochs and, on each rank, a dropout of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+from ddp_lessons.exercises.framework import in_group
+from ddp_lessons.exercises.small_training import flat
+
+SAMPLES, BATCHES, EPOCHS = 24, 4, 3  # BATCHES of an epoch
+SAVED, CUT = (1, 2), (2, 1)  # epoch and batch before which all ranks save
+SLOW = 0.2  # seconds that rank 0 takes to write
+
+Facts = dict[str, Any]  # what a rank had when it saved or loaded, and in the end
+
+
+class _Disk:
+    """Stands in for `torch.save` on a rank: notes who writes where; can be slow, and kill."""
+
+    def __init__(self, rank: int, folder: str) -> None:
+        self.ended_ns = 0  # when the last write ended
+        self._log = os.path.join(folder, f"written by {rank}")
+        self._save = torch.save
+        self._writes = self._kill_in = -1  # of this `save`, counted from 0
+        self._slow = False
+
+    def begin(self, slow: bool = False, kill: bool = False) -> None:
+        """Begin a `save`, which may be slow, or killed in the middle of its last write."""
+        self._kill_in = self._writes if kill else -1
+        self._writes, self._slow = -1, slow
+
+    def __call__(self, state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        self._writes += 1
+        if self._slow and self._writes == 0:
+            time.sleep(SLOW)  # the others may be done before
+        buffer = io.BytesIO()
+        self._save(state, buffer, *args, **kwargs)
+        data, killed = buffer.getvalue(), self._writes == self._kill_in
+        is_path = isinstance(file, str | os.PathLike)
+        with open(file, "wb") if is_path else contextlib.nullcontext(file) as opened:
+            if name := getattr(opened, "name", ""):
+                with open(self._log, "a") as log:
+                    log.write(f"{os.path.basename(name)}\n")
+            opened.write(data[: len(data) // 2] if killed else data)
+            opened.flush()
+        if killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.ended_ns = time.perf_counter_ns()
+
+
+@in_group
+def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
+    """Train from the beginning to the end; what the rank had when it saved, and in the end."""
+    disk, path = _Disk(rank, folder), checkpoint_path(folder)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    files = checkpoint()
+    parts = _set_up(seed=1, rank=rank)
+    facts: Facts = {}
+    with mock.patch.object(torch, "save", disk):
+        for epoch, batch, *samples in _batches((0, 0)):
+            if (epoch, batch) == SAVED:
+                facts = _seen(*parts)
+                disk.begin(slow=rank == 0 and not killed)
+                files.save(path, *parts, epoch, batch)
+                facts |= {"returned_ns": time.perf_counter_ns(), "written_ns": disk.ended_ns}
+            if killed and (epoch, batch) == CUT:
+                disk.begin(slow=rank == 0, kill=rank == 0)
+                files.save(path, *parts, epoch, batch)
+                os.kill(os.getpid(), signal.SIGKILL)  # if that did not write with torch.save
+            _step(*parts, *samples)
+    return facts | {"end": flat(parts[0].parameters())}
+
+
+@in_group
+def resume(rank: int, checkpoint: Any, folder: str) -> Facts:
+    """Load and train to the end; what the rank had when it had loaded, and in the end."""
+    parts = _set_up(seed=7, rank=rank)
+    place = _place(checkpoint().load(checkpoint_path(folder), *parts))
+    facts = {"place": place, "end": None, **_seen(*parts)}
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, place)
+    if places == [SAVED] * len(places):  # else training would only fail
+        for _, _, *samples in _batches(SAVED):
+            _step(*parts, *samples)
+        facts["end"] = flat(parts[0].parameters())
+    return facts
+
+
+def checkpoint_path(folder: str) -> str:
+    """Where the learner's class saves: not beside the notes of who writes what."""
+    return os.path.join(folder, "checkpoints", "last.pt")
+
+
+def _set_up(seed: int, rank: int) -> tuple[Any, Any, Any]:
+    torch.manual_seed(seed)
+    layers = nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)
+    model = DistributedDataParallel(nn.Sequential(*layers))
+    # Now, not in the first step, DDP orders its buckets: sums over three ranks keep their order.
+    model(torch.zeros(1, 3)).sum().backward()
+    torch.manual_seed(100 * seed + rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
+
+
+def _step(model: Any, optimizer: Any, scheduler: Any, inputs: Tensor, labels: Tensor) -> None:
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(inputs), labels).backward()
+    optimizer.step()
+    scheduler.step()
+
+
+def _batches(place: tuple[int, int]) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(SAMPLES, 3, generator=generator)
+    labels = torch.randint(4, (SAMPLES,), generator=generator)
+    sampler = DistributedSampler(range(SAMPLES))
+    for epoch in range(place[0], EPOCHS):
+        sampler.set_epoch(epoch)
+        chunks = torch.tensor(list(sampler)).chunk(BATCHES)
+        for batch in range(place[1] if epoch == place[0] else 0, BATCHES):
+            yield epoch, batch, inputs[chunks[batch]], labels[chunks[batch]]
+
+
+def _place(returned: Any) -> tuple[int, int] | None:
+    try:
+        epoch, batch = map(int, returned)
+    except (TypeError, ValueError):
+        return None
+    return epoch, batch
+
+
+def _seen(model: nn.Module, optimizer: Any, scheduler: Any) -> Facts:
+    momentum = [s["momentum_buffer"] for s in optimizer.state.values() if "momentum_buffer" in s]
+    rate = float(optimizer.param_groups[0]["lr"])
+    return {
+        "model": flat(model.parameters()),
+        "momentum": flat(momentum) if momentum else None,
+        "scheduler": (scheduler.last_epoch, scheduler.get_last_lr(), rate),
+        "random": torch.get_rng_state(),
+    }

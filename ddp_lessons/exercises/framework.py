@@ -1,0 +1,229 @@
+"""The common part of all checks: an exercise, its hints, and the feedback that a cell shows.
+
+Runs in the parent, except what `in_group` decorates. A check is a function that raises `Wrong` with
+what it saw, mostly through `judge`; the `exercise` decorator turns it into an `Exercise`, which
+never raises for a wrong answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import html
+import inspect
+import io
+import re
+import reprlib
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
+
+from ddp_lessons import ErrorRecord, LaunchError, Run, launch
+
+TIMEOUT = 8.0  # seconds without progress: an answer that hangs is stopped soon
+_short = reprlib.Repr()
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Wrong(Exception):
+    """A wrong answer: what was seen on the ranks, and the misconception that explains it."""
+
+    def __init__(self, seen: str, because: str) -> None:
+        super().__init__(seen)
+        self.seen = seen
+        self.because = because
+
+
+class Unattempted(Exception):
+    """The exercise was not attempted yet, where a check sees it that `is_unattempted` cannot."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What a check found; shown by the cell that asked.
+
+    Attributes
+    ----------
+    passed : bool or None
+        None if the exercise was not attempted yet.
+    seen : str
+        What happened when the answer ran.
+    because : str
+        The misconception behind a wrong answer, put right; "" if it is right.
+    """
+
+    exercise: str
+    passed: bool | None
+    seen: str
+    because: str
+    hints: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        lines = [f"{_MARKS[self.passed]} {self.exercise}: {self.seen}"]
+        if self.because:
+            lines.append(f"  {self.because}")
+        if self.passed is False:
+            lines.append(f"  For a hint: {self.exercise}.hint()")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        colour = {True: "#009E73", False: "#D55E00", None: "#888888"}[self.passed]
+        parts = [f"<b>{_MARKS[self.passed]} {self.exercise}</b>: {_text(self.seen)}"]
+        if self.because:
+            parts.append(f"<p style='margin:6px 0'>{_text(self.because)}</p>")
+        if self.passed is False:
+            parts += [
+                f"<details><summary>Hint {number}</summary>{_text(hint)}</details>"
+                for number, hint in enumerate(self.hints, start=1)
+            ]
+        return (
+            f"<div style='border-left:4px solid {colour};padding:4px 12px'>{''.join(parts)}</div>"
+        )
+
+
+_MARKS = {True: "✓", False: "✗", None: "○"}
+
+
+class Exercise:
+    """A check as the learner calls it: `check_greet(greet)`, and `check_greet.hint()`."""
+
+    def __init__(self, check: Callable[[Any], str], hints: tuple[str, ...]) -> None:
+        self._check = check
+        self._hints = hints
+        self._given = 0
+        self.__name__ = check.__name__
+        self.__doc__ = check.__doc__
+
+    def __call__(self, answer: Any) -> Feedback:
+        """Run the answer on real ranks and say what came of it."""
+        try:
+            if is_unattempted(answer):
+                raise Unattempted
+            return self._feedback(True, self._check(answer))
+        except Unattempted:
+            return self._feedback(
+                None, "not attempted yet. Replace the `...` and run the cell again."
+            )
+        except Wrong as wrong:
+            return self._feedback(False, wrong.seen, wrong.because)
+        except LaunchError as error:
+            return self._feedback(
+                False, f"it failed on real ranks.\n{error}", "Read the error first."
+            )
+
+    def hint(self) -> None:
+        """Print the next hint; after the last one, the first again."""
+        print(self._hints[self._given % len(self._hints)])
+        self._given += 1
+
+    def _feedback(self, passed: bool | None, seen: str, because: str = "") -> Feedback:
+        return Feedback(self.__name__, passed, seen, because, self._hints)
+
+
+def exercise(*hints: str) -> Callable[[Callable[[Any], str]], Exercise]:
+    """Make an `Exercise` of a check, which returns what it saw and raises `Wrong`."""
+    return lambda check: Exercise(check, hints)
+
+
+def run_ranks(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    nprocs: int = 2,
+    nnodes: int = 1,
+    check: bool = True,
+) -> Run:
+    """`launch` for a check: it prints nothing and gives up soon.
+
+    With ``check=False`` a failure is not raised, so that the check can explain it.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        return launch(fn, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=check)
+
+
+def in_group(worker: Callable[P, R], timeout: timedelta | None = None) -> Callable[P, R]:
+    """Decorate a worker function: the rank joins a gloo group before it, and leaves it after it."""
+
+    @functools.wraps(worker)
+    def joined(*args: P.args, **kwargs: P.kwargs) -> R:
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo", timeout=timeout)
+        result = worker(*args, **kwargs)
+        dist.destroy_process_group()  # not after an exception: other ranks may still use the group
+        return result
+
+    return joined
+
+
+def stuck(run: Run) -> bool:
+    """Whether a run failed because of how ranks depend on each other: none of them just raised."""
+    return run.verdict is not None and run.verdict.kind not in ("raised", "unsendable")
+
+
+def errors(run: Run) -> list[ErrorRecord]:
+    """The exceptions of the ranks that raised one."""
+    return [rank.error for rank in run.ranks if rank.error is not None]
+
+
+def judge(seen: str, mistakes: Mapping[str, object]) -> None:
+    """Raise `Wrong` for the first mistake whose condition holds; return if none does.
+
+    Parameters
+    ----------
+    seen : str
+        What was seen on the ranks.
+    mistakes : mapping of str to object
+        The explanation of each mistake, and its condition: the most specific mistake first, True
+        for all others. A line before the explanation completes `seen`.
+    """
+    for text, applies in mistakes.items():
+        if applies:
+            more, _, because = text.rpartition("\n")
+            raise Wrong(f"{seen}{more}", because)
+
+
+def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
+    """Call the learner's own function here; if it raises, that is a wrong answer."""
+    try:
+        return answer(*args)
+    except Exception as error:
+        name = getattr(answer, "__name__", "it")
+        given = ", ".join(_short.repr(argument) for argument in args)
+        raise Wrong(f"{name}({given}) raised {type(error).__name__}: {error}", because) from error
+
+
+def is_unattempted(answer: Any) -> bool:
+    """True for `...`, and for a function or class that is, or still contains, `...`."""
+    answer = inspect.unwrap(answer) if callable(answer) else answer  # under its decorators
+    if answer is ...:
+        return True
+    if inspect.isclass(answer):
+        return any(map(is_unattempted, filter(inspect.isfunction, vars(answer).values())))
+    code = getattr(answer, "__code__", None)
+    return code is not None and (_is_empty(code) or _holds_ellipsis(code))
+
+
+_IDLE = {"RESUME", "NOP", "COPY_FREE_VARS"}
+_RETURN = {"LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
+
+
+def _is_empty(code: types.CodeType) -> bool:
+    # A body of `...`, of a docstring or of `pass` compiles to nothing but `return None`.
+    steps = [step for step in dis.get_instructions(code) if step.opname not in _IDLE]
+    return all(step.opname in _RETURN for step in steps) and steps[0].argval is None
+
+
+def _holds_ellipsis(code: types.CodeType) -> bool:
+    return any(
+        const is ... or (isinstance(const, types.CodeType) and _holds_ellipsis(const))
+        for const in code.co_consts
+    )
+
+
+def _text(text: str) -> str:
+    code = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text))
+    return f"<span style='white-space:pre-wrap'>{code}</span>"

@@ -1,0 +1,55 @@
+"""Answers that are numbers, and predicted waiting times against measured ones.
+
+Runs in the parent; `plain` also in workers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ddp_lessons.exercises.framework import Wrong, call
+from ddp_lessons.text import count
+
+TOLERANCE = 0.15  # seconds
+
+
+def plain(value: Any) -> Any:
+    """A tensor or array as Python numbers; other values as they are."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def near(value: Any, target: float, tolerance: float = 1e-6) -> bool:
+    """Whether an answer is a number, and the right one but for rounding."""
+    return isinstance(value, int | float) and abs(value - target) < tolerance
+
+
+def predict(
+    waits: Callable[[Any], Sequence[float]], given: Any, world_size: int, because: str
+) -> list[float]:
+    """Return the learner's prediction, in seconds by rank; `because` says what `waits` takes."""
+
+    @functools.wraps(waits)
+    def numbers(given: Any) -> list[float]:
+        return [float(seconds) for seconds in waits(given)]
+
+    answer: list[float] = call(numbers, given, because=because)
+    if len(answer) != world_size:
+        numbers_given, ranks = count(len(answer), "number"), count(world_size, "rank")
+        raise Wrong(f"waits({given}) gave {numbers_given} for {ranks}.", because)
+    return answer
+
+
+def first_miss(predicted: Sequence[float], measured: Sequence[float]) -> int | None:
+    """Return the first rank whose prediction is off by more than the tolerance."""
+    pairs = enumerate(zip(predicted, measured, strict=True))
+    return next((rank for rank, (a, b) in pairs if abs(a - b) > TOLERANCE), None)
+
+
+def wrong_rule(predicted: Sequence[float], rules: Mapping[str, Sequence[float]]) -> str:
+    """Return the text of the first rule that gives these numbers; "" if none does."""
+    for text, numbers in rules.items():
+        if all(abs(a - b) < 1e-6 for a, b in zip(predicted, numbers, strict=True)):
+            return text
+    return ""

@@ -1,0 +1,108 @@
+"""Running a learner's script, alone and under torchrun, for lesson 13's checks. In the parent."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ddp_lessons.exercises.framework import Wrong
+from ddp_lessons.system.host import LOOPBACK_INTERFACE
+
+PATIENCE = 60.0  # seconds: torch is imported anew by each rank
+# The last one: else, after a restart, half of the time ranks found what killed ones had left in the
+# store of the agent (pytorch issue 135712).
+VARIABLES = {
+    "OMP_NUM_THREADS": "1",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+}
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
+
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE)
+
+
+class Outcome(NamedTuple):
+    """What came of a script: its exit code (None: it did not end), and what it wrote.
+
+    torchrun's ranks write unbuffered to the same place: a line's end may come after another line.
+    """
+
+    exitcode: int | None
+    output: str
+    errors: str
+
+    @property
+    def error(self) -> str:
+        """The first exception, as a traceback ends; "" if there is none."""
+        found = _EXCEPTION.search(self.errors)
+        return found[1] if found else ""
+
+
+def alone(script: Path) -> Outcome:
+    """Run ``python script``, without the variables of a rank."""
+    return _run([sys.executable, str(script)], {}, drop=OF_RANKS)
+
+
+def under_torchrun(script: Path, *options: str, env: Mapping[str, str] | None = None) -> Outcome:
+    """Run ``torchrun --standalone OPTIONS script``."""
+    with tempfile.TemporaryDirectory() as logs:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--log-dir={logs}"]
+        return _run([*torchrun, "--standalone", *options, str(script)], env or {})
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], drop: Sequence[str] = ()) -> Outcome:
+    variables = {name: value for name, value in os.environ.items() if name not in drop}
+    variables |= {**VARIABLES, **env}
+    if (loopback := LOOPBACK_INTERFACE.get(sys.platform)) is not None:
+        variables.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    process = subprocess.Popen(
+        command,
+        env=variables,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        written = process.communicate(timeout=PATIENCE)
+        return Outcome(process.returncode, *written)
+    except subprocess.TimeoutExpired:
+        return Outcome(None, *_ended(process))
+    except BaseException:  # the Stop button
+        _ended(process)
+        raise
+
+
+def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End it, and its ranks with it: an agent does that when it is asked to end."""
+    process.terminate()
+    return process.communicate()
+
+
+def is_unattempted(script: Path) -> bool:
+    """True if a script still has a line that is nothing but `...`.
+
+    Raises Wrong if there is no script, or if it is not Python.
+    """
+    try:
+        tree = ast.parse(script.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise Wrong(
+            f"there is no file {script.name}.", "Run the cell that begins with `%%writefile`."
+        ) from None
+    except SyntaxError as error:
+        raise Wrong(
+            f"line {error.lineno} of {script.name}: {error.msg}.", "Correct that line."
+        ) from None
+    return any(
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and node.value.value is ...
+        for node in ast.walk(tree)
+    )

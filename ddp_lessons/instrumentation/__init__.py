@@ -1,0 +1,1 @@
+"""Recording inside a rank: wraps torch, writes spans. Runs in workers."""

@@ -1,0 +1,149 @@
+"""Asynchronous work: from the call that starts it to its end, and who waits for it.
+
+Runs in workers, called by collectives.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any
+
+from ddp_lessons.instrumentation import cuda_events, recording
+from ddp_lessons.instrumentation.group_registry import Group
+from ddp_lessons.instrumentation.recording import Recorder
+from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
+
+# What NCCL may do as a group of calls: its handle then has a future that is a null pointer, and to
+# ask anything of that ends the process (endCoalescing in ProcessGroupNCCL.cpp makes none).
+NULL_FUTURES = ("isend", "irecv", "all_gather", "reduce_scatter")
+
+
+class AsyncWork:
+    """Asynchronous work between its issue and its end.
+
+    `on` is the GPU in whose stream the work is done, if it is (cuda_events.py).
+    """
+
+    def __init__(
+        self, recorder: Recorder, t0_ns: int, facts: CallFacts, group: Group | None, on: Any = None
+    ) -> None:
+        self.recorder = recorder
+        self.facts = facts
+        self.group = group
+        self._slot = 0
+        self._stopwatch: cuda_events.Stopwatch | None = None
+        name = facts.op or "work"
+        if on is None:
+            self._slot = recorder.begin(Kind.COMM, name, t0_ns, facts, Lane.COMM)
+        else:
+            self._stopwatch = cuda_events.Stopwatch(recorder, on, name, facts)
+
+    def carry(self, work: Any) -> None:
+        """Watch the work that a call returned."""
+        if work is None or isinstance(work, int):
+            # The call failed, this rank is not in the group, or the stream of a GPU does the work
+            # of a call that returns no handle: recv gives back who sent.
+            self.done()
+            return
+        _flights.setdefault(work, []).append(self)
+        if self._stopwatch is not None and self.facts.op in NULL_FUTURES:
+            return  # it ends when it is waited for
+        get_future = getattr(work, "get_future", None)
+        try:
+            # The coalesced calls return a Future at once.
+            future = get_future() if callable(get_future) else work
+        except (RuntimeError, NotImplementedError):
+            return  # gloo has none for reduce_scatter, isend and irecv: it ends when waited for
+        if callable(getattr(future, "add_done_callback", None)):
+            future.add_done_callback(self.done)
+        else:  # torch has only noted the call, as one of those that it will coalesce
+            self.done()
+
+    def arrived(self, work: Any, waiting: Slot) -> None:
+        """It was waited for. Of a recv from any rank it is known only now who sent."""
+        if self.facts.op == "irecv" and self.facts.peer < 0 and self.group is not None:
+            source = self.group.ranks[work._source_rank()]
+            seq = received(self.recorder, self.group, source, self._slot, waiting)
+            self.facts = self.facts._replace(seq=seq, peer=source)
+        self.done()
+
+    def done(self, _: Any = None) -> None:
+        """Note the end, once."""
+        slot, self._slot = self._slot, 0
+        self.recorder.end(slot)
+        if self._stopwatch is not None:
+            self._stopwatch.stop()
+
+
+# By the handles that calls returned; one of NCCL's may stand for a whole batch.
+_flights: weakref.WeakKeyDictionary[Any, list[AsyncWork]] = weakref.WeakKeyDictionary()
+
+
+def received(recorder: Recorder, group: Group, source: int, *slots: Slot) -> int:
+    """Number a recv from any rank, now that it is known who sent; return the number."""
+    seq = group.next((source, recorder.rank))
+    for slot in slots:
+        recorder.tape.match(slot, seq, source)
+    return seq
+
+
+def issued(
+    recorder: Recorder,
+    t0_ns: int,
+    facts: CallFacts,
+    group: Group | None,
+    on: Any,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Call a function that only starts the work, and follow that."""
+    flight = AsyncWork(recorder, t0_ns, facts, group, on)
+    slot = recorder.begin(Kind.ISSUE, facts.op or "work", t0_ns, facts)
+    work = None
+    thread = get_ident()
+    recording.inside.add(thread)
+    try:
+        work = function(*args, **kwargs)
+        return work
+    except BaseException:
+        recorder.tape.fail(slot)
+        raise
+    finally:
+        recording.inside.remove(thread)
+        flight.carry(work)
+        recorder.end(slot)
+
+
+def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
+    """`Work.wait` that says how long it was waited for, and that the work is done."""
+
+    @functools.wraps(wait)
+    def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recorder = recording._recorder
+        if recorder is None or get_ident() in recording.inside:  # each synchronous call waits so
+            return wait(self, *args, **kwargs)
+        recorder.gives_up(args[0] if args else kwargs.get("timeout"))
+        flights = _flights.get(self, [])
+        site = recorder.sites.of(sys._getframe(1))
+        facts = (flights[0].facts if flights else NO_FACTS)._replace(site=site)
+        name = f"wait for {facts.op or 'work'}"
+        slot = recorder.begin(Kind.WAIT, name, time.perf_counter_ns(), facts)
+        try:
+            result = wait(self, *args, **kwargs)
+            for flight in flights:
+                flight.arrived(self, slot)
+            return result
+        except BaseException:
+            recorder.tape.fail(slot)
+            raise
+        finally:
+            recorder.end(slot)
+
+    return waited

@@ -1,0 +1,87 @@
+"""The gradient buckets of a DDP model's backward: which is which, in flight, and waited for.
+
+Runs in workers, for whatever sees DDP send them: ddp_traffic.py, and the hooks of ddp_buckets.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ddp_lessons.instrumentation import cuda_events
+from ddp_lessons.instrumentation.group_registry import groups
+from ddp_lessons.instrumentation.recording import Recorder
+from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
+from ddp_lessons.wire.records import Kind
+from ddp_lessons.wire.span_buffer import CallFacts, Slot
+
+
+class Backward:
+    """The buckets in flight, and whether backward has nothing left but to wait for them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        self._in_flight: set[Slot] = set()
+        self._waiting: Slot = 0  # the open span, if there is one
+        recorder.at_end.append(self.all_arrived)  # a backward that failed waits no longer
+
+    def begin(self, index: int, buffer: Any, facts: CallFacts, t0_ns: int) -> Callable[[], None]:
+        """A bucket is handed over. Call what this returns when its gradients are there.
+
+        Without an `index` it is something else that backward waits for with its buckets.
+        """
+        name, lane = (f"bucket {index}", "buckets") if index >= 0 else ("unused parameters", "comm")
+        on = cuda_events.of(buffer) if groups.any_streamed else None
+        if on is not None:
+            return cuda_events.Stopwatch(self._recorder, on, name, facts, lane).stop
+        slot = self._recorder.begin(Kind.COMM, name, t0_ns, facts, lane)
+        with self._lock:
+            self._in_flight.add(slot)
+        return functools.partial(self._end, slot)
+
+    def all_handed_over(self) -> None:
+        """After the last bucket, backward has only to wait for those that are in flight."""
+        with self._lock:
+            if self._in_flight:
+                now_ns = time.perf_counter_ns()
+                self._waiting = self._recorder.begin(Kind.WAIT, WAIT_FOR_BUCKETS, now_ns)
+
+    def all_arrived(self) -> None:
+        """Backward goes on: its buckets are there, though that may not have been told yet."""
+        for slot in list(self._in_flight):
+            self._end(slot)
+
+    def _end(self, slot: Slot) -> None:
+        """A bucket's gradients are there, or it failed. Called from a thread of the backend."""
+        with self._lock:
+            if slot not in self._in_flight:
+                return
+            self._in_flight.remove(slot)
+            self._recorder.end(slot)
+            if self._waiting and not self._in_flight:
+                self._recorder.end(self._waiting)
+                self._waiting = 0
+
+
+class Turns:
+    """Numbers the buckets of each backward. Every bucket comes once, in the order of its index."""
+
+    def __init__(self, elements: int) -> None:
+        self._elements = elements  # of all buckets together
+        self._index = 0
+        self._left = elements
+
+    def next(self, elements: int) -> tuple[int, bool]:
+        """The index of a bucket of so many elements, and whether it is the last of its backward."""
+        if elements > self._left:  # the backward before this one was broken off
+            self._index, self._left = 0, self._elements
+        index = self._index
+        self._index, self._left = index + 1, self._left - elements
+        is_last = self._left <= 0
+        if is_last:
+            self._index, self._left = 0, self._elements
+        return index, is_last

@@ -1,0 +1,189 @@
+"""The calls of torch.distributed mark themselves: each becomes spans with group, number and bytes.
+
+Runs in workers. The public functions are replaced where learners import them from, before the
+learner's function is unpickled; without a recorder the replacements only call. A call's spans:
+
+    sync           comm on the thread's lane
+    asynchronous   issue on the thread's lane, comm on lane "comm" until it is done, and
+                   wait on the lane of the thread that waits for it
+    NCCL           issue on the thread's lane, comm on lane "cuda" with the device's times
+
+`seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective. What DDP
+calls in C++ counts, too (ddp_traffic.py); functional collectives are not seen.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from threading import get_ident
+from time import perf_counter_ns
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+from ddp_lessons.instrumentation import async_work, call_sites, recording
+from ddp_lessons.instrumentation.async_work import AsyncWork
+from ddp_lessons.instrumentation.group_registry import Group, groups
+from ddp_lessons.instrumentation.recording import Recorder, inside
+from ddp_lessons.instrumentation.signatures import SAYS_NOTHING, Args, Kwargs, Signature, argument
+from ddp_lessons.wire.ops import ISSUED
+from ddp_lessons.wire.records import Kind
+from ddp_lessons.wire.span_buffer import CallFacts
+
+MOST_PLANS = 10_000  # kept; code that is made in a loop must not fill the memory
+
+
+class Plan(NamedTuple):
+    """What a call in the default group writes when the same line makes it again.
+
+    Forgotten when groups are made or left.
+    """
+
+    tail: bytes
+    group: Group
+    code: CodeType  # kept, so that its id stays its own
+
+
+def stepped(optimizer: Any, *_: Any) -> None:
+    """After each step of an optimizer: progress, and perhaps the end of a training step."""
+    if (recorder := recording.current()) is not None:
+        recorder.optimizer_stepped(optimizer)
+
+
+def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[..., Any]:
+    """Wrap a collective, send or recv, whose parameter `tensor` gives the bytes."""
+    from torch import Tensor
+
+    call = Signature(name, function, tensor)
+    place, fewest, most = call.tensor_place, call.fewest, call.most
+
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        # A rank that has waited for others has cold caches, so each function that is called on the
+        # way takes half a microsecond and more. Hence few of them, and what is planned before.
+        recorder = recording._recorder
+        thread = get_ident()
+        if recorder is None or thread in inside:
+            return function(*args, **kwargs)
+        t0_ns = perf_counter_ns()
+        frame = sys._getframe(1)
+        key = None
+        if fewest <= len(args) <= most and (not kwargs or kwargs.keys() <= SAYS_NOTHING):
+            measured = args[place]
+            if isinstance(measured, Tensor):
+                line = id(frame.f_code), frame.f_lasti
+                key = name, line, measured.shape, measured.dtype, thread
+        plan = recorder.plans.get(key)
+        if plan is None:
+            return unplanned(recorder, t0_ns, frame, key, args, kwargs)
+        tail, group, _ = plan
+        tape = recorder.tape
+        seq = next(group.collectives)
+        slot = tape.write(tail, t0_ns, recorder.step, seq)
+        inside.add(thread)
+        try:
+            return function(*args, **kwargs)
+        except BaseException as error:
+            tape.fail(slot)
+            if isinstance(error, Exception):
+                group.take_back(seq)
+            raise
+        finally:
+            inside.remove(thread)
+            tape.end(slot, perf_counter_ns())
+
+    def unplanned(
+        recorder: Recorder, t0_ns: int, frame: FrameType, key: Any, args: Args, kwargs: Kwargs
+    ) -> Any:
+        group = call.group(args, kwargs)
+        site = recorder.sites.of(frame)
+        facts = call.facts(group, args, kwargs, recorder.rank, site)
+        if call.timeout_place is not None:
+            recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"))
+        on = call.device(group, args, kwargs) if groups.any_streamed else None
+        try:
+            if call.is_asynchronous(args, kwargs) or on is not None:
+                return async_work.issued(recorder, t0_ns, facts, group, on, function, args, kwargs)
+            if key is not None and call_sites.is_in(site, frame):
+                _plan(recorder, key, group, facts, frame.f_code)
+            thread = get_ident()
+            slot = recorder.begin(Kind.COMM, name, t0_ns, facts)
+            inside.add(thread)
+            try:
+                result = function(*args, **kwargs)
+                if call.receives and facts.peer < 0 and group is not None:
+                    async_work.received(recorder, group, result, slot)
+                return result
+            except BaseException:
+                recorder.tape.fail(slot)
+                raise
+            finally:
+                inside.remove(thread)
+                recorder.end(slot)
+        except Exception:
+            call.take_back(group, facts, recorder.rank)
+            raise
+
+    return recorded
+
+
+def _plan(
+    recorder: Recorder, key: Any, group: Group | None, facts: CallFacts, code: CodeType
+) -> None:
+    """Keep what a synchronous call will write when the same line makes it again."""
+    if group is not None and not group.streamed and len(recorder.plans) < MOST_PLANS:
+        tail = recorder.tape.tail(recorder.lane(), Kind.COMM, facts.op or "", facts)
+        recorder.plans[key] = Plan(tail, group, code)
+
+
+def batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap batch_isend_irecv."""
+
+    @functools.wraps(function)
+    def batched(p2p_op_list: Any) -> Any:
+        recorder = recording.outermost()
+        if recorder is None:
+            return function(p2p_op_list)
+        t0_ns = time.perf_counter_ns()
+        site = recorder.sites.of(sys._getframe(1))
+        slot = recorder.begin(Kind.ISSUE, name, t0_ns, CallFacts(name, site=site))
+        started = [_start(recorder, t0_ns, op, site) for op in _p2p_ops(p2p_op_list)]
+        works: Sequence[Any] = ()
+        thread = get_ident()
+        inside.add(thread)
+        try:
+            works = function(p2p_op_list)
+            return works
+        except Exception:
+            for flight in reversed(started):
+                calls[flight.facts.op].take_back(flight.group, flight.facts, recorder.rank)
+            raise
+        finally:
+            inside.remove(thread)
+            for place, flight in enumerate(started):  # NCCL returns one work for all of them
+                flight.carry(works[min(place, len(works) - 1)] if works else None)
+            recorder.end(slot)
+
+    def _start(recorder: Recorder, t0_ns: int, op: Any, site: str | None) -> AsyncWork:
+        call = calls[op.op.__name__]
+        arguments = {"tensor": op.tensor, "group": op.group, call.peer: op.peer}
+        group = call.group((), arguments)
+        facts = call.facts(group, (), arguments, recorder.rank, site)
+        on = call.device(group, (), arguments) if groups.any_streamed else None
+        return AsyncWork(recorder, t0_ns, facts, group, on)
+
+    import torch.distributed as dist
+
+    calls: dict[str | None, Signature] = {
+        name: Signature(name, getattr(dist, name), "tensor") for name in ISSUED
+    }
+    return batched
+
+
+def _p2p_ops(ops: Any) -> Iterable[Any]:
+    import torch.distributed as dist
+
+    known = [op for op in ops if isinstance(op, dist.P2POp)] if isinstance(ops, list) else []
+    return [op for op in known if getattr(op.op, "__name__", "") in ISSUED]

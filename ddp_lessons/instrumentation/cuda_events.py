@@ -1,0 +1,169 @@
+"""Times on the GPU, of collectives whose calls return before the work is done.
+
+Runs in workers, and only where a group uses NCCL. There a call merely puts work into a stream of
+the device: its own span is marked "issue", and CUDA events around the work say when it was done.
+A span of the device begins when the tensors were ready and ends when the stream goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+from ddp_lessons.instrumentation.recording import Recorder
+from ddp_lessons.instrumentation.torch_api import STREAMED
+from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.span_buffer import CallFacts, Slot, SpanWriter
+
+PATIENCE = 1.0  # seconds that the device has to finish when the function has ended
+PAUSE = 0.001  # seconds between two looks at it
+
+
+def is_streamed(process_group: Any) -> bool:
+    """Whether the group's calls on CUDA tensors return before the work is done."""
+    return any(backend in STREAMED for backend in backends_of(process_group))
+
+
+def backends_of(process_group: Any) -> list[str]:
+    """The backends of a group, one for each kind of device: "gloo", "nccl"."""
+    import torch.distributed as dist
+
+    config = str(dist.get_backend_config(process_group))  # "cuda:nccl", or "cpu:gloo,cuda:nccl"
+    return [part.rpartition(":")[2] for part in config.split(",")]
+
+
+def of(tensor: Any) -> Any:
+    """The CUDA device of a tensor, or of the first in a list; None for anything else.
+
+    None also while a CUDA graph is captured: its work is done later, and may be done often.
+    """
+    first = tensor[0] if isinstance(tensor, list | tuple) and tensor else tensor
+    if not getattr(first, "is_cuda", False):
+        return None
+    import torch
+
+    return None if torch.cuda.is_current_stream_capturing() else first.device
+
+
+class Stopwatch:
+    """A span on the device: begins now, in the current stream, and `stop` ends it in the one then.
+
+    It is open on the tape until its times are known, so that a rank that hangs or is killed shows
+    what its device was at.
+    """
+
+    def __init__(
+        self, recorder: Recorder, device: Any, name: str, facts: CallFacts, lane: str = Lane.CUDA
+    ) -> None:
+        self._recorder = recorder
+        self._clock = _clock_of(device)
+        self._slot = recorder.begin(Kind.COMM, name, time.perf_counter_ns(), facts, lane)
+        self._start = self._clock.mark()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Note the end, once; it is written when the device has come there."""
+        if not self._stopped:
+            self._stopped = True
+            self._clock.keep(self._recorder, self._slot, self._start, self._clock.mark())
+
+
+class _Pending(NamedTuple):
+    """A span of which the device has not been asked for its times, and its two events."""
+
+    tape: SpanWriter
+    slot: Slot
+    start: Any
+    stop: Any
+
+
+class DeviceClock:
+    """One device's events on the clock of the host, `time.perf_counter_ns`.
+
+    A device that has failed reports that at each call from then on. It is the learner's to see, at
+    a line of their own: here it only ends the measuring.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._pending: deque[_Pending] = deque()
+        self._lock = threading.Lock()
+        self._failed = False
+        self._zero: Any = None
+        self._zero_ns = 0
+        try:
+            self._zero, self._zero_ns = _now(device)
+        except RuntimeError:
+            self._failed = True
+
+    def mark(self) -> Any:
+        """An event in the current stream; None if the device has failed."""
+        import torch
+
+        if self._failed:
+            return None
+        try:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+        except RuntimeError:
+            self._failed = True
+            return None
+        return event
+
+    def keep(self, recorder: Recorder, slot: Slot, start: Any, stop: Any) -> None:
+        """Write the span when its events have happened, at the latest when the worker ends."""
+        if self._failed:
+            return
+        if self.flush not in recorder.at_end:
+            recorder.at_end.append(self.flush)
+        with self._lock:
+            self._pending.append(_Pending(recorder.tape, slot, start, stop))
+        self.write()
+
+    def flush(self) -> None:
+        """Write what is left, waiting a little: work that hangs must not keep the rank's error."""
+        deadline = time.monotonic() + PATIENCE
+        while self.write() and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+
+    def write(self) -> bool:
+        """Write the spans that have ended; True if others have not, and may."""
+        with self._lock:
+            try:
+                while self._pending and self._pending[0].stop.query():
+                    self._write(self._pending.popleft())
+            except RuntimeError:
+                self._failed = True
+            return bool(self._pending) and not self._failed
+
+    def _write(self, span: _Pending) -> None:
+        t0_ns, t1_ns = self._ns(span.start), self._ns(span.stop)
+        span.tape.began(span.slot, t0_ns)
+        span.tape.end(span.slot, max(t0_ns + 1, t1_ns))
+        # An event tells the time since another in a float of 24 bits: that must not be long ago.
+        # The start, because the next may start before this one ends.
+        self._zero, self._zero_ns = span.start, t0_ns
+
+    def _ns(self, event: Any) -> int:
+        return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
+
+
+def _now(device: Any) -> tuple[Any, int]:
+    """An event that has just happened, and when: in an idle stream, so it waits for no work."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.Stream(device))
+    event.synchronize()
+    return event, time.perf_counter_ns()
+
+
+_clocks: dict[Any, DeviceClock] = {}
+
+
+def _clock_of(device: Any) -> DeviceClock:
+    if device not in _clocks:
+        _clocks[device] = DeviceClock(device)
+    return _clocks[device]

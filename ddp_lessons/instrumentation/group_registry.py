@@ -1,0 +1,122 @@
+"""The process groups of a worker by name, and the number of each call in them.
+
+Runs in workers, for what records calls. A group has the same name on all its ranks, and equal
+(name, number) on two ranks is the same collective.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ddp_lessons.instrumentation import cuda_events, recording
+from ddp_lessons.wire.ops import OWN_WORLD
+
+LONGEST_DESCRIPTION = 50  # characters: the ranks after it must have room (span_buffer.LONGEST_NAME)
+
+
+class Group:
+    """What the recorder knows of one process group: its name, and how many calls it has seen."""
+
+    def __init__(self, process_group: Callable[[], Any], name: str, ranks: Sequence[int]) -> None:
+        self.process_group = process_group  # a weak reference
+        self.name = name
+        self.ranks = ranks
+        self.streamed = False  # calls on CUDA tensors return before the work is done
+        self.collectives = itertools.count()  # next() of it is atomic
+        self.pairs: defaultdict[tuple[int, int], Iterator[int]] = defaultdict(itertools.count)
+
+    def next(self, pair: tuple[int, int] | None = None) -> int:
+        """The number of the next call; sends and recvs count for each (sender, receiver)."""
+        return next(self.collectives if pair is None else self.pairs[pair])
+
+    def take_back(self, seq: int, pair: tuple[int, int] | None = None) -> None:
+        """Give the number again to the next call."""
+        if pair is None:
+            self.collectives = itertools.count(seq)
+        else:
+            self.pairs[pair] = itertools.count(seq)
+
+
+class Groups:
+    """The groups of this process. All members give a group the same name."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Group] = {}
+        self._names: Counter[str] = Counter()
+        self.any_streamed = False
+        self.world: Group | None = None  # of the default group, while there is one
+
+    def update_world(self) -> None:
+        """Look up the default group: it was made, or may have been left."""
+        self.world = self.of(default_group())
+
+    def of(self, group: Any) -> Group | None:
+        """The record of a process group; None if it is none, or this rank is not in it."""
+        known = self._known.get(id(group))
+        return known if known is not None and known.process_group() is group else self._add(group)
+
+    def _add(self, group: Any) -> Group | None:
+        import torch.distributed as dist
+
+        if not isinstance(group, dist.ProcessGroup):
+            return None
+        try:
+            ranks = dist.get_process_group_ranks(group)
+        except (KeyError, ValueError):  # it was destroyed
+            return None
+        if dist.get_rank() not in ranks:
+            return None
+        name = "world" if group is dist.GroupMember.WORLD else f"ranks {_ranges(ranks)}"
+        description = getattr(group, "group_desc", "")[:LONGEST_DESCRIPTION]
+        if name != "world" and description not in ("", "undefined"):
+            name = f"{description}: {name}"
+        if (own := _own_world()) is not None:
+            name = own if name == "world" else f"{name} in {own}"
+        self._names[name] += 1
+        if self._names[name] > 1:
+            name += f" #{self._names[name]}"
+        known = self._known[id(group)] = Group(weakref.ref(group), name, ranks)
+        known.streamed = cuda_events.is_streamed(group)
+        self.any_streamed = self.any_streamed or known.streamed
+        return known
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """Ranks as text: 0 2 5-7."""
+    parts: list[list[int]] = []
+    for rank in sorted(ranks):
+        if parts and parts[-1][-1] == rank - 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    return " ".join(f"{p[0]}-{p[-1]}" if len(p) > 2 else " ".join(map(str, p)) for p in parts)
+
+
+def _own_world() -> str | None:
+    """What tells that the default group's ranks are not those that were started; None if they are.
+
+    They are not where three ranks were started, say, and two of them join with world_size=2.
+    """
+    import torch.distributed as dist
+
+    recorder = recording.current()
+    if recorder is None or (dist.get_rank(), dist.get_world_size()) == (
+        recorder.rank,
+        recorder.world_size,
+    ):
+        return None
+    return f"{OWN_WORLD} {recorder.rank}"
+
+
+def default_group() -> Any:
+    """The group that a call without `group` means; None before there is one."""
+    import torch.distributed as dist
+
+    return dist.GroupMember.WORLD
+
+
+groups = Groups()

@@ -1,0 +1,68 @@
+"""Puts recording in place: wraps the public functions of torch.distributed, and DDP's own calls.
+
+Runs in workers and, before it forks any, in the forkserver.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from ddp_lessons.instrumentation import async_work, collectives, process_groups, recording
+from ddp_lessons.instrumentation.recording import Recorder
+from ddp_lessons.instrumentation.torch_api import public
+from ddp_lessons.wire.ops import COLLECTIVES, MAKES_GROUP, RECVS, SENDS
+
+
+def install(recorder: Recorder) -> None:
+    """Make `recorder` this process's, and see to it that torch.distributed is wrapped."""
+    wrap_torch()
+    recording.use(recorder)
+
+
+@functools.cache
+def wrap_torch() -> None:
+    """Wrap the public calls of torch.distributed, once in a process.
+
+    The forkserver does it for all workers that it forks; without a recorder the wrappers only call.
+    """
+    import torch.distributed as dist
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    from ddp_lessons.instrumentation.ddp_traffic import record_ddp  # which imports torch
+
+    register_optimizer_step_post_hook(collectives.stepped)
+    record_ddp()
+    _replace("init_process_group", process_groups.joining)
+    for name in MAKES_GROUP:
+        _replace(name, process_groups.making)
+    _replace("destroy_process_group", process_groups.leaving)
+    _replace("set_timeout", process_groups.setting_a_timeout)
+    for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
+        _replace(name, functools.partial(collectives.recorded, tensor=tensor))
+    _replace("batch_isend_irecv", collectives.batched)
+    dist.Work.wait = async_work.waiting(dist.Work.wait)
+
+
+def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a public function where learners import it from, and where torch defines it."""
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    if (function := public(name)) is None:
+        return
+    wrapped = make(name, function)
+    for module in (dist, distributed_c10d):
+        if getattr(module, name, None) is function:
+            setattr(module, name, wrapped)
+
+
+def replace_in(names: dict[str, Any]) -> None:
+    """Replace what a script has imported by name before us, from torch.distributed."""
+    import torch.distributed as dist
+
+    for name, function in list(names.items()):
+        wrapped = getattr(dist, getattr(function, "__name__", ""), None)
+        if wrapped is not None and getattr(wrapped, "__wrapped__", None) is function:
+            names[name] = wrapped

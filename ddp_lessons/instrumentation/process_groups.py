@@ -1,0 +1,153 @@
+"""The calls that make and end process groups mark themselves, and what is done beside them.
+
+Runs in workers; collectives.py puts these wrappers in the place of the public functions. Before
+ranks join, NCCL is refused where they would share a GPU and rank 0's store is awaited; after it,
+the others are, and the clocks of several machines are compared. Without a recorder the wrappers
+only call.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ddp_lessons.instrumentation import clock_sync, gpu_sharing, recording
+from ddp_lessons.instrumentation.group_registry import groups
+from ddp_lessons.instrumentation.recording import Recorder
+from ddp_lessons.instrumentation.rendezvous import await_others, await_store, rank_of
+from ddp_lessons.instrumentation.signatures import Args, Kwargs, argument
+from ddp_lessons.instrumentation.torch_api import leaving_is_safe
+from ddp_lessons.wire.messages import Joining
+from ddp_lessons.wire.ops import OWN_WORLD, SOME_RANKS
+from ddp_lessons.wire.span_buffer import CallFacts
+
+
+def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap init_process_group: wait for rank 0's store, then compare the clocks."""
+
+    @functools.wraps(function)
+    def join(
+        backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        timeout = kwargs.get("timeout", args[0] if args else None)
+        seconds = timeout.total_seconds() if timeout is not None else None
+        recorder = recording.current()
+        if recorder is not None:
+            gpu_sharing.before_joining(recorder, backend, argument(args, kwargs, 1, "world_size"))
+            if leaving_is_safe():
+                recorder.groups.clear()
+            recorder.models.clear()
+            recorder.send(Joining(seconds))
+            if kwargs.get("store") is None:
+                await_store(
+                    init_method,
+                    rank_of(init_method, kwargs),
+                    seconds or 1800.0,
+                    recorder.host_of_rank_zero,
+                )
+        function(backend, init_method, *args, **kwargs)
+        if recorder is not None:
+            clock = None if recorder.one_clock else clock_sync.against_rank_zero()
+            if recorder.one_clock or clock is not None:  # else some ranks do not take part
+                await_others()
+            recorder.compare_clock(clock)
+
+    return recorded(name, join)
+
+
+def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Name a group as soon as it is made: all members make their groups in the same order."""
+
+    @functools.wraps(function)
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        if (recorder := recording.current()) is not None:
+            recorder.gives_up(kwargs.get("timeout"))
+            if name == "new_group":
+                backend = argument(args, kwargs, 2, "backend")
+                gpu_sharing.before_new_group(recorder, argument(args, kwargs, 0, "ranks"), backend)
+        group = function(*args, **kwargs)
+        if recording.in_worker():
+            groups.of(group)
+        return group
+
+    return recorded(name, new_group)
+
+
+def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap destroy_process_group: older torch must not free the group, see torch_api."""
+    if leaving_is_safe():
+        return recorded(name, function)
+
+    @functools.wraps(function)
+    def destroy(*args: Any, **kwargs: Any) -> Any:
+        if (recorder := recording.current()) is not None:
+            recorder.groups += distributed_c10d._world.pg_map
+        return function(*args, **kwargs)
+
+    from torch.distributed import distributed_c10d
+
+    return recorded(name, destroy)
+
+
+def setting_a_timeout(_: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap set_timeout: the calls that follow will give up by themselves."""
+
+    @functools.wraps(function)
+    def set_timeout(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        if (recorder := recording.current()) is not None:
+            recorder.gives_up(argument(args, kwargs, 0, "timeout"))
+        return result
+
+    return set_timeout
+
+
+def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Record a call that makes or ends groups."""
+
+    @functools.wraps(function)
+    def group_call(*args: Any, **kwargs: Any) -> Any:
+        recorder = recording.outermost()
+        if recorder is None:
+            return function(*args, **kwargs)
+        t0_ns = time.perf_counter_ns()
+        scope = _scope(recorder, name, args, kwargs)
+        facts = CallFacts(name, scope, site=recorder.sites.of(sys._getframe(1)))
+        try:
+            with recorder.call(name, t0_ns, facts):
+                return function(*args, **kwargs)
+        finally:
+            recorder.joined()
+            groups.update_world()
+
+    return group_call
+
+
+def _scope(recorder: Recorder, name: str, args: Args, kwargs: Kwargs) -> str | None:
+    """None if all ranks take part in the call; else what tells that some do not, or may not."""
+    if name == "destroy_process_group":
+        return _subgroup(args, kwargs)
+    if name == "init_process_group":
+        place = _number(args, kwargs, 4, "rank"), _number(args, kwargs, 3, "world_size")
+        return None if place == (recorder.rank, recorder.world_size) else SOME_RANKS
+    by_all = groups.world is not None and OWN_WORLD not in groups.world.name
+    return None if by_all and not kwargs.get("use_local_synchronization") else SOME_RANKS
+
+
+def _number(args: Args, kwargs: Kwargs, place: int, name: str) -> int:
+    """A number that init_process_group gets as an argument or from the environment; -1 if none."""
+    number = argument(args, kwargs, place, name)
+    try:
+        return int(os.environ.get(name.upper(), -1) if number in (None, -1) else number)
+    except (TypeError, ValueError):
+        return -1
+
+
+def _subgroup(args: Args, kwargs: Kwargs) -> str | None:
+    """The name of the subgroup that destroy_process_group ends; None if it ends all groups."""
+    group = groups.of(argument(args, kwargs, 0, "group"))
+    return group.name if group is not None and group is not groups.world else None

@@ -1,0 +1,227 @@
+"""Spans: what a worker did when. Runs in workers; does nothing anywhere else.
+
+`span` marks work by hand and `steps` the steps of a training loop. In a launched worker the calls
+of torch.distributed mark themselves (collectives.py), and so does what DDP sends (ddp_traffic.py).
+All of them write on the worker's tape (span_buffer.py) through its one `Recorder`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from threading import get_ident
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ddp_lessons.instrumentation.call_sites import Sites
+from ddp_lessons.wire.messages import Clock, GivesUp, Message
+from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
+
+T = TypeVar("T")
+
+
+class Recorder:
+    """Writes one worker's spans on its tape; knows its threads and its training step."""
+
+    def __init__(
+        self,
+        rank: int,
+        tape: SpanWriter,
+        send: Callable[[Message], None],
+        *,
+        world_size: int,
+        one_clock: bool = True,
+        host_of_rank_zero: str = "127.0.0.1",
+        home: str | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size  # of all ranks that were started, with this one
+        self.sites = Sites(home)
+        self.tape = tape
+        self.send = send
+        self.host_of_rank_zero = host_of_rank_zero
+        self.one_clock = one_clock  # all ranks are known to read the same clock
+        self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
+        self.step = 0
+        self.groups: list[Any] = []  # not to be freed: process_groups.leaving, ddp_traffic
+        self.models: list[Callable[[], Any]] = []  # weak references to those
+        self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over
+        self.plans: dict[Any, Any] = {}  # see collectives.Plan
+        self._told: timedelta | None = None
+        self._step_t0_ns = 0
+        self._in_steps = False
+        self._stepping: int | None = None  # id of the optimizer whose steps are the training's
+        self._lanes: dict[int | None, str] = {threading.main_thread().ident: Lane.MAIN}
+
+    def begin(
+        self, kind: str, name: str, t0_ns: int, facts: CallFacts = NO_FACTS, lane: str = ""
+    ) -> Slot:
+        """Note that something begins."""
+        if not self._step_t0_ns:
+            self._step_t0_ns = t0_ns
+        lane = lane or self._lanes.get(get_ident()) or self.lane()
+        return self.tape.begin(lane, kind, name, t0_ns, 0, self.step, facts)
+
+    def end(self, slot: Slot) -> None:
+        """Note that it ended, now."""
+        self.tape.end(slot, time.perf_counter_ns())
+
+    @contextmanager
+    def call(self, name: str, t0_ns: int, facts: CallFacts) -> Iterator[None]:
+        """Record a call that returns when it is done, and nothing that it calls itself."""
+        thread = get_ident()
+        slot = self.begin(Kind.COMM, name, t0_ns, facts)
+        inside.add(thread)
+        try:
+            yield
+        except BaseException:
+            self.tape.fail(slot)
+            raise
+        finally:
+            inside.remove(thread)
+            self.end(slot)
+
+    def lane(self) -> str:
+        """Where the calling thread's spans belong: "main", or "thread 1" and so on."""
+        return self._lanes.setdefault(get_ident(), f"thread {len(self._lanes)}")
+
+    def begin_step(self, t0_ns: int) -> Slot:
+        """Begin a step that `steps` counts."""
+        self._in_steps = True
+        return self.tape.begin(Lane.STEPS, Kind.MARK, f"step {self.step}", t0_ns, step=self.step)
+
+    def end_step(self, slot: Slot, t1_ns: int) -> None:
+        """End it; the next step begins no sooner."""
+        self.tape.end(slot, t1_ns)
+        self.step += 1
+        self._in_steps = False
+
+    def optimizer_stepped(self, optimizer: Any) -> None:
+        """Progress; and the end of a training step, unless `steps` counts them.
+
+        Where several optimizers take turns, the steps of the first one count.
+        """
+        self.tape.moved()
+        if self._stepping is None:
+            self._stepping = id(optimizer)
+        if self._in_steps or self._stepping != id(optimizer):
+            return
+        now_ns = time.perf_counter_ns()
+        slot = self.begin_step(self._step_t0_ns or now_ns)
+        self.end_step(slot, now_ns)
+        self._step_t0_ns = now_ns
+
+    def gives_up(self, timeout: timedelta | None) -> None:
+        """Tell the parent that a call will give up by itself, if it has a timeout."""
+        if timeout is not None and timeout != self._told:
+            self._told = timeout
+            self.send(GivesUp(timeout.total_seconds()))
+
+    def compare_clock(self, clock: Clock | None) -> None:
+        """Tell the parent how this rank's clock stands against rank 0's, if that is known."""
+        if clock is not None:
+            self.send(clock)
+
+    def joined(self) -> None:
+        """A group was made or left: no call is as before, and no training step has begun."""
+        self.plans.clear()
+        if self.step == 0:
+            self._step_t0_ns = 0
+
+    def close(self) -> None:
+        """Write what was left for the end."""
+        for write in self.at_end:
+            write()
+
+
+inside: set[int] = set()  # idents of the threads that are in a recorded call
+_recorder: Recorder | None = None  # this process's one recorder; None outside workers
+
+
+def use(recorder: Recorder | None) -> None:
+    """Make `recorder` this process's."""
+    global _recorder
+    _recorder = recorder
+
+
+def current() -> Recorder | None:
+    """The recorder of this process; None outside workers."""
+    return _recorder
+
+
+def outermost() -> Recorder | None:
+    """The recorder, unless this thread is in a recorded call.
+
+    Object collectives call tensor collectives, and those wait for their work: only the call that
+    the learner wrote counts.
+    """
+    return None if get_ident() in inside else _recorder
+
+
+def in_worker() -> bool:
+    """True in a process that launch() started."""
+    return _recorder is not None
+
+
+# A DataLoader's worker must not write on our tape.
+os.register_at_fork(after_in_child=lambda: use(None))
+
+
+class span:
+    """Mark a piece of work in a worker, so that the pictures show it.
+
+    Use as a context manager: ``with span("forward"): ...``. Outside a launched worker it does
+    nothing, so the same function runs under torchrun.
+    """
+
+    __slots__ = ("_name", "_slot")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._slot = 0
+
+    def __enter__(self) -> span:
+        if _recorder is not None:
+            self._slot = _recorder.begin(Kind.COMPUTE, self._name, time.perf_counter_ns())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if _recorder is not None:
+            _recorder.end(self._slot)
+
+
+def steps(batches: Iterable[T]) -> Iterator[T]:
+    """Iterate over `batches` and mark each turn of the loop as one training step.
+
+    ``for images, labels in steps(loader): ...``. Fetching the batch counts to its step, and is
+    marked as data. Without this, each step of an optimizer ends a training step. Outside a
+    launched worker it only iterates.
+    """
+    source = iter(batches)
+    while True:
+        recorder = _recorder
+        t0_ns = time.perf_counter_ns()
+        try:
+            batch = next(source)
+        except StopIteration:
+            return
+        if recorder is None:
+            yield batch
+            continue
+        t1_ns = time.perf_counter_ns()
+        recorder.tape.begin(recorder.lane(), Kind.DATA, "next batch", t0_ns, t1_ns, recorder.step)
+        slot = recorder.begin_step(t0_ns)
+        try:
+            yield batch
+        finally:
+            recorder.end_step(slot, time.perf_counter_ns())

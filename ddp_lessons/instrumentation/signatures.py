@@ -1,0 +1,132 @@
+"""The public calls of torch.distributed: which there are, and how to read their arguments.
+
+Runs in workers, for collectives.py; the names also serve the notebook's side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from ddp_lessons.instrumentation import cuda_events
+from ddp_lessons.instrumentation.group_registry import Group, default_group, groups
+from ddp_lessons.wire.ops import ISSUED, RECVS, SENDS
+from ddp_lessons.wire.span_buffer import CallFacts
+
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+_MOST = 4096  # looks kept; shapes that never repeat must not fill the memory
+_known: dict[Any, tuple[int, str]] = {}
+
+UNKNOWN = (-1, None)
+SAYS_NOTHING = {"op"}  # arguments of which no span tells
+
+
+def argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
+    """The argument, passed by place or by name; None if it was not passed."""
+    return args[place] if place < len(args) else kwargs.get(name)
+
+
+def describe_tensors(tensors: Any) -> tuple[int, str | None]:
+    """The bytes and the look of a tensor, or of a list of them; (-1, None) for anything else."""
+    try:
+        kind = tensors.shape, tensors.dtype
+        known = _known.get(kind)
+        if known is None:
+            known = int(tensors.nbytes), f"{str(kind[1]).rpartition('.')[2]} {tuple(kind[0])}"
+            if len(_known) < _MOST:
+                _known[kind] = known
+        return known
+    except (AttributeError, TypeError, RuntimeError):
+        pass
+    if not isinstance(tensors, list | tuple):
+        return UNKNOWN
+    parts = [describe_tensors(tensor) for tensor in tensors]
+    if not parts or min(nbytes for nbytes, _ in parts) < 0:
+        return UNKNOWN
+    return sum(nbytes for nbytes, _ in parts), f"{len(parts)} x {parts[0][1]}"
+
+
+class Signature:
+    """How to read the arguments of one public function."""
+
+    def __init__(self, name: str, function: Callable[..., Any], tensor: str) -> None:
+        places = {p: i for i, p in enumerate(inspect.signature(function).parameters)}
+        self.name = name
+        self.tensor, self.tensor_place = tensor, places.get(tensor, 99)
+        self.group_place = places["group"]
+        self.async_place = places.get("async_op", 99)
+        self.peer = next((p for p in ("src", "dst") if p in places), "")
+        self.peer_place = places.get(self.peer, 99)
+        self.group_peer_place = places.get(f"group_{self.peer}", 99)
+        self.sends, self.receives = name in SENDS, name in RECVS
+        self.pairwise = self.sends or self.receives
+        self.always_asynchronous = name in ISSUED
+        self.of_objects = "object" in name
+        self.timeout_place = places.get("timeout")
+        # With so many arguments by place, and others that say nothing, a synchronous call in the
+        # default group is given by its line and its tensor. (Never where a peer is named.)
+        self.fewest = self.tensor_place + 1
+        self.most = 0 if self.peer else min(self.group_place, self.async_place)
+
+    def is_asynchronous(self, args: Args, kwargs: Kwargs) -> bool:
+        if self.async_place < len(args):
+            return bool(args[self.async_place])
+        return self.always_asynchronous or bool(kwargs.get("async_op"))
+
+    def group(self, args: Args, kwargs: Kwargs) -> Group | None:
+        """The group in which it is called; None if this rank is not in it."""
+        process_group = argument(args, kwargs, self.group_place, "group")
+        if process_group is None:
+            return groups.world or groups.of(default_group())
+        return groups.of(process_group)
+
+    def facts(
+        self, group: Group | None, args: Args, kwargs: Kwargs, rank: int, site: str | None
+    ) -> CallFacts:
+        """What the spans of this call say. It counts from here."""
+        nbytes, tensor = describe_tensors(argument(args, kwargs, self.tensor_place, self.tensor))
+        if group is None:
+            return CallFacts(self.name, nbytes=nbytes, tensor=tensor, site=site)
+        peer = self._peer(group, args, kwargs) if self.peer else -1
+        if not self.pairwise:
+            seq = next(group.collectives)
+        elif peer < 0:  # a recv from whoever sends first
+            seq = -1
+        else:
+            seq = group.next(self._pair(rank, peer))
+        return CallFacts(self.name, group.name, seq, nbytes, -1, peer, tensor, site)
+
+    def take_back(self, group: Group | None, facts: CallFacts, rank: int) -> None:
+        """It failed and does not count: it has not met the others, or broken the group for good.
+
+        Only a call of objects may meet the others and then fail to unpickle what they sent.
+        """
+        if group is not None and facts.seq >= 0 and not self.of_objects:
+            group.take_back(facts.seq, self._pair(rank, facts.peer) if self.pairwise else None)
+
+    def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> Any:
+        """The GPU in whose stream the work will be done; None if the call does it itself."""
+        if group is None or not group.streamed:
+            return None
+        return cuda_events.of(argument(args, kwargs, self.tensor_place, self.tensor))
+
+    def _peer(self, group: Group, args: Args, kwargs: Kwargs) -> int:
+        peer = argument(args, kwargs, self.peer_place, self.peer)
+        if peer is None:
+            place = argument(args, kwargs, self.group_peer_place, f"group_{self.peer}")
+            if isinstance(place, int) and 0 <= place < len(group.ranks):
+                peer = group.ranks[place]
+            elif not self.pairwise:
+                peer = group.ranks[0]
+        try:
+            number = operator.index(peer)
+        except TypeError:
+            return -1
+        return number if number in group.ranks else -1
+
+    def _pair(self, rank: int, peer: int) -> tuple[int, int]:
+        """Sender and receiver."""
+        return (rank, peer) if self.sends else (peer, rank)

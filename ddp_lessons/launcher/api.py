@@ -1,0 +1,284 @@
+"""`launch`: run a function on several ranks, each a fresh process, and return what came of it.
+
+     cell ── launch(fn) ──► Task: cloudpickle, environment, directory (task.py)
+                              │                       parent: this module, watchdog.py
+                              ▼
+              forkserver, warm: torch imported, no CUDA, no threads (preload.py)
+                              │ fork x ranks
+                              ▼                       child: worker/main.py
+          become a fresh process ─► redirect fd 1 and 2 ─► fn(rank, *args), recorded
+                              │ three pipes a rank (processes/local.py, messages.py)
+                              ▼
+              Run (run.py) ─► printed by rank, explained (diagnose.py), drawn (plots/)
+
+Runs in the parent, in the thread of the cell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import operator
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ddp_lessons.errors import BadLaunch, show_without_frames
+from ddp_lessons.instrumentation import recording
+from ddp_lessons.launcher import memory_check
+from ddp_lessons.launcher.live_panel import Panel
+from ddp_lessons.launcher.watchdog import AFTER_INTERRUPT, Watchdog
+from ddp_lessons.processes import forkserver
+from ddp_lessons.processes.base import WorkerGroup
+from ddp_lessons.processes.local import LocalWorkerGroup
+from ddp_lessons.processes.packing import pack
+from ddp_lessons.run import Run
+from ddp_lessons.system.interrupts import Interrupts
+from ddp_lessons.wire.task import Task, places
+
+if TYPE_CHECKING:
+    import ipyparallel
+
+MOST_RANKS = 256  # six file descriptors a rank: beyond this, ordinary limits on them are reached
+START_METHODS = ("forkserver", "spawn")
+NOT_RUN = {
+    "an async function": inspect.iscoroutinefunction,
+    "an async generator function": inspect.isasyncgenfunction,
+    "a generator function": inspect.isgeneratorfunction,
+}
+
+
+def launch(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    nprocs: int = 2,
+    *,
+    nnodes: int = 1,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = 60.0,
+    check: bool = True,
+    profile: bool = False,
+    start_method: str | None = None,
+    cluster: ipyparallel.Client | None = None,
+) -> Run:
+    """Run ``fn(rank, *args)`` on ``nnodes * nprocs`` ranks, print their output, return the record.
+
+    Each rank is a fresh operating-system process that sees the variables torchrun sets: RANK,
+    LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR, MASTER_PORT and
+    OMP_NUM_THREADS. The function joins the process group itself; nothing does it in secret.
+    A rank ends as a script does: when its function has returned, its threads (but daemons) have
+    ended and its atexit handlers have run. `timeout` holds until then.
+
+    Parameters
+    ----------
+    fn : callable
+        Called as ``fn(rank, *args)``, as `torch.multiprocessing.spawn` does. It may come from a
+        notebook cell: a function, lambda, closure or method.
+    args : tuple
+        Further arguments, the same for every rank.
+    nprocs : int
+        Ranks on each machine.
+    nnodes : int
+        Machines to stand for. All ranks run on this one, numbered as on several:
+        ``rank = group_rank * nprocs + local_rank``.
+    env : mapping of str to str, optional
+        Environment variables on top of the present ones and torchrun's.
+    timeout : float or None
+        Seconds without progress on any rank after which the run is given up as hung. Progress is a
+        line printed, or a span, a collective or a step of an optimizer that ends. A run that moves
+        is never cut short; but a loop or a call that takes longer and shows none of these is. None:
+        never. That no rank can go on any more, by their calls, is said in seconds in any case.
+    check : bool
+        Raise an error if a rank fails. False returns the same record instead.
+    profile : bool
+        Run the function under torch.profiler and add what it saw of communication: when gloo's
+        threads (lane "gloo") or NCCL's kernels (lane "nccl") were at work. It costs time and
+        memory. If the function uses the profiler itself, that one counts, and this is missing.
+    start_method : {"forkserver", "spawn"}, optional
+        How processes start. forkserver is fast, and the default on Linux; spawn works everywhere,
+        and is taken where a variable that is only read when a process starts, such as
+        TORCH_CPP_LOG_LEVEL or PYTHONHASHSEED, has changed since the forkserver was started.
+    cluster : ipyparallel.Client, optional
+        Run the ranks on the engines of an ipyparallel cluster, one on each, `nprocs` on each of
+        `nnodes` hosts (or on one host that has engines enough). Their variables, directory and
+        modules are the engines' own. Needs ``pip install ipyparallel``.
+
+    Returns
+    -------
+    Run
+        Values, output, errors and spans by rank.
+
+    Raises
+    ------
+    BadLaunch
+        The arguments make no sense, or memory does not carry so many ranks; nothing was started.
+    CannotSend
+        The function, an argument or a return value cannot be pickled.
+    WorkerFailed, WorkerDied, WorkersHung
+        A rank raised, its process died, or no rank made progress; only with ``check=True``.
+    """
+    nprocs, nnodes = _ranks("nprocs", nprocs), _ranks("nnodes", nnodes)
+    _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, start_method)
+    packed = pack(fn, env or {}, profile)
+    limit = math.inf if timeout is None else float(timeout)
+    with _show_briefly(KeyboardInterrupt), Interrupts().counted() as interrupts:
+        if cluster is None:
+            method = start_method or forkserver.start_method(packed.overrides)
+            if notice := memory_check.check(nprocs * nnodes, method):
+                print(notice)
+            group: WorkerGroup = LocalWorkerGroup(places(nprocs, nnodes), method)
+        else:
+            group = _on_engines(cluster, nprocs, nnodes, start_method)
+        run = _carry_out(group, packed, fn, args, limit, interrupts)
+    if check:
+        run.raise_for_failure()
+    return run
+
+
+def _on_engines(cluster: Any, nprocs: int, nnodes: int, start_method: str | None) -> WorkerGroup:
+    try:
+        import ipyparallel  # noqa: F401
+    except ImportError as error:
+        raise BadLaunch(
+            f"cluster= needs ipyparallel, which cannot be imported: {error}\n"
+            "Install it with: pip install ipyparallel"
+        ) from None
+    from ddp_lessons.cluster.worker_group import ClusterWorkerGroup
+
+    return ClusterWorkerGroup(cluster, nprocs, nnodes, start_method)
+
+
+def _carry_out(
+    group: WorkerGroup,
+    packed: Task,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    timeout: float,
+    interrupts: Interrupts,
+) -> Run:
+    hung_after: float | None = None
+    with group, Panel(group.workers) as panel:
+        watch = Watchdog(group, panel.tick, interrupts)
+        try:
+            group.start(packed, fn, args, interrupts)
+            hung_after = watch.until_ended(timeout)
+        except BaseException:
+            watch.stop(AFTER_INTERRUPT)
+            group.end()
+            run = _record(packed, group, interrupted=True)
+            if interrupts.count:
+                _show_interrupted(run)
+            raise
+        group.end()
+        run = _record(packed, group, hung_after=hung_after)
+    _show_output(run)
+    if interrupts.count:  # when it had ended
+        print("Stopped.")
+    return run
+
+
+@contextlib.contextmanager
+def _show_briefly(kind: type[BaseException]) -> Iterator[None]:
+    """Have a notebook show an exception of this kind without the frames of this package."""
+    try:
+        yield
+    except kind as error:
+        show_without_frames(error)
+        raise
+
+
+def _ranks(name: str, value: Any) -> int:
+    """A whole number, which may be NumPy's or torch's; BadLaunch for anything else."""
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= 1:
+            return operator.index(value)
+    raise BadLaunch(f"{name} is {value!r}; it must be a whole number, 1 or more.")
+
+
+def _refuse_nonsense(
+    fn: Any, args: Any, nprocs: int, nnodes: int, env: Any, timeout: Any, method: Any
+) -> None:
+    """Raise BadLaunch for arguments that make no sense, saying what would do."""
+    if recording.in_worker():
+        raise BadLaunch(
+            "launch() was called inside a worker. A rank cannot launch ranks: call it once, "
+            "from the notebook or the main script, with all the ranks you need."
+        )
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise BadLaunch(
+            "the working directory, in which the ranks would start, was deleted. "
+            "Go to another one: os.chdir(...)."
+        ) from None
+    if not callable(fn):
+        raise BadLaunch(
+            f"fn is {fn!r}, not a function. "
+            "Pass the function itself, launch(work), not its result, launch(work(0))."
+        )
+    if kind := next((kind for kind, is_one in NOT_RUN.items() if is_one(fn)), None):
+        raise BadLaunch(
+            f"fn is {kind}: calling it runs none of its lines. Launch an ordinary function, which "
+            "may call asyncio.run() or go through a generator."
+        )
+    if not isinstance(args, tuple):
+        ranks = f" For {args} ranks write nprocs={args}." if isinstance(args, int) else ""
+        raise BadLaunch(
+            f"args is {args!r}, not a tuple. For one argument write args=({args!r},).{ranks}"
+        )
+    if nprocs * nnodes > MOST_RANKS:
+        raise BadLaunch(
+            f"{nprocs * nnodes:,} ranks are more than one machine can start; "
+            f"the most is {MOST_RANKS}, and 2 to 8 show nearly everything."
+        )
+    if timeout is not None and (
+        not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0
+    ):
+        raise BadLaunch(  # `not >` refuses nan, too
+            f"timeout is {timeout!r}; it must be a number of seconds above 0, or None for no limit."
+            " A run that makes progress is never cut short, so 60 suits long runs, too."
+        )
+    if env is not None and not isinstance(env, Mapping):
+        raise BadLaunch(f"env is {env!r}, not a dict, such as {{'OMP_NUM_THREADS': '2'}}.")
+    for name, value in (env or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise BadLaunch(f"env[{name!r}] is {value!r}; variables are strings: {str(value)!r}.")
+        if not name or "=" in name or "\0" in name + value:
+            raise BadLaunch(
+                f"env[{name!r}] is {value!r}: the name of a variable cannot be empty or hold '=', "
+                "and neither the name nor the value can hold a NUL."
+            )
+    if method is not None and method not in START_METHODS:
+        raise BadLaunch(f"start_method is {method!r}; it must be 'forkserver' or 'spawn'.")
+
+
+def _record(
+    packed: Task,
+    group: WorkerGroup,
+    *,
+    hung_after: float | None = None,
+    interrupted: bool = False,
+) -> Run:
+    ended = [worker for worker in group.workers if worker.exitcode is not None]
+    ranks = [worker.result(packed, hung=hung_after is not None) for worker in ended]
+    return Run(
+        packed.name,
+        ranks,
+        begin_ns=group.begin_ns,
+        hung_after=hung_after,
+        interrupted=interrupted,
+        out_of_memory=group.out_of_memory(),
+    )
+
+
+def _show_output(run: Run) -> None:
+    # The parent prints, in the cell's own thread and rank by rank: the same text on every run.
+    lines = [*run.output_lines(), *run.warnings]
+    if lines:
+        print("\n".join(lines))
+
+
+def _show_interrupted(run: Run) -> None:
+    _show_output(run)
+    print("\n".join(["Stopped.", *(f"rank {r.rank} {r.outcome()}" for r in run.ranks)]))

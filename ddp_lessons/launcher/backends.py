@@ -1,0 +1,106 @@
+"""Which backend suits a number of ranks. Runs in the parent.
+
+A rank is asked what it sees, so that the notebook's kernel never touches CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from ddp_lessons.errors import BadLaunch
+from ddp_lessons.instrumentation import recording
+from ddp_lessons.instrumentation.gpu_sharing import CARRIES
+from ddp_lessons.launcher.api import launch
+from ddp_lessons.text import count
+
+
+class Machine(NamedTuple):
+    """What a rank finds: the GPUs it may use, and what its build of torch has."""
+
+    gpus: int
+    nccl: bool
+    gloo: bool
+    for_gpus: bool  # the build can use GPUs at all
+
+
+def recommend_backend(nprocs: int) -> str:
+    """The backend for `nprocs` ranks on this machine, and why, printed in two lines.
+
+    NCCL where each rank can have a GPU of its own, else gloo. GPUs are counted by a rank of its
+    own, which reads the present CUDA_VISIBLE_DEVICES: CUDA is not initialised in this process.
+
+    Parameters
+    ----------
+    nprocs : int
+        Ranks on this machine.
+
+    Returns
+    -------
+    str
+        "nccl" or "gloo", to be passed to `torch.distributed.init_process_group`.
+
+    Raises
+    ------
+    BadLaunch
+        If `nprocs` is no whole number above 0, or this build of torch has no backend that fits.
+    """
+    if not isinstance(nprocs, int) or isinstance(nprocs, bool) or nprocs < 1:
+        raise BadLaunch(f"nprocs is {nprocs!r}; it must be a whole number, 1 or more.")
+    backend, why = choose(nprocs, _machine())
+    print(why)
+    return backend
+
+
+def choose(nprocs: int, machine: Machine) -> tuple[str, str]:
+    """The backend for so many ranks on such a machine, and the two lines that say why."""
+    build = _build(machine)
+    what = f"{count(nprocs, 'rank')}, {count(machine.gpus, 'GPU') if machine.gpus else 'no GPU'}"
+    if machine.nccl and machine.gpus >= nprocs:
+        return "nccl", f"nccl: {what}, so each rank has a GPU of its own.\n{build}"
+    if not machine.gloo:
+        raise BadLaunch(f"no backend fits {what}. {build}")
+    return "gloo", f"gloo: {what}{_why_gloo(nprocs, machine)}\n{build}"
+
+
+def _why_gloo(nprocs: int, machine: Machine) -> str:
+    if not machine.gpus:
+        return ". NCCL works only between GPUs."
+    if not machine.nccl:
+        return f". Without NCCL, {CARRIES}."
+    most = -(-nprocs // machine.gpus)
+    least = "" if nprocs % machine.gpus == 0 else "up to "
+    return f", {least}{most} ranks a GPU. NCCL refuses two ranks on one GPU; {CARRIES}."
+
+
+def _build(machine: Machine) -> str:
+    """What this build of torch has, in a sentence."""
+    if not machine.for_gpus:
+        has = "gloo but not NCCL" if machine.gloo else "neither gloo nor NCCL"
+        return f"This build of torch is for CPUs: it has {has}, and would not see a GPU."
+    names = [name for name, there in (("NCCL", machine.nccl), ("gloo", machine.gloo)) if there] or [
+        "neither NCCL nor gloo"
+    ]
+    return f"This build of torch has {' and '.join(names)}."
+
+
+def _machine() -> Machine:
+    """What a rank finds here."""
+    if recording.in_worker() or "TORCHELASTIC_RUN_ID" in os.environ:
+        return look()  # this is a rank
+    machine: Machine = launch(look, nprocs=1).values[0]
+    return machine
+
+
+def look(_: int = 0) -> Machine:
+    """What this process finds. torch counts GPUs through NVML, without initialising CUDA."""
+    import torch
+    import torch.distributed as dist
+
+    available = dist.is_available()
+    return Machine(
+        torch.cuda.device_count(),
+        available and dist.is_nccl_available(),
+        available and dist.is_gloo_available(),
+        (torch.version.cuda or torch.version.hip) is not None,
+    )

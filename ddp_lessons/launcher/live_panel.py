@@ -1,0 +1,85 @@
+"""The panel that a cell shows while a run of over a second goes on; gone when the run has ended.
+
+Runs in the parent, in the thread of the cell. Off outside notebooks and where DDP_LESSONS_LIVE=0,
+which is set when notebooks are stored or tested: there a panel would only be noise. Off, too, where
+`hidden` says that there is no cell to show it.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import time
+from collections.abc import Sequence
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+from ddp_lessons.processes.base import Worker
+from ddp_lessons.system.notebook import is_live
+
+FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
+MOST = 120  # characters of a line
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, of which HTML knows nothing
+hidden: ContextVar[bool] = ContextVar("hidden", default=False)
+
+
+class Panel:
+    """One line a rank: what it did last. A context manager around the run."""
+
+    def __init__(self, workers: Sequence[Worker]) -> None:
+        self._workers = workers
+        self._due = time.monotonic() + FIRST_AFTER
+        self._handle: Any = None
+        self._on = is_live() and not hidden.get()
+
+    def __enter__(self) -> Panel:
+        return self
+
+    def tick(self, suspicion: str = "") -> None:
+        """Draw the panel if it is time; called often from the pump."""
+        if not self._on or time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + EVERY
+        self._show(_table(self._workers, suspicion))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._handle is not None:
+            self._show("")
+
+    def _show(self, text: str) -> None:
+        from IPython.display import HTML, display
+
+        if self._handle is None:
+            self._handle = display(HTML(text), display_id=True)
+        else:
+            self._handle.update(HTML(text))
+
+
+def _table(workers: Sequence[Worker], suspicion: str) -> str:
+    rows = "".join(
+        f"<tr><td style='white-space:nowrap'>rank {worker.rank}</td>"
+        f"<td style='white-space:nowrap'>{_state(worker)}</td><td style='text-align:left'>"
+        f"<code style='overflow-wrap:anywhere'>{html.escape(_last_line(worker))}</code></td></tr>"
+        for worker in workers[:16]
+    )
+    more = f"<tr><td colspan=3>and {len(workers) - 16} more</td></tr>" if len(workers) > 16 else ""
+    last = f"<tr><td colspan=3 style='text-align:left'>{suspicion}</td></tr>" if suspicion else ""
+    return f"<table>{rows}{more}{last}</table>"
+
+
+def _last_line(worker: Worker) -> str:
+    return _ANSI.sub("", worker.output.last_line())[:MOST]
+
+
+def _state(worker: Worker) -> str:
+    if worker.failed:
+        return "✗ failed"
+    if worker.outcome is not None:
+        return "✓ returned"
+    return "starting" if worker.started_ns is None else "running"

@@ -1,0 +1,199 @@
+"""Watching the ranks of a run from the parent: pump their pipes, see who is stuck, stop them.
+
+`Watch` works in the cell's own thread until every process has ended. It decides only *that* a run
+has failed or hangs; `diagnose.py` says why.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+
+from ddp_lessons.diagnosis.calls import Calls
+from ddp_lessons.processes.base import CPU_SAMPLE_SECONDS, Worker, WorkerGroup
+from ddp_lessons.system.interrupts import Interrupts
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.messages import STACK_SIGNAL
+
+START = 120.0  # seconds that a new process may take until it calls the function
+TICK = 0.1  # seconds between two looks at the clock
+GRACE = 1.0  # seconds that the others get after the first failure
+QUIET = 1.0  # seconds without progress after which to ask whether anything can still move
+LOOKING = 5  # times as long as that takes is waited before it is asked again
+FROZEN = 2.0  # seconds in which this thread did nothing: with it, all was frozen
+SUSPECT = 5.0  # seconds without progress after which the panel says so
+
+Ladder = Sequence[tuple[signal.Signals, float]]  # signals, and the seconds each is given
+AFTER_FAILURE: Ladder = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 10.0))
+AFTER_INTERRUPT: Ladder = ((signal.SIGINT, 2.0), *AFTER_FAILURE)
+
+
+class Watchdog:
+    """The watch over the ranks of one run.
+
+    `on_tick` is called about ten times a second, with what is suspected: "" mostly.
+    """
+
+    def __init__(
+        self, group: WorkerGroup, on_tick: Callable[[str], None], interrupts: Interrupts
+    ) -> None:
+        self._group = group
+        self._interrupts = interrupts
+        self._workers = group.workers
+        self._on_tick = on_tick
+        self._ticked = 0.0
+        self._suspicion = ""
+
+    @property
+    def alive(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker.alive]
+
+    def until_ended(self, timeout: float) -> float | None:
+        """Watch until every process has ended, then return None.
+
+        After the first failure the others are stopped. Returns the seconds without progress if the
+        run was given up as hung: after `timeout`, or sooner where nothing can move any more. Where
+        all was frozen for a while, as in a paused container, the timeout begins anew. Raises
+        KeyboardInterrupt; then all are still to be stopped.
+        """
+        failed_at: float | None = None
+        look_at = 0.0
+        began = time.monotonic()
+        sleep = _Sleep()
+        while self.alive:
+            self.pump(TICK)
+            self._interrupts.check()
+            now = time.monotonic()
+            if sleep.seconds() > FROZEN + self._group.stack_wait:
+                began = now
+            quiet = now - max(began, *(worker.moved_at for worker in self._workers))
+            self._suspicion = _suspicion(quiet, timeout) if quiet > SUSPECT else ""
+            if quiet > QUIET / 4:
+                self._note_activity()
+            if failed_at is None and any(worker.failed for worker in self._workers):
+                failed_at = now
+            if failed_at is not None:
+                if now - failed_at > GRACE:
+                    self.stop(AFTER_FAILURE)
+            elif quiet > (timeout if self._all_started else max(timeout, START)):
+                self._give_up()
+                return timeout
+            elif quiet > QUIET and now > look_at:
+                if self._nothing_can_move(timeout):
+                    self._give_up()
+                    return quiet
+                ended = time.monotonic()
+                look_at = ended + max(QUIET, LOOKING * (ended - now))
+        return None
+
+    @property
+    def _all_started(self) -> bool:
+        return all(w.started_ns is not None or w.exitcode is not None for w in self._workers)
+
+    def pump(self, seconds: float) -> None:
+        """Take in what the ranks sent, waiting at most `seconds` for something to come."""
+        self._group.pump(seconds)
+        if time.monotonic() - self._ticked > TICK:
+            self._ticked = time.monotonic()
+            self._on_tick(self._suspicion)
+
+    def stop(self, ladder: Ladder) -> None:
+        """Ask every rank where it is, then end it: signal after signal, until all are gone.
+
+        If Stop is pressed once more meanwhile, they get SIGKILL at once.
+        """
+        self.take_stacks()
+        for worker in self.alive:
+            worker.stopped = True
+        for number, patience in ladder:
+            if self._interrupts.hurry and number != signal.SIGKILL:
+                continue
+            for worker in self.alive:
+                worker.signal_group(number) if number == signal.SIGKILL else worker.send_signal(
+                    number
+                )
+            deadline = time.monotonic() + patience
+            while self.alive and time.monotonic() < deadline:
+                self.pump(0.02)
+                if self._interrupts.hurry and number != signal.SIGKILL:
+                    break
+        for worker in self.alive:
+            worker.give_up()
+
+    def take_stacks(self) -> None:
+        """Have every rank print its Python stack, also those that are blocked in C++."""
+        asked = [worker for worker in self.alive if worker.started_ns is not None]
+        for worker in asked:
+            worker.stack_text = ""
+            worker.send_signal(STACK_SIGNAL)
+        deadline = time.monotonic() + self._group.stack_wait
+        seen, since = "", time.monotonic()
+        while time.monotonic() < deadline and not self._interrupts.hurry:
+            self.pump(0.01)
+            text = "".join(worker.stack_text for worker in asked)
+            if text != seen:
+                seen, since = text, time.monotonic()
+            answered = all(worker.stack_text or not worker.alive for worker in asked)
+            if answered and time.monotonic() - since > self._group.settle:
+                return
+
+    def _give_up(self) -> None:
+        """Stop a run that hangs, once it is known of each rank whether it is busy."""
+        self._note_activity()
+        deadline = time.monotonic() + 2 * CPU_SAMPLE_SECONDS
+        while any(w.activity is None for w in self.alive) and time.monotonic() < deadline:
+            self.pump(TICK)
+            self._note_activity()
+        self.stop(AFTER_FAILURE)
+
+    def _note_activity(self) -> None:
+        for worker in self.alive:
+            worker.note_activity()
+
+    def _nothing_can_move(self, timeout: float) -> bool:
+        """True if every rank waits in a call of torch.distributed that can never return.
+
+        Proof are the ranks' recorded calls alone (`Calls.stuck_for_good`): a rank that has ended
+        meets nobody, nor do ranks that wait for each other in a ring. What else is seen of the
+        ranks only speaks against it, in case a call was made of which there is no record: they
+        compute, or would if they had a processor; data is on the way; a thread may call something.
+        For that they are asked where they are, which may disturb: so only if all else is proven.
+        Where a call gives up by itself before our timeout, that is the learner's to see.
+        """
+        waiting = self.alive
+        if any(w.started_ns is None for w in waiting):
+            return False
+        if any(w.own_timeout is not None and w.own_timeout < timeout for w in waiting):
+            return False
+        if any(w.activity != "idle" or w.queued or w.sending for w in waiting):
+            return False
+        moved_at = max(worker.moved_at for worker in waiting)
+        lossy = (worker.rank for worker in self._workers if worker.dropped())
+        calls = Calls(self._group.spans(), lossy)
+        if not calls.stuck_for_good(worker.rank for worker in waiting):
+            return False
+        self.take_stacks()
+        if self.alive != waiting or max(worker.moved_at for worker in waiting) != moved_at:
+            return False
+        return all(stacks.all_wait_for_others(worker.stack_text) for worker in waiting)
+
+
+class _Sleep:
+    """How long this thread has neither run nor had reason to: it waits a tenth of a second only."""
+
+    def __init__(self) -> None:
+        self._looked, self._ran = time.monotonic(), time.thread_time()
+
+    def seconds(self) -> float:
+        """The seconds since the last time that this was asked in which the thread did not run."""
+        now, ran = time.monotonic(), time.thread_time()
+        slept = (now - self._looked) - (ran - self._ran)
+        self._looked, self._ran = now, ran
+        return slept
+
+
+def _suspicion(quiet: float, timeout: float) -> str:
+    given_up = f"; after {timeout:g} s the run is given up" if timeout < math.inf else ""
+    return f"no rank has made progress for {quiet:.0f} s{given_up}"

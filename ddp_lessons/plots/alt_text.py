@@ -1,0 +1,63 @@
+"""How a picture gets into a notebook: with its titles as the text that a screen reader says.
+
+Runs in the parent; every function that draws calls `offer`. JupyterLab gives a picture's PNG no
+alternative text, whatever its metadata say (jupyter/enhancement-proposals#120), but it leaves alone
+that of an `<img>` in HTML, which it prefers. So a live notebook gets both. A stored one has only
+the PNG, with the text in its metadata, where nbconvert and nbviewer look for it.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from matplotlib.figure import Figure
+
+from ddp_lessons.system.notebook import in_kernel, is_live
+
+
+def text(figure: Any) -> str:
+    """What the pictures of a figure show: their titles, which stand on the left."""
+    return "; ".join(filter(None, (axes.get_title("left") for axes in figure.axes)))
+
+
+def image(png: str, alt: str) -> str:
+    """A picture, as base64, with its alternative text, as HTML."""
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png.strip()}">'
+
+
+def offer() -> None:
+    """Have this kernel show figures with titles on the left with their text, from now on."""
+    if not in_kernel():
+        return
+    formatters = sys.modules["IPython"].get_ipython().display_formatter.formatters
+    render = formatters["image/png"].type_printers.get(Figure)
+    if render is None or isinstance(getattr(render, "__self__", None), _Rendered):
+        return  # not drawn by the inline backend; offered already
+    rendered = _Rendered(render)
+    formatters["image/png"].for_type(Figure, rendered.png)
+    if is_live():
+        formatters["text/html"].for_type(Figure, rendered.html)
+
+
+class _Rendered:
+    """Makes the PNG and the HTML of a figure, but renders it only once: it takes a while."""
+
+    def __init__(self, render: Callable[[Figure], Any]) -> None:
+        self._render = render
+        self._kept: WeakKeyDictionary[Figure, Any] = WeakKeyDictionary()
+
+    def html(self, figure: Figure) -> str | None:
+        alt = text(figure)
+        if not alt:
+            return None
+        self._kept[figure] = made = self._render(figure)
+        return image(made, alt) if isinstance(made, str) else None
+
+    def png(self, figure: Figure) -> Any:
+        made = self._kept.pop(figure, None) or self._render(figure)
+        alt = text(figure)
+        return (made, {"alt": alt}) if alt and isinstance(made, str) else made

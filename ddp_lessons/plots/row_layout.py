@@ -1,0 +1,63 @@
+"""Bars of a time line: which lie on one row, which need rows of their own, which to show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ddp_lessons.wire.records import Lane
+
+if TYPE_CHECKING:
+    from ddp_lessons.run import Run
+
+Interval = tuple[float, float]  # left, right
+
+
+def of_steps(run: Run, steps: tuple[int, int]) -> tuple[int, int]:
+    """Begin and end, in ns, of some training steps: the first and the last to show.
+
+    Raises ValueError if no rank has such steps.
+    """
+    first, last = steps
+    numbered = [s for s in run.spans() if s.lane == Lane.STEPS and s.step is not None]
+    shown = [s for s in numbered if first <= (s.step or 0) <= last]
+    if not shown:
+        raise ValueError(f"no rank has a step from {first} to {last}")
+    end = max(rank.ended_ns for rank in run.ranks)
+    return min(s.t0_ns for s in shown), max(s.t1_ns or end for s in shown)
+
+
+def pack(intervals: Sequence[Interval]) -> list[int]:
+    """The row of each interval, so that none covers another and the rows are as few as can be.
+
+    The intervals must be in the order in which they begin.
+    """
+    ends: list[float] = []  # of the last interval on each row
+    rows = []
+    for left, right in intervals:
+        row = next((n for n, end in enumerate(ends) if end <= left), len(ends))
+        ends[row : row + 1] = [right]
+        rows.append(row)
+    return rows
+
+
+def merged(intervals: Iterable[Interval], gap: float) -> list[Interval]:
+    """The intervals, with those that are closer than `gap` made one."""
+    found: list[Interval] = []
+    for left, right in sorted(intervals):
+        if found and left - found[-1][1] < gap:
+            found[-1] = (found[-1][0], max(found[-1][1], right))
+        else:
+            found.append((left, right))
+    return found
+
+
+def widest_gap(interval: Interval, covered: Iterable[Interval]) -> Interval:
+    """The widest part of an interval that nothing covers."""
+    left, right = interval
+    edges = [left]
+    for begin, end in merged(covered, 0.0):
+        if left < end and begin < right:
+            edges += [begin, end]
+    edges.append(right)
+    return max(zip(edges[::2], edges[1::2], strict=True), key=lambda gap: gap[1] - gap[0])

@@ -1,0 +1,253 @@
+"""One rank as its parent sees it, wherever its process runs, and all ranks of one run together.
+
+Runs in the parent. `local.py` has the ranks of this machine, the package `cluster` those on the
+engines of a cluster.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from ddp_lessons.processes.output import OutputBuffer
+from ddp_lessons.results import Activity, RankResult, Status
+from ddp_lessons.system.interrupts import Interrupts
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.messages import (
+    Clock,
+    Decoder,
+    GivesUp,
+    Joining,
+    Raised,
+    Returned,
+    Started,
+    Unsendable,
+)
+from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
+from ddp_lessons.wire.task import RankInfo, Task
+
+UNKNOWN_EXIT = 255  # what multiprocessing makes of a forkserver that no longer answers
+CPU_SAMPLE_SECONDS = 0.4  # seconds, at least, over which use of the processor is measured
+CHANNELS = MESSAGES, OUTPUT, STACKS = range(3)  # the pipes that come from a rank
+
+
+class Worker(ABC):
+    """One rank: a process, and what came through the three pipes from it.
+
+    Through MESSAGES come framed facts (`messages.py`), through OUTPUT whatever the rank writes to
+    its stdout and stderr, through STACKS what faulthandler prints when asked where the rank is.
+    """
+
+    def __init__(self, place: RankInfo) -> None:
+        self.place = place
+        self.host: str | None = None  # None: this machine
+        self.output = OutputBuffer()
+        self.stack_text = ""
+        self.began_ns = time.perf_counter_ns()
+        self.started_ns: int | None = None
+        self.ended_ns: int | None = None
+        self.own_timeout: float | None = None  # seconds after which it gives up by itself
+        self.outcome: Returned | Raised | Unsendable | None = None
+        self.clock: Clock | None = None  # against rank 0's, if they were compared
+        self.exitcode: int | None = None
+        self.lost: ErrorRecord | None = None  # why nobody can tell how it ended
+        self.stopped = False  # the parent ended it
+        self.told_when_stopped = False  # its outcome came after that
+        self.activity: Activity | None = None  # what it did when it was stopped
+        self.queued = False  # when last noted, it stood in the queue for a processor for long
+        self.sending = False  # when last noted, data of its was on the way to another rank
+        self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
+        self._decoder = Decoder()
+
+    @property
+    def rank(self) -> int:
+        return self.place.rank
+
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """True from when its process was asked for until it has ended."""
+
+    @property
+    def failed(self) -> bool:
+        """True if the rank raised, died or returned what cannot be sent; not if it was stopped."""
+        if isinstance(self.outcome, Raised | Unsendable):
+            return True
+        return self.exitcode is not None and self.outcome is None and not self.stopped
+
+    def take(self, channel: int, data: bytes) -> None:
+        """Take in what came through a pipe."""
+        if channel == STACKS:
+            self.stack_text += data.decode("utf-8", errors="backslashreplace")
+            return
+        self.moved_at = time.monotonic()
+        if channel == OUTPUT:
+            self.output.feed(data)
+        else:
+            self._read_messages(data)
+
+    @abstractmethod
+    def spans(self) -> Sequence[Span]:
+        """What is on its tape."""
+
+    @abstractmethod
+    def dropped(self) -> int:
+        """How many spans the tape did not keep."""
+
+    @abstractmethod
+    def note_activity(self) -> None:
+        """See whether the rank uses a processor, waits for one, or has data on the way."""
+
+    @abstractmethod
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the rank's own process; STACK_SIGNAL only if it is prepared for it."""
+
+    @abstractmethod
+    def signal_group(self, number: int) -> None:
+        """Send a signal to the rank and its children, which share its process group."""
+
+    def give_up(self) -> None:  # noqa: B027
+        """Count it as ended, where it may be that it never answers."""
+
+    def result(self, packed: Task, *, hung: bool) -> RankResult:
+        """What came of the rank, which has ended; `hung` if its run was given up for that."""
+        assert self.exitcode is not None
+        assert self.ended_ns is not None
+        status: Status = "stopped" if self.stopped else "died"
+        value, error, exception, kept = None, None, None, None
+        stack = stacks.parse(self.stack_text, packed.home)
+        match self.outcome:
+            case Returned(_, data, threads):
+                status, value, error = _loaded(data)
+                if self.stopped and status == "returned":
+                    kept = stacks.what_keeps(self.stack_text, threads, packed.home)
+                    if kept is None and hung and not self.told_when_stopped:
+                        kept = stacks.Keeper(stacks.PROCESS, ())
+                if kept is not None:
+                    status, stack = "stopped", kept.frames
+            case Raised(_, record, _, data):
+                status = "raised" if not self.told_when_stopped else "stopped"
+                error, exception = record, _exception(data)
+            case Unsendable(_, type_name, reason):
+                status, error = "unsendable", ErrorRecord(type_name, reason, ())
+            case None:
+                error = self.lost
+        return RankResult(
+            rank=self.rank,
+            status=status,
+            value=value,
+            output=self.output.text(),
+            error=error,
+            exception=exception,
+            exitcode=self.exitcode,
+            spans=(*_life(self, packed.name), *self.spans()),
+            began_ns=self.began_ns,
+            started_ns=self.started_ns,
+            ended_ns=self.ended_ns,
+            stack=stack,
+            kept_by=None if kept is None else kept.name,
+            activity=self.activity,
+            dropped=self.dropped(),
+            group_rank=self.place.group_rank,
+            host=self.host,
+        )
+
+    def _read_messages(self, data: bytes) -> None:
+        for message in self._decoder.feed(data):
+            match message:
+                case Started(t_ns):
+                    self.started_ns = t_ns
+                case Joining(timeout):
+                    self.own_timeout = timeout
+                case GivesUp(timeout):
+                    self.own_timeout = min(timeout, self.own_timeout or timeout)
+                case Clock():
+                    self.clock = message
+                case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):
+                    self.outcome = message
+                    self.told_when_stopped = self.stopped
+                    self.ended_ns = t_ns
+
+
+def _loaded(data: bytes) -> tuple[Status, Any, ErrorRecord | None]:
+    try:
+        return "returned", pickle.loads(data), None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a learner's object raises while it is rebuilt
+        return "unsendable", None, ErrorRecord("unknown", stacks.text_of(error), ())
+
+
+def _exception(data: bytes | None) -> BaseException | None:
+    try:
+        exception = pickle.loads(data) if data else None
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # its class may not be importable here; its text travelled separately
+        return None
+    return exception if isinstance(exception, BaseException) else None
+
+
+def _life(worker: Worker, name: str) -> list[Span]:
+    """Two spans of lane "process": until the function was called, and from then to the end."""
+    called = worker.started_ns or worker.ended_ns
+    spans = [Span(worker.rank, Lane.PROCESS, Kind.MARK, "start-up", worker.began_ns, called)]
+    if worker.started_ns is not None:
+        spans.append(
+            Span(worker.rank, Lane.PROCESS, Kind.MARK, name, worker.started_ns, worker.ended_ns)
+        )
+    return spans
+
+
+class WorkerGroup(ABC):
+    """The ranks of one run. A context manager; at its end all of them must have ended."""
+
+    workers: Sequence[Worker]
+    stack_wait = 0.5  # seconds that a rank has to print its stack
+    settle = 0.03  # seconds of silence after which a stack is taken to be complete
+
+    def __init__(self) -> None:
+        self.begin_ns = time.perf_counter_ns()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def start(
+        self, task: Task, fn: Callable[..., Any], args: tuple[Any, ...], interrupts: Interrupts
+    ) -> None:
+        """Start all ranks.
+
+        Raises CannotSend, LaunchError and KeyboardInterrupt; then some may have been started.
+        """
+
+    @abstractmethod
+    def pump(self, seconds: float) -> None:
+        """Take in what the ranks sent, waiting at most `seconds` for something to come."""
+
+    def spans(self) -> list[Sequence[Span]]:
+        """What is on the ranks' tapes now, by rank."""
+        return [worker.spans() for worker in self.workers]
+
+    @abstractmethod
+    def out_of_memory(self) -> bool | None:
+        """Whether a system killed a process meanwhile for want of memory; None if unknown."""
+
+    def end(self) -> None:  # noqa: B027
+        """All ranks have ended: bring what is known of them to one clock, the notebook's."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what the run held."""

@@ -1,0 +1,215 @@
+"""The one piece of state of the package: its forkservers.
+
+Runs in the parent. A forkserver is a process that forks workers; it ends with the parent, however
+that ends. The warm one has torch imported and forks a worker in milliseconds (`preload.py` says
+what it imports). The bare one forks processes that become new interpreters at once, for the start
+method "spawn". Both adopt what their ranks leave behind. They are multiprocessing's, but of our
+own: the one that the library shares may have been started by the learner's code, and what that
+leaves behind is not ours to end.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing.process
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from multiprocessing import util
+from typing import TYPE_CHECKING, Any
+
+from ddp_lessons.system import reaper
+from ddp_lessons.system.notebook import in_kernel
+
+if TYPE_CHECKING:
+    from ddp_lessons.processes.rank_process import Forked
+
+# What a forkserver imports.
+WARM, BARE = "ddp_lessons.worker.preload", "ddp_lessons.worker.preload_bare"
+
+# Variables that Python, the C library or torch read once, when a process starts. A worker forked
+# from a process that started with other values would not obey them.
+READ_AT_START = (
+    "PYTHON",
+    "LD_",
+    "MALLOC_",
+    "GLIBC_",
+    "KMP_",
+    "GOMP_",
+    "TORCH_CPP_LOG_LEVEL",
+    "TORCH_SHOW_CPP_STACKTRACES",
+    "TORCH_LOGS",
+)
+# Importing scikit-learn sets these; they matter only to a process that has not loaded OpenMP yet.
+SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes (unix(7), sun_path)
+# What this process lacks, whatever the forkserver does.
+OURS_TO_BEAR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+
+
+class Forkserver:
+    """A forkserver, and the ranks that it has forked. Safe to use from several threads.
+
+    Starting a rank and ending orphans exclude each other: a rank that was forked a moment ago must
+    not be taken for an orphan.
+    """
+
+    def __init__(self, imports: str) -> None:
+        from multiprocessing.forkserver import ForkServer
+
+        self.owner = os.getpid()
+        self.environment = dict(os.environ)  # in which it was started
+        self._server: Any = ForkServer()
+        self._server.set_forkserver_preload([imports])
+        self._ranks: set[int] = set()  # process ids
+        self._lock = threading.RLock()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, once it was started."""
+        pid: int | None = self._server._forkserver_pid
+        return pid
+
+    def ensure_running(self) -> None:
+        """Start it if it does not run (or has died); it goes on importing when this returns."""
+        from multiprocessing import resource_tracker
+
+        with self._lock:
+            if self.pid is not None and reaper.is_suspended(self.pid):
+                reaper.kill_and_wait(self.pid)
+            before = self.pid
+            _own_temporary_folder()  # even if it runs: it may end before the library looks
+            resource_tracker.ensure_running()  # first, because starting it unblocks the interrupt
+            # Until it has a session of its own (preload.py), the notebook's interrupt would end it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self._server.ensure_running()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if self.pid != before:
+                self.environment = dict(os.environ)
+
+    def start(self, popen: Callable[[Any], Forked]) -> Forked:
+        """Have `popen` start a rank, given the forkserver. Raises OSError or EOFError if it does.
+
+        If the forkserver does not answer, it is started anew, once.
+        """
+        with self._lock:
+            for last in (False, True):
+                self.ensure_running()
+                try:
+                    started = popen(self._server)
+                except (OSError, EOFError) as error:
+                    if last or getattr(error, "errno", None) in OURS_TO_BEAR:
+                        raise
+                    reaper.kill_and_wait(self.pid or 0)
+                else:
+                    break
+            self._ranks.add(started.pid)
+        return started
+
+    def end_orphans(self) -> None:
+        """End what its dead ranks have left behind: its children that are no ranks.
+
+        While another run of this process goes on (from another thread), its ranks may have children
+        of their own there; then the run that ends last does the work.
+        """
+        with self._lock:
+            self._ranks = {rank for rank in self._ranks if not reaper.has_ended(rank)}
+            if self.pid is not None and not self._ranks:
+                reaper.end_all_children_of(self.pid)
+
+    def forget(self) -> None:
+        """In a forked copy of its owner: let go of it, so that it ends when its owner does."""
+        if (descriptor := self._server._forkserver_alive_fd) is not None:
+            os.close(descriptor)
+
+
+_servers: dict[str, Forkserver] = {}
+_changing = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _changing
+    _changing = threading.Lock()  # another thread may have held it when this process was forked
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def server(imports: str = WARM) -> Forkserver:
+    """A forkserver of this process; a forked copy of a kernel gets one of its own."""
+    with _changing:
+        known = _servers.get(imports)
+        if known is not None and known.owner != os.getpid():
+            known.forget()
+            known = None
+        if known is None:
+            known = _servers[imports] = Forkserver(imports)
+        return known
+
+
+def end_orphans() -> None:
+    """End what dead ranks have left behind, however they were started."""
+    with _changing:
+        ours = [one for one in _servers.values() if one.owner == os.getpid()]
+    for one in ours:
+        one.end_orphans()
+
+
+_IMPORTED_BY = os.getpid()
+
+
+def _own_temporary_folder() -> None:
+    """Give multiprocessing a folder of this process's own for the forkserver's socket.
+
+    A child inherits its parent's, which would go with the child's forkserver. Somebody may have
+    removed it. And the path of a socket must be short.
+    """
+    config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if multiprocessing.parent_process() is not None or os.getpid() != _IMPORTED_BY:
+        config.pop("tempdir", None)
+    folder = config.get("tempdir")
+    if folder is None and len(os.fsencode(tempfile.gettempdir())) > LONGEST_FOLDER:
+        folder = config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
+        util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
+    elif folder is not None and not os.path.isdir(folder):
+        os.mkdir(folder, mode=0o700)
+
+
+def default_start_method() -> str:
+    """forkserver on Linux, spawn elsewhere (macOS frameworks do not survive a fork)."""
+    return "forkserver" if sys.platform == "linux" else "spawn"
+
+
+def warm_in_kernel() -> None:
+    """In a notebook kernel, begin to warm the forkserver; returns in a few milliseconds."""
+    if in_kernel() and default_start_method() == "forkserver":
+        warm()
+
+
+def warm() -> None:
+    """Start the warm forkserver if it does not run; it imports torch while we go on."""
+    server().ensure_running()
+
+
+def environment_is_current(environment: Mapping[str, str]) -> bool:
+    """True if a forked worker would behave as one that was started with these variables."""
+    started = _servers[WARM].environment if WARM in _servers else os.environ
+    names = {n for n in {*started, *environment} if n.startswith(READ_AT_START)}
+    names.difference_update(SET_BY_IMPORTS)
+    return all(started.get(name) == environment.get(name) for name in names)
+
+
+def start_method(overrides: Mapping[str, str]) -> str:
+    """How to start ranks that see the present variables, with `overrides` on top."""
+    method = default_start_method()
+    return (
+        "spawn"
+        if method == "forkserver" and not environment_is_current({**os.environ, **overrides})
+        else method
+    )

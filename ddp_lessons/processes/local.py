@@ -1,0 +1,355 @@
+"""The ranks of this machine: starting their processes, reading their pipes, ending them.
+
+Runs in the parent, and in the engines of a cluster, which do the same for their rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from ddp_lessons.errors import LaunchError
+from ddp_lessons.processes import forkserver
+from ddp_lessons.processes.base import (
+    CHANNELS,
+    CPU_SAMPLE_SECONDS,
+    UNKNOWN_EXIT,
+    Worker,
+    WorkerGroup,
+)
+from ddp_lessons.processes.packing import Argument
+from ddp_lessons.system import memory, reaper
+from ddp_lessons.system.host import reserve_port
+from ddp_lessons.system.interrupts import Interrupts
+from ddp_lessons.text import count
+from ddp_lessons.wire.messages import STACK_SIGNAL
+from ddp_lessons.wire.records import FORKSERVER, ErrorRecord, Span
+from ddp_lessons.wire.span_buffer import SpanBuffers
+from ddp_lessons.wire.task import MasterAddress, PackedArgument, RankInfo, Task
+
+FORKSERVER_ENDED = ErrorRecord(
+    FORKSERVER,
+    "the process that starts the ranks, multiprocessing's forkserver, was ended while they ran\n"
+    "The next launch starts a new one.",
+    (),
+)
+NEW_PYTHON = 30.0  # seconds that one may take to import torch
+CHUNK = 1 << 16  # bytes read from a pipe at once
+EVERY = 0.1  # seconds between two looks at all ranks
+CONNECTED = ("01", "08")  # states of a TCP socket: ESTABLISHED, CLOSE_WAIT (tcp_states.h)
+PACKET = 1500  # bytes
+BUSY = 0.1  # share of the time noted: a rank that uses more of the processor computes
+
+
+class WorkerProcess(Worker):
+    """A rank whose process this one has started."""
+
+    def __init__(self, place: RankInfo, tapes: SpanBuffers) -> None:
+        super().__init__(place)
+        self.tapes = tapes
+        self.forkserver: int | None = None  # its process id
+        self._progress = 0
+        self._noted: tuple[float, float, float] | None = None  # when; seconds used and queued
+        self._channels: dict[Connection, int] = {}
+        self._process: Any = None
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self.exitcode is None
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid)
+
+    def start(
+        self,
+        method: str,
+        task: Task,
+        args: Sequence[Argument | PackedArgument],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Start the process. Raises CannotSend, and starts nothing, if an argument can't travel.
+
+        `check` is called before, and now and then while that takes time; it may raise.
+        """
+        from ddp_lessons.processes.rank_process import Forked, Replaced, Spawned
+        from ddp_lessons.worker.main import run_rank
+
+        check()
+        self.tapes.prepare(self.rank)
+        pipes = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
+        readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
+        try:
+            context: Any = multiprocessing.get_context(method)
+            process = context.Process(
+                target=run_rank,
+                args=(task, self.place, tuple(args), *writers, self.tapes.sendable()),
+                name=f"rank {self.rank}",
+                daemon=False,  # a daemon could not have children, such as a DataLoader's workers
+            )
+            if method == "forkserver":
+                self._process = forkserver.server().start(lambda by: Forked(process, by, check))
+            elif forkserver.default_start_method() == "forkserver":
+                self._process = forkserver.server(forkserver.BARE).start(
+                    lambda by: Replaced(process, task.overrides, by, check)
+                )
+            else:
+                self._process = Spawned(process, task.overrides)
+            if forkserver.default_start_method() == "forkserver":
+                self.forkserver = reaper.parent_of(self.pid)
+        except BaseException:
+            for reader in readers:
+                reader.close()
+            raise
+        finally:
+            for writer in writers:
+                writer.close()
+        for reader in readers:
+            os.set_blocking(reader.fileno(), False)
+        self._channels = dict(zip(readers, CHANNELS, strict=True))
+
+    @property
+    def readers(self) -> list[Connection]:
+        """The pipes that are still open."""
+        return list(self._channels)
+
+    @property
+    def sentinel(self) -> int:
+        """A file descriptor that becomes readable when the process ends."""
+        return int(self._process.sentinel)
+
+    def read(self, reader: Connection) -> bool:
+        """Take what a pipe holds now, one chunk; False if it held nothing or has closed."""
+        try:
+            data = os.read(reader.fileno(), CHUNK)
+        except BlockingIOError:
+            return False
+        if data:
+            self.take(self._channels[reader], data)
+            return True
+        del self._channels[reader]
+        reader.close()
+        return False
+
+    def look_at_tape(self) -> None:
+        """See whether the rank has finished anything since the last time."""
+        progress = self.tapes.progress(self.rank)
+        if progress != self._progress:
+            self._progress, self.moved_at = progress, time.monotonic()
+
+    def poll(self) -> bool:
+        """See whether the process has ended; True at the moment when it has.
+
+        What it wrote before is taken in, and what it left of children is killed with its group.
+        """
+        if not self.alive or (code := self._process.poll()) is None:
+            return False
+        self.exitcode = code
+        if (
+            self.forkserver is not None
+            and self.exitcode == UNKNOWN_EXIT
+            and reaper.ends_soon(self.forkserver)
+        ):
+            # Nobody is left to tell how the rank ended, or whether it did.
+            self.lost = FORKSERVER_ENDED if self.outcome is None else None
+            self.send_signal(signal.SIGKILL)
+        self.signal_group(signal.SIGKILL)
+        for reader in self.readers:
+            while self.read(reader):
+                pass
+        self.ended_ns = self.ended_ns or time.perf_counter_ns()
+        self.moved_at = time.monotonic()
+        return True
+
+    def cpu_seconds(self) -> float:
+        """The processor time that the rank has used so far; 0 if it has ended."""
+        import psutil
+
+        try:
+            times = psutil.Process(self.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return float(times.user + times.system)
+
+    def note_activity(self) -> None:
+        import psutil
+
+        now = time.monotonic()
+        if self._noted is not None and now - self._noted[0] < CPU_SAMPLE_SECONDS:
+            return
+        used, queued = self.cpu_seconds(), queued_seconds(self.pid)
+        if self._noted is not None:
+            then, used_before, queued_before = self._noted
+            least = BUSY * (now - then)
+            self.activity = "busy" if used - used_before > least else "idle"
+            self.queued = queued - queued_before > least
+        self._noted = now, used, queued
+        self.sending = has_unsent_data(self.pid)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(self.pid).status() == psutil.STATUS_STOPPED:
+                self.activity = "suspended"
+
+    def send_signal(self, number: int) -> None:
+        if number == STACK_SIGNAL and not catches(self.pid, number):
+            return  # the rank has become another program, by exec, which this would end
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def signal_group(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+    def close(self) -> None:
+        """Give back the file descriptors. The process must have ended."""
+        for reader in self.readers:
+            reader.close()
+        self._channels.clear()
+        if self._process is not None:
+            self._process.close()
+
+    def spans(self) -> list[Span]:
+        return self.tapes.spans(self.rank)
+
+    def dropped(self) -> int:
+        return self.tapes.dropped(self.rank)
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal (proc(5), SigCgt); True if it cannot be told."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status:
+        for line in status:
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return True
+
+
+def has_unsent_data(pid: int) -> bool:
+    """Whether a process wrote data to TCP sockets that the other side has not received (Linux).
+
+    The kernel keeps it in the socket's send queue until then: proc_net_tcp, `tx_queue`. A packet or
+    less does not count. It is soon there, but its receipt may come later: where rank 0 asks its
+    store every 10 ms whether the others have joined, there is always some answer without one.
+    """
+    inodes = set()
+    for file in glob.iglob(f"/proc/{pid}/fd/*"):
+        with contextlib.suppress(OSError):
+            inodes.add(os.readlink(file))
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
+            for fields in map(str.split, lines):
+                is_own = fields[3] in CONNECTED and f"socket:[{fields[9]}]" in inodes
+                if is_own and int(fields[4].partition(":")[0], 16) > PACKET:
+                    return True
+    return False
+
+
+def queued_seconds(pid: int) -> float:
+    """How long a process's threads have stood ready to run without a processor (Linux; else 0).
+
+    The second number of /proc/PID/task/TID/schedstat (kernel documentation, sched-stats).
+    """
+    total_ns = 0
+    for file in glob.iglob(f"/proc/{pid}/task/*/schedstat"):
+        with contextlib.suppress(OSError, ValueError, IndexError), open(file) as stat:
+            total_ns += int(stat.read().split()[1])
+    return total_ns / 1e9
+
+
+class Pump:
+    """Takes in what the processes of some ranks send."""
+
+    def __init__(self, workers: Sequence[WorkerProcess]) -> None:
+        self._workers = workers
+        self._polled = 0.0
+
+    def __call__(self, seconds: float) -> None:
+        """Wait at most `seconds` for something to come, and take it in."""
+        alive = [worker for worker in self._workers if worker.alive]
+        sources = {r: worker for worker in alive for r in worker.readers}
+        ends = {worker.sentinel: worker for worker in alive}
+        ready = wait([*sources, *ends], timeout=seconds)
+        for source in ready:
+            if source in sources:
+                sources[source].read(source)
+        # A child that a spawned rank forked keeps its sentinel open: look at all now and then.
+        everyone = time.monotonic() - self._polled > EVERY
+        for worker in alive if everyone else [ends[s] for s in ready if s in ends]:
+            worker.poll()
+        if everyone:
+            for worker in alive:
+                if worker.alive:
+                    worker.look_at_tape()
+            self._polled = time.monotonic()
+
+
+def _why_not_started() -> str:
+    """Why a new process of Python fails, if it does; else what may be lacking."""
+    command = [sys.executable, "-c", "import multiprocessing.forkserver, cloudpickle, numpy, torch"]
+    try:
+        tried = subprocess.run(command, capture_output=True, text=True, timeout=NEW_PYTHON)
+    except (OSError, subprocess.TimeoutExpired):
+        tried = None
+    if tried is not None and tried.returncode != 0 and (said := tried.stderr.splitlines()):
+        return f"Here a new Python does not get as far as torch: {said[-1]}"
+    return (
+        "If memory, processes or open files have run out, use fewer ranks. Otherwise launch again: "
+        "what starts the ranks is started anew."
+    )
+
+
+class LocalWorkerGroup(WorkerGroup):
+    """Ranks of this machine, which processes started by `start_method` run."""
+
+    def __init__(self, places: Sequence[RankInfo], start_method: str) -> None:
+        super().__init__()
+        self._method = start_method
+        self._kills = memory.kills()
+        with contextlib.ExitStack() as stack:
+            self._port = stack.enter_context(reserve_port())
+            try:
+                tapes = stack.enter_context(contextlib.closing(SpanBuffers(len(places))))
+            except OSError as error:
+                raise LaunchError(
+                    "the memory in which ranks note what they do cannot be had for "
+                    f"{count(len(places), 'rank')}: {error.strerror}\n"
+                    "Nothing was started. Free memory, raise the limit (ulimit -a), or use fewer "
+                    "ranks."
+                ) from error
+            self._held = stack.pop_all()
+        self.workers: Sequence[WorkerProcess] = [WorkerProcess(place, tapes) for place in places]
+        self._pump = Pump(self.workers)
+
+    def start(
+        self, task: Task, fn: Callable[..., Any], args: tuple[Any, ...], interrupts: Interrupts
+    ) -> None:
+        here = task.here(MasterAddress(self._port.getsockname()[1]))
+        packed = [Argument(value, i, fn) for i, value in enumerate(args)]
+        for worker in self.workers:
+            try:
+                worker.start(self._method, here, packed, interrupts.check)
+            except (OSError, EOFError) as error:
+                raise LaunchError(
+                    f"the process of rank {worker.rank} could not be started: {error!r}\n"
+                    f"{_why_not_started()}"
+                ) from error
+
+    def pump(self, seconds: float) -> None:
+        self._pump(seconds)
+
+    def out_of_memory(self) -> bool | None:
+        return None if self._kills is None else memory.kills() != self._kills
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.close()
+        forkserver.end_orphans()
+        self._held.close()

@@ -1,0 +1,161 @@
+"""Makes what travels to the ranks: pickles of the function and its arguments. Runs in the parent.
+
+The function goes by cloudpickle, so it may come from a cell. The arguments may in addition be what
+`torch.multiprocessing.spawn` can pass: queues, locks, events, tensors in shared memory. What cannot
+travel is named in the error.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import linecache
+import sys
+import types
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, ClassVar
+
+from ddp_lessons.errors import CannotSend
+from ddp_lessons.wire.owners import home_of
+from ddp_lessons.wire.pickling import Pickler, dumps
+from ddp_lessons.wire.stacks import is_cell, text_of
+from ddp_lessons.wire.task import PackedArgument, Task
+
+
+def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) -> Task:
+    """Make the task of one run. Raises CannotSend if the function cannot be pickled."""
+    # The anchor is a function whose globals are the notebook's own namespace. cloudpickle gives all
+    # functions of one pickle one dict of globals, holding just the names they use; through the
+    # anchor the worker finds that dict and makes it its __main__.
+    anchor = types.FunctionType((lambda: None).__code__, sys.modules["__main__"].__dict__)
+    try:
+        function = dumps((fn, anchor), _Pickler)
+    except Exception as error:  # whatever a learner's object raises in its own __reduce__
+        raise CannotSend(_why_not_function(fn, error)) from error
+    return Task(
+        function=function,
+        name=name_of(fn),
+        overrides=dict(overrides),
+        profile=profile,
+        sources=_cell_sources(function),
+        home=home_of(fn),
+    )
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """The name to call a worker function by."""
+    fn = getattr(fn, "func", fn)  # functools.partial
+    return getattr(fn, "__name__", None) or type(fn).__name__
+
+
+class Argument:
+    """One argument on its way to a worker; pickled while its process is being started.
+
+    Queues, locks and shared tensors can only be pickled at that moment, as their file
+    descriptors travel with the process.
+    """
+
+    def __init__(self, value: Any, position: int, fn: Callable[..., Any]) -> None:
+        self._value = value
+        self._position = position
+        self._fn = fn
+
+    def __reduce__(self) -> tuple[type[PackedArgument], tuple[bytes]]:
+        return PackedArgument, (self.data(_argument_pickler()),)
+
+    def data(self, pickler: type[Pickler]) -> bytes:
+        try:
+            return dumps(self._value, pickler)
+        except Exception as error:  # as above: anything may come out of a learner's __reduce__
+            raise CannotSend(self._why_not(error)) from error
+
+    def _why_not(self, error: Exception) -> str:
+        name = _parameter_name(self._fn, self._position + 1)
+        called = f" (parameter {name!r} of {name_of(self._fn)})" if name else ""
+        return _cannot_travel(f"args[{self._position}]{called} is", self._value, error)
+
+
+def pack_arguments(args: Sequence[Any], fn: Callable[..., Any]) -> tuple[bytes, ...]:
+    """The arguments as pickles that may go to another machine. Raises CannotSend if one cannot."""
+    return tuple(Argument(value, i, fn).data(_Pickler) for i, value in enumerate(args))
+
+
+def _refuse_file(file: io.TextIOWrapper) -> Any:
+    # cloudpickle would send a copy of an open file's text; spawn refuses it, and so do we.
+    raise TypeError(f"cannot pickle {type(file).__name__!r} object {file.name!r}")
+
+
+class _Pickler(Pickler):
+    dispatch_table: ClassVar = ChainMap({io.TextIOWrapper: _refuse_file}, Pickler.dispatch_table)
+
+
+def _argument_pickler() -> type[_Pickler]:
+    """A pickler that also knows what multiprocessing and torch have registered by now."""
+
+    class ArgumentPickler(_Pickler):
+        dispatch_table: ClassVar = ChainMap(
+            _Pickler.dispatch_table, ForkingPickler(io.BytesIO()).dispatch_table
+        )
+
+    return ArgumentPickler
+
+
+def _why_not_function(fn: Callable[..., Any], error: Exception) -> str:
+    for where, value in _used_by(fn):
+        try:
+            dumps(value, _Pickler)
+        except Exception as culprit:  # the search for what failed above
+            return _cannot_travel(f"{name_of(fn)} uses {where},", value, culprit)
+    return f"the function {name_of(fn)} cannot travel to another process: {text_of(error)}"
+
+
+def _used_by(fn: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """What a function drags along: (description, value) of its variables, self and defaults."""
+    used: list[tuple[str, Any]] = []
+    owner = getattr(fn, "__self__", None)
+    if owner is not None:
+        used += [(f"self.{name}", value) for name, value in getattr(owner, "__dict__", {}).items()]
+    plain = inspect.unwrap(getattr(fn, "__func__", fn))
+    if not isinstance(plain, types.FunctionType):
+        return used
+    variables = inspect.getclosurevars(plain)
+    used += [(f"the variable {name!r}", value) for name, value in variables.nonlocals.items()]
+    used += [(f"the variable {name!r}", value) for name, value in variables.globals.items()]
+    used += [(f"the default value {value!r}", value) for value in plain.__defaults__ or ()]
+    return used
+
+
+def _parameter_name(fn: Callable[..., Any], position: int) -> str | None:
+    try:
+        parameters = list(inspect.signature(fn).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return named[position].name if position < len(named) else None
+
+
+def _cannot_travel(what: str, value: Any, error: Exception) -> str:
+    name = type(value).__name__
+    article = "an" if name[0] in "aeiouAEIOU" else "a"
+    if isinstance(value, types.GeneratorType):
+        try_this = "Send a list of its items, or create the generator inside the worker function."
+    elif isinstance(value, io.IOBase):
+        try_this = "Send the file's name, and open it inside the worker function."
+    elif "inheritance" in text_of(error):  # what multiprocessing says of its queues and locks
+        try_this = "Pass it as an argument: launch(fn, args=(it,))."
+    else:
+        try_this = "Create it inside the worker function, or send the plain data it is made from."
+    why = text_of(error)
+    return f"{what} {article} {name}, which cannot travel to another process: {why}\n{try_this}"
+
+
+def _cell_sources(function: bytes) -> dict[str, str]:
+    """The text of the cells that the pickled function comes from.
+
+    IPython keeps the text of each cell in linecache without a modification time. Only the cells
+    whose file name occurs in the pickle are sent, not the whole session.
+    """
+    names = [name for name in list(linecache.cache) if is_cell(name) and name.encode() in function]
+    return {name: "".join(linecache.getlines(name)) for name in names}

@@ -1,0 +1,224 @@
+"""Starting the process of a rank: forked by a forkserver, or a new interpreter.
+
+Runs in the parent, for local.py. It is multiprocessing's way, one level below `Process.start`,
+which would show others more than is good for them. So a rank does not run the main script again, as
+functions travel by value; the variables of its interpreter are set in the rank only; and it is none
+of the `multiprocessing.active_children()` that the learner's code may wait for.
+
+Where there is a forkserver, a new interpreter starts in a process that it forked, too: then what
+the rank leaves behind has somebody who adopts it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import select
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing import (
+    forkserver,
+    popen_forkserver,
+    popen_spawn_posix,
+    reduction,
+    resource_tracker,
+    spawn,
+    util,
+)
+from multiprocessing.context import set_spawning_popen
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from ddp_lessons.system import reaper
+
+NEEDED = 8  # descriptors for the moment of starting a rank
+PATIENCE = 120.0  # seconds that the forkserver may take, which first imports torch
+PAUSE = 0.1  # seconds between two looks whether it still runs
+GO_ON = (  # after multiprocessing's forkserver._serve_one and spawn.spawn_main
+    "import sys; from multiprocessing import forkserver, resource_tracker, spawn; "
+    "forkserver._forkserver._inherited_fds = {received}; "
+    "resource_tracker._resource_tracker._fd = {tracker}; "
+    "sys.exit(spawn._main({data}, {parent}))"
+)
+_close_fds: Any = util.close_fds  # type: ignore[attr-defined]
+_interpreter_flags: Any = util._args_from_interpreter_flags  # type: ignore[attr-defined]
+ENV = "/usr/bin/env"  # starts a program with more variables, as the same process
+
+
+class Forked(popen_forkserver.Popen):
+    """A rank's process, forked by a forkserver."""
+
+    _fds: list[int]
+
+    def __init__(self, process: BaseProcess, server: Any, check: Callable[[], None]) -> None:
+        self._server, self._check = server, check
+        self._polling = threading.Lock()
+        super().__init__(process)
+
+    def _launch(self, process: BaseProcess) -> None:
+        data = self._data(process)
+        _make_sure_of_descriptors()
+        self.sentinel, data_w = self._server.connect_to_new_process(self._fds)
+        # By the other end of this pipe the rank sees that its parent has ended.
+        parent_w = os.dup(data_w)
+        self.finalizer = util.Finalize(self, _close_fds, (parent_w, self.sentinel))
+        try:
+            self._await_forkserver(self.sentinel, for_writing=False)
+            self.pid = forkserver.read_signed(self.sentinel)
+            os.set_blocking(data_w, False)
+            view = memoryview(data)
+            while view:
+                self._await_forkserver(data_w, for_writing=True)
+                view = view[os.write(data_w, view) :]
+        except BaseException:
+            self.finalizer()
+            raise
+        finally:
+            os.close(data_w)
+
+    def _data(self, process: BaseProcess) -> bytes:
+        """What the forked process reads."""
+        return _pickled(self, process)
+
+    def _await_forkserver(self, descriptor: int, *, for_writing: bool) -> None:
+        """Wait for a pipe. Raises OSError if the forkserver does not go on.
+
+        A suspended one is killed: nothing comes of it, and its place is free for another.
+        """
+        waiting = [descriptor]
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            ready = select.select([] if for_writing else waiting, waiting * for_writing, [], PAUSE)
+            if any(ready):
+                return
+            self._check()
+            pid = self._server._forkserver_pid
+            if reaper.is_suspended(pid):
+                reaper.kill_and_wait(pid)
+                raise OSError("the forkserver was suspended")
+            if reaper.has_ended(pid):
+                raise OSError("the forkserver has ended")
+            if time.monotonic() > deadline:
+                reaper.kill_and_wait(pid)
+                raise OSError(f"the forkserver did not answer for {PATIENCE:g} s")
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        """The exit code, or None. Two threads that read it at once would each get a part."""
+        with self._polling:
+            return super().poll(flag)
+
+
+class Replaced(Forked):
+    """A rank's process: forked by a forkserver, where it becomes a new interpreter.
+
+    That has `variables` besides those of this process, and none of those of the forkserver.
+    """
+
+    def __init__(
+        self,
+        process: BaseProcess,
+        variables: Mapping[str, str],
+        server: Any,
+        check: Callable[[], None],
+    ) -> None:
+        self._variables = variables
+        super().__init__(process, server, check)
+
+    def _data(self, process: BaseProcess) -> bytes:
+        becomes = _Becomes(
+            super()._data(process),
+            [os.fsdecode(spawn.get_executable()), *_interpreter_flags()],
+            {**os.environ, **self._variables},
+        )
+        return pickle.dumps({}) + pickle.dumps(becomes)
+
+
+class _Becomes:
+    """What a forkserver's child runs, in place of a process object of multiprocessing's."""
+
+    def __init__(self, data: bytes, command: list[str], environment: dict[str, str]) -> None:
+        self._data, self._command, self._environment = data, command, environment
+
+    def _bootstrap(self, parent_sentinel: int) -> int:
+        """Become a new interpreter, which goes on with what this process was given."""
+        with tempfile.TemporaryFile() as file:
+            file.write(self._data)
+            file.seek(0)
+            tracker: Any = resource_tracker.getfd()
+            received: list[int] = forkserver._forkserver._inherited_fds  # type: ignore[attr-defined]
+            for descriptor in (0, file.fileno(), parent_sentinel, tracker, *received):
+                os.set_inheritable(descriptor, True)
+            program = GO_ON.format(
+                received=received, tracker=tracker, data=file.fileno(), parent=parent_sentinel
+            )
+            os.chdir("/")  # the first modules come from Python, not from files beside the notebook
+            command = [*self._command, "-c", program, "--multiprocessing-fork"]
+            os.execve(command[0], command, self._environment)
+
+
+class Spawned(popen_spawn_posix.Popen):
+    """A rank's process where there is no forkserver: a new interpreter with more `variables`."""
+
+    _fds: list[int]
+
+    def __init__(self, process: BaseProcess, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+        super().__init__(process)
+
+    def _launch(self, process: BaseProcess) -> None:
+        tracker: Any = resource_tracker.getfd()
+        self._fds.append(tracker)
+        data = _pickled(self, process)
+        with contextlib.ExitStack() as stack:
+            self.sentinel, child_w = _pipe(stack)
+            child_r, parent_w = _pipe(stack)
+            command = spawn.get_command_line(tracker_fd=tracker, pipe_handle=child_r)
+            if self._variables:
+                command = [ENV, *(f"{n}={v}" for n, v in self._variables.items()), *command]
+            passed = [*self._fds, child_r, child_w]
+            # Until it has a session of its own, the notebook's interrupt would end it.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                self.pid = util.spawnv_passfds(os.fsencode(command[0]), command, passed)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            stack.pop_all()
+        for descriptor in (child_r, child_w):
+            os.close(descriptor)
+        self.finalizer = util.Finalize(self, _close_fds, (self.sentinel, parent_w))
+        with open(parent_w, "wb", closefd=False) as pipe:
+            pipe.write(data)
+
+
+def _make_sure_of_descriptors() -> None:
+    """Raise OSError if too few files can be opened: multiprocessing leaves some open then."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(NEEDED // 2):
+            _pipe(stack)
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    ends = os.pipe()
+    for end in ends:
+        stack.callback(os.close, end)
+    return ends
+
+
+def _pickled(popen: Forked | Spawned, process: BaseProcess) -> bytes:
+    """What the new process reads: how to prepare itself, then the process object."""
+    preparation = spawn.get_preparation_data(process.name)
+    for main in ("init_main_from_name", "init_main_from_path"):
+        preparation.pop(main, None)
+    buffer = io.BytesIO()
+    set_spawning_popen(popen)
+    try:
+        reduction.dump(preparation, buffer)
+        reduction.dump(process, buffer)
+    finally:
+        set_spawning_popen(None)
+    return buffer.getvalue()

@@ -1,0 +1,326 @@
+"""`load_run`: what the ranks of a script recorded (torchrun.py), as a `Run` like launch's.
+
+Runs in the parent: in a notebook, after the job or while it still runs or hangs. The records of
+several machines are put on rank 0's clock. What no record can tell is inferred: a rank whose record
+just stops was killed, or it still lives, and then its file is locked. A folder may come from
+anybody: what is read is checked (facts.py, span_buffer.py), and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ddp_lessons.diagnosis.calls import Calls
+from ddp_lessons.diagnosis.rank_state import lost_partner
+from ddp_lessons.results import RankResult, Status
+from ddp_lessons.run import Run
+from ddp_lessons.system import regular_files
+from ddp_lessons.text import agree, count, ranks_text
+from ddp_lessons.wire import facts, span_buffer, stacks
+from ddp_lessons.wire.facts import Fields, Sources
+from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
+from ddp_lessons.wire.records import Frame, Kind, Lane, Span, split_site
+from ddp_lessons.wire.run_folder import VARIABLE, VERSION
+
+MOST_RANKS = 1 << 16
+_RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
+_SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
+_NUMBERS = re.compile(r"\d+")
+INTERRUPTED, TOLD_TO_END = -int(signal.SIGINT), -int(signal.SIGTERM)  # exit codes
+# Files in whose frames stacks.position sees the call of a rank that cannot be asked.
+_DISTRIBUTED = "/site-packages/torch/distributed/distributed_c10d.py"
+_AUTOGRAD = "/site-packages/torch/autograd/__init__.py"
+
+
+def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:
+    """Read what the ranks of a script recorded: a `Run` with spans, errors and a verdict.
+
+    A script records if it imports ddp_lessons and the environment variable DDP_LESSONS_RECORD names
+    a folder: ``DDP_LESSONS_RECORD=record torchrun --nproc-per-node 2 train.py``. On several
+    machines, copy the folders of all into one. A job that still runs, or hangs, can be read, too.
+
+    Parameters
+    ----------
+    folder : str or path-like
+        The folder that DDP_LESSONS_RECORD named.
+    attempt : int, optional
+        Which start of the script, where torchrun restarted it or the folder holds several jobs: 0
+        is the first, 1 the second; by default, -1, the latest.
+
+    Returns
+    -------
+    Run
+        `values` and `output` are empty: they are not recorded. All spans are on rank 0's clock. A
+        rank that "returned" came to the end of its script; torchrun's log has its exit code. Lines
+        of the script are shown where its file lies here as it was when it ran.
+
+    Raises
+    ------
+    FileNotFoundError, NotADirectoryError
+        If there is no record, no such attempt, or none of some ranks.
+    ValueError
+        If files are damaged, of more than one job, or no regular files.
+    """
+    place = Path(folder).expanduser()
+    files = _files(place, attempt)
+    return _run(_complete(place, [_read(files[rank]) for rank in sorted(files)]))
+
+
+@dataclass(frozen=True)
+class RankFiles:
+    """The files of one rank. Stamps are ns of its own clock, `behind_ns` behind rank 0's."""
+
+    began: Mapping[str, Any]
+    behind_ns: int
+    raised: Mapping[str, Any] | None
+    ended_ns: int | None
+    alive: bool
+    spans: list[Span]
+    dropped: int
+    told: str  # what faulthandler printed when SIGTERM told it to end, else empty
+    sources: Sources = field(default_factory=lambda: Sources({}))
+
+    @property
+    def rank(self) -> int:
+        return int(self.began["rank"])
+
+    @property
+    def last_ns(self) -> int:
+        """The last moment that is known of the rank."""
+        stamps = [stamp for span in self.spans for stamp in (span.t0_ns, span.t1_ns or 0)]
+        return self.ended_ns or max(stamps, default=int(self.began["t_ns"]))
+
+
+def _files(folder: Path, attempt: int) -> dict[int, Path]:
+    """The files of one attempt by rank."""
+    if not isinstance(attempt, int):
+        raise TypeError(f"attempt is {attempt!r}, not a number: 0 is the first, -1 the last")
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; give the folder that {VARIABLE} named.")
+    attempts = _attempts(folder.iterdir() if folder.is_dir() else ())
+    if not attempts:
+        raise FileNotFoundError(
+            f"{folder} holds no record. A script makes one if it imports ddp_lessons and is "
+            f"started with {VARIABLE}={folder} in its environment."
+        )
+    try:
+        return attempts[attempt]
+    except IndexError:
+        made = count(len(attempts), "attempt")
+        raise FileNotFoundError(f"{folder} holds {made}: there is no {attempt}.") from None
+
+
+def _attempts(files: Iterable[Path]) -> list[dict[int, Path]]:
+    """The files of every attempt by rank, the earliest first.
+
+    When a rank fails, torchrun starts all ranks anew: one that begins again begins an attempt. (Its
+    count of restarts is not the same on all machines, pytorch issue 108158.)
+    """
+    names = ((_RECORD.fullmatch(file.name), file) for file in files)
+    begun = sorted((int(name[2]), int(name[1]), file) for name, file in names if name)
+    attempts: list[dict[int, Path]] = []
+    for _, rank, file in begun:
+        if not attempts or rank in attempts[-1]:
+            attempts.append({})
+        attempts[-1][rank] = file
+    return attempts
+
+
+def _read(file: Path) -> RankFiles:
+    with facts.of_file(file), regular_files.opened(file) as opened:
+        alive = _is_held(opened)
+        found, sources = facts.parse(regular_files.read(opened, facts.MOST_BYTES))
+        began = _began(found, file)
+        clock, raised, ended = map(found.within, ("clock", "raised", "ended"))
+        behind_ns = clock.number("behind_ns", -facts.LARGEST) if clock else 0
+        last = raised or ended
+        ended_ns = last.number("t_ns", began["t_ns"]) if last else None
+        if raised:
+            facts.error(raised, sources)  # here, where an error is one of this file
+    path = file.with_suffix(".tape")
+    with facts.of_file(path), regular_files.opened(path) as opened:
+        highest = began["world_size"] - 1
+        spans, dropped = span_buffer.read_file(
+            opened,
+            began["rank"],
+            highest,
+            lambda group: _check_group(group, highest),
+            lambda site: _site(site, sources),
+        )
+    path = file.with_suffix(".stack")
+    with facts.of_file(path), regular_files.opened(path) as opened:
+        told = facts.told(regular_files.read(opened, facts.MOST_BYTES))
+    return RankFiles(
+        began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
+        sources,
+    )  # fmt: skip
+
+
+def _began(found: Fields, file: Path) -> dict[str, Any]:
+    """How the rank began, which its file's name tells, too."""
+    began = found.within("began")
+    name = _RECORD.fullmatch(file.name)
+    if name is None or began is None or began.data.get("version") != VERSION:
+        raise ValueError("is no record that this version of ddp_lessons can read.")
+    rank = began.number("rank", int(name[1]), int(name[1]))
+    return {
+        "script": began.text("script"),
+        "rank": rank,
+        "world_size": began.number("world_size", rank + 1, MOST_RANKS),
+        "group_rank": began.number("group_rank"),
+        "host": began.text("host"),
+        "pid": began.number("pid"),
+        "t_ns": began.number("t_ns"),
+    }
+
+
+def _check_group(group: str, highest: int) -> None:
+    """Raise ValueError if a group is said to have ranks that cannot be."""
+    _, _, ranks = group.rpartition("ranks ")
+    numbers = _NUMBERS.findall(ranks.partition(" #")[0])
+    if max(map(int, numbers), default=0) > highest:
+        raise ValueError(f"is damaged: a group has a rank beyond {highest}")
+
+
+def _site(site: str, sources: Sources) -> str:
+    """The site, with its file called as it may be."""
+    if not _SITE.fullmatch(site) or "\0" in site:
+        raise ValueError("is damaged: a line of code has no number")
+    filename, line = split_site(site)
+    return f"{sources.name(filename)}:{line}"
+
+
+def _is_held(facts_file: int) -> bool:
+    """Whether the rank still lives, which keeps its file locked. Never so for a copy."""
+    try:
+        fcntl.flock(facts_file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _complete(place: Path, records: Sequence[RankFiles]) -> list[RankFiles]:
+    """The records by rank. Raises if they are not those of one whole job."""
+    sizes = {int(record.began["world_size"]) for record in records}
+    if len(sizes) != 1:
+        raise ValueError(
+            f"{place} holds records of jobs with {sorted(sizes)} ranks. "
+            f"Name a new folder in {VARIABLE} for each job."
+        )
+    by_rank = {record.rank: record for record in records}
+    missing = [rank for rank in range(sizes.pop()) if rank not in by_rank]
+    if missing:
+        raise FileNotFoundError(
+            f"{place} has no record of {ranks_text(missing)}. If "
+            f"{agree(missing, 'it', 'they')} ran on another machine, copy its folder here."
+        )
+    return [by_rank[rank] for rank in sorted(by_rank)]
+
+
+def _run(records: Sequence[RankFiles]) -> Run:
+    records = [_on_one_clock(record) for record in records]
+    ranks = _with_fates([_result(record) for record in records])
+    hangs = {rank.status for rank in ranks} in ({"stopped"}, {"stopped", "returned"})
+    return Run(
+        str(records[0].began["script"]),
+        ranks,
+        begin_ns=min(rank.began_ns for rank in ranks),
+        hung_after=_quiet(ranks) if hangs else None,
+        recorded=True,
+    )
+
+
+def _on_one_clock(record: RankFiles) -> RankFiles:
+    """The record with all stamps on rank 0's clock."""
+    behind = record.behind_ns
+
+    def shifted(t_ns: int | None) -> int | None:
+        return None if t_ns is None else t_ns + behind
+
+    return replace(
+        record,
+        began={**record.began, "t_ns": record.began["t_ns"] + behind},
+        ended_ns=shifted(record.ended_ns),
+        spans=[s._replace(t0_ns=s.t0_ns + behind, t1_ns=shifted(s.t1_ns)) for s in record.spans],
+    )
+
+
+def _result(record: RankFiles) -> RankResult:
+    began_ns, last_ns = int(record.began["t_ns"]), record.last_ns
+    error = facts.error(Fields(record.raised), record.sources) if record.raised else None
+    status: Status = "stopped" if record.alive else "died"
+    exitcode, stack = None, _where(record.spans)
+    if error is not None and error.type_name == "KeyboardInterrupt":
+        status, exitcode, stack, error = "stopped", INTERRUPTED, error.frames, None
+    elif error is not None:
+        status, exitcode, stack = "raised", 1, ()
+    elif record.ended_ns:
+        status, exitcode, stack = "returned", 0, ()
+    elif record.told:
+        exitcode = None if record.alive else TOLD_TO_END
+        there = stacks.parse(record.told, script=True, name=record.sources.name)
+        status, stack = "stopped", there or stack
+    ended = last_ns if record.ended_ns else None
+    life = Span(record.rank, Lane.PROCESS, Kind.MARK, str(record.began["script"]), began_ns, ended)
+    return RankResult(
+        rank=record.rank,
+        status=status,
+        value=None,
+        output="",
+        error=error,
+        exitcode=exitcode,
+        spans=(life, *record.spans),
+        began_ns=began_ns,
+        started_ns=began_ns,
+        ended_ns=last_ns,
+        stack=stack,
+        dropped=record.dropped,
+        group_rank=int(record.began["group_rank"]),
+        host=str(record.began["host"]),
+        pid=int(record.began["pid"]) if record.alive else None,
+    )
+
+
+def _where(spans: Sequence[Span]) -> tuple[Frame, ...]:
+    """Where a rank is that cannot be asked: in its open call of torch.distributed, if any."""
+    for span in spans:
+        if span.t1_ns is None and span.name == WAIT_FOR_BUCKETS:
+            return (Frame(_AUTOGRAD, 0, "backward"),)
+        if span.t1_ns is None and span.op and span.site and span.kind in (Kind.COMM, Kind.WAIT):
+            return stacks.frame_at(*split_site(span.site)), Frame(_DISTRIBUTED, 0, span.op)
+    return ()
+
+
+def _with_fates(ranks: list[RankResult]) -> list[RankResult]:
+    """The ranks; those that left no word count as stopped where the rest tells that they were.
+
+    An agent stops the others when one of its ranks fails, and all of them when it is interrupted.
+    And a job that hangs, at calls that can never be met, is stopped by whoever loses patience.
+    But beside ranks that could be told to end, one without a word died before them.
+    """
+    silent = {rank.rank: rank for rank in ranks if rank.status == "died"}
+    own = any(rank.status == "raised" and not lost_partner(rank) for rank in ranks)
+    interrupted = any(rank.exitcode == INTERRUPTED for rank in ranks)
+    if silent and (own or interrupted or _hung(ranks, silent)):
+        return [replace(r, status="stopped") if r.rank in silent else r for r in ranks]
+    return ranks
+
+
+def _hung(ranks: Sequence[RankResult], silent: Mapping[int, RankResult]) -> bool:
+    if any(rank.exitcode == TOLD_TO_END or lost_partner(rank) for rank in ranks):
+        return False
+    dropped = (rank.rank for rank in ranks if rank.dropped)
+    return Calls([rank.spans for rank in ranks], dropped).stuck_for_good(silent)
+
+
+def _quiet(ranks: Sequence[RankResult]) -> float:
+    """For how many seconds nothing had begun when the last thing became known."""
+    begun = max(span.t0_ns for rank in ranks for span in rank.spans)
+    return round((max(rank.ended_ns for rank in ranks) - begun) / 1e9, 1)

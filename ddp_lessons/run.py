@@ -1,0 +1,149 @@
+"""`Run`: what `launch` returns, and how it looks as text and in a notebook.
+
+Lives in the parent. The text carries no timings, so a notebook's stored output is the same on
+every run; timings are for the pictures. Whatever a worker printed is escaped before it is HTML.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ddp_lessons import text
+from ddp_lessons.analysis import chrome_trace, metrics, wait_states
+from ddp_lessons.analysis.metrics import Link, Overlap, Straggler, Total
+from ddp_lessons.analysis.wait_states import Arrival, Share
+from ddp_lessons.diagnosis import diagnose
+from ddp_lessons.diagnosis.verdict import Verdict
+from ddp_lessons.errors import LaunchError
+from ddp_lessons.results import RankResult, RunRecord, Status
+from ddp_lessons.text import cut_lines
+
+LINES_SHOWN = 1000  # of all ranks together
+
+
+class Run(RunRecord):
+    """The record of one launch: every rank's value, output, error and spans.
+
+    `launch` makes it. It says the same whether the run went well or not; `explain` tells why not.
+
+    Attributes
+    ----------
+    name : str
+        What was run: the name of the function.
+    ranks : list of RankResult
+        What came of each rank, by rank.
+    verdict : Verdict or None
+        Why the run failed or hung; None if it did not.
+    error : LaunchError or None
+        The error that `launch` raises with ``check=True``.
+    warnings : list of str
+        Lines on what went wrong without a failure, such as calls that changed places.
+    hung_after : float or None
+        Seconds without progress after which the run was given up; None if it was not.
+    interrupted : bool
+        It was stopped by an interrupt.
+    begin_ns : int
+        `time.perf_counter_ns()` when it began.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[RankResult], **how: Any) -> None:
+        super().__init__(name, ranks, **how)
+        self.verdict: Verdict | None = diagnose.verdict(self)
+        self.error: LaunchError | None = diagnose.error(self, self.verdict)
+        self.warnings = diagnose.warnings(self)  # lines on what went wrong without a failure
+
+    def waits(self) -> list[Share]:
+        """Every rank's part in every collective, split into waiting and transfer.
+
+        A list of named tuples, as of all methods here: `pandas.DataFrame(run.waits())` is a table.
+        See `Share` for the fields.
+        """
+        return wait_states.waits(self)
+
+    def arrivals(self) -> list[Arrival]:
+        """How much later than the first each rank came to a collective; see `Arrival`."""
+        return wait_states.arrivals(self)
+
+    def overlap(self) -> list[Overlap]:
+        """How much communication was exposed and overlapped, by step; see `Overlap`."""
+        return metrics.overlap(self)
+
+    def totals(self) -> list[Total]:
+        """What each rank's time went on; see `Total`."""
+        return metrics.totals(self)
+
+    def straggler(self) -> Straggler:
+        """Who keeps the others waiting, and whether it is always the same rank."""
+        return metrics.straggler(self)
+
+    def bandwidth(self) -> list[Link]:
+        """Latency and bandwidth of each collective that was called with several sizes."""
+        return metrics.bandwidth(self)
+
+    def save_trace(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write what every rank did when, for Perfetto and HolisticTraceAnalysis.
+
+        A name that ends in .json or .json.gz becomes one file of all ranks. Any other name is a
+        folder: one file a rank, and merged/all_ranks.json. Returns the files.
+
+        See `analysis.chrome_trace.save`.
+        """
+        return chrome_trace.save(self, path)
+
+    def explain(self) -> str:
+        """What failed or hung and why; one line if nothing did; and what was not kept."""
+        if self.error is not None:
+            return "\n\n".join([f"{type(self.error).__name__}: {self.error}", *self._lost()])
+        lines = [f"{text.all_ranks(self.world_size)} returned.", *self.warnings, *self._lost()]
+        return "\n".join(lines)
+
+    def _lost(self) -> list[str]:
+        if not self.lossy:
+            return []
+        lost = [f"rank {rank}: {self.ranks[rank].dropped:,}" for rank in self.lossy]
+        return [f"Spans that could not be kept, the latest: {', '.join(lost)}."]
+
+    def raise_for_failure(self) -> None:
+        """Raise the error of this run, if it has one."""
+        if self.error is not None:
+            cause = None if self.error.rank is None else self.ranks[self.error.rank].exception
+            raise self.error from cause
+
+    def output_lines(self) -> list[str]:
+        """What the ranks printed, grouped by rank and labelled, at most about 1,000 lines."""
+        labelled = {
+            r.rank: [f"[rank {r.rank}] {line}" for line in r.shown_lines] for r in self.ranks
+        }
+        if sum(map(len, labelled.values())) <= LINES_SHOWN:
+            return [line for lines in labelled.values() for line in lines]
+        fair = max(2, LINES_SHOWN // self.world_size)
+        return [
+            line if line.startswith("[rank") else f"[rank {rank}] {line}"
+            for rank, lines in labelled.items()
+            for line in cut_lines(lines, fair)
+        ]
+
+    def __repr__(self) -> str:
+        head = f"Run of {self.name} on {text.count(self.world_size, 'rank')}"
+        return "\n".join([f"{head}:", *(f"  rank {r.rank} {r.outcome()}" for r in self.ranks)])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='text-align:right'>{r.rank}</td>"
+            f"<td style='text-align:left'>{_mark(r.status)}</td>"
+            f"<td style='text-align:left'><code>{html.escape(r.outcome())}</code></td></tr>"
+            for r in self.ranks
+        )
+        head = f"{html.escape(self.name)} on {text.count(self.world_size, 'rank')}"
+        return (
+            f"<table><caption style='text-align:left'><b>{head}</b></caption>"
+            f"<tr><th>rank</th><th></th><th style='text-align:left'>outcome</th></tr>{rows}</table>"
+        )
+
+
+def _mark(status: Status) -> str:
+    return {"returned": "✓", "stopped": "■"}.get(status, "✗")

@@ -1,0 +1,1 @@
+"""What the system and the notebook give: processes, memory, hosts, interrupts."""

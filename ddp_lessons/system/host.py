@@ -1,0 +1,95 @@
+"""What a host is for others: its clock, its ports, and how they reach it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import socket
+from collections.abc import Iterator
+
+LOOPBACK = "127.0.0.1"
+LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
+LOOPBACK_INTERFACE = {"linux": "lo", "darwin": "lo0"}  # by sys.platform
+ANYWHERE = "192.0.2.1"  # an address for documentation (RFC 5737): the way to it is the default one
+_PORT = 9  # nothing is sent there
+
+
+def network_id() -> str:
+    """What tells this process's network from others of the same machine, such as a container's."""
+    try:
+        return os.readlink("/proc/self/ns/net")
+    except OSError:  # not Linux
+        return ""
+
+
+def own_address(towards: str | None) -> str | None:
+    """The own address of this host on the way to another one; None if it is connected to none.
+
+    Where the way to it stays inside this machine, it is the address on the way to anywhere.
+    """
+    for target in (towards, ANYWHERE):
+        found = _source(target) if target else None
+        if found is not None and not _is_loopback(found):
+            return found
+    import psutil
+
+    up = psutil.net_if_stats()
+    return next(
+        (own for network_id, own in _addresses() if network_id in up and up[network_id].isup), None
+    )
+
+
+def interface_of(address: str) -> str | None:
+    """The name of the network interface that holds an address of this host."""
+    return next((network_id for network_id, own in _addresses() if own == address), None)
+
+
+def _source(target: str) -> str | None:
+    """The address from which a packet to `target` would be sent. None is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((target, _PORT))
+        except OSError:  # no way there, or no such host
+            return None
+        return str(probe.getsockname()[0])
+
+
+def _addresses() -> Iterator[tuple[str, str]]:
+    """The interfaces, except loopback, and their IPv4 addresses."""
+    import psutil
+
+    for network_id, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.family == socket.AF_INET and not _is_loopback(one.address):
+                yield network_id, one.address
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address).is_loopback
+
+
+def clock_id() -> str:
+    """What tells this process's clock from others: the boot of the system, and its time namespace.
+
+    Containers of one machine share a clock (time_namespaces(7)).
+    """
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/time')}"
+    except OSError:  # not Linux
+        return platform.node()
+
+
+def reserve_port(address: str = LOOPBACK) -> socket.socket:
+    """A socket that holds a free port of this machine for rank 0's store to listen on.
+
+    Asking for a free port and closing the socket leaves a gap in which another job may take it.
+    This one stays bound for the whole run but never listens; with SO_REUSEADDR on both sides the
+    store may bind the same port, while the system gives it to nobody else.
+    """
+    holder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    holder.bind((address, 0))
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return holder

@@ -1,0 +1,71 @@
+"""A notebook's interrupts during a launch: counted, and heeded where nothing is half done.
+
+In the parent, in the thread of the cell. A KeyboardInterrupt that comes just anywhere could leave a
+process behind of which nobody knows, or the output of the ranks unseen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+
+class Interrupts:
+    """How often the launch was interrupted so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._raised: BaseException | None = None
+        self._before: Any = None
+
+    @property
+    def hurry(self) -> bool:
+        """Somebody has pressed Stop again: there is no patience left."""
+        return self.count > 1
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if there was an interrupt; or what the learner's handler raised.
+
+        Called where the launch can be stopped.
+        """
+        if self.count:
+            raise self._raised or KeyboardInterrupt
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler. One of the learner's own decides for itself what to do."""
+        if self._is_pythons_or_ours(self._before):
+            self.count += 1
+        if self._before is signal.default_int_handler:
+            return
+        try:
+            self._before(number, frame)
+        except BaseException as error:
+            self.count += 1
+            self._raised = error
+
+    def _is_pythons_or_ours(self, handler: Any) -> bool:
+        """Not the learner's: Python's, a notebook's in an async cell, that of a launch around."""
+        return (
+            handler is signal.default_int_handler
+            or isinstance(getattr(handler, "__self__", None), Interrupts)
+            or str(getattr(handler, "__module__", "")).partition(".")[0] == "ipykernel"
+        )
+
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[Interrupts]:
+        """Count the interrupts in the block; after it, raise KeyboardInterrupt for what is left."""
+        before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            yield self  # Python calls handlers in the main thread only
+            return
+        self._before = before
+        signal.signal(signal.SIGINT, self.note)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.check()

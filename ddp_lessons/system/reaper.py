@@ -1,0 +1,153 @@
+"""Ending what a rank left behind outside its own process group: children that called setsid.
+
+Linux hands the orphans of a dead rank to its nearest ancestor that asked for them: the forkserver
+asks (`preload_bare.py`). So after a run, its children are ranks that still live, and orphans. Where
+there is no forkserver, or no /proc, only a rank's own process group is ended.
+
+One kind of orphan is not killed: torch_shm_manager, which torch starts where tensors are shared
+with the strategy "file_system". It alone knows the names of the shared memory, removes it when the
+last of the processes that use it is gone, and ends 2 s later. A signal would end it before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import stat
+import time
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_ROUNDS, _PAUSE = 50, 0.002  # an orphan's own children become orphans, too: look again
+_MANAGER = "torch_shm_manager"[:15]  # as the kernel keeps names (proc_pid_comm(5))
+_MANAGER_ENDS = 10.0  # seconds that it may take after its 2, on a busy machine
+
+
+def adopt_orphans() -> None:
+    """Make this process the parent of what its descendants leave behind (prctl(2))."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its parent ends, or the thread that started it (prctl(2))."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def listening_paths() -> list[str]:
+    """The files of the sockets on which this process listens."""
+    if not os.path.isdir("/proc/self/fd"):
+        return []
+    paths = (_listening_path(int(name)) for name in os.listdir("/proc/self/fd"))
+    return [path for path in paths if path and os.path.exists(path)]
+
+
+def _listening_path(descriptor: int) -> str | None:
+    with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            with socket.socket(fileno=os.dup(descriptor)) as one:
+                listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                return str(one.getsockname()) if listens and one.family == socket.AF_UNIX else None
+    return None
+
+
+def remove_after(parent: int, path: str) -> None:
+    """Remove a socket's file; and if the parent process is gone, all of the folder that it made.
+
+    A parent that was killed could not. One that lives keeps other sockets there.
+    """
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+    if ends_soon(parent, seconds=2.0):
+        shutil.rmtree(os.path.dirname(path), ignore_errors=True)
+
+
+def parent_of(pid: int) -> int | None:
+    """The process id of a process's parent; None if it cannot be told."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return None
+
+
+def has_ended(pid: int) -> bool:
+    """True if the process is gone, or only waits to be reaped."""
+    return (_state_of(pid) or "X") in "ZX"
+
+
+def _state_of(pid: int) -> str | None:
+    """A letter for what the process does (proc(5)); None if there is none."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return None
+
+
+def ends_soon(pid: int, seconds: float = 0.3) -> bool:
+    """Wait a moment for a process to end: its pipes close a little before it has."""
+    deadline = time.monotonic() + seconds
+    while not has_ended(pid) and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
+    return has_ended(pid)
+
+
+def is_suspended(pid: int) -> bool:
+    """True if a signal has stopped the process until it gets SIGCONT."""
+    return _state_of(pid) == "T"
+
+
+def kill_and_wait(pid: int) -> None:
+    """End a child of this process, if it has not ended, and return when it has."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    while not has_ended(pid):
+        time.sleep(_PAUSE)
+
+
+def end_all_children_of(pid: int) -> None:
+    """End the children of a process, and those that become its children by that.
+
+    Shared memory is left to its managers, whose end is awaited.
+    """
+    for _ in range(_ROUNDS):
+        if not end_children_of(pid):
+            break
+        time.sleep(_PAUSE)
+    deadline = time.monotonic() + _MANAGER_ENDS
+    while any(map(_is_manager, _children_of(pid))) and time.monotonic() < deadline:
+        time.sleep(10 * _PAUSE)
+
+
+def end_children_of(pid: int) -> bool:
+    """SIGKILL the children of a process, with their process groups; True if there were any."""
+    children = {child for child in _children_of(pid) if not _is_manager(child)}
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(child) == child:
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
+    return bool(children)
+
+
+def _children_of(pid: int) -> set[int]:
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return {int(child) for child in file.read().split()}
+    except OSError:
+        return set()
+
+
+def _is_manager(pid: int) -> bool:
+    """Whether it frees torch's shared memory; no longer where it only waits to be reaped."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            name, _, rest = file.read().partition("(")[2].rpartition(")")
+    except OSError:
+        return False
+    return name == _MANAGER and rest.split()[0] not in "ZX"

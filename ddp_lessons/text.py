@@ -1,0 +1,65 @@
+"""The words in which runs, failures and pictures speak of ranks, numbers and signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Sized
+
+INSTALL = "pip install git+https://github.com/ddp-lessons/ddp-lessons"  # as in pyproject.toml
+
+
+def count(number: int, noun: str) -> str:
+    """`1 rank`, `4 ranks`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def listed(items: Iterable[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    *most, last = items
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """`rank 3`, `ranks 0, 1 and 2`; runs of more than four are shortened to `ranks 0 to 7`."""
+    numbers = sorted(ranks)
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    if len(numbers) > 4 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"ranks {numbers[0]} to {numbers[-1]}"
+    return f"ranks {listed(map(str, numbers))}"
+
+
+def at_head(text: str) -> str:
+    """The text as the head of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
+def all_ranks(world_size: int) -> str:
+    """`All 4 ranks`, at the head of a sentence."""
+    return "The rank" if world_size == 1 else f"All {world_size} ranks"
+
+
+def agree(subjects: Sized, one: str, many: str) -> str:
+    """The form of the verb that goes with so many."""
+    return one if len(subjects) == 1 else many
+
+
+def exit_name(exitcode: int | None) -> str:
+    """`SIGKILL` for -9, `exit code 7` for 7, `no word` for None."""
+    if exitcode is None:
+        return "no word"
+    if exitcode < 0:
+        try:
+            return signal.Signals(-exitcode).name
+        except ValueError:
+            return f"signal {-exitcode}"
+    return f"exit code {exitcode}"
+
+
+def cut_lines(lines: list[str], most: int) -> list[str]:
+    """At most about `most` lines: the first and last half, with a line that counts the rest."""
+    if len(lines) <= most:
+        return lines
+    half = max(1, most // 2)
+    left_out = len(lines) - 2 * half
+    return [*lines[:half], f"[... {left_out:,} lines left out ...]", *lines[-half:]]

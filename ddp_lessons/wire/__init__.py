@@ -1,0 +1,1 @@
+"""What travels between a rank and its parent. Used by both; imports no torch."""

@@ -1,0 +1,479 @@
+"""The tape: shared memory in which a rank writes its spans while it works, read by the parent.
+
+Nothing is sent and nobody is woken, so writing costs under a microsecond; and what is written stays
+readable when the rank is killed, with the call that it was in still open. One file in memory
+serves all ranks of a run, a region for each:
+
+    head: progress, spans dropped, bytes of text
+    text: every name once, as its length and UTF-8
+    spans: RECORD by RECORD; t0_ns is 0 where nothing is written yet
+
+The file is sparse. A rank that wrote where the system has no room for a page would be ended by
+SIGBUS, so room is reserved piece by piece before it is used; where there is none left, later spans
+are dropped and counted, as on a full tape. Readers map nothing: they would be ended, too.
+
+Imported by both processes: `SpanBuffers` is the parent's side, `Tape` the worker's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import struct
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from ddp_lessons.wire.records import Kind, Lane, Span
+
+MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
+SPARE = 64  # records beyond them for what is open: a hang is seen also on a full tape
+LONGEST_NAME = 200  # bytes
+KINDS = {kind.value: number for number, kind in enumerate(Kind)}
+
+_WORD = struct.Struct("=q")
+_PROGRESS, _DROPPED, _TEXT_USED = range(3)  # words of the head
+_HEAD = "=qqqq"  # of a record: t0_ns, t1_ns, step, seq
+_T1, _STEP, _SEQ = 1, 2, 3  # words of it
+# nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
+_TAIL = struct.Struct("=qiiIIIIIIBBxxxxxx")
+RECORD = struct.Struct(_HEAD + _TAIL.format[1:])
+_PEER_NUMBER, _GROUP, _SITE = 6, 9, 12  # places in a record that is read
+_TAIL_START = RECORD.size - _TAIL.size
+_INT = struct.Struct("=i")
+_PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
+CHUNK = RECORD.size << 14  # bytes read at once
+_FIRST_PIECE, _LARGEST_PIECE = RECORD.size << 6, RECORD.size << 11  # bytes reserved at once
+_LENGTH = struct.Struct("=H")
+_TEXT_START = 64
+_TEXT_PIECE = 1 << 12  # bytes of head and text that are reserved at first, then at once
+_TEXT_END = 1 << 20
+_SPANS_START = _TEXT_END
+_PAGES = 1 << 16  # regions begin at a multiple: mmap's granularity everywhere
+_SPARE_START = _SPANS_START + MOST_SPANS * RECORD.size
+_SPARE_END = _SPARE_START + SPARE * RECORD.size
+REGION = -(-_SPARE_END // _PAGES) * _PAGES
+
+Record = tuple[int, ...]
+Slot = int  # the first byte of a span in the region; 0 if it was not kept
+
+
+class CallFacts(NamedTuple):
+    """What a span says of a collective; None and -1 stand for unknown. See records.Span."""
+
+    op: str | None = None
+    group: str | None = None
+    seq: int = -1
+    nbytes: int = -1
+    bucket: int = -1
+    peer: int = -1
+    tensor: str | None = None
+    site: str | None = None
+
+
+NO_FACTS = CallFacts()
+
+
+def prepare(descriptor: int, number: int = 0) -> None:
+    """Reserve room in a region for its head, and for what is open even if no more can be had.
+
+    Raises OSError.
+    """
+    base = number * REGION
+    reserve(descriptor, base, base + _TEXT_PIECE)
+    reserve(descriptor, base + _SPARE_START, base + _SPARE_END)
+
+
+def reserve(descriptor: int, start: int, end: int) -> None:
+    """Have the system set room aside for these bytes, where nothing is written yet.
+
+    Raises OSError if there is none: the disk, the memory or the user's quota is full.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, start, end - start)
+        return
+    while start < end:  # macOS
+        start += os.pwrite(descriptor, bytes(end - start), start)
+
+
+class SpanWriter:
+    """One rank's region, written by the rank. Safe to use from several threads.
+
+    `number` is that of the region in the file, by default the rank.
+    """
+
+    def __init__(self, descriptor: int, rank: int, number: int | None = None) -> None:
+        self._rank = rank
+        self._base = (rank if number is None else number) * REGION
+        self._file = Connection(os.dup(descriptor))  # see SpanBuffers.sendable
+        self._identity = identity(descriptor)
+        self._memory = mmap.mmap(descriptor, REGION, offset=self._base)
+        self._words = memoryview(self._memory).cast("q")  # quicker to write than packed
+        self._lock = threading.Lock()
+        self._slots = iter(range(0))  # what is left of the reserved ones; next() is atomic
+        self._slots_end = _SPANS_START
+        self._text_end = _TEXT_PIECE
+        self._full = False  # there is no room for more
+        self._spare = [_SPARE_START + n * RECORD.size for n in range(SPARE)]
+        self._dropped = 0
+        self._progress = 0
+        self._text_used = 0
+        self._numbers: dict[str | None, int] = {None: 0}
+
+    def begin(
+        self,
+        lane: str,
+        kind: str,
+        name: str,
+        t0_ns: int,
+        t1_ns: int = 0,
+        step: int = -1,
+        facts: CallFacts = NO_FACTS,
+    ) -> Slot:
+        """Write a span that goes on, or has ended where `t1_ns` is given."""
+        slot = self.write(self.tail(lane, kind, name, facts), t0_ns, step, facts.seq)
+        if t1_ns:
+            self.end(slot, t1_ns)
+        return slot
+
+    def tail(self, lane: str, kind: str, name: str, facts: CallFacts) -> bytes:
+        """The part of a record that stays the same when the call is made again."""
+        op, group, _, nbytes, bucket, peer, tensor, site = facts
+        numbers = self._numbers
+        try:
+            texts = (
+                numbers[name], numbers[op], numbers[group], numbers[lane], numbers[tensor],
+                numbers[site],
+            )  # fmt: skip
+        except KeyError:
+            texts = tuple(map(self._add, (name, op, group, lane, tensor, site)))  # type: ignore[assignment]
+        return _TAIL.pack(nbytes, bucket, peer, *texts, KINDS[kind], 0)
+
+    def write(self, tail: bytes, t0_ns: int, step: int, seq: int) -> Slot:
+        """Write a span that goes on, with a tail made before."""
+        slot = next(self._slots, 0) or self._slot_in_new_piece() or self._spare_slot()
+        if slot:
+            self._memory[slot + _TAIL_START : slot + RECORD.size] = tail
+            words, place = self._words, slot >> 3
+            words[place + _STEP] = step
+            words[place + _SEQ] = seq
+            words[place] = t0_ns  # at last: a record without it is none
+        return slot
+
+    def began(self, slot: Slot, t0_ns: int) -> None:
+        """Correct when a span began, where that is known only later."""
+        if slot:
+            self._words[slot >> 3] = t0_ns
+
+    def end(self, slot: Slot, t1_ns: int) -> None:
+        """Note when a span ended."""
+        if slot:
+            words = self._words
+            words[(slot >> 3) + _T1] = t1_ns
+            self._progress += 1
+            words[_PROGRESS] = self._progress
+            if slot >= _SPARE_START:
+                self._give_back(slot)
+
+    def fail(self, slot: Slot) -> None:
+        """Note that the call raised; `end` comes after it."""
+        if slot:
+            self._memory[slot + _FAILED] = 1
+
+    def match(self, slot: Slot, seq: int, peer: int) -> None:
+        """Note what a recv has met, which it did not know when it began."""
+        if slot:
+            self._words[(slot >> 3) + _SEQ] = seq
+            _INT.pack_into(self._memory, slot + _PEER, peer)
+
+    def moved(self) -> None:
+        """Note that the rank goes on, where no span shows it."""
+        self._progress += 1
+        self._words[_PROGRESS] = self._progress
+
+    def _give_back(self, slot: Slot) -> None:
+        """Free a spare record: only what is open may stay there."""
+        with self._lock:
+            self._memory[slot : slot + RECORD.size] = bytes(RECORD.size)
+            self._spare.append(slot)
+            self._drop()
+
+    def _slot_in_new_piece(self) -> Slot:
+        """A slot for which room is reserved now, with that for the next ones; 0 without room."""
+        start = self._slots_end
+        piece = min(max(start - _SPANS_START, _FIRST_PIECE), _LARGEST_PIECE)
+        end = min(start + piece, _SPARE_START)
+        if start == end or not self._has_room(start, end):
+            return 0
+        with self._lock:
+            if self._slots_end == start:  # else another thread was quicker
+                self._slots_end = end
+                self._slots = iter(range(start, end, RECORD.size))
+        return next(self._slots, 0) or self._slot_in_new_piece()
+
+    def _has_room(self, start: int, end: int) -> bool:
+        """Reserve these bytes of the region. Not under the lock: it may take long."""
+        if self._full:
+            return False
+        try:
+            file = self._file.fileno()
+            if identity(file) != self._identity:  # closed by os.closerange, say, and used again
+                raise OSError(errno.EBADF, "its file was closed")
+            reserve(file, self._base + start, self._base + end)
+        except OSError as error:
+            self._stop(error)
+            return False
+        return True
+
+    def _stop(self, error: OSError) -> None:
+        """Record nothing more but what is open, and say so, once."""
+        with self._lock:
+            told, self._full = self._full, True
+        if not told:
+            say(f"rank {self._rank} is recorded no further: {error.strerror}")
+
+    def _spare_slot(self) -> Slot:
+        with self._lock:
+            if self._spare:
+                return self._spare.pop()
+            self._drop()
+            return 0
+
+    def _drop(self) -> None:
+        self._dropped += 1
+        self._words[_DROPPED] = self._dropped
+
+    def _add(self, text: str | None) -> int:
+        """The number of a text, which is written on the tape when it first occurs."""
+        data = str(text).encode("utf-8", errors="replace")[:LONGEST_NAME]
+        while True:
+            with self._lock:
+                if text in self._numbers:
+                    return self._numbers[text]
+                start = _TEXT_START + self._text_used
+                end = start + _LENGTH.size + len(data)
+                if end > _TEXT_END:
+                    return 0
+                reserved = self._text_end
+                if end <= reserved:
+                    _LENGTH.pack_into(self._memory, start, len(data))
+                    self._memory[start + _LENGTH.size : end] = data
+                    self._text_used = end - _TEXT_START
+                    self._words[_TEXT_USED] = self._text_used
+                    return self._numbers.setdefault(text, len(self._numbers))
+            if not self._has_room(reserved, reserved + _TEXT_PIECE):
+                return 0
+            self._text_end = reserved + _TEXT_PIECE
+
+
+class SpanReader:
+    """One rank's region as others read it, also while it is written."""
+
+    def __init__(self, descriptor: int, base: int, rank: int) -> None:
+        self._file = descriptor
+        self._base = base
+        self._rank = rank
+
+    def progress(self) -> int:
+        """A number that grows with everything that the rank finishes."""
+        return self._word(_PROGRESS)
+
+    def dropped(self) -> int:
+        """How many spans were not kept."""
+        return self._word(_DROPPED)
+
+    def spans(self) -> list[Span]:
+        """The spans in the order in which they began; `t1_ns` None: never ended."""
+        records, texts = self.read()
+        return _spans(self._rank, records, texts, texts)
+
+    def read(self) -> tuple[list[Record], list[str | None]]:
+        """The records, and the texts to which they refer by their numbers."""
+        records = self._records()  # before the texts, which only become more
+        return records, self._texts()
+
+    def _word(self, place: int) -> int:
+        return int(_WORD.unpack(self._bytes(place * _WORD.size, _WORD.size))[0])
+
+    def _bytes(self, start: int, size: int) -> bytes:
+        data = os.pread(self._file, size, self._base + start)
+        if len(data) != size:
+            raise ValueError("is damaged: it has become shorter")
+        return data
+
+    def _records(self) -> list[Record]:
+        """All records but the empty ones."""
+        spare = self._bytes(_SPARE_START, _SPARE_END - _SPARE_START)
+        records = [record for record in RECORD.iter_unpack(spare) if record[0]]
+        for start in range(_SPANS_START, _SPARE_START, CHUNK):  # written in order
+            data = self._bytes(start, min(CHUNK, _SPARE_START - start))
+            found = [record for record in RECORD.iter_unpack(data) if record[0]]
+            if not found:
+                break
+            records += found
+        return records
+
+    def _texts(self) -> list[str | None]:
+        used = self._word(_TEXT_USED)
+        if not 0 <= used <= _TEXT_END - _TEXT_START:
+            raise ValueError("is damaged: its texts have no right size")
+        data = self._bytes(_TEXT_START, used)
+        texts: list[str | None] = [None]
+        start = 0
+        while start < used:
+            (length,) = _LENGTH.unpack_from(data, start)
+            start += _LENGTH.size
+            text = data[start : start + length]
+            texts.append(text.decode("utf-8", errors="ignore"))  # the last character may be cut
+            start += length
+        return texts
+
+
+class SpanBuffers:
+    """The tapes of all ranks of a run, in memory; a reader for each by its rank.
+
+    Raises OSError if there is no room for them.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self._file = _memory_file()
+        try:
+            os.ftruncate(self._file, world_size * REGION)  # takes no memory until it is used
+        except OSError:
+            os.close(self._file)
+            raise
+
+    def prepare(self, rank: int) -> None:
+        """Reserve what a rank's tape needs to begin with. Raises OSError."""
+        prepare(self._file, rank)
+
+    def sendable(self) -> Connection:
+        """The file, as something that multiprocessing passes on to a new process.
+
+        It is no pipe: a Connection is only what the library can carry a descriptor in. It closes
+        its descriptor when it is let go.
+        """
+        return Connection(os.dup(self._file))
+
+    def of(self, rank: int) -> SpanReader:
+        """The reader of one rank's tape."""
+        return SpanReader(self._file, rank * REGION, rank)
+
+    def progress(self, rank: int) -> int:
+        """A number that grows with everything that the rank finishes."""
+        return self.of(rank).progress()
+
+    def dropped(self, rank: int) -> int:
+        """How many spans were not kept."""
+        return self.of(rank).dropped()
+
+    def spans(self, rank: int) -> list[Span]:
+        """The spans of a rank in the order in which they began; `t1_ns` None: never ended."""
+        return self.of(rank).spans()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        os.close(self._file)
+
+
+def read_file(
+    descriptor: int,
+    rank: int,
+    highest: int,
+    check_group: Callable[[str], None],
+    site_of: Callable[[str], str],
+) -> tuple[list[Span], int]:
+    """The spans on a tape that is a file of its own, and how many were not kept.
+
+    `highest` is the highest rank. `check_group` is called with the name of each group, `site_of`
+    tells how each site is to be called. Raises ValueError if it is no whole tape, or none that a
+    rank has written.
+    """
+    if os.fstat(descriptor).st_size != REGION:
+        raise ValueError(f"is no whole tape: it has not {REGION:,} bytes")
+    reader = SpanReader(descriptor, 0, rank)
+    try:
+        records, texts = reader.read()
+        dropped = reader.dropped()
+        groups, sites = ({texts[record[n]] for record in records} for n in (_GROUP, _SITE))
+        named = {site: None if site is None else site_of(site) for site in sites}
+        spans = _spans(rank, records, texts, [named.get(text) for text in texts])
+    except (IndexError, struct.error) as error:
+        raise ValueError("is damaged") from error
+    for group in groups - {None}:
+        check_group(str(group))
+    if any(record[_PEER_NUMBER] > highest for record in records):
+        raise ValueError(f"is damaged: it names a rank beyond {highest}")
+    if dropped < 0 or any(t0 < 0 or (t1 and t1 < t0) for t0, t1, *_ in records):
+        raise ValueError("is damaged: its times make no sense")
+    return spans, dropped
+
+
+def say(text: str) -> None:
+    """Write a line on stderr, which may be a file on the same full disk: then it is lost."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"ddp_lessons: {text}\n".encode(errors="replace"))
+
+
+def identity(descriptor: int) -> tuple[int, int]:
+    """What tells an open file from others. Raises OSError if the descriptor is closed."""
+    found = os.fstat(descriptor)
+    return found.st_dev, found.st_ino
+
+
+def _spans(
+    rank: int,
+    records: Sequence[Record],
+    texts: list[str | None],
+    sites: list[str | None],
+) -> list[Span]:
+    """The records as spans, by when they began."""
+    return sorted(_each(rank, records, texts, sites), key=lambda span: span.t0_ns)
+
+
+def _each(
+    rank: int,
+    records: Sequence[Record],
+    texts: list[str | None],
+    sites: list[str | None],
+) -> Iterator[Span]:
+    """The records as spans. What comes after the last step that is marked belongs to none."""
+    kinds = list(KINDS)
+    steps = sum(texts[record[10]] == Lane.STEPS for record in records)
+    for (
+        t0, t1, step, seq, nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
+    ) in records:  # fmt: skip
+        yield Span(
+            rank,
+            texts[lane] or "",
+            kinds[kind],
+            "(name not kept)" if (text := texts[name]) is None else text,
+            t0,
+            t1 or None,
+            step if 0 <= step < steps else None,
+            texts[op],
+            texts[group],
+            _known(seq),
+            _known(nbytes),
+            _known(bucket),
+            _known(peer),
+            texts[tensor],
+            sites[site],
+            bool(failed),
+        )
+
+
+def _known(number: int) -> Any:
+    return None if number < 0 else number
+
+
+def _memory_file() -> int:
+    """The descriptor of a file that is nowhere in the file system."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("ddp_lessons")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

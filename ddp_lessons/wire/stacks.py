@@ -1,0 +1,430 @@
+"""Stacks and tracebacks as a learner should read them: their own lines first, marked.
+
+Used in the parent; workers describe their exceptions with it. Frames run from the learner's
+function (first) to where it was (last).
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ddp_lessons.text import agree, count, listed
+from ddp_lessons.wire.owners import ROOTS, STDLIB, Owner, is_at_home, is_stdlib, owner_of, unmarked
+from ddp_lessons.wire.records import ErrorRecord, Frame
+from ddp_lessons.wire.unfiled import MADE_UP
+
+MOST_TEXT = 20_000  # characters kept of an exception's message
+MOST_BEFORE = 5  # exceptions kept at either end of a chain of them
+MOST_PARTS = 5  # exceptions kept of a group
+MOST_ERRORS = 50  # exceptions kept of all chains and groups together, about
+MOST_FRAMES = 5  # of the learner's, shown at either end
+MOST_DUMPED = 100  # frames of a thread, the innermost, that faulthandler prints
+# What keeps a rank that has returned, other than threads.
+HANDLER, CHILD, PROCESS = "an atexit handler", "a child process", "its process"
+CONTEXT = 1  # lines shown before and after the marked one
+
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d{1,9}) in (?P<function>.*)$')
+_THREAD = re.compile(r"(?:Current t|T)hread 0x(?P<ident>[0-9a-f]+)")
+_ESCAPE = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
+_DDP = "DistributedDataParallel"
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+# Folders of what stands between the learner's function and torch.
+_INFRASTRUCTURE = tuple(
+    os.path.join(_PACKAGE, folder, "") for folder in ("instrumentation", "worker")
+)
+_WORKER = os.path.join(_PACKAGE, "worker", "main.py")  # calls the learner's function
+_RENDEZVOUS = os.path.join(_PACKAGE, "instrumentation", "rendezvous.py")
+
+# Functions of threading and concurrent.futures that wait until a thread is done.
+_OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
+
+
+# Threads of Python's own that only wait for work: of a pool without any, of queues and pools.
+_IDLE_POOL = "_worker"
+_IDLE_HELPERS = ("_feed", "_handle_workers", "_handle_tasks", "_handle_results", "_monitor")
+
+
+class Position(NamedTuple):
+    """Where a rank is: the learner's line, and the call of torch.distributed that it waits in."""
+
+    frame: Frame | None
+    call: str | None
+
+
+def is_infrastructure(filename: str) -> bool:
+    """True for the files of this package that stand between a learner's call and torch's code."""
+    return filename.startswith(_INFRASTRUCTURE)
+
+
+def parse(
+    dump: str,
+    home: str | None = None,
+    *,
+    script: bool = False,
+    name: Callable[[str], str] = str,
+) -> tuple[Frame, ...]:
+    """Where a rank is, from what faulthandler printed: the stack of the learner's function.
+
+    If that only waits for another thread of the learner's, it is that thread's. `home` is the
+    installed package that holds the function, if one does. With `script=True` it is the stack of a
+    script, from its first line on; `name` says what to call a file.
+    """
+    threads = _threads(dump, home, name)
+    main = _own_part(threads[-1]) if script else _main(threads)
+    if not _waits_for_a_thread(main):
+        return main
+    others = [_own_part(thread) for thread in threads if _own_part(thread)]
+    others.sort(key=lambda frames: position(frames).call is None)
+    return next((frames for frames in others if not _waits_for_a_thread(frames)), main)
+
+
+class Keeper(NamedTuple):
+    """What keeps a process from ending whose function has returned, and where it is."""
+
+    name: str
+    frames: tuple[Frame, ...]
+
+
+def what_keeps(dump: str, threads: Mapping[int, str], home: str | None = None) -> Keeper | None:
+    """What a rank waits for that has returned, from what faulthandler printed; None if nothing.
+
+    `threads` are the names of those that it may wait for, by their identifiers.
+    """
+    of_thread = {ident: frames for ident, frames in _identified(dump, home) if frames}
+    waits_in = [f.function for frames in of_thread.values() for f in frames if _is_worker(f)]
+    if "wait_for_threads" in waits_in:
+        found = {threads[ident]: frames for ident, frames in of_thread.items() if ident in threads}
+        if not found:
+            return Keeper("a thread that began later", ())
+        names = sorted(found)
+        first = found[names[0]]
+        what = agree(names, "thread", "threads")
+        return Keeper(f"{what} {listed(map(repr, names))}", _own_part(first) or tuple(first))
+    if "run_exit_handlers" in waits_in:
+        frames = _main(list(of_thread.values()))
+        joins = any(frame.function == "_exit_function" for frame in frames)  # of multiprocessing
+        return Keeper(CHILD if joins else HANDLER, frames)
+    return None
+
+
+def all_wait_for_others(dump: str) -> bool:
+    """True if all threads that may be the learner's wait in torch.distributed.
+
+    Or for one that does. Not the learner's is only what runs Python's own code, torch's and ours;
+    and even a thread of Python's own, such as a `threading.Timer`, may be about to call something.
+    """
+    threads = _threads(dump)
+    if any(_may_call_something(thread) for thread in threads):
+        return False
+    parts = [part for thread in threads if (part := _own_part(thread))]
+    calls = [position(part).call for part in parts if not _waits_for_a_thread(part)]
+    return bool(calls) and None not in calls
+
+
+def _may_call_something(frames: Sequence[Frame]) -> bool:
+    """Whether a thread runs Python's own code only, and not to wait for what others hand over."""
+    return (
+        bool(frames)
+        and all(is_stdlib(frame.filename) for frame in frames)
+        and frames[-1].function != _IDLE_POOL
+        and not any(frame.function in _IDLE_HELPERS for frame in frames)
+    )
+
+
+def _main(threads: Sequence[Sequence[Frame]]) -> tuple[Frame, ...]:
+    """The frames of the learner's function, from its first on."""
+    for frames in reversed(threads):
+        started = [i for i, frame in enumerate(frames) if frame.filename == _WORKER]
+        if started:
+            return tuple(frames[started[-1] + 1 :]) or (frames[started[-1]],)
+        if frames is threads[-1] and len(frames) >= MOST_DUMPED:
+            return tuple(frames)  # the main thread comes last, and its outermost frames are cut off
+    return ()
+
+
+def _own_part(frames: Sequence[Frame]) -> tuple[Frame, ...]:
+    """A thread's frames from the first on that may be the learner's; none if it has none."""
+    own = _not_of_libraries(frames)
+    return tuple(frames[own[0] :]) if own else ()
+
+
+def _not_of_libraries(frames: Sequence[Frame]) -> list[int]:
+    return [i for i, frame in enumerate(frames) if _owner(frame) is not Owner.LIBRARY]
+
+
+def _waits_for_a_thread(frames: Sequence[Frame]) -> bool:
+    """Whether the innermost of the learner's lines waits for a thread, or for its result."""
+    own = _not_of_libraries(frames)
+    return bool(own) and any(
+        frame.function in _OF_THREADS and is_stdlib(frame.filename)
+        for frame in frames[own[-1] + 1 :]
+    )
+
+
+def _threads(
+    dump: str, home: str | None = None, name: Callable[[str], str] = str
+) -> list[list[Frame]]:
+    """The frames of every thread."""
+    return [frames for _, frames in _identified(dump, home, name)]
+
+
+def _identified(
+    dump: str, home: str | None, name: Callable[[str], str] = str
+) -> list[tuple[int, list[Frame]]]:
+    """The identifier of every thread (0 if it is not told), and its frames."""
+    found = []
+    for thread in re.split(r"\n(?=(?:Current t|T)hread 0x)", _unescaped(dump)):
+        lines = [_FRAME.match(line) for line in thread.splitlines()]
+        head = _THREAD.match(thread)
+        ident = int(head["ident"], 16) if head else 0
+        found.append((ident, [_frame(line, home, name) for line in lines[::-1] if line]))
+    return found
+
+
+def _is_worker(frame: Frame) -> bool:
+    return frame.filename == _WORKER
+
+
+def frame_at(filename: str, lineno: int) -> Frame:
+    """The line as a frame, with its source."""
+    return Frame(filename, lineno, "", _source(filename, lineno))
+
+
+def _frame(line: re.Match[str], home: str | None, name: Callable[[str], str]) -> Frame:
+    file, number = name(line["file"]), int(line["line"])
+    return Frame(file, number, line["function"], _source(file, number), is_at_home(file, home))
+
+
+def _unescaped(dump: str) -> str:
+    """What faulthandler printed, with the characters beyond ASCII that it escapes."""
+    return _ESCAPE.sub(lambda m: chr(int(m[0][2:], 16)), dump)
+
+
+def position(frames: Sequence[Frame]) -> Position:
+    """Where a stack or traceback stands, in the learner's terms."""
+    own = _own(frames)
+    below = frames[own[-1] + 1 :] if own else frames
+    call = next((name for frame in below if (name := _call_of(frame))), None)
+    if call is None and any(frame.filename == _RENDEZVOUS for frame in below):
+        call = "init_process_group"  # waiting for rank 0's store
+    return Position(frames[own[-1]] if own else None, call)
+
+
+def _own(frames: Sequence[Frame]) -> list[int]:
+    """The places of the learner's frames; where there are none, of those of installed packages."""
+    owners = [_owner(frame) for frame in frames]
+    wanted = Owner.LEARNER if Owner.LEARNER in owners else Owner.PACKAGE
+    return [i for i, owner in enumerate(owners) if owner is wanted]
+
+
+def waiting_where(frames: Sequence[Frame]) -> str:
+    """`, waiting in barrier, Cell In[3], line 4`; "" for an unknown stack."""
+    frame, call = position(frames)
+    if frame is None:
+        return ""
+    return f", waiting in {call}, {line_name(frame)}" if call else f" at {line_name(frame)}"
+
+
+def _owner(frame: Frame) -> Owner:
+    return Owner.LEARNER if frame.at_home else owner_of(frame.filename)
+
+
+def is_cell(filename: str) -> bool:
+    """True for source that exists only in the interactive session, such as a notebook's cell."""
+    entry = linecache.cache.get(filename)
+    return entry is not None and len(entry) == 4 and entry[1] is None
+
+
+def place_name(filename: str) -> str:
+    """`Cell In[3]` for a cell, else the path, shortened to what tells it apart."""
+    shell = _shell()
+    if shell is not None and unmarked(filename) == filename:
+        named = shell.compile.format_code_name(filename)
+        if named is not None:
+            return " ".join(named)
+    filename = unmarked(filename)
+    path = os.path.realpath(filename)
+    for root in (*ROOTS, STDLIB, os.getcwd() + os.sep):
+        if path.startswith(root):
+            return path[len(root) :]
+    return filename
+
+
+def line_name(frame: Frame) -> str:
+    """`Cell In[3], line 4`."""
+    return f"{place_name(frame.filename)}, line {frame.lineno}"
+
+
+def describe(error: BaseException, home: str | None = None) -> ErrorRecord:
+    """The exception as plain data: with those before it and in it, without frames of this package.
+
+    However many there are, the record stays small. `home` is the installed package that holds the
+    launched function, if one does.
+    """
+    return _record(error, home, MOST_ERRORS, set())
+
+
+def text_of(error: BaseException) -> str:
+    """Type and message as a traceback ends, also where `str(error)` fails or is huge."""
+    return _text(_alone(error))
+
+
+def _record(error: BaseException, home: str | None, room: int, seen: set[int]) -> ErrorRecord:
+    """An exception, with about `room` others at most: those before it, and in groups."""
+    chain = _chain(error, seen)
+    ends = max(1, min(MOST_BEFORE, room // 2))
+    left_out = max(0, len(chain) - 2 * ends)
+    kept = [*chain[:ends], *chain[ends + left_out :]]
+    record = None
+    for number, one in reversed(list(enumerate(kept))):
+        record = replace(
+            _one(one, home, (room - len(kept)) // len(kept), seen),
+            previous=record,
+            link="" if record is None else "context" if one.__cause__ is None else "cause",
+            left_out=left_out if number == ends - 1 else 0,
+        )
+    assert record is not None
+    return record
+
+
+def _chain(error: BaseException, seen: set[int]) -> list[BaseException]:
+    """The exception and those before it, newest first; they may go round in a circle."""
+    chain = [error]
+    while True:
+        seen.add(id(error))
+        before = error.__cause__
+        if before is None and not error.__suppress_context__:
+            before = error.__context__
+        if before is None or id(before) in seen:
+            return chain
+        chain.append(error := before)
+
+
+def _one(error: BaseException, home: str | None, room: int, seen: set[int]) -> ErrorRecord:
+    """An exception without those before it, with about `room` of those in it."""
+    alone = _alone(error)
+    parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    kept = parts[: max(0, min(MOST_PARTS, room))]
+    return ErrorRecord(
+        type_name=_type_name(alone),
+        text=_text(alone),
+        frames=tuple(
+            Frame(
+                f.filename,
+                f.lineno or 0,
+                f.name,
+                "" if f.filename in MADE_UP else (f.line or "").strip(),
+                is_at_home(f.filename, home),
+            )
+            for f in alone.stack
+            if not is_infrastructure(f.filename)
+        ),
+        parts=tuple(_record(part, home, room // len(kept) - 1, seen) for part in kept),
+        parts_left_out=len(parts) - len(kept),
+    )
+
+
+def _alone(error: BaseException) -> traceback.TracebackException:
+    """The standard library's description of one exception.
+
+    Given a set of those that it has seen, it leaves the others to its caller: there may be
+    thousands, and groups in groups so deep that it would meet Python's limit of recursion.
+    """
+    alone = traceback.TracebackException(type(error), error, error.__traceback__, _seen=set())
+    alone.exceptions = None  # Python 3.13 asks for it
+    return alone
+
+
+def _text(alone: traceback.TracebackException) -> str:
+    text = "".join(alone.format_exception_only()).strip()
+    more = len(text) - MOST_TEXT
+    return f"{text[:MOST_TEXT]}\n[... {more:,} characters left out ...]" if more > 0 else text
+
+
+def _type_name(error: traceback.TracebackException) -> str:
+    if sys.version_info >= (3, 13):  # where `exc_type` warns
+        return error.exc_type_str.rpartition(".")[2]
+    return error.exc_type.__qualname__.rpartition(".")[2]
+
+
+def render(error: ErrorRecord) -> str:
+    """An exception, those before it and those in it, with the learner's lines marked."""
+    lines = [*render_frames(error.frames), error.text]
+    for number, part in enumerate(error.parts, 1):
+        lines += ["", f"Part {number} of {len(error.parts) + error.parts_left_out}:"]
+        lines.append(textwrap.indent(render(part), "    "))
+    if error.parts_left_out:
+        lines += ["", f"[... {count(error.parts_left_out, 'part')} left out ...]"]
+    if error.previous is None:
+        return "\n".join(lines)
+    because = (
+        "That caused the next exception:"
+        if error.link == "cause"
+        else "While that was handled, another exception happened:"
+    )
+    between = [f"[... {count(error.left_out, 'exception')} left out ...]"] if error.left_out else []
+    return "\n\n".join([render(error.previous), *between, because, "\n".join(lines)])
+
+
+def render_frames(frames: Sequence[Frame]) -> list[str]:
+    """The learner's frames with their source; of the libraries', only the innermost."""
+    lines: list[str] = []
+    own = [frames[i] for i in _own(frames)]
+    left_out = len(own) - 2 * MOST_FRAMES  # a recursion without end has a thousand
+    for number, frame in enumerate(own):
+        if number == MOST_FRAMES and left_out > 0:
+            lines.append(f"[... {left_out} frames left out ...]")
+        if MOST_FRAMES <= number < len(own) - MOST_FRAMES:
+            continue
+        lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
+    if frames and frames[-1] not in own[-1:]:
+        frame = frames[-1]
+        lines += [f"{line_name(frame)}, in {frame.function}"]
+        lines += [f"     {frame.source}"] if frame.source else []
+    return lines
+
+
+def _excerpt(frame: Frame) -> list[str]:
+    """The marked line between its neighbours, as IPython shows it; nothing without its text."""
+    numbers = range(max(1, frame.lineno - CONTEXT), frame.lineno + CONTEXT + 1)
+    texts = {n: _line(frame.filename, n).rstrip() for n in numbers}
+    texts[frame.lineno] = texts[frame.lineno] or frame.source
+    return [
+        f"{'---->' if n == frame.lineno else '     '} {n:>3} {text}"
+        for n, text in texts.items()
+        if text
+    ]
+
+
+def _call_of(frame: Frame) -> str | None:
+    """The call in which ranks wait for each other, if the frame is one."""
+    directory, name = os.path.split(unmarked(frame.filename))
+    if directory.endswith(os.path.join("torch", "distributed")):
+        return None if name == "c10d_logger.py" else frame.function
+    if directory.endswith(os.path.join("torch", "nn", "parallel")) and name == "distributed.py":
+        return _DDP
+    if directory.endswith(os.path.join("torch", "autograd")) and frame.function == "backward":
+        return "backward"  # of a model in DDP, which sums the gradients there
+    return None
+
+
+def _source(filename: str, lineno: int) -> str:
+    return _line(filename, lineno).strip()
+
+
+def _line(filename: str, lineno: int) -> str:
+    """A line's text. Under a made-up name there may be the text of something else: Python 3.13."""
+    return "" if filename in MADE_UP else linecache.getline(filename, lineno)
+
+
+def _shell() -> Any:
+    ipython = sys.modules.get("IPython")
+    return ipython.get_ipython() if ipython else None

@@ -1,0 +1,114 @@
+"""What travels from the parent to a worker: the function, its arguments, and where it runs.
+
+Both processes import this module; it starts nothing and imports no torch. packing.py makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ddp_lessons.system.host import LOOPBACK_INTERFACE
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """Where a rank stands among the others, in torchrun's terms."""
+
+    rank: int
+    local_rank: int
+    group_rank: int
+    world_size: int
+    local_world_size: int
+
+    def variables(self) -> dict[str, str]:
+        """The environment variables that torchrun would set for this rank."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "GROUP_RANK": str(self.group_rank),
+        }
+
+
+def places(nprocs: int, nnodes: int) -> list[RankInfo]:
+    """The places of all ranks, by rank: machine by machine, as torchrun numbers them."""
+    return [
+        RankInfo(group * nprocs + local, local, group, nnodes * nprocs, nprocs)
+        for group in range(nnodes)
+        for local in range(nprocs)
+    ]
+
+
+@dataclass(frozen=True)
+class MasterAddress:
+    """Where rank 0's store listens, and the network interface by which ranks reach each other."""
+
+    port: int
+    address: str = "127.0.0.1"
+    interface: str | None = LOOPBACK_INTERFACE.get(sys.platform)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all ranks of a run have in common.
+
+    `function` is the pickle of `(fn, anchor)`, see `pack`. A rank's variables are `environment`,
+    then those of its place, then `overrides`, the learner's own. `sources` maps the file names of
+    cells to their text, so that a traceback made in the worker shows the cell's own lines.
+    `home` is the installed package that holds the function, if one does: its lines are the
+    learner's. `one_clock` is true where all ranks run on one machine.
+    """
+
+    function: bytes
+    name: str
+    overrides: dict[str, str]
+    profile: bool = False
+    sources: dict[str, str] = field(default_factory=dict)
+    home: str | None = None
+    one_clock: bool = True
+    environment: dict[str, str] = field(default_factory=dict)
+    cwd: str = ""
+    path: list[str] = field(default_factory=list)
+
+    def here(self, meeting: MasterAddress) -> Task:
+        """The same task for ranks that this process starts: with its present state."""
+        return replace(
+            self, environment=_environment(meeting), cwd=os.getcwd(), path=list(sys.path)
+        )
+
+
+def _environment(meeting: MasterAddress) -> dict[str, str]:
+    """The present variables, and those that torchrun sets alike for all ranks."""
+    common = {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
+    if meeting.interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+        # Without it gloo looks up the host's name and may bind to an outside address.
+        common["GLOO_SOCKET_IFNAME"] = meeting.interface
+    if meeting.interface not in (None, *LOOPBACK_INTERFACE.values()) and (
+        "NCCL_SOCKET_IFNAME" not in os.environ
+    ):
+        common["NCCL_SOCKET_IFNAME"] = str(meeting.interface)
+    if sys.platform == "linux" and "RES_OPTIONS" not in os.environ:
+        # torch's store looks up the name of every peer, which for ::ffff:127.0.0.1 asks the name
+        # server: one that does not answer would cost each rank 10 s (resolv.conf(5)).
+        common["RES_OPTIONS"] = "timeout:1 attempts:1"
+    if "OMP_NUM_THREADS" not in os.environ:
+        common["OMP_NUM_THREADS"] = "1"  # as torchrun does: ranks share the cores
+    return {**os.environ, **common}
+
+
+@dataclass(frozen=True)
+class PackedArgument:
+    """An argument that arrived in a worker, not loaded yet.
+
+    Loading may import the learner's modules: it waits until the worker is like a fresh process.
+    """
+
+    data: bytes
+
+    def load(self) -> Any:
+        return pickle.loads(self.data)

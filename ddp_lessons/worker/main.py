@@ -1,0 +1,305 @@
+"""The life of one rank, in its own process: become a fresh process, run the function, report.
+
+Imported only in workers and, as a preload, in the forkserver. It must start nothing when it is
+imported, and it imports torch only once the environment is the learner's.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import fcntl
+import linecache
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from typing import Any, TextIO
+
+from ddp_lessons.instrumentation import profiler, recording
+from ddp_lessons.instrumentation.install import install
+from ddp_lessons.instrumentation.rendezvous import listen_on_loopback, meet_apart
+from ddp_lessons.system import memory
+from ddp_lessons.wire.messages import (
+    STACK_SIGNAL,
+    Message,
+    Raised,
+    Returned,
+    Started,
+    Unsendable,
+    encode,
+)
+from ddp_lessons.wire.pickling import dumps
+from ddp_lessons.wire.span_buffer import SpanWriter
+from ddp_lessons.wire.stacks import describe, text_of
+from ddp_lessons.wire.task import PackedArgument, RankInfo, Task
+
+MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
+
+
+def run_rank(
+    task: Task,
+    place: RankInfo,
+    args: tuple[PackedArgument, ...],
+    messages: Connection,
+    output: Connection,
+    stacks: Connection,
+    tape: Connection,
+) -> None:
+    """Run one rank; the process exits with the code that it would have had as a script."""
+    os.setsid()  # the notebook's interrupt reaches this rank only through the parent
+    # What starts it may ignore interrupts, or hold them back: it takes them from here on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _die_with_parent()
+    memory.prefer_as_oom_victim()
+    _redirect(output)
+    faulthandler.register(STACK_SIGNAL, file=stacks.fileno(), all_threads=True, chain=False)
+    _become_fresh(task, place)
+    send = _Sender(messages)
+    own_tape = SpanWriter(tape.fileno(), place.rank)
+    recorder = recording.Recorder(
+        place.rank,
+        own_tape,
+        send,
+        world_size=place.world_size,
+        one_clock=task.one_clock,
+        host_of_rank_zero=task.environment["MASTER_ADDR"],
+        home=task.home,
+    )
+    tape.close()
+    install(recorder)
+    meet_apart()
+    listen_on_loopback()
+    code = _carry_out(task, place.rank, args, recorder)
+    wait_for_threads()
+    run_exit_handlers()
+    for stream in (sys.stdout, sys.stderr):
+        if not stream.closed:
+            stream.flush()
+    if "TORCHINDUCTOR_CACHE_DIR" not in {**task.environment, **task.overrides}:
+        remove_unused_cache()
+    for group in recorder.groups:
+        # A group that the interpreter frees while it shuts down may wait for ever: let it leak.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    # Python takes the handler away while it shuts down: then the signal would kill.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {STACK_SIGNAL})
+    sys.exit(code)
+
+
+def wait_for_threads() -> None:
+    """Wait for the learner's threads, as the interpreter does before it runs exit handlers."""
+    threading._shutdown()  # type: ignore[attr-defined]
+
+
+def run_exit_handlers() -> None:
+    """Run what the learner registered with `atexit`: multiprocessing leaves by os._exit."""
+    atexit._run_exitfuncs()
+
+
+def remove_unused_cache() -> None:
+    """Remove the directory that importing torch._dynamo makes and names in the environment."""
+    with contextlib.suppress(KeyError, OSError):  # none was made, or it is in use: not empty
+        os.rmdir(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+
+class _Sender:
+    """Writes whole messages to the parent, from any thread."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection  # kept open for the life of the process
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def __call__(self, message: Message) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child that goes on in the learner's function is not the rank
+        data = memoryview(encode(message))
+        with self._lock:
+            while data:
+                data = data[os.write(self._connection.fileno(), data) :]
+
+
+def _die_with_parent() -> None:
+    """Have this rank and its children end at once when the parent process ends, however it does.
+
+    The pipe to the parent closes then. Linux can turn that into a signal for the whole process
+    group (fcntl(2), F_SETOWN and F_SETSIG): no thread is needed, and a rank that is stuck in C++
+    dies, too. PR_SET_PDEATHSIG would follow the forkserver instead.
+    """
+    parent = parent_process()
+    assert parent is not None
+    sentinel = parent.sentinel
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(sentinel, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
+        fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+        if select.select([sentinel], [], [], 0)[0]:  # it ended before the line above
+            os.killpg(0, signal.SIGKILL)
+    else:
+        threading.Thread(target=_kill_group_after, args=(sentinel,), daemon=True).start()
+
+
+def _kill_group_after(sentinel: int) -> None:
+    wait([sentinel])
+    os.killpg(0, signal.SIGKILL)
+
+
+def _redirect(output: Connection) -> None:
+    """Send everything that this process and its C++ code write to the parent, line by line."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor in (1, 2):
+        os.dup2(output.fileno(), descriptor)
+    output.close()
+    null = sys.stdin.fileno()  # multiprocessing opened the null device
+    if null != 0:
+        os.dup2(null, 0)
+        os.close(null)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)
+    sys.stdout = _line_writer(1)
+    sys.stderr = _line_writer(2)
+
+
+def _line_writer(descriptor: int) -> TextIO:
+    return open(
+        descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
+    )
+
+
+def _become_fresh(task: Task, place: RankInfo) -> None:
+    """Take on the parent's present state; give back what a fork shares and a start would not."""
+    os.environ.clear()
+    os.environ.update({**task.environment, **place.variables(), **task.overrides})
+    os.chdir(task.cwd)
+    sys.path[:] = task.path
+    # Python takes a cached module for current if size and second of change agree: the second of
+    # two quick edits would go unseen. Without a cache from here, it takes effect.
+    sys.dont_write_bytecode = True
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
+    for name, text in task.sources.items():
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    multiprocessing.set_start_method(None, force=True)  # the rank's own children start as usual
+    if "multiprocessing.forkserver" in sys.modules:
+        _drop_exit_handlers()
+    if "torch" in sys.modules:
+        _refresh_torch()
+    if "numpy.random" in sys.modules:
+        # `random` seeds itself again after a fork; NumPy's legacy generator does not.
+        sys.modules["numpy.random"].seed()
+
+
+def _drop_exit_handlers() -> None:
+    """Leave to the forkserver what is to be done at its end, with all that it has imported.
+
+    Only what the standard library does at the end of every process is done here, too.
+    """
+    atexit._clear()
+    for inherited in weakref.finalize._registry:  # type: ignore[attr-defined]
+        inherited.atexit = False
+    atexit.register(logging.shutdown)
+    atexit.register(weakref.finalize._exitfunc)  # type: ignore[attr-defined]
+    atexit.register(multiprocessing.util._exit_function)  # type: ignore[attr-defined]
+
+
+def _refresh_torch() -> None:
+    """Read again what torch read when the forkserver imported it: variables, and a random seed."""
+    import torch
+    import torch.distributed as dist
+
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    torch.set_num_threads(
+        int(threads) if threads.isdigit() and int(threads) else os.cpu_count() or 1
+    )
+    dist.set_debug_level_from_env()
+    torch.default_generator.seed()
+
+
+def _carry_out(
+    task: Task, rank: int, args: tuple[PackedArgument, ...], recorder: recording.Recorder
+) -> int:
+    """Call the function and send what came of it; the exit code of the process."""
+    called = False
+    try:
+        fn = _unpack(task)
+        values = [argument.load() for argument in args]
+        if task.profile:
+            profiler.start(recorder)
+        recorder.send(Started(time.perf_counter_ns()))
+        called = True
+        value = fn(rank, *values)
+    except BaseException as error:  # SystemExit and KeyboardInterrupt end a rank, too
+        end_ns = _close(recorder)
+        code = _exit_code(error)
+        recorder.send(
+            Returned(end_ns, pickle.dumps(None), _threads())
+            if called and code == 0
+            else Raised(end_ns, describe(error, task.home), code, _pickled_or_none(error))
+        )
+        return code
+    end_ns = _close(recorder)
+    recorder.send(_returned(value, end_ns))
+    return 0
+
+
+def _unpack(task: Task) -> Callable[..., Any]:
+    fn, anchor = pickle.loads(task.function)
+    run_rank = sys.modules["__main__"].__dict__
+    run_rank.update((k, v) for k, v in anchor.__globals__.items() if not k.startswith("__"))
+    return fn  # type: ignore[no-any-return]
+
+
+def _close(recorder: recording.Recorder) -> int:
+    end_ns = time.perf_counter_ns()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the report below must arrive whole
+    recorder.close()
+    return end_ns
+
+
+def _returned(value: Any, end_ns: int) -> Message:
+    try:
+        return Returned(end_ns, dumps(value), _threads())
+    except BaseException as error:  # whatever a learner's object raises in its own __reduce__
+        return Unsendable(end_ns, type(value).__name__, text_of(error))
+
+
+def _threads() -> dict[int, str]:
+    """The threads for which the process waits before it ends."""
+    return {
+        thread.ident: thread.name
+        for thread in threading.enumerate()
+        if thread.ident is not None and not thread.daemon and thread != threading.main_thread()
+    }
+
+
+def _exit_code(error: BaseException) -> int:
+    """What the interpreter would exit with (documentation of sys.exit)."""
+    if not isinstance(error, SystemExit):
+        return 1
+    if error.code is None:
+        return 0
+    if not isinstance(error.code, int):
+        return 1
+    return error.code & 0xFF if abs(error.code) <= sys.maxsize else 255
+
+
+def _pickled_or_none(error: BaseException) -> bytes | None:
+    try:
+        data = dumps(error)
+    except BaseException:  # its text travels anyway, in the ErrorRecord
+        return None
+    return data if len(data) <= MOST_PICKLED else None

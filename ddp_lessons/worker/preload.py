@@ -1,0 +1,45 @@
+"""What the forkserver imports once, so that no forked worker has to.
+
+Runs in the forkserver process only. It must leave no extra thread, no CUDA context and no drawn
+random number behind, because every worker is a copy of this process.
+"""
+
+import contextlib
+import gc
+import os
+
+from ddp_lessons.worker.preload_bare import ending_with_parent
+
+# NumPy's OpenBLAS starts its threads while it is imported; a thread does not survive a fork.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Lets a worker count GPUs without a CUDA context (PyTorch, notes on CUDA semantics).
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+with ending_with_parent():
+    import numpy  # noqa: F401
+    import torch
+
+    # The first DistributedDataParallel() imports torch._dynamo: 1.3 s and 113 MB a rank if every
+    # worker did it for itself. There is no public name that loads it.
+    _had_cache = "TORCHINDUCTOR_CACHE_DIR" in os.environ
+    import torch._dynamo
+    import torch.distributed
+    import torch.nn.parallel
+    import torch.optim
+    import torch.profiler
+    import torch.utils.data.distributed  # noqa: F401
+
+    from ddp_lessons import data
+    from ddp_lessons.instrumentation.install import wrap_torch
+    from ddp_lessons.worker.main import remove_unused_cache
+
+    wrap_torch()
+    with contextlib.suppress(ModuleNotFoundError):  # of scikit-learn, which only lessons need
+        data.digits()
+
+if not _had_cache:
+    remove_unused_cache()
+
+# What lives now is never garbage: collecting it would copy shared pages in every worker.
+gc.collect()
+gc.freeze()

@@ -1,0 +1,236 @@
+"""Recording in a script: under torchrun, each rank writes what it does when into a folder.
+
+Runs in every process that torchrun (or anything else that sets RANK) starts, if the environment
+variable DDP_LESSONS_RECORD names a folder. `import ddp_lessons` begins it; nothing in the script
+changes, but that a rank ends with torchrun, also where that is killed. A rank has three files in
+the folder, which carry the time at which it began:
+
+    rank_0.TIME.tape     its spans, written through shared memory: they survive a killed process
+    rank_0.TIME.jsonl    a fact a line: how it began, its clock against rank 0's, how it ended
+    rank_0.TIME.stack    where it was when SIGTERM told it to end, as torchrun does when others fail
+
+Each has room reserved for what matters most, as zeros, which a rank takes away when it ends by
+itself: on a full disk the training goes on, the record is short, and how it ended is in it still.
+(Who cuts a tape that is being written ends its rank: SIGBUS. To see that, each span would need a
+call of the system.)
+
+`recorded_run.py` reads them, on this machine or on another one to which they were copied.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import faulthandler
+import fcntl
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from ddp_lessons.instrumentation import ddp_traffic, recording
+from ddp_lessons.instrumentation.install import install, replace_in
+from ddp_lessons.system import reaper, regular_files
+from ddp_lessons.system.host import clock_id
+from ddp_lessons.wire.messages import Clock, Message
+from ddp_lessons.wire.owners import Owner, owner_of
+from ddp_lessons.wire.records import ErrorRecord
+from ddp_lessons.wire.run_folder import VARIABLE, VERSION
+from ddp_lessons.wire.span_buffer import REGION, SpanWriter, identity, prepare, reserve, say
+from ddp_lessons.wire.stacks import describe
+
+KINDS = ("jsonl", "tape", "stack")
+_ROOM = 1 << 16  # bytes reserved in the files of facts and of the stack
+_OWNER = "DDP_LESSONS_RECORDED_BY"  # the process that records; what it starts sees it
+
+
+def begin() -> None:
+    """Record this process, if it is a rank of a script and the environment asks for it."""
+    if not _is_rank():
+        return
+    os.environ[_OWNER] = str(os.getpid())
+    began = _how_it_began()
+    try:
+        files = _made(Path(os.environ[VARIABLE]), began["rank"], began["epoch_ns"])
+    except OSError as error:  # the training matters more than its record
+        say(f"nothing is recorded, {VARIABLE}: {error}")
+        return
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        reaper.end_with_parent()  # an agent that is killed leaves its ranks to themselves
+    _Script(began, files)
+
+
+def _is_rank() -> bool:
+    """False in kernels, in launchers, and in what a rank starts, which inherits its variables."""
+    return os.environ.get("RANK", "").isdecimal() and _OWNER not in os.environ
+
+
+def _number(variable: str, default: int = 0) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else default
+
+
+class Files(NamedTuple):
+    """A rank's files: descriptors, and its tape."""
+
+    facts: int
+    tape: SpanWriter
+    stack: int
+
+
+def _made(folder: Path, rank: int, epoch_ns: int) -> Files:
+    """The files of a rank, new and empty. Raises OSError, and then leaves none."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as undo:
+        facts, tape, stack = (
+            _new(folder / f"rank_{rank}.{epoch_ns}.{kind}", undo) for kind in KINDS
+        )
+        fcntl.flock(facts, fcntl.LOCK_EX)  # tells that we are alive
+        os.ftruncate(tape, REGION)
+        prepare(tape)
+        for file in (facts, stack):
+            reserve(file, 0, _ROOM)
+        files = Files(facts, SpanWriter(tape, rank, 0), stack)
+        undo.pop_all()
+    os.close(tape)
+    return files
+
+
+def _new(path: Path, undo: contextlib.ExitStack) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    undo.callback(path.unlink, missing_ok=True)
+    undo.callback(os.close, file)
+    return file
+
+
+class _Script:
+    """The record of this process, from now to its end."""
+
+    def __init__(self, began: Mapping[str, Any], files: Files) -> None:
+        self._facts, self._stack = files.facts, files.stack
+        self._identities = {file: identity(file) for file in (files.facts, files.stack)}
+        self._written = 0  # bytes of facts
+        self._whole = True  # all facts could be written so far
+        self._pid = os.getpid()
+        self._recorder = recording.Recorder(
+            began["rank"],
+            files.tape,
+            self._on_message,
+            world_size=began["world_size"],
+            one_clock=False,
+        )
+        self._write(began=began)
+        self._noted: set[str] = set()
+        self._recorder.sites.on_file = self._note_file
+        # Python's own handlers do not run in a rank that waits in C. Then the signal does its work.
+        faulthandler.register(signal.SIGTERM, file=files.stack, all_threads=True, chain=True)
+        os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
+        install(self._recorder)
+        main = vars(sys.modules["__main__"])
+        self._note_file(main.get("__file__") or "")
+        replace_in(main)
+        self._raised = False
+        self._show_error = sys.excepthook
+        sys.excepthook = self._on_error
+        atexit.register(self._on_exit)
+
+    def _write(self, **fact: Any) -> None:
+        """Add a line. One that does not fit on the disk is the last that is tried."""
+        if os.getpid() != self._pid or not self._whole:  # a forked child has our file, too
+            return
+        data = json.dumps(fact).encode() + b"\n"
+        at = self._written
+        try:
+            while data and self._has(self._facts):
+                written = os.pwrite(self._facts, data, at)
+                data, at = data[written:], at + written
+        except OSError:
+            pass
+        self._whole, self._written = not data, at
+
+    def _has(self, file: int) -> bool:
+        """Whether a descriptor is still ours: a script may close those that it does not know."""
+        try:
+            return identity(file) == self._identities[file]
+        except OSError:
+            return False
+
+    def _note_file(self, name: str) -> None:
+        """Note what a file of the learner's holds, so that its lines may be shown where it lies.
+
+        `load_run` shows no line of a file that is another one, or was changed since.
+        """
+        if name not in self._noted and owner_of(name) is not Owner.LIBRARY:
+            self._noted.add(name)
+            if (digest := regular_files.digest(name)) is not None:
+                self._write(file={"name": name, "sha256": digest})
+
+    def _on_message(self, message: Message) -> None:
+        if isinstance(message, Clock):
+            self._write(clock=dataclasses.asdict(message))
+
+    def _on_error(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        self._note_error(error)
+        self._show_error(kind, error, trace)
+
+    def _note_error(self, error: BaseException) -> None:
+        if not self._raised:
+            self._raised = True
+            t_ns = time.perf_counter_ns()
+            what = describe(error)
+            for filename in _files_of(what):
+                self._note_file(filename)
+            self._write(raised={"t_ns": t_ns, **dataclasses.asdict(what)})
+
+    def _on_exit(self) -> None:
+        if os.getpid() != self._pid:
+            return
+        # An interrupt that came on the way to the hook above keeps it from being called.
+        error = getattr(sys, "last_value", None)
+        if error is not None:
+            self._note_error(error)
+        self._recorder.close()
+        self._write(ended={"t_ns": time.perf_counter_ns()})
+        self._give_room_back()
+        ddp_traffic.release_groups(self._recorder)
+
+    def _give_room_back(self) -> None:
+        """Take away the zeros. What SIGTERM makes faulthandler print from now on comes after it."""
+        with contextlib.suppress(OSError):
+            if self._has(self._facts):
+                os.ftruncate(self._facts, self._written)
+            if self._has(self._stack):
+                os.ftruncate(self._stack, os.lseek(self._stack, 0, os.SEEK_CUR))
+
+
+def _files_of(error: ErrorRecord) -> Iterator[str]:
+    """The files of all frames of an exception and of those before it."""
+    before: ErrorRecord | None = error
+    while before is not None:
+        yield from dict.fromkeys(frame.filename for frame in before.frames)
+        before = before.previous
+
+
+def _how_it_began() -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "script": os.path.basename(sys.argv[0]),
+        "rank": _number("RANK"),
+        "world_size": _number("WORLD_SIZE", 1),
+        "local_rank": _number("LOCAL_RANK"),
+        "group_rank": _number("GROUP_RANK"),
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "clock": clock_id(),
+        "epoch_ns": time.time_ns(),
+        "t_ns": time.perf_counter_ns(),
+    }

@@ -1,0 +1,303 @@
+"""Who is awaited and does not come: real ranks, and verdicts long before the timeout."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_lessons import Run, launch
+from tests.support.by_hand import TIMED_OUT, error, made, record, run_of
+
+pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+LONG = 60.0  # seconds: whoever waits for it has not seen that nothing can move
+
+
+def explained(fn: Any, nprocs: int = 3, timeout: float = LONG, **options: Any) -> Run:
+    """The run, which must end long before a long timeout."""
+    began = time.monotonic()
+    run = launch(fn, nprocs=nprocs, timeout=timeout, check=False, **options)
+    assert time.monotonic() - began < LONG / 2
+    assert run.verdict is not None
+    return run
+
+
+def kind(run: Run) -> tuple[str, tuple[int, ...]]:
+    assert run.verdict is not None
+    return run.verdict.kind, run.verdict.ranks
+
+
+def test_a_rank_that_returned_early_is_told_which_call_it_missed() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.all_reduce(torch.ones(1))
+        if rank == 1:
+            return
+        dist.broadcast(torch.ones(1), 0)
+
+    run = explained(work)
+    assert kind(run) == ("returned early", (1,))
+    assert "rank 1 has returned before broadcast at" in run.explain()
+
+
+def test_a_rank_that_is_busy_and_never_joins() -> None:
+    def work(rank: int) -> None:
+        while rank == 1:
+            sum(range(1000))
+        dist.init_process_group("gloo")
+
+    run = explained(work, timeout=2)
+    assert kind(run) == ("never joined", (1,))
+    assert "ranks 0 and 2 wait in init_process_group, but rank 1 is busy at" in run.explain()
+    assert "sum(range(1000))" in run.explain()
+
+
+def test_a_rank_that_left_the_group() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 2:
+            dist.destroy_process_group()
+            time.sleep(LONG)
+        dist.all_reduce(torch.ones(1))
+
+    run = explained(work, timeout=2)
+    assert kind(run) == ("left the group", (2,))
+    assert "rank 2 has left the group at" in run.explain()
+
+
+def test_a_recv_that_nobody_answers() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 1:
+            dist.recv(torch.ones(1), 2)
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("unmatched recv", (1,))
+    assert "rank 1 waits in recv from rank 2, which does not send" in run.explain()
+
+
+def test_two_groups_in_different_order() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        groups = [dist.new_group(), dist.new_group()]
+        for group in groups[::-1] if rank == 2 else groups:
+            dist.barrier(group)
+
+    assert kind(explained(work)) == ("groups in different order", (2,))
+
+
+class Branches(nn.Module):  # type: ignore[misc]
+    """A second layer that is only used at times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
+        x = self.first(x)
+        return self.second(x) if both else x
+
+
+def test_a_layer_that_one_rank_does_not_use() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(Branches())
+        model(torch.ones(2, 4), rank != 1).sum().backward()
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert "ranks 0 and 2 call DDP's all_reduce at" in run.explain()
+    assert "rank 1 passes by" in run.explain()
+    assert "model.module" in run.explain()
+
+
+def test_a_model_called_on_rank_zero_only() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+        model(torch.ones(2, 4)).sum().backward()
+        if rank == 0:
+            model(torch.ones(2, 4))
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("skipped collective", (0,))
+    assert "rank 0 calls DDP's broadcast at" in run.explain()
+    assert "rank 0 waits in DistributedDataParallel" in run.explain()
+
+
+def test_ddps_own_calls_that_do_not_match() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
+        for _ in range(2):
+            model(torch.ones(16, 4)).sum().backward()
+            if rank == 0:
+                model(torch.ones(16, 4))  # its buffers meet the gradients of rank 1
+        dist.barrier()
+
+    run = explained(work, 2)
+    assert kind(run) == ("different collectives", (0, 1))
+    assert run.error is not None
+    assert run.error.rank is None
+    assert "model.module" in run.explain()
+
+
+def test_a_rank_that_computes_for_ever_is_named_busy() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        while rank == 1:
+            sum(range(1000))
+        dist.barrier()
+
+    run = explained(work, timeout=2)
+    assert kind(run) == ("computing", (1,))
+    assert run.ranks[1].activity == "busy"
+    assert run.ranks[0].activity == "idle"
+
+
+def test_a_collective_in_a_thread_of_the_learners() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+
+        def meet() -> None:
+            if rank == 0:
+                dist.all_reduce(torch.ones(1))
+            dist.barrier()
+
+        thread = threading.Thread(target=meet)
+        thread.start()
+        thread.join()
+
+    run = explained(work)
+    assert kind(run) == ("skipped collective", (0,))
+
+
+def test_a_thread_that_will_still_come_is_waited_for() -> None:
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        beside = dist.new_group()
+
+        def come_late() -> None:
+            time.sleep(3)
+            dist.barrier(beside)
+
+        if rank == 0:
+            thread = threading.Thread(target=come_late)
+            thread.start()
+            dist.barrier()
+            thread.join()
+        else:
+            dist.barrier(beside)
+            dist.barrier()
+        dist.destroy_process_group()
+        return "met"
+
+    assert launch(work).values == ["met", "met"]
+
+
+@pytest.mark.parametrize("nprocs", [2, 3])
+def test_a_late_rank_is_named_not_those_who_gave_up(nprocs: int) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+        time.sleep(2 if rank == 1 else 0)
+        dist.barrier()
+
+    run = explained(work, nprocs)
+    assert kind(run) == ("gave up waiting", (1,))
+    assert "rank 1 came to barrier when others had given up" in run.explain()
+
+
+@pytest.mark.parametrize("debug", ["OFF", "DETAIL"])
+@pytest.mark.parametrize("seconds", [None, 2])
+def test_the_verdict_is_the_same_with_debug_and_own_timeout(
+    debug: str, seconds: int | None
+) -> None:
+    def work(rank: int) -> None:
+        timeout = timedelta(seconds=seconds) if seconds else None
+        dist.init_process_group("gloo", timeout=timeout)
+        if rank != 1:
+            dist.all_reduce(torch.ones(1))
+        dist.broadcast(torch.ones(1), 0)
+
+    run = explained(work, env={"TORCH_DISTRIBUTED_DEBUG": debug})
+    assert kind(run) == ("skipped collective", (1,))
+
+
+def test_a_caught_timeout_is_the_learners_own_affair() -> None:
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        try:
+            if rank == 0:
+                dist.monitored_barrier(timeout=timedelta(seconds=2))
+            else:
+                dist.recv(torch.ones(1), 0)
+        except RuntimeError:
+            return "caught"
+        return "met"
+
+    assert launch(work, timeout=LONG).values == ["caught", "caught"]
+
+
+def test_the_innocent_of_a_killed_rank_are_not_blamed() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        if rank == 0:
+            os.kill(os.getpid(), 9)
+        dist.all_reduce(torch.ones(1))
+
+    run = explained(work)
+    assert kind(run) == ("killed", (0,))
+    assert "Its last call was barrier" in run.explain()
+    assert "Connection" not in run.explain().splitlines()[0]
+
+
+def all_gave_up(*hosts: str) -> Run:
+    """Made by hand: ranks that all came to one all_reduce and gave up there."""
+    raised = error(TIMED_OUT, 8, "all_reduce")
+    calls = [made(rank, "barrier", "all_reduce") for rank in range(len(hosts))]
+    broken = [[*before, last._replace(failed=True)] for *before, last in calls]
+    return run_of(
+        record(broken[rank], rank, len(hosts), raised=raised, node=rank, host=host)
+        for rank, host in enumerate(hosts)
+    )
+
+
+def test_hosts_between_which_nothing_comes_through_are_cut_off() -> None:
+    run = all_gave_up("host0", "host1", "host1")
+    assert kind(run) == ("cut off", (0, 1, 2))
+    assert "nothing comes through from one machine to the other" in run.explain()
+    assert "Timed out waiting" in run.explain()
+    assert run.verdict is not None
+    assert run.verdict.frame is not None
+    assert run.verdict.frame.lineno == 8
+
+
+def test_one_host_is_not_cut_off_from_itself() -> None:
+    assert kind(all_gave_up("host0", "host0")) == ("gave up waiting", (0, 1))
+
+
+def test_hosts_are_not_cut_off_where_a_rank_did_not_come() -> None:
+    late = made(1, "barrier", "all_reduce")[:1]
+    raised = error(TIMED_OUT, 8, "all_reduce")
+    waited = [c._replace(failed=c.op == "all_reduce") for c in made(0, "barrier", "all_reduce")]
+    one = record(waited, 0, 2, raised=raised)
+    run = run_of([one, record(late, 1, 2, returned=True, node=1, host="host1")])
+    assert kind(run) == ("returned early", (1,))

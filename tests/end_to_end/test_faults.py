@@ -1,0 +1,51 @@
+"""A fixed sample of the campaign of faults: each is explained, and the next launch works.
+
+The campaign itself draws them at random: `python -m benchmarks.faults`.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.faults import Host, Plan
+from ddp_lessons import launch
+from tests.support import faults
+
+pytestmark = pytest.mark.ranks
+
+FROM_INSIDE = [name for name in faults.FAULTS if name not in faults.FROM_OUTSIDE]
+
+
+@pytest.mark.parametrize("fault", FROM_INSIDE)
+def test_every_fault_is_explained(fault: str) -> None:
+    number = FROM_INSIDE.index(fault)
+    world_size, victim, moment = 2 + number % 3, number % 2, number % faults.STEPS
+    run = launch(faults.train, (fault, victim, moment), nprocs=world_size, timeout=2, check=False)
+    assert faults.judge(fault, victim, world_size, run) == "", run.explain()
+    assert launch(_fine).values == [0, 1]
+
+
+def _fine(rank: int) -> int:
+    return rank
+
+
+@pytest.mark.parametrize(
+    ("fault", "outcome"),
+    [
+        ("forkserver killed", "forkserver ended"),
+        ("parent interrupted", "interrupted"),
+        ("parent killed", "killed"),
+    ],
+)
+def test_a_fault_from_outside_leaves_nothing(fault: str, outcome: str, tmp_path: object) -> None:
+    host = Host(str(tmp_path), f"test-{fault}")
+    try:
+        report = host.ask(Plan(0, fault, 3, 0, 0, 0.8, "plain"))
+        assert report["outcome"] == outcome
+        assert host.left_behind() == []
+        if fault != "parent killed":
+            assert report["next"]
+    finally:
+        if host.process.poll() is None:
+            host.close()
+    assert host.left_behind() == []

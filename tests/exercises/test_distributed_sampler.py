@@ -1,0 +1,241 @@
+"""The checks of lesson 05, and its arithmetic against torch's over a grid."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+import cloudpickle
+import nbformat
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+from ddp_lessons.exercises.distributed_sampler import (
+    check_accuracy,
+    check_per_rank_batch,
+    check_sampler,
+    check_train,
+)
+from tests.support import answers
+from tests.support.checkout import ROOT
+
+pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+NOTEBOOKS = ROOT / "notebooks"
+TOTALS, RANKS, EPOCHS = (1, 2, 3, 7, 10, 12, 25), (1, 2, 3, 4, 8), (0, 1, 5)
+
+
+def defined_in(notebook: str, name: str) -> Any:
+    """A function or class as a cell of a notebook defines it."""
+    cells = nbformat.read(NOTEBOOKS / notebook, as_version=4).cells
+    pattern = rf"^(def|class) {name}\b"
+    source = next(cell.source for cell in cells if re.search(pattern, cell.source, re.M))
+    names: dict[str, Any] = {"torch": torch, "dist": dist}
+    exec(source, names)
+    return names[name]
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_lesson_s_arithmetic_is_that_of_torch(ranks: int) -> None:
+    shard = defined_in("05_distributed_sampler.ipynb", "shard")
+    strided = defined_in("solutions/05_distributed_sampler.ipynb", "StridedSampler")
+    for total in TOTALS:
+        for rank in range(ranks):
+            for epoch in EPOCHS:
+                sampler = DistributedSampler(range(total), ranks, rank, seed=3)
+                sampler.set_epoch(epoch)
+                assert shard(total, rank, ranks, epoch, seed=3) == list(sampler)
+            for drop_last in (False, True):
+                sampler = DistributedSampler(
+                    range(total), ranks, rank, shuffle=False, drop_last=drop_last
+                )
+                mine = strided(total, rank, ranks, drop_last)
+                assert (list(mine), len(mine)) == (list(sampler), len(sampler))
+
+
+class Samples:
+    """A sampler whose samples a function chooses."""
+
+    choose: Any = None
+
+    def __init__(self, total: int, rank: int, world_size: int, drop_last: bool) -> None:
+        self.mine = type(self).choose(total, rank, world_size, drop_last)
+
+    def __iter__(self) -> Any:
+        return iter(self.mine)
+
+    def __len__(self) -> int:
+        return len(self.mine)
+
+
+def sampler_of(choose: Any) -> Any:
+    return type("Sampler", (Samples,), {"choose": staticmethod(choose)})
+
+
+def size(total: int, ranks: int, drop_last: bool) -> int:
+    return total // ranks * ranks if drop_last else -(-total // ranks) * ranks
+
+
+def right(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]:
+    return [i % total for i in range(rank, size(total, ranks, drop_last), ranks)]
+
+
+def blocks(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]:
+    each = size(total, ranks, drop_last) // ranks
+    return [i % total for i in range(rank * each, (rank + 1) * each)]
+
+
+def last_repeated(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]:
+    return [min(i, total - 1) for i in range(rank, size(total, ranks, drop_last), ranks)]
+
+
+class WrongLength(Samples):
+    choose = staticmethod(right)
+
+    def __len__(self) -> int:
+        return 12
+
+
+def counted(rank: int, samples: list[int], is_right: Any) -> torch.Tensor:
+    return torch.tensor([sum(map(is_right, samples)), len(samples)], dtype=torch.double)
+
+
+def accuracy(is_right: Any, total: int, *, way: str = "right") -> Any:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    samples = list(range(rank, total, ranks))
+    if way == "padded":
+        samples = list(DistributedSampler(range(total), shuffle=False))
+    if way == "all":
+        samples = list(range(total))
+    if way == "dropped":
+        samples = samples[: total // ranks]
+    count = counted(rank, samples, is_right)
+    if way == "local":
+        return (count[0] / count[1]).item() if count[1] else 0.0
+    if way == "means":
+        mean = count[0] / count[1].clamp(min=1)
+        dist.all_reduce(mean)
+        return mean.item() / ranks
+    if way == "rank 0":
+        dist.reduce(count, dst=0)
+        return (count[0] / count[1]).item() if rank == 0 else None
+    dist.all_reduce(count)
+    return count[0].item() if way == "undivided" else (count[0] / count[1]).item()
+
+
+def accuracy_by(way: str) -> Any:
+    return lambda is_right, total: accuracy(is_right, total, way=way)
+
+
+def train(sampler: Any, loader: Any, first: int, last: int, epoch_of: Any = None) -> Any:
+    seen = []
+    for epoch in range(first, last):
+        if epoch_of is not None:
+            sampler.set_epoch(epoch_of(epoch, first, sampler.rank))
+        seen.append([i for batch in loader for i in batch.tolist()])
+    return seen
+
+
+def train_with(epoch_of: Any) -> Any:
+    return lambda sampler, loader, first, last: train(sampler, loader, first, last, epoch_of)
+
+
+def train_too_late(sampler: Any, loader: Any, first: int, last: int) -> Any:
+    seen: list[list[int]] = []
+    for epoch in range(first, last):
+        seen.append([])
+        for batch in loader:
+            sampler.set_epoch(epoch)
+            seen[-1] += batch.tolist()
+    return seen
+
+
+def per_rank_batch(batch: int, ranks: int) -> int:
+    if batch % ranks or batch < ranks:
+        raise ValueError("not possible")
+    return batch // ranks
+
+
+RIGHT: list[tuple[Any, Any]] = [
+    (check_sampler, sampler_of(right)),
+    (check_accuracy, accuracy),
+    (check_train, train_with(lambda epoch, first, rank: epoch)),
+    (check_per_rank_batch, per_rank_batch),
+]
+WRONG: list[tuple[Any, Any, str]] = [
+    (check_sampler, sampler_of(blocks), "block of neighbours.*dealt|block of neighbours.*deals"),
+    (
+        check_sampler,
+        sampler_of(lambda total, rank, ranks, drop_last: list(range(rank, total, ranks))),
+        "10 samples on 3 ranks.*Rank 0 has 4 samples and rank 1 only 3.*Pad by wrapping round",
+    ),
+    (check_sampler, sampler_of(lambda t, r, w, d: right(t, r, w, False)), "drop_last=True.*should"),
+    (check_sampler, sampler_of(lambda t, r, w, d: right(t, r, w, True)), "drop_last=False.*up"),
+    (check_sampler, sampler_of(last_repeated), "padding begins again with the first"),
+    (check_sampler, sampler_of(lambda t, r, w, d: right(t, 0, w, d)), "same samples"),
+    (check_sampler, WrongLength, r"len\(\) says \[12, 12"),
+    (check_sampler, lambda *args: 5 // 0, "failed on real ranks.*ZeroDivisionError"),
+    (check_accuracy, accuracy_by("padded"), "10 samples on 3 ranks.*Sample 0 was counted twice"),
+    (check_accuracy, accuracy_by("all"), "Every rank did all the work"),
+    (check_accuracy, accuracy_by("dropped"), "Sample 9 was never asked for"),
+    (check_accuracy, accuracy_by("means"), "returned 0.806, 0.806, 0.806.*mean of the ranks'"),
+    (check_accuracy, accuracy_by("local"), "own accuracies"),
+    (check_accuracy, accuracy_by("rank 0"), "Rank 0 is right, but every rank"),
+    (check_accuracy, accuracy_by("undivided"), "returned 8, 8, 8.*then divide"),
+    (check_train, train, "All epochs are the same"),
+    (check_train, train_with(lambda epoch, first, rank: 5), "All epochs are the same"),
+    (
+        check_train,
+        train_too_late,
+        r"rank 0 saw \[\[8, 9, 2, 1\], .*inside that loop comes too late",
+    ),
+    (check_train, train_with(lambda epoch, first, rank: epoch - first), "began again with the shu"),
+    (check_train, train_with(lambda epoch, first, rank: epoch + rank), "did not see every sample"),
+    (check_train, train_with(lambda epoch, first, rank: epoch + 7), r"after `sampler\.set_epoch"),
+    (check_train, lambda *args: [[1, 2]], "one list of samples for each of the 3"),
+    (
+        check_per_rank_batch,
+        lambda batch, ranks: batch // ranks,
+        "66 on 4.*returned 16.*without an error",
+    ),
+    (check_per_rank_batch, lambda batch, ranks: batch / ranks, "returned 16.0.*whole numbers only"),
+    (
+        check_per_rank_batch,
+        lambda batch, ranks: batch,
+        "took 256 samples, not 64.*takes the global",
+    ),
+    (
+        check_per_rank_batch,
+        lambda batch, ranks: max(1, batch // ranks),
+        "returned 16.*without an error",
+    ),
+    (check_per_rank_batch, lambda batch, ranks: 2, "took 8 samples, not 64.*together must be"),
+    (check_per_rank_batch, lambda batch: 1, "raised TypeError"),
+    (
+        check_per_rank_batch,
+        lambda batch, ranks: 1 // int(batch % ranks == 0 < batch) * batch // ranks,
+        "raised ZeroDivisionError.*Raise a ValueError",
+    ),
+]
+
+
+@answers.right(RIGHT)
+def test_a_right_answer_passes(check: Any, answer: Any) -> None:
+    answers.passes(check, answer)
+
+
+@answers.wrong(WRONG)
+def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
+    answers.is_explained(check, answer, said)
+
+
+def test_a_class_with_a_hole_is_not_attempted() -> None:
+    class Unfinished:
+        def __iter__(self) -> Any: ...
+
+    assert check_sampler(Unfinished).passed is None

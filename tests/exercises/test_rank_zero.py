@@ -1,0 +1,269 @@
+"""The checks of lesson 12: the solution passes; typical wrong answers are explained.
+
+The training that the checks kill, `exercises/checkpoint_training.py`, is tested with them.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_lessons.exercises.rank_zero import check_load_anywhere, check_resume
+from tests.support import answers
+
+pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def inner(model: Any) -> Any:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def load_anywhere(model: Any, state: Any) -> None:
+    model = inner(model)
+    if state.keys() != model.state_dict().keys():
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    model.load_state_dict(state)
+
+
+def by_the_other_way(model: Any, state: Any) -> None:
+    """Makes the state's keys those of DDP instead, and loads into DDP."""
+    wanted = list(model.state_dict())
+    if list(state) != wanted:
+        longer = len(next(iter(state))) < len(wanted[0])
+        change = "module.{}".format if longer else lambda key: key[len("module.") :]
+        state = {change(key): value for key, value in state.items()}
+    model.load_state_dict(state)
+
+
+def as_it_is(model: Any, state: Any) -> None:
+    model.load_state_dict(state)
+
+
+def not_strict(model: Any, state: Any) -> None:
+    model.load_state_dict(state, strict=False)
+
+
+def replaced(model: Any, state: Any) -> None:
+    inner(model).load_state_dict({k.replace("module.", ""): v for k, v in state.items()})
+
+
+def stripped(model: Any, state: Any) -> None:
+    inner(model).load_state_dict({k.lstrip("module."): v for k, v in state.items()})
+
+
+def always_cut(model: Any, state: Any) -> None:
+    inner(model).load_state_dict({k[7:]: v for k, v in state.items()})
+
+
+def if_all_begin_with_it(model: Any, state: Any) -> None:
+    if all(key.startswith("module.") for key in state):
+        state = {key[len("module.") :]: value for key, value in state.items()}
+    inner(model).load_state_dict(state)
+
+
+def whatever_has_a_module(model: Any, state: Any) -> None:
+    load_anywhere(getattr(model, "module", model), state)
+
+
+def into_outer(model: Any, state: Any) -> None:
+    model.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+
+
+def consumed(model: Any, state: Any) -> None:
+    consume_prefix_in_state_dict_if_present(state, "module.")
+    inner(model).load_state_dict(state)
+
+
+class Checkpoint:
+    """The solution; what is said of it in `flaws` goes wrong."""
+
+    flaws: tuple[str, ...] = ()
+
+    def save(
+        self, path: str, model: Any, optimizer: Any, scheduler: Any, epoch: int, batch: int
+    ) -> None:
+        flaws = self.flaws
+        rng = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        if "gather on rank 0" not in flaws or dist.get_rank() == 0:
+            dist.gather_object(torch.get_rng_state(), rng)
+        state = {
+            "model": model.module.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "place": (epoch, 0 if "epoch anew" in flaws else batch),
+            "rng": rng,
+        }
+        if dist.get_rank() == 0 or "all write" in flaws:
+            self.write(state, path)
+        if "no barrier" not in flaws:
+            dist.barrier()
+
+    def write(self, state: Any, path: str) -> None:
+        if "in place" in self.flaws:
+            torch.save(state, path)
+            return
+        with open(f"{path}.new", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.new", path)
+
+    def load(self, path: str, model: Any, optimizer: Any, scheduler: Any) -> Any:
+        flaws = self.flaws
+        state = torch.load(path)
+        if "only rank 0 loads" not in flaws or dist.get_rank() == 0:
+            model.module.load_state_dict(state["model"])
+        if "optimizer" not in flaws:
+            optimizer.load_state_dict(state["optimizer"])
+        if "scheduler" not in flaws:
+            scheduler.load_state_dict(state["scheduler"])
+        if "rng" not in flaws:
+            torch.set_rng_state(state["rng"][0 if "rng of 0" in flaws else dist.get_rank()])
+        return None if "no place" in flaws else state["place"]
+
+
+def but(*flaws: str) -> Any:
+    return type("Checkpoint", (Checkpoint,), {"flaws": flaws})
+
+
+class PerRank:
+    """A file for each rank: right, but for a kill between two writes."""
+
+    def save(self, path: str, *parts: Any) -> None:
+        *modules, epoch, batch = parts
+        state = [m.state_dict() for m in modules]
+        target = f"{path}.{dist.get_rank()}"
+        torch.save([state, epoch, batch, torch.get_rng_state()], f"{target}.new")
+        os.replace(f"{target}.new", target)
+        dist.barrier()
+
+    def load(self, path: str, *modules: Any) -> Any:
+        state, epoch, batch, rng = torch.load(f"{path}.{dist.get_rank()}")
+        for module, loaded in zip(modules, state, strict=True):
+            module.load_state_dict(loaded)
+        torch.set_rng_state(rng)
+        return epoch, batch
+
+
+class RandomApart(Checkpoint):
+    """Leaves out of the one file what each rank writes to one of its own, which is not replaced."""
+
+    def save(self, path: str, *parts: Any) -> None:
+        torch.save(torch.get_rng_state(), f"{path}.random.{dist.get_rank()}")
+        super().save(path, *parts)
+
+    def load(self, path: str, *modules: Any) -> Any:
+        place = super().load(path, *modules)
+        torch.set_rng_state(torch.load(f"{path}.random.{dist.get_rank()}"))
+        return place
+
+
+class Whole(Checkpoint):
+    def write(self, state: Any, path: str) -> None:
+        super().write({**state, "optimizer": nn.ReLU()}, path)
+
+
+class AllRename(Checkpoint):
+    def save(self, path: str, *parts: Any) -> None:
+        super().save(path, *parts)
+        os.replace(f"{path}.new", path)
+
+
+class Pickled(Checkpoint):
+    """Writes with pickle; `load` returns a list."""
+
+    def write(self, state: Any, path: str) -> None:
+        with open(f"{path}.new", "wb") as file:
+            pickle.dump(state, file)
+        os.replace(f"{path}.new", path)
+
+    def load(self, path: str, model: Any, optimizer: Any, scheduler: Any) -> Any:
+        with open(path, "rb") as file:
+            state = pickle.load(file)
+        model.module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        torch.set_rng_state(state["rng"][dist.get_rank()])
+        return list(state["place"])
+
+
+class Seeds(Checkpoint):
+    def load(self, *args: Any) -> Any:
+        place = super().load(*args)
+        args[1].register_forward_pre_hook(lambda *_: torch.manual_seed(3) and None)
+        return place
+
+
+class Nothing:
+    def save(self, *args: Any) -> None:
+        print("saved")
+
+    def load(self, *args: Any) -> Any:
+        return 1, 2
+
+
+class Raises(Checkpoint):
+    def save(self, *args: Any) -> None:
+        raise OSError("disk full")
+
+
+RIGHT: list[tuple[Any, Any]] = [
+    (check_load_anywhere, load_anywhere),
+    (check_load_anywhere, by_the_other_way),
+    (check_resume, Checkpoint),
+    (check_resume, Pickled),
+]
+WRONG: list[tuple[Any, Any, str]] = [
+    (check_load_anywhere, as_it_is, "plain; a state from DDP: raised RuntimeError.*begin with `mo"),
+    (check_load_anywhere, not_strict, "from DDP: not loaded: 4 of 4.*`strict=False` skips"),
+    (check_load_anywhere, replaced, "layer called `submodule`.*`replace` also finds"),
+    (check_load_anywhere, stripped, "layer called `submodule`.*single letters"),
+    (check_load_anywhere, always_cut, "two layers, plain; a state from a plain.*only where there"),
+    (check_load_anywhere, consumed, "layer called `module`.*own layer"),
+    (check_load_anywhere, into_outer, "layer called `module`.*own layer"),
+    (check_load_anywhere, if_all_begin_with_it, "no other layer than `module`, plain.*own layer"),
+    (check_load_anywhere, whatever_has_a_module, "layer called `module`, plain; a st.*isinstance"),
+    (check_load_anywhere, lambda model, state: model.eval(), "not loaded: 4 of 4.*`strict=False`"),
+    (check_load_anywhere, lambda model: model.eval(), "raised TypeError"),
+    (check_resume, but("optimizer"), "2 ranks: .*rank 0 has another momentum.*optimizer.state_d"),
+    (check_resume, but("scheduler"), "2 ranks: .*rank 0 has another learning rate.*scheduler.sta"),
+    (check_resume, but("rng"), "rank 0 has another random state.*set it last"),
+    (check_resume, but("rng of 0"), "rank 1 has another random state.*that of rank 0"),
+    (check_resume, but("only rank 0 loads"), "rank 1 has other weights.*Every rank must load"),
+    (check_resume, but("epoch anew"), "`load` returned epoch 1, batch 0.*begin anew"),
+    (check_resume, but("no place"), "on rank 0 `load` returned no two numbers.*return both"),
+    (check_resume, but("all write"), "ranks 0 and 1 wrote to the same file, last.pt.new"),
+    (check_resume, but("no barrier"), "returned on rank 1 while another rank was still.*barrier"),
+    (check_resume, but("in place"), "killed in the middle.*`load` failed.*os.replace"),
+    (check_resume, but("gather on rank 0"), "gather_object.*Every rank calls `save`"),
+    (check_resume, PerRank, "killed in the middle.*epoch 1, batch 2, epoch 2, batch 1.*torn apart"),
+    (check_resume, RandomApart, "killed.*epoch 1, batch 2, another random state.*torn apart"),
+    (check_resume, Whole, "Weights only load failed.*whole objects"),
+    (check_resume, AllRename, "FileNotFoundError.*Only the rank that has written"),
+    (check_resume, Seeds, "all was there, but the weights in the end differ"),
+    (check_resume, Nothing, "rank 0 has other weights.*belong in the checkpoint"),
+    (check_resume, Raises, "failed on real ranks.*disk full"),
+    (check_resume, dict, "failed on real ranks.*AttributeError"),
+]
+
+
+@answers.right(RIGHT)
+def test_a_right_answer_passes(check: Any, answer: Any) -> None:
+    answers.passes(check, answer)
+
+
+@answers.wrong(WRONG)
+def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
+    answers.is_explained(check, answer, said)

@@ -1,0 +1,301 @@
+"""Healthy runs in which for seconds nothing seems to move: none may be given up as hung.
+
+Ranks that hardly get a processor, data on a slow network, a bucket held back: each was once judged
+a standstill after one to ten seconds. And hangs beside them are still told soon.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cloudpickle
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddp_lessons import launch, watch_ddp
+from ddp_lessons.processes.local import has_unsent_data, queued_seconds
+from ddp_lessons.simulated import SimulatedLink
+from tests.support.checkout import ROOT
+from tests.support.hosts import skip_where_not_allowed
+
+pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+HEAD = """
+import sys
+import torch, torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+from ddp_lessons import launch
+"""
+# An ordinary training; one rank has more to do, and on one core all wait for it for long.
+UNEVEN = """
+def train(rank):
+    dist.init_process_group("gloo")
+    layers = [layer for _ in range(3) for layer in (nn.Linear(1024, 1024), nn.ReLU())]
+    model = DDP(nn.Sequential(*layers, nn.Linear(1024, 1)))
+    for step in range(2):
+        images = torch.randn(3072 if rank == 2 else 1536, 1024)
+        model(images).square().mean().backward()
+    dist.destroy_process_group()
+    return "done"
+print(launch(train, nprocs=12).values == ["done"] * 12)
+"""
+# DDP sends for seconds, and who has done with that is in another call already.
+SLOW_DDP = """
+def train(rank):
+    dist.init_process_group("gloo")
+    model = DDP(nn.Sequential(nn.Linear(700, 700), nn.ReLU(), nn.Linear(700, 700)))
+    for step in range(2):
+        loss = model(torch.randn(4, 700)).square().mean()
+        loss.backward()
+        dist.all_reduce(loss.detach())
+    dist.destroy_process_group()
+    return "done"
+print(launch(train, nprocs=3).values == ["done"] * 3)
+"""
+# A rank has returned, and the others exchange data in a group of their own.
+SLOW_SUBGROUP = """
+def work(rank):
+    dist.init_process_group("gloo")
+    group = dist.new_group([0, 1])
+    if rank < 2:
+        x = torch.ones(700_000)
+        dist.all_reduce(x, group=group)
+        return x[0].item()
+print(launch(work, nprocs=3).values == [2.0, 2.0, None])
+"""
+
+
+def prints_true(script: str, *before: str) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*before, sys.executable, "-c", HEAD + script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env=env)
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be kept to one core")
+def test_ranks_that_hardly_get_a_processor() -> None:
+    prints_true(UNEVEN, "taskset", "-c", str(min(os.sched_getaffinity(0))))
+
+
+@pytest.mark.xdist_group("hosts")
+@pytest.mark.parametrize(("script", "rate"), [(SLOW_DDP, "20mbit"), (SLOW_SUBGROUP, "10mbit")])
+def test_data_on_a_slow_network(script: str, rate: str) -> None:
+    skip_where_not_allowed()
+    # Packets of the usual size: those of lo are too large for such a limit.
+    slow = (
+        "ip link set lo up mtu 1500 && "
+        f"tc qdisc add dev lo root tbf rate {rate} burst 32kbit latency 400ms && "
+        'exec "$@"'
+    )
+    prints_true(script, "unshare", "--net", "sh", "-c", slow, "sh")
+
+
+def test_a_bucket_that_is_held_back() -> None:
+    def train(rank: int) -> str:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Linear(500, 500))
+        if rank == 0:  # its link takes 3 s for the 1 MB of gradients
+            watch_ddp(model, SimulatedLink(1 / 3))
+        model(torch.ones(1, 500)).sum().backward()
+        dist.barrier()
+        dist.destroy_process_group()
+        return "done"
+
+    assert launch(train).values == ["done", "done"]
+
+
+def test_a_timer_that_makes_the_missing_call() -> None:
+    """None of the learner's lines is on the timer's stack before it goes off."""
+
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        group, other = dist.new_group(), dist.new_group()
+        timer = threading.Timer(4.0, dist.barrier, [other])
+        if rank == 0:
+            timer.start()
+            dist.barrier(group)
+            timer.join()
+        else:
+            dist.barrier(other)
+            dist.barrier(group)
+        dist.destroy_process_group()
+        return "met"
+
+    assert launch(work).values == ["met", "met"]
+
+
+def test_a_world_without_a_rank_that_has_returned(tmp_path: Path) -> None:
+    """Two of three ranks join, one of them late: they do not wait for the third."""
+
+    def work(rank: int) -> str | None:
+        if rank == 2:
+            return None
+        if rank == 1:
+            time.sleep(3)
+        dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=rank, world_size=2)
+        group = dist.new_group([rank], use_local_synchronization=True)
+        dist.barrier(group)
+        dist.destroy_process_group()
+        return "joined"
+
+    assert launch(work, nprocs=3).values == ["joined", "joined", None]
+
+
+FROZEN = """
+import time
+def work(rank):
+    print("begun", flush=True)
+    ends = time.process_time() + 1.5  # on a busy machine, too, far less than the timeout
+    while time.process_time() < ends:
+        pass
+    return "done"
+print(launch(work, timeout=5).values == ["done"] * 2)
+"""
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(sys.platform != "linux", reason="tells a session's processes apart by Linux")
+def test_a_pause_of_everything_is_no_hang() -> None:
+    """As by `docker pause`: for longer than the timeout no process runs, also not the parent."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HEAD + FROZEN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as parent:
+        tree = psutil.Process(parent.pid)
+        # The forkserver, two ranks and the resource tracker: the ranks have begun to compute.
+        while sum(sum(p.cpu_times()[:2]) > 0.5 for p in tree.children(recursive=True)) < 3:
+            assert parent.poll() is None
+            time.sleep(0.05)
+        everyone = [tree, *tree.children(recursive=True)]
+        for process in everyone:
+            process.suspend()
+        time.sleep(8)
+        for process in everyone:
+            process.resume()
+        out, _ = parent.communicate(timeout=60)
+    assert out.splitlines()[-1:] == ["True"], out
+
+
+def test_without_a_limit_only_proof_ends_a_run() -> None:
+    def waits(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            dist.barrier()
+
+    run = launch(waits, timeout=None, check=False)
+    assert run.hung_after is not None or run.ranks[0].error is not None
+    assert not run.ok
+
+
+def test_a_broadcast_returns_where_gloo_has_passed_it_on() -> None:
+    """Ranks 3 and 5 get it from the root, so that it is no hang if rank 2 waits for them."""
+
+    def work(rank: int) -> float:
+        dist.init_process_group("gloo")
+        store = dist.distributed_c10d._get_default_store()
+        x = torch.full((1 << 20,), float(rank))
+        if rank == 2:
+            store.wait(["3", "5"])
+        dist.broadcast(x, src=1)
+        if rank in (3, 5):
+            store.set(str(rank), "passed")
+            dist.recv(torch.ones(1), src=2, tag=rank)
+        elif rank == 2:
+            for other in (3, 5):
+                dist.send(torch.ones(1), dst=other, tag=other)
+        dist.destroy_process_group()
+        return float(x[0])
+
+    assert launch(work, nprocs=6).values == [1.0] * 6
+
+
+@pytest.mark.alone
+def test_a_rank_that_skips_the_backward_of_the_others_is_still_told_soon() -> None:
+    def train(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = watch_ddp(DistributedDataParallel(nn.Linear(5, 5)))
+        loss = model(torch.ones(1, 5)).sum()
+        if rank != 1:
+            loss.backward()
+        dist.broadcast(torch.ones(2), src=0)
+
+    began = time.monotonic()
+    run = launch(train, nprocs=3, timeout=30, check=False)
+    assert run.verdict is not None
+    assert run.hung_after is not None
+    assert time.monotonic() - began < 8
+
+
+def test_a_sample_of_the_campaign(tmp_path: Path) -> None:
+    """See benchmarks/healthy.py, which runs hundreds, also on stranger machines."""
+    command = [sys.executable, "-m", "benchmarks.healthy", "--runs", "5"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}
+    command += ["--seed", "100", "--machine", "plain"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def spin(stop: Callable[[], bool]) -> None:
+    while not stop():
+        pass
+
+
+@pytest.mark.alone
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+def test_time_in_the_queue_for_a_processor_is_seen() -> None:
+    """Six processes on one core: each stands in the queue for five sixths of the time."""
+    context = multiprocessing.get_context("fork")
+    ended = context.Event()
+    spinners = [context.Process(target=spin, args=(ended.is_set,)) for _ in range(6)]
+    for spinner in spinners:
+        spinner.start()
+        os.sched_setaffinity(spinner.pid or 0, {0})
+    before = [queued_seconds(spinner.pid or 0) for spinner in spinners]
+    time.sleep(1.0)
+    after = [queued_seconds(spinner.pid or 0) for spinner in spinners]
+    ended.set()
+    for spinner in spinners:
+        spinner.join()
+    assert min(b - a for a, b in zip(before, after, strict=True)) > 0.3
+    quiet = queued_seconds(os.getpid())
+    time.sleep(0.5)
+    assert queued_seconds(os.getpid()) - quiet < 0.1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
+def test_data_that_nobody_has_received_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+        assert not has_unsent_data(os.getpid())
+        one.setblocking(False)
+        sent = 0
+        try:
+            while True:
+                sent += one.send(bytes(1 << 20))
+        except BlockingIOError:
+            assert has_unsent_data(os.getpid())
+        other.settimeout(10)
+        while sent:
+            sent -= len(other.recv(1 << 20))
+        deadline = time.monotonic() + 10
+        while has_unsent_data(os.getpid()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not has_unsent_data(os.getpid())
+        one.close()
+        other.close()

@@ -1,0 +1,347 @@
+"""Starting ranks goes on working, whatever becomes of the forkserver, and wherever one launches."""
+
+from __future__ import annotations
+
+import collections
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from multiprocessing import util
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import psutil
+import pytest
+
+from ddp_lessons import BadLaunch, launch
+from ddp_lessons.processes import forkserver
+
+pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="there is no forkserver")
+
+
+def ident(rank: int) -> int:
+    return rank
+
+
+def running(method: str = "forkserver") -> forkserver.Forkserver:
+    """The one that runs, which has just started ranks."""
+    assert launch(ident, start_method=method).values == [0, 1]
+    found = forkserver.server(forkserver.WARM if method == "forkserver" else forkserver.BARE)
+    assert found.pid is not None
+    return found
+
+
+def suspend(server: forkserver.Forkserver) -> None:
+    os.kill(server.pid or 0, signal.SIGSTOP)
+
+
+def kill(server: forkserver.Forkserver) -> None:
+    os.kill(server.pid or 0, signal.SIGKILL)
+
+
+def feed_garbage(server: forkserver.Forkserver) -> None:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(server._server._forkserver_address)
+        client.sendall(b"garbage")
+
+
+def kill_and_remove_its_folder(server: forkserver.Forkserver) -> None:
+    kill(server)
+    folder = Path(util.get_temp_dir())
+    for socket_ in folder.iterdir():
+        socket_.unlink()
+    folder.rmdir()
+
+
+def remove_its_socket(server: forkserver.Forkserver) -> None:
+    os.unlink(server._server._forkserver_address)
+
+
+@linux
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize(
+    "harm", [suspend, kill, feed_garbage, kill_and_remove_its_folder, remove_its_socket]
+)
+def test_the_next_launch_works(harm: Any, method: str) -> None:
+    harm(running(method))
+    assert launch(ident, start_method=method).values == [0, 1]
+    assert launch(ident, start_method=method).values == [0, 1]
+
+
+def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS."""
+    monkeypatch.setattr(forkserver, "default_start_method", lambda: "spawn")
+    env = {"ONLY_FOR_RANKS": "a = b, with spaces"}
+    run = launch(lambda rank: (os.environ["ONLY_FOR_RANKS"], sys.argv), env=env)
+    assert run.values == [("a = b, with spaces", sys.argv)] * 2
+    assert not launch(lambda rank: 1 / rank, check=False).ok
+
+
+FEW_FILES = """
+    import resource
+    import psutil
+    from ddp_lessons import LaunchError, launch
+    def ident(rank):
+        return rank
+    launch(ident, start_method={method!r})
+    process = psutil.Process()
+    before = process.num_fds()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before + {more}, most))
+    try:
+        launch(ident, nprocs=32, start_method={method!r})
+    except LaunchError as error:
+        print("Too many open files" in str(error))
+    print(launch(ident, start_method={method!r}).values, process.num_fds() - before)
+"""
+
+
+@linux
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("more", [24, 25, 26, 27, 28, 29])
+def test_no_more_open_files_than_allowed(more: int, method: str) -> None:
+    """So many ranks cannot be started: that is said, nothing is left open, and fewer can be.
+
+    Whichever file it is that cannot be opened.
+    """
+    script = textwrap.dedent(FEW_FILES.format(more=more, method=method))
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.stdout == "True\n[0, 1] 0\n", done.stderr
+
+
+def test_launching_in_a_forked_child() -> None:
+    """As in a Pool, whose processes are daemons; and afterwards here, where the folder still is."""
+    running()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(in_forked_child) == [0, 1]
+    assert launch(ident).values == [0, 1]
+
+
+def in_forked_child() -> list[Any]:
+    return launch(ident).values
+
+
+IN_CHILD = """
+    import multiprocessing
+    from ddp_lessons import launch
+    def ident(rank):
+        return rank
+    def child(results):
+        results.put(launch(ident).values)
+    if __name__ == "__main__":
+        launch(ident)
+        context = multiprocessing.get_context({method!r})
+        results = context.SimpleQueue()
+        process = context.Process(target=child, args=(results,))
+        process.start()
+        print(results.get(), process.join(), launch(ident).values, launch(ident).values)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_launching_in_a_child_of_another_kind(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "experiment.py"
+    script.write_text(textwrap.dedent(IN_CHILD.format(method=method)))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    assert done.stdout == "[0, 1] None [0, 1] [0, 1]\n", done.stderr
+    assert done.stderr == ""
+
+
+def mine(rank: int, n: int) -> tuple[int, str | None]:
+    return n, os.environ.get("ONLY_FOR_RANKS")
+
+
+def test_launches_side_by_side_from_threads() -> None:
+    """Each gets its own ranks, values and variables; the process's variables never change."""
+    running()
+    wrong: list[Any] = []
+    seen: collections.Counter[Any] = collections.Counter()
+
+    def launches(n: int) -> None:
+        for number in range(15):
+            env = {"ONLY_FOR_RANKS": str(n)} if number % 2 else None
+            run = launch(mine, (n,), env=env, check=False, timeout=30)
+            expected = (n, str(n) if number % 2 else None)
+            if run.values != [expected] * 2:
+                wrong.append(run.explain())
+
+    threads = [threading.Thread(target=launches, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    main = sys.modules["__main__"]
+    names = {name: vars(main).get(name) for name in ("__file__", "__spec__")}
+    while any(thread.is_alive() for thread in threads):
+        seen[os.environ.get("ONLY_FOR_RANKS")] += 1
+        assert {name: vars(main).get(name) for name in names} == names
+        assert multiprocessing.active_children() == []
+        time.sleep(0.001)
+    assert wrong == []
+    assert list(seen) == [None]
+
+
+def test_variables_reach_a_new_interpreter_and_nobody_else() -> None:
+    env = {"ONLY_FOR_RANKS": "a = b, with spaces", "PYTHONHASHSEED": "0"}
+    hashes = {launch(lambda rank: (hash("x"), os.environ["ONLY_FOR_RANKS"]), env=env).values[0]}
+    hashes |= set(launch(lambda rank: (hash("x"), "a = b, with spaces"), env=env).values)
+    assert len(hashes) == 1
+    assert "PYTHONHASHSEED" not in os.environ
+    assert "ONLY_FOR_RANKS" not in os.environ
+
+
+@linux
+def test_what_the_learners_own_forkserver_left_is_the_learners(tmp_path: Path) -> None:
+    """A process called "rank 0" and a daemon of it outlive the run beside them."""
+    script = tmp_path / "own.py"
+    script.write_text(textwrap.dedent(OWN_FORKSERVER))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told == {"daemon": True, "rank 0": True, "orphans": False}, done.stderr
+
+
+OWN_FORKSERVER = """
+    import json, multiprocessing, os, subprocess, time
+    import psutil
+    from ddp_lessons import launch
+    def leaves(rank):
+        return subprocess.Popen(["sleep", "61"], start_new_session=True).pid
+    def daemon(results):
+        results.put(subprocess.Popen(["sleep", "62"], start_new_session=True).pid)
+    if __name__ == "__main__":
+        context = multiprocessing.get_context("forkserver")
+        results = context.SimpleQueue()
+        one = context.Process(target=daemon, args=(results,))
+        one.start()
+        left = results.get()
+        one.join()
+        other = context.Process(target=time.sleep, args=(60,), name="rank 0")
+        other.start()
+        orphans = launch(leaves).values
+        told = {
+            "daemon": psutil.pid_exists(left),
+            "rank 0": other.is_alive(),
+            "orphans": any(map(psutil.pid_exists, orphans)),
+        }
+        other.kill()
+        other.join()
+        os.kill(left, 9)
+        print(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("random", "cannot import name 'Random' from 'random'"),
+        ("numpy", "'numpy' has no attribute"),
+    ],
+)
+@linux
+def test_a_file_that_hides_a_module_is_named(module: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("x = 1\n")
+    script = f"""
+        import os, sys, torch
+        from ddp_lessons import LaunchError, launch
+        os.chdir({str(tmp_path)!r})
+        try:
+            launch(lambda rank: rank)
+        except LaunchError as error:
+            print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert "Here a new Python does not get as far as torch" in done.stdout
+    assert said in done.stdout
+
+
+def test_a_directory_that_was_deleted(tmp_path: Path) -> None:
+    before = os.getcwd()
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    os.chdir(folder)
+    folder.rmdir()
+    try:
+        with pytest.raises(BadLaunch, match=r"working directory.*was deleted.*os\.chdir"):
+            launch(ident)
+    finally:
+        os.chdir(before)
+
+
+def test_a_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Longer than the address of a socket may be."""
+    folder = tmp_path / ("x" * 96)
+    folder.mkdir()
+    code = "from ddp_lessons import launch; print(launch(lambda rank: rank).values)"
+    env = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "[0, 1]\n", done.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_whole_numbers_of_other_libraries() -> None:
+    options: dict[str, Any] = {"nprocs": np.int64(2), "nnodes": np.uint8(1)}
+    assert launch(ident, **options).values == [0, 1]
+
+
+async def sleeps(rank: int) -> None: ...
+
+
+def yields(rank: int) -> Any:
+    yield rank
+
+
+async def yields_later(rank: int) -> Any:
+    yield rank
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind"),
+    [
+        (sleeps, "an async function"),
+        (yields, "a generator function"),
+        (yields_later, "an async generator function"),
+    ],
+)
+def test_functions_that_a_call_does_not_run(fn: Any, kind: str) -> None:
+    with pytest.raises(BadLaunch, match=f"fn is {kind}: calling it runs none of its lines"):
+        launch(fn)
+
+
+@pytest.mark.parametrize("env", [{"": "x"}, {"A=B": "x"}, {"A": "x\0y"}, {"A\0": "x"}])
+def test_variables_that_no_process_can_have(env: dict[str, str]) -> None:
+    with pytest.raises(BadLaunch, match="name of a variable cannot be empty"):
+        launch(ident, env={"GOOD": "1", **env})
+    assert "GOOD" not in os.environ
+
+
+@linux
+def test_a_forkserver_that_still_imports_ends_with_its_parent(tmp_path: Path) -> None:
+    """Here it never comes to the end of an import."""
+    (tmp_path / "numpy.py").write_text("import time\ntime.sleep(60)\n")
+    script = """
+        import os, time
+        from ddp_lessons.processes import forkserver
+        forkserver.warm()
+        print(forkserver.server().pid, flush=True)
+        time.sleep(1.5)
+        os.kill(os.getpid(), 9)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, timeout=60)
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(int(done.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(int(done.stdout))

@@ -1,0 +1,29 @@
+"""The words in which runs speak of ranks, numbers and signals."""
+
+from __future__ import annotations
+
+from ddp_lessons.text import agree, all_ranks, at_head, count, exit_name, listed, ranks_text
+
+
+def test_numbers_and_ranks() -> None:
+    assert count(1, "rank") == "1 rank"
+    assert count(4, "rank") == "4 ranks"
+    assert ranks_text([3]) == "rank 3"
+    assert ranks_text([2, 0, 1]) == "ranks 0, 1 and 2"
+    assert ranks_text(range(8)) == "ranks 0 to 7"
+    assert all_ranks(1) == "The rank"
+    assert all_ranks(4) == "All 4 ranks"
+
+
+def test_sentences() -> None:
+    assert listed(["a"]) == "a"
+    assert listed(iter(["a", "b", "c"])) == "a, b and c"
+    assert at_head("rank 1 is busy") == "Rank 1 is busy"
+    assert at_head("") == ""
+    assert [agree(ranks, "waits", "wait") for ranks in ([0], [0, 1])] == ["waits", "wait"]
+
+
+def test_exits() -> None:
+    assert exit_name(-9) == "SIGKILL"
+    assert exit_name(-99) == "signal 99"
+    assert exit_name(7) == "exit code 7"

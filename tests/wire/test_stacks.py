@@ -1,0 +1,262 @@
+"""Stacks and tracebacks in the learner's terms, from real dumps and real exceptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import runpy
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import pytest
+import torch
+import torch.distributed as dist
+
+from ddp_lessons import Run, launch
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.records import Frame
+from ddp_lessons.wire.stacks import describe
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+WORKER = stacks._WORKER
+TORCH = f"{os.path.dirname(torch.__file__)}/distributed"
+DUMP = f"""\
+Thread 0x00007f3a1c5fe640 (most recent call first):
+  File "/usr/lib/python3.11/threading.py", line 331 in wait
+  File "/home/me/loader.py", line 7 in load
+
+Current thread 0x00007f3a2f7fd740 (most recent call first):
+  File "{TORCH}/distributed_c10d.py", line 5000 in barrier
+  File "{TORCH}/c10d_logger.py", line 83 in wrapper
+  File "{WORKER.replace("worker/main.py", "instrumentation/recording.py")}", line 150 in recorded
+  File "/home/me/train.py", line 12 in step <odd> name
+  File "/home/me/train.py", line 30 in work
+  File "{WORKER}", line 180 in _carry_out
+  File "{WORKER}", line 60 in main
+  File "/usr/lib/python3.11/multiprocessing/process.py", line 108 in run
+
+Thread 0x00007f3a0b7fe640 (most recent call first):
+  <no Python frame>
+"""
+
+
+def test_parse_takes_the_thread_of_the_function_outermost_frame_first() -> None:
+    frames = stacks.parse(DUMP)
+    assert [(os.path.basename(f.filename), f.lineno, f.function) for f in frames] == [
+        ("train.py", 30, "work"),
+        ("train.py", 12, "step <odd> name"),
+        ("recording.py", 150, "recorded"),
+        ("c10d_logger.py", 83, "wrapper"),
+        ("distributed_c10d.py", 5000, "barrier"),
+    ]
+
+
+def test_position_is_the_learners_line_and_the_call_below_it() -> None:
+    frame, call = stacks.position(stacks.parse(DUMP))
+    assert frame is not None
+    assert (frame.filename, frame.lineno) == ("/home/me/train.py", 12)
+    assert call == "barrier"
+
+
+def test_waiting_for_the_store_is_waiting_to_join() -> None:
+    own = Frame("/home/me/train.py", 3, "work")
+    waiting = Frame(stacks._RENDEZVOUS, 50, "await_store")
+    assert stacks.position([own, waiting]) == (own, "init_process_group")
+    assert stacks.position([own]) == (own, None)
+    assert stacks.position([]) == (None, None)
+
+
+@pytest.mark.parametrize("dump", ["", "garbage\n", 'Thread 0x1:\n  File "/x.py", line 1 in f\n'])
+def test_no_stack_from_what_is_none(dump: str) -> None:
+    assert stacks.parse(dump) == ()
+
+
+def hung(work: Any, **options: Any) -> Run:
+    run = launch(work, timeout=1, check=False, **options)
+    assert run.hung_after is not None
+    return run
+
+
+@pytest.mark.ranks
+def test_a_real_dump_of_several_threads() -> None:
+    def work(rank: int) -> None:
+        def load() -> None:
+            time.sleep(60)
+
+        for _ in range(3):
+            threading.Thread(target=load, daemon=True).start()
+        dist.init_process_group("gloo")
+        wait_here(rank)
+
+    def wait_here(rank: int) -> None:
+        if rank == 1:
+            time.sleep(60)
+        dist.all_gather_object([None, None], rank)
+
+    waiting, asleep = (rank.stack for rank in hung(work).ranks)
+    assert [f.function for f in waiting[:2]] == ["work", "wait_here"]
+    frame, call = stacks.position(waiting)
+    assert frame is not None
+    assert call == "all_gather_object"
+    assert frame.source == "dist.all_gather_object([None, None], rank)"
+    assert frame.filename == __file__
+    frame, call = stacks.position(asleep)
+    assert frame is not None
+    assert (frame.source, call) == ("time.sleep(60)", None)
+
+
+@pytest.mark.ranks
+def test_a_real_dump_of_a_deep_stack() -> None:
+    def work(rank: int) -> None:
+        dive(120)
+
+    def dive(depth: int) -> None:
+        if depth == 0:
+            time.sleep(60)
+        dive(depth - 1)
+
+    (rank,) = hung(work, nprocs=1).ranks
+    frame, _ = stacks.position(rank.stack)
+    assert frame is not None
+    assert frame.source == "time.sleep(60)"
+
+
+@pytest.mark.ranks
+def test_a_real_dump_of_a_file_with_accents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "entraîneur_😀.py"
+    path.write_text("import time\n\ndef work(rank):\n    time.sleep(60)\n")
+    work = runpy.run_path(str(path))["work"]
+    (rank,) = hung(work, nprocs=1).ranks
+    frame, _ = stacks.position(rank.stack)
+    assert frame is not None
+    assert (frame.filename, frame.source) == (str(path), "time.sleep(60)")
+
+
+def test_lines_of_packages_count_only_where_the_learner_has_none() -> None:
+    own = Frame("/home/me/train.py", 3, "work")
+    package = Frame("/opt/lib/python3.12/site-packages/helper/loop.py", 4, "loop")
+    home = dataclasses.replace(package, at_home=True)
+    waits = Frame(f"{TORCH}/distributed_c10d.py", 5000, "barrier")
+    assert stacks.position([own, package, waits]) == (own, "barrier")
+    assert stacks.position([package, waits]) == (package, "barrier")
+    assert stacks.position([own, home, waits]) == (home, "barrier")
+
+
+def thread_in(*frames: str) -> str:
+    """The dump of a thread: its frames, innermost first, as FILE:FUNCTION."""
+    split = [frame.rpartition(":") for frame in frames]
+    lines = [f'  File "{file}", line 7 in {function}' for file, _, function in split]
+    return "\n".join(["Thread 0x00007f3a1c5fe640 (most recent call first):", *lines, "", ""])
+
+
+THREADING = "/usr/lib/python3.11/threading.py"
+POOL = "/usr/lib/python3.11/concurrent/futures/thread.py"
+
+
+@pytest.mark.parametrize(
+    ("thread", "may"),
+    [
+        ((f"{THREADING}:wait", f"{THREADING}:run"), True),  # a Timer
+        (("/opt/lib/python3.11/site-packages/helper/monitor.py:run", f"{THREADING}:run"), True),
+        (("/home/me/train.py:later", f"{THREADING}:run"), True),
+        ((f"{POOL}:run", f"{POOL}:_worker", f"{THREADING}:run"), True),  # something written in C
+        ((f"{POOL}:_worker", f"{THREADING}:run"), False),
+        ((f"{THREADING}:wait", "/usr/lib/python3.11/multiprocessing/queues.py:_feed"), False),
+        ((f"{TORCH}/../utils/data/_utils/pin_memory.py:do", f"{THREADING}:run"), False),
+        ((), False),
+    ],
+)
+def test_another_thread_may_make_the_missing_call(thread: tuple[str, ...], may: bool) -> None:
+    waits = DUMP[DUMP.index("Current thread") :]
+    assert stacks.all_wait_for_others(waits)
+    assert stacks.all_wait_for_others(thread_in(*thread) + waits) != may
+
+
+@pytest.mark.parametrize("name", ["<string>", "<dynamic-code>", "<anything>", "/nowhere/x.py"])
+def test_that_all_wait_does_not_hang_on_a_files_name(name: str) -> None:
+    waits = DUMP[DUMP.index("Current thread") :]
+    assert stacks.all_wait_for_others(waits.replace("/home/me/train.py", name))
+    elsewhere = waits.replace("/home/me/train.py", name).replace(TORCH, "/home/me")
+    assert not stacks.all_wait_for_others(elsewhere)
+
+
+LEARNERS = """\
+import json
+
+def read(options):
+    limit = 3
+    return options["lr"]
+    # after
+
+def work(options):
+    try:
+        read(options)
+    except KeyError as error:
+        raise ValueError(f"incomplete: {options}") from error
+
+def parse(text):
+    try:
+        1 / 0
+    except ZeroDivisionError:
+        return json.loads(text)
+"""
+
+
+def rendered(function: str, argument: Any, directory: Path) -> list[str]:
+    """How an exception that went through a file of the learner's is shown, frame by frame."""
+    path = directory / "learners.py"
+    path.write_text(LEARNERS)
+    functions = runpy.run_path(str(path))
+    with pytest.raises(ValueError, match=r".") as caught:
+        functions[function](argument)
+    error = describe(caught.value)
+    without_ours = tuple(f for f in error.frames if f.filename != __file__)
+    return stacks.render(dataclasses.replace(error, frames=without_ours)).splitlines()
+
+
+def test_a_chained_exception_is_told_in_order_with_its_lines_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert rendered("work", {"momentum": 0.9}, tmp_path) == [
+        "learners.py, line 10, in work",
+        "        9     try:",
+        "---->  10         read(options)",
+        "       11     except KeyError as error:",
+        "learners.py, line 5, in read",
+        "        4     limit = 3",
+        '---->   5     return options["lr"]',
+        "        6     # after",
+        "KeyError: 'lr'",
+        "",
+        "That caused the next exception:",
+        "",
+        "learners.py, line 12, in work",
+        "       11     except KeyError as error:",
+        '---->  12         raise ValueError(f"incomplete: {options}") from error',
+        "ValueError: incomplete: {'momentum': 0.9}",
+    ]
+
+
+def test_of_a_library_only_the_innermost_frame_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = rendered("parse", "{", tmp_path)
+    assert "While that was handled, another exception happened:" in lines
+    last = lines[lines.index("learners.py, line 18, in parse") :]
+    assert last[:3] == [
+        "learners.py, line 18, in parse",
+        "       17     except ZeroDivisionError:",
+        "---->  18         return json.loads(text)",
+    ]
+    assert last[3].startswith("json/decoder.py, line ")
+    assert last[5].startswith("json.decoder.JSONDecodeError: Expecting property name")
+    assert len(last) == 6

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 from ddp_lessons.analysis.wait_states import members
 from ddp_lessons.wire.ops import (
@@ -23,6 +24,9 @@ from ddp_lessons.wire.ops import (
     WAIT_FOR_BUCKETS,
 )
 from ddp_lessons.wire.records import IN_FLIGHT, NOT_OF_A_THREAD, Kind, Span
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RunRecord
 
 State = Literal["done", "open", "failed"]
 
@@ -74,10 +78,20 @@ class Call(NamedTuple):
 
 
 class Calls:
-    """The calls of all ranks. Made from the spans of each rank, by rank.
+    """The calls of all ranks. Made from the spans of each rank, by rank; `Calls.of` a run.
 
     `lossy` are the ranks whose later spans were not kept.
     """
+
+    _of_runs: ClassVar[WeakKeyDictionary[RunRecord, Calls]] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, run: RunRecord) -> Calls:
+        """The calls of a run, sorted once however often they are asked for."""
+        found = cls._of_runs.get(run)
+        if found is None:
+            found = cls._of_runs[run] = cls([rank.spans for rank in run.ranks], run.lossy)
+        return found
 
     def __init__(self, spans: Sequence[Sequence[Span]], lossy: Iterable[int] = ()) -> None:
         self.lossy = set(lossy)

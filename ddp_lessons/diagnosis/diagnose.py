@@ -30,7 +30,7 @@ def warnings(run: RunRecord) -> list[str]:
     """What is wrong with a run in which nothing failed: a line for each finding."""
     if not run.ok or _all_did_the_same(run):
         return []
-    calls = Calls([rank.spans for rank in run.ranks], run.lossy)
+    calls = Calls.of(run)
     found = [
         _silent(parting)
         for group in calls.met

@@ -262,7 +262,7 @@ def _node(run: RunRecord, there: list[RankResult], first: RankResult) -> Verdict
 
 def last_call(run: RunRecord, rank: RankResult) -> list[str]:
     """Where a rank was that can no longer tell: the tape stays readable."""
-    calls = Calls([rank.spans for rank in run.ranks])
+    calls = Calls.of(run)
     made = calls.of_rank[rank.rank]
     if not made:
         return []

@@ -83,7 +83,7 @@ class Standstill:
 
     def __init__(self, run: RunRecord) -> None:
         self.run = run
-        self.calls = Calls([rank.spans for rank in run.ranks], run.lossy)
+        self.calls = Calls.of(run)
         self.waiting = [rank for rank in run.ranks if waits(rank)]
         self.away = [rank for rank in run.ranks if rank not in self.waiting]
         self.standing = {

@@ -81,10 +81,7 @@ def records() -> tuple[tuple[tuple[Made, ...], ...], ...]:
 def _recorded(patient: Patient) -> tuple[tuple[Made, ...], ...]:
     ranks = len(patient.scripts)
     run = run_ranks(_perform, (patient.scripts,), nprocs=ranks, check=False)
-    calls = [
-        [c for c in of_rank if c.op not in GROUP_CALLS]
-        for of_rank in Calls([rank.spans for rank in run.ranks]).of_rank
-    ]
+    calls = [[c for c in of_rank if c.op not in GROUP_CALLS] for of_rank in Calls.of(run).of_rank]
     lines = [[line for line, _, _ in _parts(script)] for script in patient.scripts]
     return tuple(
         tuple((made.op, made.tensor, line) for made, line in zip(*of_rank, strict=False))

@@ -86,7 +86,7 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
     -------
     matplotlib Axes
     """
-    columns = _columns(Calls([rank.spans for rank in run.ranks]))
+    columns = _columns(Calls.of(run))
     shown = columns[-MOST_COLUMNS:]
     rows = _rows(run, shown)
     ax = ax or style.new_axes(len(rows), 1.15)

@@ -111,9 +111,12 @@ class Watchdog:
             if self._interrupts.hurry and number != signal.SIGKILL:
                 continue
             for worker in self.alive:
-                worker.signal_group(number) if number == signal.SIGKILL else worker.send_signal(
-                    number
-                )
+                if number == signal.SIGKILL:
+                    worker.signal_group(number)
+                elif worker.started_ns is None:  # an interrupt would print where its imports are
+                    worker.send_signal(signal.SIGTERM)
+                else:
+                    worker.send_signal(number)
             deadline = time.monotonic() + patience
             while self.alive and time.monotonic() < deadline:
                 self.pump(0.02)

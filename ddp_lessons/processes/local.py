@@ -291,8 +291,10 @@ class Pump:
             self._polled = time.monotonic()
 
 
-def _why_not_started() -> str:
-    """Why a new process of Python fails, if it does; else what may be lacking."""
+def _why_not_started(error: OSError | EOFError) -> str:
+    """What to do about it; where the error does not tell, what a new process of Python says."""
+    if getattr(error, "errno", None) in forkserver.OURS_TO_BEAR:
+        return "Use fewer ranks, or raise the limit (ulimit -a)."
     command = [sys.executable, "-c", "import multiprocessing.forkserver, cloudpickle, numpy, torch"]
     try:
         tried = subprocess.run(command, capture_output=True, text=True, timeout=NEW_PYTHON)
@@ -339,7 +341,7 @@ class LocalWorkerGroup(WorkerGroup):
             except (OSError, EOFError) as error:
                 raise LaunchError(
                     f"the process of rank {worker.rank} could not be started: {error!r}\n"
-                    f"{_why_not_started()}"
+                    f"{_why_not_started(error)}"
                 ) from error
 
     def pump(self, seconds: float) -> None:

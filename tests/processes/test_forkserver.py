@@ -37,9 +37,11 @@ def ident(rank: int) -> int:
 
 
 def running(method: str = "forkserver") -> forkserver.Forkserver:
-    """The one that runs, which has just started ranks."""
-    assert launch(ident, start_method=method).values == [0, 1]
+    """The one that runs; the warm one has just started ranks."""
+    if method == "forkserver":
+        assert launch(ident).values == [0, 1]
     found = forkserver.server(forkserver.WARM if method == "forkserver" else forkserver.BARE)
+    found.ensure_running()
     assert found.pid is not None
     return found
 
@@ -78,7 +80,8 @@ def remove_its_socket(server: forkserver.Forkserver) -> None:
 def test_the_next_launch_works(harm: Any, method: str) -> None:
     harm(running(method))
     assert launch(ident, start_method=method).values == [0, 1]
-    assert launch(ident, start_method=method).values == [0, 1]
+    if method == "forkserver":  # with the other, the next test finds what this one leaves
+        assert launch(ident).values == [0, 1]
 
 
 def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,31 +99,33 @@ FEW_FILES = """
     from ddp_lessons import LaunchError, launch
     def ident(rank):
         return rank
-    launch(ident, start_method={method!r})
+    launch(ident, nprocs=1, start_method={method!r})
     process = psutil.Process()
     before = process.num_fds()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (before + {more}, most))
-    try:
-        launch(ident, nprocs=32, start_method={method!r})
-    except LaunchError as error:
-        print("Too many open files" in str(error))
+    for more in range(24, 30):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before + more, most))
+        try:
+            launch(ident, nprocs=32, start_method={method!r})
+        except LaunchError as error:
+            print(more, "Too many open files" in str(error))
+        print(process.num_fds() - before)
     print(launch(ident, start_method={method!r}).values, process.num_fds() - before)
 """
 
 
 @linux
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
-@pytest.mark.parametrize("more", [24, 25, 26, 27, 28, 29])
-def test_no_more_open_files_than_allowed(more: int, method: str) -> None:
+def test_no_more_open_files_than_allowed(method: str) -> None:
     """So many ranks cannot be started: that is said, nothing is left open, and fewer can be.
 
     Whichever file it is that cannot be opened.
     """
-    script = textwrap.dedent(FEW_FILES.format(more=more, method=method))
+    script = textwrap.dedent(FEW_FILES.format(method=method))
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.stdout == "True\n[0, 1] 0\n", done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    failures = "".join(f"{more} True\n0\n" for more in range(24, 30))
+    assert (done.stdout, done.stderr) == (f"{failures}[0, 1] 0\n", "")
 
 
 def test_launching_in_a_forked_child() -> None:
@@ -327,21 +332,48 @@ def test_variables_that_no_process_can_have(env: dict[str, str]) -> None:
     assert "GOOD" not in os.environ
 
 
+def at_its_first_import(folder: Path) -> str:
+    """Have the forkserver stand there; an expression that is true when it has come."""
+    text = "from pathlib import Path\nimport time\nPath('come').touch()\ntime.sleep(60)\n"
+    (folder / "numpy.py").write_text(text)
+    return "os.path.exists('come')"
+
+
+def at_the_digits(folder: Path) -> str:
+    """After all imports, of which that of torch._dynamo has made a temporary directory."""
+    data = folder / "sklearn" / "datasets" / "data"
+    data.mkdir(parents=True)
+    (folder / "sklearn" / "__init__.py").touch()
+    os.mkfifo(data / "digits.csv.gz")
+    return "glob.glob(os.environ['TMPDIR'] + '/torchinductor_*')"
+
+
 @linux
-def test_a_forkserver_that_still_imports_ends_with_its_parent(tmp_path: Path) -> None:
-    """Here it never comes to the end of an import."""
-    (tmp_path / "numpy.py").write_text("import time\ntime.sleep(60)\n")
-    script = """
-        import os, time
+@pytest.mark.parametrize("stands", [at_its_first_import, at_the_digits])
+def test_a_forkserver_that_is_not_ready_yet_ends_with_its_parent(
+    stands: Any, tmp_path: Path
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    script = f"""
+        import glob, os, time
         from ddp_lessons.processes import forkserver
         forkserver.warm()
         print(forkserver.server().pid, flush=True)
-        time.sleep(1.5)
+        while not {stands(tmp_path)}:
+            time.sleep(0.1)
         os.kill(os.getpid(), 9)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        timeout=60,
+    )
     deadline = time.monotonic() + 10
     while psutil.pid_exists(int(done.stdout)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(int(done.stdout))
+    assert list(temporary.iterdir()) == []

@@ -9,6 +9,9 @@ JOBS ?= 4
 PYTEST := $(BIN)/python -m pytest
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
 
+# Where it is set, each of the hundreds of new Pythons would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help lessons test quick check tests nbval nbval-lessons nbval-solutions binder notebooks gpu newest newest-renew pythons docs bench faults healthy stops kills room setup tools root
 
 help:

@@ -21,7 +21,7 @@ from tests.support import torchrun
 
 pytestmark = pytest.mark.xdist_group("damage")
 
-TIMES = 150  # damaged copies of each record
+TIMES = 60  # damaged copies of each record
 SECRET = "root:x:0:0: a line that nobody may see"
 
 RAISES = """

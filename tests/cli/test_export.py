@@ -117,7 +117,14 @@ def test_imports_are_in_the_notebooks_order_and_only_the_needed_ones(export: Exp
 
 def test_a_submodule_is_imported_with_its_package(export: Export) -> None:
     imports = "import torch\nimport torch.utils.data"
-    assert imports in export(imports, "def f(rank):\n    return torch.utils.data.Dataset")
+    text = export(imports, imports, "def f(rank):\n    return torch.utils.data.Dataset")
+    assert f"{imports}\n\n\ndef" in text
+
+
+def test_imports_from_the_future_come_first(export: Export) -> None:
+    text = export("x = 1", "from __future__ import annotations", "def f(rank):\n    return x")
+    assert "from __future__ import annotations\nimport os\n\nx = 1\n" in text
+    compile(text, "script", "exec")
 
 
 def test_the_notebooks_own_import_of_os_is_enough(export: Export) -> None:

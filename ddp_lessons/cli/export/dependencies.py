@@ -50,6 +50,8 @@ class Dependencies:
         given = Names(ast.parse(f"{function}({', '.join(call.arguments)}\n)").body[0])
         for name in [function, *sorted(given.at_once | given.later)]:
             self._require(name, call.index, call.index, None)
+        # They change what the code of all cells means.
+        self._found.update(s for s in notebook.statements if s.imports.startswith("__future__."))
 
     @property
     def statements(self) -> list[Statement]:

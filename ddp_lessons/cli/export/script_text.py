@@ -69,6 +69,8 @@ def _body(statements: Sequence[Statement]) -> str:
     """The statements as they stand in the cells, with blank lines between them."""
     if not any("os" in statement.binds for statement in statements):
         statements = [_IMPORT_OS, *statements]
+    # Python wants `from __future__` first.
+    statements = sorted(statements, key=lambda s: not s.imports.startswith("__future__."))
     # Imports that follow each other have the same key.
     groups = itertools.groupby(statements, key=lambda s: -1 if s.imports else s.index)
     blocks = [[*group] for _, group in groups]
@@ -82,10 +84,10 @@ def _text(block: Sequence[Statement]) -> str:
     """The text of a statement, or of imports: a line for each module."""
     if not block[0].imports:
         return block[0].text
-    lines: dict[str, list[str]] = {}
+    lines: dict[str, dict[str, None]] = {}
     for statement in block:
         module, of, name = ast.unparse(statement.node).partition(" import ")
-        lines.setdefault(module + of, []).append(name)
+        lines.setdefault(module + of, {})[name] = None
     return "\n".join(start + ", ".join(names) for start, names in lines.items())
 
 

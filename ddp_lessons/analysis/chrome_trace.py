@@ -9,16 +9,17 @@ one holding the other, and collectives in flight together, lie on further thread
 from __future__ import annotations
 
 import contextlib
-import gzip
 import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_lessons.analysis.wait_states import Share, key_of, waits
+from ddp_lessons.system.atomic_files import write_files
 from ddp_lessons.wire.records import IN_FLIGHT, Kind, Lane, Span
 
 if TYPE_CHECKING:
@@ -68,13 +69,14 @@ def save(run: RunRecord, path: str | os.PathLike[str]) -> list[Path]:
     target = Path(path).expanduser()
     timelines = _timelines(run)
     if target.name.endswith((".json", ".json.gz")):
-        return _write({target: _document(run, timelines)})
+        with _explained():
+            return _write({target: _document(run, timelines)})
     if target.suffix == ".gz":
         raise ValueError(f"a packed trace's name ends in .json.gz, got {target.name!r}")
     files = {target / f"rank_{t.rank.rank}.json": _document(run, [t]) for t in timelines}
     files[target / MERGED] = _document(run, timelines)
     stale = _stale(target, files)
-    with _folders(target, (target / MERGED).parent):
+    with _explained(), _folders(target, (target / MERGED).parent):
         written = _write(files)
     for file in stale:
         file.unlink()
@@ -297,51 +299,34 @@ def _is_ours(file: Path) -> bool:
 @contextlib.contextmanager
 def _folders(*folders: Path) -> Iterator[None]:
     """Make folders, and take them away again if nothing comes into them."""
-    made: list[Path] = []
+    made = [folder for folder in folders if not folder.is_dir()]
     try:
-        for folder in folders:
-            if not folder.is_dir():
-                with _explained(folder):
-                    folder.mkdir()
-                made.append(folder)
+        for folder in made:
+            folder.mkdir()
         yield
-    except BaseException:
+    finally:
         for folder in reversed(made):
-            with contextlib.suppress(OSError):  # not empty: some files are complete
+            with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
-        raise
 
 
 def _write(files: dict[Path, Iterator[str]]) -> list[Path]:
-    """Write all under other names first; nobody sees a file that is half-written."""
-    parts: dict[Path, Path] = {}
-    try:
-        for file, lines in files.items():
-            part = file.with_name(f".{file.name}.{os.getpid()}.part")
-            with _explained(file), open(part, "wb") as raw:
-                parts[part] = file
-                _write_lines(raw, lines, packed=file.suffix == ".gz")
-        for part, file in parts.items():
-            with _explained(file):
-                os.replace(part, file)
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
+    pieces = {file: (line.encode() for line in lines) for file, lines in files.items()}
+    write_files({f: _packed(p) if f.suffix == ".gz" else p for f, p in pieces.items()})
     return list(files)
 
 
-def _write_lines(raw: IO[bytes], lines: Iterable[str], *, packed: bool) -> None:
+def _packed(pieces: Iterable[bytes]) -> Iterator[bytes]:
     # No name and no time in the packed file: the same run gives the same bytes.
-    packer = gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0) if packed else None
-    with packer or contextlib.nullcontext(raw) as file:
-        file.writelines(line.encode() for line in lines)
+    packer = zlib.compressobj(level=6, wbits=16 + zlib.MAX_WBITS)  # 16: gzip's format
+    yield from map(packer.compress, pieces)
+    yield packer.flush()
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Let an error of the operating system name what was to be saved, not our other name for it."""
+def _explained() -> Iterator[None]:
     try:
         yield
     except OSError as error:
         what = f"the trace cannot be saved: {error.strerror}"
-        raise OSError(error.errno, what, str(path)) from error
+        raise OSError(error.errno, what, str(error.filename)) from error

@@ -6,7 +6,6 @@ not touch. Heavy imports happen inside the functions that need them.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import linecache
@@ -32,12 +31,11 @@ KERNEL_BYTES = 700 << 20  # the notebook's kernel with torch, and the forkserver
 LEAST_SHARED = 64 << 20  # Docker's default /dev/shm; DataLoader workers exhaust it soon
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-OLD_CPU_QUOTA = [Path(f"/sys/fs/cgroup/cpu/cpu.cfs_{name}_us") for name in ("quota", "period")]
 
 NEWEST = Path(__file__).with_name("newest.txt")  # what `make newest` tests with
 MATTER = (  # on which lines, output and pictures hang
     *("torch", "cloudpickle", "numpy", "scikit-learn", "psutil", "matplotlib"),
-    *("ipython", "ipykernel", "ipywidgets"),
+    *("ipython", "ipykernel", "ipywidgets", "jupyterlab"),
 )
 OPTIONAL = ("ipyparallel",)
 PIP_NAMES = {"sklearn": "scikit-learn"}
@@ -93,7 +91,6 @@ def examine() -> Iterator[Finding]:
     yield on_shared_memory(free_shared_memory())
     of_torch = list(on_torch())
     yield from of_torch
-    yield on_jupyterlab()
     yield from on_versions(tested())
     yield from on_lessons(missing_packages())
     if all(finding.mark != PROBLEM for finding in of_torch):
@@ -119,14 +116,12 @@ def usable_cores() -> int:
 
 
 def cpu_quota() -> float:
-    """How many cores' time a container may use (cgroup v2, else v1); infinity without a limit."""
-    with contextlib.suppress(OSError, ValueError):
+    """How many cores' time a container may use, by cgroup v2; infinity without a limit."""
+    try:
         quota, period = CPU_QUOTA.read_text().split()
         return int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (file.read_text() for file in OLD_CPU_QUOTA)
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
-    return math.inf
+    except (OSError, ValueError):  # no such file, or no number but "max"
+        return math.inf
 
 
 def on_cores(cores: int) -> Finding:
@@ -200,13 +195,9 @@ def on_nccl(available: bool, cuda_build: bool, gpus: int) -> Finding:
     """Judge the backend for NVIDIA GPUs."""
     if available and gpus:
         return Finding(OK, f"Backend nccl (NVIDIA GPUs): available, for up to {gpus} rank(s).")
-    why = (
-        "this is a CPU build of torch"
-        if not cuda_build
-        else "there is no GPU"
-        if not gpus
-        else "this build of torch lacks it"
-    )
+    why = "this build of torch lacks it" if cuda_build else "this is a CPU build of torch"
+    if cuda_build and not gpus:
+        why = "there is no GPU"
     return Finding(OK, f"Backend nccl (NVIDIA GPUs): not available, {why}. No lesson needs it.")
 
 
@@ -215,14 +206,6 @@ def on_gpus(names: list[str]) -> Finding:
     if not names:
         return Finding(OK, "GPUs: none. Only the appendix has use for one, and shows what one did.")
     return Finding(OK, f"GPUs: {', '.join(names)}.")
-
-
-def on_jupyterlab() -> Finding:
-    """Judge JupyterLab."""
-    try:
-        return Finding(OK, f"JupyterLab {importlib.metadata.version('jupyterlab')}.")
-    except importlib.metadata.PackageNotFoundError:
-        return Finding(NOTE, "JupyterLab is not installed: pip install jupyterlab.")
 
 
 def tested() -> dict[str, str]:
@@ -235,8 +218,10 @@ def on_versions(newest: Mapping[str, str]) -> Iterator[Finding]:
     """Name the versions on which lines, output and pictures hang, and those that are too new."""
     installed = {}
     for name in MATTER:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        try:
             installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Finding(NOTE, f"{name} is not installed: pip install {name}.")
     newer = [n for n, v in installed.items() if _number(v) > _number(newest.get(n, v))]
     others = ", ".join(f"{n} {v}" for n, v in installed.items() if n not in newer)
     yield Finding(OK, f"Versions that the course was tested with, or older: {others}.")

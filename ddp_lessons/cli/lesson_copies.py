@@ -16,11 +16,11 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ddp_lessons.cli.lesson_files import CommandError, files
+from ddp_lessons.system.atomic_files import write_files
 
 MARKER = ".ddp-lessons"
 
@@ -132,8 +132,7 @@ def _write(path: Path, content: bytes) -> None:
     """Write a file of the copy; turn the system's error into a sentence."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            file.write(content)
+        write_files({path: [content]})
     except OSError as error:
         in_the_way = isinstance(error, FileExistsError)
         reason = f"{error.filename} is not a folder" if in_the_way else error.strerror
@@ -141,15 +140,3 @@ def _write(path: Path, content: bytes) -> None:
             f"cannot copy the lessons to {path}: {reason}. Nothing of yours was touched, and what "
             "was copied so far can stay; --folder PATH takes another place."
         ) from error
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` when it is complete: whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

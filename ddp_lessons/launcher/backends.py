@@ -54,34 +54,30 @@ def recommend_backend(nprocs: int) -> str:
 
 def choose(nprocs: int, machine: Machine) -> tuple[str, str]:
     """The backend for so many ranks on such a machine, and the two lines that say why."""
-    build = _build(machine)
-    what = f"{count(nprocs, 'rank')}, {count(machine.gpus, 'GPU') if machine.gpus else 'no GPU'}"
-    if machine.nccl and machine.gpus >= nprocs:
+    gpus, build = machine.gpus, _build(machine)
+    what = f"{count(nprocs, 'rank')}, {count(gpus, 'GPU') if gpus else 'no GPU'}"
+    if machine.nccl and gpus >= nprocs:
         return "nccl", f"nccl: {what}, so each rank has a GPU of its own.\n{build}"
     if not machine.gloo:
         raise BadLaunch(f"no backend fits {what}. {build}")
-    return "gloo", f"gloo: {what}{_why_gloo(nprocs, machine)}\n{build}"
-
-
-def _why_gloo(nprocs: int, machine: Machine) -> str:
-    if not machine.gpus:
-        return ". NCCL works only between GPUs."
-    if not machine.nccl:
-        return f". Without NCCL, {CARRIES}."
-    most = -(-nprocs // machine.gpus)
-    least = "" if nprocs % machine.gpus == 0 else "up to "
-    return f", {least}{most} ranks a GPU. NCCL refuses two ranks on one GPU; {CARRIES}."
+    if not gpus:
+        why = ". NCCL works only between GPUs."
+    elif not machine.nccl:
+        why = f". Without NCCL, {CARRIES}."
+    else:
+        share = f"{nprocs // gpus}" if nprocs % gpus == 0 else f"up to {nprocs // gpus + 1}"
+        why = f", {share} ranks a GPU. NCCL refuses two ranks on one GPU; {CARRIES}."
+    return "gloo", f"gloo: {what}{why}\n{build}"
 
 
 def _build(machine: Machine) -> str:
     """What this build of torch has, in a sentence."""
-    if not machine.for_gpus:
-        has = "gloo but not NCCL" if machine.gloo else "neither gloo nor NCCL"
-        return f"This build of torch is for CPUs: it has {has}, and would not see a GPU."
-    names = [name for name, there in (("NCCL", machine.nccl), ("gloo", machine.gloo)) if there] or [
-        "neither NCCL nor gloo"
-    ]
-    return f"This build of torch has {' and '.join(names)}."
+    names = [name for name, there in (("NCCL", machine.nccl), ("gloo", machine.gloo)) if there]
+    has = " and ".join(names) or "neither NCCL nor gloo"
+    if machine.for_gpus:
+        return f"This build of torch has {has}."
+    has += " but not NCCL" if machine.gloo else ""
+    return f"This build of torch is for CPUs: it has {has}, and would not see a GPU."
 
 
 def _machine() -> Machine:

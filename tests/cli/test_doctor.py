@@ -59,29 +59,14 @@ def test_findings(finding: doctor.Finding, mark: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("new", "old", "cores"),
-    [
-        ("150000 100000", None, 1.5),
-        ("max 100000", None, math.inf),
-        (None, ("200000", "100000"), 2.0),
-        (None, ("-1", "100000"), math.inf),
-        (None, None, math.inf),
-    ],
+    ("quota", "cores"), [("150000 100000", 1.5), ("max 100000", math.inf), (None, math.inf)]
 )
 def test_the_quota_of_a_container(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    new: str | None,
-    old: tuple[str, str] | None,
-    cores: float,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str | None, cores: float
 ) -> None:
-    files = [tmp_path / "quota", tmp_path / "period"]
-    monkeypatch.setattr(doctor, "CPU_QUOTA", tmp_path / "max")
-    monkeypatch.setattr(doctor, "OLD_CPU_QUOTA", files)
-    if new is not None:
-        (tmp_path / "max").write_text(new)
-    for file, text in zip(files, old or (), strict=False):
-        file.write_text(text)
+    monkeypatch.setattr(doctor, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
     assert doctor.cpu_quota() == cores
     assert 1 <= doctor.usable_cores() <= max(1.0, cores)
 

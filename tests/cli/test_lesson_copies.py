@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import subprocess
@@ -22,7 +21,6 @@ from ddp_lessons.cli.lesson_copies import (
     containing,
     find_copy,
     is_copy,
-    replacing,
 )
 from tests.support.checkout import ROOT
 
@@ -288,19 +286,6 @@ def test_a_disk_that_is_full_half_way(second: Path, copy: Path) -> None:
     assert _open(second, copy) == (beside, False)  # completed
     assert _files(beside) == _files(second)
     assert is_copy(second, beside)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    (path := tmp_path / "file").write_bytes(b"before")
-    with contextlib.suppress(ZeroDivisionError), replacing(path) as file:
-        file.write(b"half")
-        raise ZeroDivisionError
-    assert path.read_bytes() == b"before"
-    with replacing(path) as file:
-        file.write(b"after")
-        assert path.read_bytes() == b"before"
-    assert path.read_bytes() == b"after"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_the_copy_that_contains_a_folder(copy: Path) -> None:

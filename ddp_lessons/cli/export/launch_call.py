@@ -1,111 +1,106 @@
-"""How a script calls the function: as the `launch(...)` of the notebook does, or as the user says.
-
-Runs in the command `ddp-lessons export`.
-"""
+"""The function, and how a script calls it: as the notebook launches it, or as the user says."""
 
 from __future__ import annotations
 
 import ast
 import copy
+import difflib
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddp_lessons.cli.export import cells
-from ddp_lessons.cli.export.cells import CannotExport, Cell, Import, Position, Statement
+from ddp_lessons.cli.export.notebook import CannotExport, Notebook, Statement, calls, run_by_call
 
 _PARAMETERS = ("fn", "args", "nprocs")  # of launch, those that may be given by position
-Passed = dict[str | None, ast.expr]  # the arguments of a launch, by the names of its parameters
 
 
 @dataclass
 class LaunchCall:
-    """How the function is called: its arguments after rank, and on how many ranks.
+    """How a function is called: its arguments after rank, and on how many ranks.
 
     Attributes
     ----------
-    position : the place in the notebook
-    statement : the launch there, if there is one
+    function : its last definition
+    index : the statements before this one have run
+    statement : the launch, if there is one
     arguments : the source of each argument after rank
     env : the environment variables that the notebook, or the launch, gives to the ranks
     """
 
-    position: Position
+    function: ast.FunctionDef
+    index: int
     statement: Statement | None = None
     arguments: list[str] = field(default_factory=list)
     nprocs: int = 2
     nnodes: int = 1
     env: dict[str, str] = field(default_factory=dict)
 
-    @property
-    def names(self) -> set[str]:
-        """The global names that the arguments need, those of lambdas in them included."""
-        call = ast.parse(f"_({', '.join(self.arguments)}\n)").body[0]
-        statement = Statement(Cell(0, "", None), call, (0, 0))
-        return (statement.at_once | statement.later) - {"_"}
 
-
-def find_call(
-    definition: Statement, node: ast.FunctionDef, statements: Sequence[Statement], args: str | None
-) -> LaunchCall:
-    """The first launch of the function after its definition, with `args` in place of its own.
+def find_call(notebook: Notebook, name: str, args: str | None) -> LaunchCall:
+    """The first launch of a function after its last definition, with `args` in place of its own.
 
     Raises
     ------
     CannotExport
-        If the function cannot be called with these arguments.
+        If no cell defines the function, or it cannot be called with these arguments.
     """
-    names = launch_names(statements)
-    after = (statement for statement in statements if statement.position > definition.position)
-    launches = ((s, passed) for s in after for passed in _launches_of(node.name, s, names))
-    first = next(launches, None)
-    no_launch = LaunchCall((definition.cell.number + 1, 0))
-    call = _read(*first, statements) if first else no_launch
+    definition, function = _definition(notebook, name)
+    cell = [s.index for s in notebook.statements if s.cell is definition.cell]
+    launches = _launches(notebook, function, after=definition.index)
+    call = next(launches, LaunchCall(function, index=cell[-1] + 1))
     if args is not None:
         call.arguments = _given(args)
-    before = [statement for statement in statements if statement.position < call.position]
-    call.env = _environment(before) | call.env
-    _check_arguments(node, call, "--args" if args is not None else call.statement)
+    call.env = _environment(notebook.statements[: call.index]) | call.env
+    _check_arguments(call, "--args" if args is not None else call.statement)
     return call
 
 
-def launch_names(statements: Sequence[Statement]) -> set[str]:
-    """What the notebook writes for `launch`: `launch`, `ddp_lessons.launch` and the like."""
-    names = set()
-    for statement in statements:
-        if isinstance(node := statement.node, Import):
-            for alias in node.names:
-                full = cells.full_name(node, alias)
-                if full in ("ddp_lessons.launch", "ddp_lessons.launcher.api.launch"):
-                    names.add(cells.bound_by(alias))
-                elif full == "ddp_lessons":
-                    names.add(f"{cells.bound_by(alias)}.launch")
-    return names
+def _definition(notebook: Notebook, name: str) -> tuple[Statement, ast.FunctionDef]:
+    """The last definition of a function; it must be one that ranks can run."""
+    bound = notebook.binding(name)
+    if not bound:
+        nodes = [statement.node for statement in notebook.statements]
+        defined = dict.fromkeys(node.name for node in nodes if isinstance(node, ast.FunctionDef))
+        words = [f"There is no function {name!r} at the top level of a cell{notebook.hint(name)}."]
+        words += [f"Did you mean {n!r}?" for n in difflib.get_close_matches(name, defined, 1)]
+        raise CannotExport(" ".join([*words, f"There are: {', '.join(defined) or 'none'}."]))
+    node = bound[-1].node
+    first_line = ast.unparse(node).partition("\n")[0]
+    if not isinstance(node, ast.FunctionDef):
+        why = f"is not defined by a plain `def`, but by `{first_line}`"
+    elif any(isinstance(part, ast.Yield | ast.YieldFrom) for part in run_by_call(node)):
+        why = "is a generator: calling it runs nothing of it"
+    elif all(isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) for s in node.body):
+        why = "has no body yet, in its last definition"
+    else:
+        return bound[-1], node
+    raise CannotExport(f"{name!r} {why} ({bound[-1]}). Export a function that a cell defines.")
 
 
-def _launches_of(function: str, statement: Statement, names: set[str]) -> Iterator[Passed]:
-    """What each launch(function, ...) is given that is made when the statement runs."""
-    for call in cells.calls(statement.node):
-        if ast.unparse(call.func) in names:
-            positional = itertools.takewhile(lambda p: not isinstance(p, ast.Starred), call.args)
-            passed: Passed = dict(zip(_PARAMETERS, positional, strict=False))
-            passed |= {keyword.arg: keyword.value for keyword in call.keywords}
-            if "fn" in passed and ast.unparse(passed["fn"]) == function:
-                yield passed
+def _launches(notebook: Notebook, function: ast.FunctionDef, after: int) -> Iterator[LaunchCall]:
+    """Each launch(function, ...) that is made when a statement runs."""
+    for statement in notebook.statements[after + 1 :]:
+        for call in calls(statement.node):
+            positional = itertools.takewhile(lambda a: not isinstance(a, ast.Starred), call.args)
+            passed = dict(zip(_PARAMETERS, positional, strict=False))
+            passed |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+            of_function = "fn" in passed and ast.unparse(passed["fn"]) == function.name
+            if of_function and notebook.is_launch(call):
+                yield _read(notebook, LaunchCall(function, statement.index, statement), passed)
 
 
-def _read(statement: Statement, passed: Passed, statements: Sequence[Statement]) -> LaunchCall:
-    call = LaunchCall(statement.position, statement)
-    args = passed.get("args")
+def _read(notebook: Notebook, call: LaunchCall, passed: dict[str, ast.expr]) -> LaunchCall:
+    """Note what launch is given."""
+    assert call.statement
+    source, args = call.statement.cell.source, passed.get("args")
     if isinstance(args, (ast.Tuple, ast.List)):
-        call.arguments = [_source(argument, statement.cell.source) for argument in args.elts]
+        call.arguments = [_source(argument, source) for argument in args.elts]
     elif args:
-        call.arguments = [f"*{_source(args, statement.cell.source)}"]
-    before = [other for other in statements if other.position < statement.position]
+        call.arguments = [f"*{_source(args, source)}"]
     for name, kind in (("nprocs", int), ("nnodes", int), ("env", dict)):
-        value = _literal(passed.get(name), before)
+        value = _literal(passed.get(name), notebook, call.index)
         if value and isinstance(value, kind):
             setattr(call, name, value)
     return call
@@ -119,12 +114,11 @@ def _source(node: ast.AST, text: str) -> str:
     return ast.unparse(node) if "\n" in written else written
 
 
-def _literal(node: ast.expr | None, before: Sequence[Statement]) -> Any:
+def _literal(node: ast.expr | None, notebook: Notebook, before: int) -> Any:
     """The value of a literal, or of a name that a cell gave one; None if it is neither."""
     if isinstance(node, ast.Name):
-        bound = [statement.node for statement in before if node.id in statement.binds]
-        match bound[-1:]:
-            case [ast.Assign(targets=[ast.Name()], value=value)]:
+        match notebook.history(node.id, before):
+            case [Statement(node=ast.Assign(targets=[ast.Name()], value=value))]:
                 node = value
     try:
         return ast.literal_eval(node) if node else None
@@ -132,7 +126,7 @@ def _literal(node: ast.expr | None, before: Sequence[Statement]) -> Any:
         return None
 
 
-def _environment(before: Sequence[Statement]) -> dict[str, str]:
+def _environment(before: list[Statement]) -> dict[str, str]:
     """What the cells before the launch put into os.environ: its ranks see that."""
     env: dict[str, str] = {}
     for statement in before:
@@ -149,30 +143,31 @@ def _given(args: str) -> list[str]:
     """The arguments that the user gave, one by one."""
     text = f"_({args}\n)"
     try:
-        node = ast.parse(text, mode="eval").body
+        match ast.parse(text, mode="eval").body:
+            case ast.Call(func=ast.Name(), args=positional, keywords=keywords):
+                return [_source(argument, text) for argument in (*positional, *keywords)]
     except SyntaxError as error:
         raise CannotExport(f"--args {args!r} are no arguments: {error.msg}.") from error
-    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
-        raise CannotExport(f"--args {args!r} are no arguments of a call.")
-    return [_source(argument, text) for argument in (*node.args, *node.keywords)]
+    raise CannotExport(f"--args {args!r} are no arguments of a call.")
 
 
-def _check_arguments(node: ast.FunctionDef, call: LaunchCall, origin: object) -> None:
+def _check_arguments(call: LaunchCall, origin: object) -> None:
     """Refuse arguments with which the function cannot be called."""
-    if node.decorator_list or any(argument.startswith("*") for argument in call.arguments):
+    function = call.function
+    if function.decorator_list or any(argument.startswith("*") for argument in call.arguments):
         return  # what it takes, or gets, is not written there
+    takes = f"{function.name}({ast.unparse(function.args)})"
+    if not (function.args.posonlyargs or function.args.args or function.args.vararg):
+        raise CannotExport(f"{takes} takes no argument: the first one must be the rank.")
     called = ", ".join(["rank", *call.arguments])
     given = ast.parse(f"_({called}\n)", mode="eval").body
     assert isinstance(given, ast.Call)
-    takes = f"{node.name}({ast.unparse(node.args)})"
-    if not (node.args.posonlyargs or node.args.args or node.args.vararg):
-        raise CannotExport(f"{takes} takes no argument: the first one must be the rank.")
     try:
-        keywords = {keyword.arg: keyword.value for keyword in given.keywords if keyword.arg}
-        _signature(node.args).bind(*given.args, **keywords)
+        keywords = {keyword.arg: None for keyword in given.keywords if keyword.arg}
+        _signature(function.args).bind(*given.args, **keywords)
     except TypeError as error:
         raise CannotExport(
-            f"{takes} cannot be called as {node.name}({called}) "
+            f"{takes} cannot be called as {function.name}({called}) "
             f"({origin or 'no cell launches it'}): {error}. "
             'Give what follows the rank with --args "...".'
         ) from error

@@ -1,16 +1,15 @@
-"""What a notebook makes once, and what each rank of a script would make anew, and differently.
+"""Refuses what the notebook makes once but each rank of a script would make anew, and differently.
 
-Temporary directories, times, random numbers: `launch` sends one and the same to all ranks. Runs in
-the command `ddp-lessons export`, which refuses them.
+Temporary directories, times, random numbers: `launch` sends one and the same to all ranks.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from ddp_lessons.cli.export.cells import DEFINITIONS, CannotExport, bound_by, executed, full_name
 from ddp_lessons.cli.export.dependencies import Dependencies
+from ddp_lessons.cli.export.notebook import DEFINITIONS, CannotExport, executed
 
 _PER_PROCESS = ("tempfile", "uuid", "secrets", "socket", "os.getpid", "os.urandom")
 _CLOCKS = ("time.time", "time.perf_counter", "time.monotonic", "datetime.datetime.now")
@@ -26,33 +25,26 @@ _RANDOM_WEIGHTS = (
 _SEEDS = {"manual_seed", "seed", "generator", "Generator", "default_rng", "Random", "RandomState"}
 
 
-def refuse_rank_dependent(needed: Dependencies, arguments: Iterable[str]) -> None:
-    """Raise CannotExport if the script would make something once a rank that must be one.
-
-    Parameters
-    ----------
-    needed : all that the script holds
-    arguments : the source of each argument of the call
-    """
-    for argument in arguments:
+def refuse_rank_dependent(needed: Dependencies) -> None:
+    """Raise CannotExport if the script would make something once a rank that must be one."""
+    for argument in needed.call.arguments:
         _refuse(ast.parse(f"_({argument}\n)"), needed, f"The argument {argument}")
-    for statement in needed.found.values():
+    for statement in needed.statements:
         if not isinstance(statement.node, DEFINITIONS):
             name = min(statement.binds | statement.changes, default="")
             _refuse(statement.node, needed, f"{name!r} ({statement})")
 
 
 def _refuse(node: ast.AST, needed: Dependencies, what: str) -> None:
-    imported = {bound_by(alias): full_name(of, alias) for alias, of in needed.imports.items()}
     parts = list(_reached(node, needed))
     differing = [*_PER_PROCESS, *_CLOCKS]
     if not any(_seeds(part) for part in parts):
         differing += _RANDOM
-        if not any(full.endswith(".DistributedDataParallel") for full in imported.values()):
+        imported = [statement.imports for statement in needed.statements]
+        if not any(full.endswith(".DistributedDataParallel") for full in imported):
             differing += _RANDOM_WEIGHTS
-    for called in sorted(ast.unparse(part.func) for part in parts if isinstance(part, ast.Call)):
-        first, dot, rest = called.partition(".")
-        full = f"{imported.get(first, '')}{dot}{rest}"
+    called = [needed.notebook.full_names(p.func) for p in parts if isinstance(p, ast.Call)]
+    for full in sorted(set().union(*called)):
         if any(f"{full}.".startswith(f"{other}.") for other in differing):
             raise CannotExport(
                 f"{what} takes something from {full}: the notebook made it once and gave the same "
@@ -75,7 +67,7 @@ def _reached(node: ast.AST, needed: Dependencies) -> Iterator[ast.AST]:
         part = todo.pop()
         yield part
         name = getattr(part.func, "id", "") if isinstance(part, ast.Call) else ""
-        for statement in needed.found.values():
+        for statement in needed.statements:
             defines = name in statement.binds and isinstance(statement.node, DEFINITIONS)
             if defines and statement not in seen:
                 seen.add(statement)

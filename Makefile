@@ -12,7 +12,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-w
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help lessons test quick check tests nbval nbval-lessons nbval-solutions binder notebooks gpu newest newest-renew pythons docs bench faults healthy stops kills room setup tools root
+.PHONY: help lessons test quick check tests nbval nbval-lessons nbval-solutions binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room setup tools root
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
@@ -22,6 +22,7 @@ help:
 	@echo "make notebooks  run all notebooks but gpu.ipynb again and store their outputs"
 	@echo "make gpu        all that needs a GPU, on a machine that has one (6 minutes; see benchmarks/gpu.sh)"
 	@echo "make newest     what a user meets today: the newest versions of everything (20 minutes at most)"
+	@echo "make lock       renew binder/constraints.txt, the versions that everything here is tested with (a minute)"
 	@echo "make pythons    the same on Python 3.11 with the oldest torch, on 3.12 and on 3.13 (an hour)"
 	@echo "make docs       build the web site of the lessons: build/docs/index.html"
 	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
@@ -91,12 +92,15 @@ pythons:
 newest-renew:
 	$(PYTHON) -m tests.support.newest --renew
 
+lock:
+	$(PYTHON) binder/lock.py
+
 docs: tools
 	$(BIN)/python -m sphinx -E -W --keep-going -q -n -b html notebooks build/docs
 	@echo "open build/docs/index.html"
 
-bench: tools
-	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
+bench:
+	@$(PYTHON) binder/install.py bench
 	$(BIN)/python -m benchmarks.launch
 	$(BIN)/python -m benchmarks.recording
 
@@ -114,7 +118,7 @@ healthy: tools
 stops: tools
 	$(BIN)/python -m benchmarks.interrupts --runs 400
 
-faults: tools
-	$(BIN)/python -m pip install --quiet -c binder/constraints.txt -e ".[bench]"
+faults:
+	@$(PYTHON) binder/install.py bench
 	$(BIN)/python -m benchmarks.faults --runs 1000
 	$(BIN)/python -m benchmarks.compared

@@ -1,7 +1,7 @@
-"""Set up `.venv`: `install.py lessons` for learners, `install.py test` for all that tests need too.
+"""Set up `.venv`: `install.py lessons` for learners, `test` or `bench` for contributors.
 
 One command, safe to repeat; it uses only Python's standard library, and when nothing has changed
-since the last time it does nothing. What `test` needs contains what `lessons` needs.
+since the last time it does nothing. Each purpose includes the ones before it.
 On Linux without an NVIDIA GPU, torch comes from PyTorch's index of CPU builds if that answers:
 the ordinary build brings gigabytes of CUDA. `TORCH_INDEX=URL` names another index, `TORCH_INDEX=`
 (empty) uses none.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,7 +34,9 @@ OF_COURSE = (
     "ddp_lessons.worker.main, ddp_lessons.data, ddp_lessons.plots, ipykernel.kernelapp, "
     "ipywidgets, jupyterlab.labapp, sklearn.datasets"
 )
-EXTRAS = {"lessons": "cluster", "test": "test,docs"}  # of pyproject.toml
+# The dependency groups of pyproject.toml that each purpose needs.
+GROUPS = {"lessons": (), "test": ("test", "docs"), "bench": ("test", "docs", "bench")}
+COURSE = ("-e", f"{ROOT}[cluster]")
 NEWS = "@jupyterlab/apputils-extension:announcements"  # a pop-up on the first start
 
 
@@ -45,13 +48,14 @@ def main() -> None:
             "If you have one, say which: make lessons PYTHON=python3.12"
         )
     purpose = sys.argv[1] if len(sys.argv) > 1 else "lessons"
-    if purpose not in EXTRAS:
-        sys.exit(f"{purpose!r} is not one of: {', '.join(EXTRAS)}")
+    purposes = list(GROUPS)
+    if purpose not in purposes:
+        sys.exit(f"{purpose!r} is not one of: {', '.join(purposes)}")
     found = STAMP.read_text().split() if STAMP.exists() else []
-    if found in ([purpose, state()], ["test", state()]):
+    if found in ([more, state()] for more in purposes[purposes.index(purpose) :]):
         return
-    if found == ["lessons", state()]:
-        say("Adding to .venv what the tests need.")
+    if found in ([less, state()] for less in purposes):
+        say(f"Adding to .venv what {purpose} needs.")
     else:
         say("Setting up .venv for the lessons: PyTorch, JupyterLab and the course.")
     STAMP.unlink(missing_ok=True)
@@ -62,8 +66,8 @@ def main() -> None:
     # What builds our own package comes along: pip would else fetch it once more, to use it alone.
     pip("PyTorch, about 200 MB", pinned("torch"), *options.result(), *BUILD)
     with import_once(OF_TORCH):
-        what = {"lessons": "JupyterLab and the course", "test": "the course and its tests"}
-        pip(what[purpose], "--no-build-isolation", "-e", f"{ROOT}[{EXTRAS[purpose]}]")
+        what = "JupyterLab and the course" if purpose == "lessons" else "the course and its tests"
+        pip(what, "--no-build-isolation", *COURSE, *in_groups(*GROUPS[purpose]))
     say("Making the first start quick ...")
     if import_once(OF_COURSE).wait():
         sys.exit(f"What was installed cannot be imported. See {python()} -c 'import {OF_COURSE}'")
@@ -104,6 +108,12 @@ def pinned(package: str) -> str:
     """`torch==...`, the version that constraints.txt names."""
     lines = CONSTRAINTS.read_text().splitlines()
     return next(line for line in lines if line.startswith(f"{package}=="))
+
+
+def in_groups(*names: str) -> list[str]:
+    """What dependency groups of pyproject.toml ask for; pip reads them itself from 25.1 on."""
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    return [requirement for name in names for requirement in groups[name]]
 
 
 def torch_options() -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,6 +16,9 @@ from tests.support.checkout import ROOT
 from tests.support.servers import OPTIONS, Server
 
 pytestmark = pytest.mark.system
+
+sys.path.insert(0, str(ROOT / "binder"))
+import install  # noqa: E402
 
 # The make target says itself which folder is shown: what else Server asks for is left out.
 COMMAND = ("sh", "-c", f"exec make -C '{ROOT}' lessons LAB_ARGS='{' '.join(OPTIONS)}'")
@@ -40,17 +45,17 @@ def test_make_lessons_tells_root_in_one_line_what_to_add_before_it_installs() ->
 
 def test_what_is_set_up_for_tests_serves_learners() -> None:
     """And not the other way round. Nothing is installed here: only what would be is asked."""
-    sys.path.insert(0, str(ROOT / "binder"))
-    try:
-        import install
-    finally:
-        sys.path.pop(0)
-    assert {*install.EXTRAS} == {"lessons", "test"}
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    for purpose in install.EXTRAS.values():
-        assert {*purpose.split(",")} <= {*extras}
-    assert {*extras["cluster"]} <= {*extras["test"]}
-    names = {line.partition("==")[0] for line in install.CONSTRAINTS.read_text().splitlines()}
-    assert {*install.BUILD} <= names
+    assert list(install.GROUPS) == ["lessons", "test", "bench"]
+    for less, more in itertools.pairwise(install.GROUPS.values()):
+        assert {*less} <= {*more}
+    groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+    assert {*install.GROUPS["bench"]} == {*groups}
+
+
+def test_the_lock_has_all_that_is_installed() -> None:
+    locked = {line.partition("==")[0] for line in install.CONSTRAINTS.read_text().splitlines()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["cluster"]]
+    wanted += [*install.BUILD, *install.in_groups(*install.GROUPS["bench"])]
+    names = {re.split(r"[<>=]", name)[0].lower() for name in wanted}
+    assert names <= {name.lower() for name in locked}

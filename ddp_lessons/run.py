@@ -105,7 +105,7 @@ class Run(RunRecord):
         if not self.lossy:
             return []
         lost = [f"rank {rank}: {self.ranks[rank].dropped:,}" for rank in self.lossy]
-        return [f"Spans that could not be kept, the latest: {', '.join(lost)}."]
+        return [f"The latest spans could not be kept: {', '.join(lost)}."]
 
     def raise_for_failure(self) -> None:
         """Raise the error of this run, if it has one."""

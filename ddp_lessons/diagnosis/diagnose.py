@@ -1,6 +1,6 @@
 """From a finished run to what is wrong with it: one verdict with its evidence, and warnings.
 
-Runs in the parent. `failures.py` explains ranks that failed, `hangs.py` ranks that wait for ever.
+Runs in the parent. `failures.py` explains ranks that failed, `hangs.py` ranks that wait forever.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ _KERNEL_GAVE_UP = re.compile(r"^\S+\.cuh?:\d+: .*Assertion")  # once a thread of
 _GPU_FAILED = re.compile(r"CUDA error: ")
 # What to say of ranks of a script whose recording ends without an exit status.
 _RANK_VANISHED = (
-    "Its record just stops: it was killed (for want of memory, say), it left by os._exit, or its "
-    "machine is gone. The log of torchrun tells which."
+    "Its record just stops: it was killed (when memory ran out, say), it called os._exit, or its "
+    "machine is gone. torchrun's log tells which."
 )
 _NODE_VANISHED = "Its agent (torchrun) was killed and its ranks with it, or the machine is gone."
 _ALL_VANISHED = "The agent (torchrun) was killed and its ranks with it, or the machine stopped."
@@ -104,7 +104,7 @@ def _before_the_call(run: RunRecord, cause: RankResult) -> list[str]:
     """A function or argument may run any code while it is loaded, such as sys.exit."""
     if cause.started_ns is not None:
         return []
-    return ["", f"That was before {run.name} was called: while it or its arguments were loaded."]
+    return ["", f"This was before {run.name} was called, while it or its arguments were loaded."]
 
 
 def _of_the_kernel(cause: RankResult) -> list[str]:
@@ -130,7 +130,7 @@ def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:
         "unsendable",
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} returned a value of type {cause.error.type_name}, "
-        f"which cannot travel back to the notebook: {cause.error.text}",
+        f"which cannot be sent back to the notebook: {cause.error.text}",
         advice="Return plain data instead: numbers, strings, lists, tensors, state_dict().",
     )
 
@@ -199,11 +199,12 @@ def _reason(run: RunRecord, rank: RankResult, exitcode: int) -> str:
             )
         case "SIGKILL" if run.out_of_memory is None:
             return (
-                "Most often that is the system, out of memory: use fewer ranks or smaller tensors."
+                "Most often the system does that when memory runs out: use fewer ranks or smaller "
+                "tensors."
             )
         case "SIGKILL":
             return (
-                "The system reports no kill for want of memory during this run: another process, "
+                "The system reports no out-of-memory kill during this run: another process, "
                 "or the rank itself, sent that signal."
             )
         case "SIGABRT" if out:
@@ -212,13 +213,13 @@ def _reason(run: RunRecord, rank: RankResult, exitcode: int) -> str:
             who = "NCCL's watchdog" if "watchdog" in last[-1] else "C++ code"
             return f"{who} ended the process over an error of its GPU.\n{advice.ON_GPU}"
         case "SIGABRT":
-            return "C++ code gave up; the reason is in the last lines of its output."
+            return "C++ code aborted; the reason is in the last lines of its output."
         case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":
             return "C or C++ code crashed; nothing in Python can catch that."
         case _ if exitcode < 0:
             return "Another process sent that signal."
     return (
-        f"Its process left without returning: os._exit({exitcode}), or a library that calls exit()."
+        f"It called os._exit({exitcode}), or a library called exit(), before the function returned."
     )
 
 
@@ -229,10 +230,10 @@ def _vanished(run: RunRecord, first: RankResult) -> Verdict:
     if len(silent) == run.world_size:
         who = f"all {run.world_size} ranks" if run.world_size > 1 else "the rank"
         lines = (_ALL_VANISHED, "", *rank_state.lines(silent))
-        return Verdict("killed", ranks, f"{who} ended without a word", lines)
+        return Verdict("killed", ranks, f"{who} ended without an exit status", lines)
     if (node := _gone_node(run, first)) is not None:
         return _node(run, node, first)
-    title = f"rank {first.rank} of {run.world_size} ended without a word"
+    title = f"rank {first.rank} of {run.world_size} ended without an exit status"
     lines = (_RANK_VANISHED, *last_call(run, first), *other_ranks(run, [first.rank]))
     return Verdict("killed", (first.rank,), title, lines)
 
@@ -250,7 +251,7 @@ def _node(run: RunRecord, there: list[RankResult], first: RankResult) -> Verdict
     host = f" ({first.host})" if first.host not in others else ""
     title = (
         f"node {first.group_rank}{host} is gone: {ranks_text(ranks)} of {run.world_size} ended "
-        "without a word"
+        "without an exit status"
     )
     now = map(at_head, rank_state.lines(there))
     lines = (_NODE_VANISHED, "", *now, *other_ranks(run, ranks))
@@ -281,7 +282,7 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
     for where in dict.fromkeys(_lost_where(r) for r in lost):
         there = [r.rank for r in lost if _lost_where(r) == where]
         partner = agree(there, "its partner", "their partner")
-        lines.append(f"{at_head(ranks_text(there))} lost {partner} by that{where}.")
+        lines.append(f"{at_head(ranks_text(there))} then lost {partner}{where}.")
     lines += [
         f"rank {r.rank} {'' if r.pid or r.kept_by else 'was '}{r.outcome()}" for r in stopped[:4]
     ]

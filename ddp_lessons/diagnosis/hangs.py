@@ -1,4 +1,4 @@
-"""Why ranks wait for ever, or lost each other, from their calls and stacks. Runs in the parent.
+"""Why ranks wait forever, or lost each other, from their calls and stacks. Runs in the parent.
 
 Three questions, in this order. Did the ranks' calls part: at one number in a group, other functions
 or tensors? If not, who is awaited and did not come, and what does it do instead? If nobody, why do
@@ -44,7 +44,7 @@ _ENDING = {
 
 
 def explain(run: RunRecord) -> Verdict:
-    """The verdict on a run in which ranks wait for ever, or lost each other and nothing else."""
+    """The verdict on a run in which ranks wait forever, or lost each other and nothing else."""
     return _Hang(run).verdict()
 
 
@@ -52,14 +52,14 @@ def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
     """The verdict on a run in which gloo ended ranks that got data of another size."""
     hang = _Hang(run)
     verdict = hang.verdict()
-    if verdict.kind in ("unlike tensors", "skipped collective", "different collectives"):
+    if verdict.kind in ("tensor mismatch", "skipped collective", "different collectives"):
         return verdict
     # Calls that are not recorded, such as DDP's own: it cannot be told which rank is wrong.
     return Verdict(
         "different collectives",
         tuple(range(run.world_size)),
-        f"{ranks_text(ended)} got data of another size than {agree(ended, 'its', 'their')} call "
-        "expects: the calls do not match",
+        f"{ranks_text(ended)} got data of a size that {agree(ended, 'its', 'their')} call does not "
+        "expect: the calls do not match",
         verdict.evidence,
         f"{advice.ORDER} {advice.DDP}",
         verdict.frame,
@@ -318,7 +318,7 @@ def _deadlock(still: Standstill) -> Verdict:
         return Verdict(
             "groups in different order",
             _in_the_smallest_group(still) or everyone,
-            f"{title}, in groups that they take in different order",
+            f"{title}, in groups that they use in different orders",
             lines,
             advice.GROUPS,
             frame,
@@ -326,8 +326,8 @@ def _deadlock(still: Standstill) -> Verdict:
     if len(calls) > 1:
         return _different(still, lines)
     if _across_machines(still):
-        title = f"{title}, and nothing comes through from one machine to the other"
-        return Verdict("cut off", everyone, title, lines, advice.NETWORK, frame)
+        title = f"{title}, but no data gets from one machine to the other"
+        return Verdict("no route", everyone, title, lines, advice.NETWORK, frame)
     if still.run.hung_after is None:
         return Verdict("gave up waiting", everyone, still.who_waits(), lines, advice.MISSING, frame)
     return Verdict("waiting for each other", everyone, title, lines, advice.SAME_CALL, frame)

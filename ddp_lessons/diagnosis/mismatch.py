@@ -47,7 +47,7 @@ class Mismatch(NamedTuple):
     def kind(self) -> Kind:
         """The kind of verdict."""
         if self.why == "tensors":
-            return "unlike tensors"
+            return "tensor mismatch"
         return "different collectives" if self.passed is None else "skipped collective"
 
     @property
@@ -80,7 +80,7 @@ class Mismatch(NamedTuple):
         """What happened, in a line."""
         if self.why == "tensors":
             looks = listed(f"{side[0].tensor} on {_who(side)}" for side in self.sides)
-            return f"{self.calls[0].name} was called with unlike tensors: {looks}"
+            return f"{self.calls[0].name} was called with tensors that do not match: {looks}"
         if self.passed is None:
             what = listed(
                 f"{_who(s)} {agree(s, 'calls', 'call')} {_name(s[0])}" for s in self.sides
@@ -126,7 +126,7 @@ def frame_of(site: str | None) -> Frame | None:
 def line_of(site: str | None) -> str:
     """`Cell In[3], line 4`."""
     frame = frame_of(site)
-    return stacks.line_name(frame) if frame else "a line that is not known"
+    return stacks.line_name(frame) if frame else "an unknown line"
 
 
 Numbers = dict[int, dict[int, Call]]  # the calls in a group by number and rank

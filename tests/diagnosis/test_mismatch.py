@@ -109,7 +109,7 @@ def test_tensors_of_another_size() -> None:
         dist.barrier()
 
     run = launch(work, nprocs=3, timeout=30, check=False)
-    assert kind(run) == ("unlike tensors", (1,))
+    assert kind(run) == ("tensor mismatch", (1,))
     assert "float32 (2,) on ranks 0 and 2 and float32 (3,) on rank 1" in run.explain()
     assert "rank 1 calls all_reduce with float32 (3,): " in run.explain()
 

@@ -69,7 +69,7 @@ def test_a_rank_that_did_not_come() -> None:
 
 
 def test_unlike_tensors_show_their_shapes() -> None:
-    ax = board("unlike tensors", 3)
+    ax = board("tensor mismatch", 3)
     assert any("(3,)" in text for text in cells(ax, 1))
 
 

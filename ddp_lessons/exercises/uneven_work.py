@@ -116,7 +116,7 @@ def _explain_failure(counts: Counts, run: Run) -> None:
 
 
 def _judge_trained(counts: Counts, run: Run) -> bool:
-    """Whether all ranks left out batches, down to the smallest count."""
+    """Whether every rank trained on as many batches as the smallest rank has."""
     used, weights = map(list, zip(*run.values, strict=True))
     if all(torch.equal(weights[0], other) for other in weights):
         if any(_near(weights[0], _expected(counts, max(counts), way)) for way in (True, False)):

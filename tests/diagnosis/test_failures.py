@@ -1,4 +1,4 @@
-"""What is said of a rank that failed or died; real processes, without a GPU."""
+"""Verdicts on ranks that failed or died: real processes, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.by_hand import error, lost, made, record, run_of
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-# What a kernel, NCCL's watchdog and C++'s runtime wrote on an H100 (torch 2.11), shortened.
+# Output of a kernel, NCCL's watchdog and the C++ runtime on an H100 (torch 2.11), shortened.
 OF_A_GPU = """\
 /src/native/cuda/IndexKernel.cu:111: operator(): block: [0,0,0], thread: [0,0,0] Assertion \
 `index < sizes[i] && "index out of bounds"` failed.
@@ -146,7 +146,7 @@ def test_groups_that_are_wide_or_deep_stay_readable() -> None:
         try:
             raise error
         finally:
-            error = ValueError()  # freeing the whole would overflow C's stack: a bug of Python's
+            error = ValueError()  # freeing all levels would overflow the C stack: a bug in Python
 
     text = launch(wide, nprocs=1, check=False).explain()
     assert "Part 5 of 10000:" in text
@@ -267,7 +267,7 @@ def statuses(run: Run) -> list[str]:
 
 
 def two_nodes(*, hosts: tuple[str, str]) -> Run:
-    """Both ranks of node 1 are silent, and those of node 0 lost them."""
+    """Both ranks of node 1 have no exit status, and those of node 0 lost them."""
     first = [lost(made(r, "barrier", "all_reduce"), r, 4, host=hosts[0]) for r in (0, 1)]
     gone = [record(made(r, "barrier"), r, 4, node=1, host=hosts[1]) for r in (2, 3)]
     return run_of([*first, *gone])
@@ -294,7 +294,7 @@ def test_a_rank_that_was_killed_in_a_call() -> None:
 def test_a_rank_that_was_killed_when_it_was_ahead() -> None:
     ahead = made(1, "barrier", "all_reduce", "barrier", open=True)
     run = run_of([lost(made(0, "barrier", "all_reduce"), 0, 2), record(ahead, 1, 2)])
-    assert statuses(run) == ["raised", "died"]  # its call could not be met, but this is no hang
+    assert statuses(run) == ["raised", "died"]  # its call could not complete, but this is no hang
     assert kind(run) == ("killed", (1,))
 
 
@@ -403,7 +403,7 @@ def test_a_job_that_still_hangs_tells_how_to_look_into_the_awaited_rank() -> Non
     assert "`py-spy dump --pid 101` on host0 shows where rank 1 is now" in run.explain()
 
 
-# The lines beside a verdict
+# Evidence beside the cause
 
 
 BAD = error("ValueError: a bad batch", 9)

@@ -1,4 +1,4 @@
-"""Where the calls of ranks part: hangs explained by it, and numbers that are silently wrong."""
+"""The first mismatch of ranks' calls: hangs that it explains, and silently wrong numbers."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def healthy_roles(rank: int) -> None:
         dist.all_reduce(x)
     else:
         dist.all_reduce(x * 2)
-    dist.all_reduce(x.view(1, 2) if rank else x)  # other shapes of the same size are fine
+    dist.all_reduce(x.view(1, 2) if rank else x)  # another shape of the same size is fine
     dist.destroy_process_group()
 
 

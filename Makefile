@@ -35,11 +35,11 @@ help:
 setup:
 	@$(PYTHON) binder/install.py lessons
 
-# What the tests need in addition; the target of everything but the lessons.
+# Also installs what tests need; every target but `lessons` depends on it.
 tools:
 	@$(PYTHON) binder/install.py test
 
-# JupyterLab refuses root unless it is told; better said before minutes of installing than after.
+# JupyterLab refuses root without an option: say so before minutes of installing, not after.
 root:
 	@if [ "$$(id -u)" = 0 ] && [ -z "$(findstring allow-root,$(LAB_ARGS))" ]; then \
 		echo "You are root, which JupyterLab takes only if told so: make lessons LAB_ARGS=--allow-root"; exit 2; fi
@@ -57,7 +57,7 @@ check: tools
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# Four at once, though there be two cores: most of the time tests wait. Those about time come after.
+# Four at once even on two cores, as tests mostly wait. Tests of timing run alone afterwards.
 tests: tools
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder" --durations=10
 	$(PYTEST) -m alone --durations=10
@@ -68,7 +68,7 @@ quick: tools
 binder: tools
 	$(PYTEST) -m binder
 
-# Two notebooks at once, each within as much memory as we allow ourselves on Binder.
+# Two notebooks at once, each within the memory that we allow on Binder.
 nbval: tools
 	@$(MAKE) --no-print-directory -j2 nbval-lessons nbval-solutions
 

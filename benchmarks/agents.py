@@ -1,9 +1,9 @@
-"""Killing agents of torchrun at random moments: is the machine named, and does anything stay?
+"""Kills agents of torchrun at random moments: is the machine named, and is anything left?
 
     python -m benchmarks.agents --runs 20
 
-Two agents, each a "node" on an address of its own, train with 1 or 2 ranks each; one agent gets a
-SIGKILL. Then nothing of it may run on, and `load_run` must say which node is gone.
+Two agents, each a "node" with its own address, train with 1 or 2 ranks each; one agent gets a
+SIGKILL. None of its processes may survive, and `load_run` must name the node that is gone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import psutil
 from ddp_lessons import load_run
 from tests.support import torchrun
 
-PATIENCE = 60.0  # seconds until all must have ended
+PATIENCE = 60.0  # seconds until all processes must have ended
 TRAIN = """
     import os
     import torch, torch.distributed as dist
@@ -45,7 +45,7 @@ TRAIN = """
 
 
 class Try(NamedTuple):
-    """One killed agent: what was said, and what was left after how many seconds."""
+    """One killed agent: the verdict, the surviving processes, and the seconds."""
 
     node: int
     ranks: tuple[int, ...]
@@ -57,13 +57,13 @@ class Try(NamedTuple):
 
     @property
     def right(self) -> bool:
-        """The node's ranks were named, and nothing was left."""
+        """True if the node's ranks were named and no process survived."""
         named = self.title.startswith(f"node {self.node} ")
         return self.kind == "killed" and self.said == self.ranks and named and not self.left
 
 
 def main() -> None:
-    """Kill as many agents as asked for and print what came of it."""
+    """Kill the requested number of agents and print the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the first run")
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def kill_one(seed: int) -> Try:
-    """Kill an agent at a moment that the seed decides."""
+    """Kill an agent at a moment that follows from the seed."""
     chance = random.Random(seed)
     nprocs, node, after = chance.choice([1, 2]), chance.choice([0, 1]), chance.uniform(0, 2)
     with tempfile.TemporaryDirectory() as name:
@@ -101,7 +101,7 @@ def wait_until_all_train(record: Path, ranks: int, agents: list[subprocess.Popen
 
 
 def _judged(record: Path, node: int) -> Try:
-    """Kill the agent of a node (its number is torchrun's choice), and look at what is left."""
+    """Kill a node's agent (torchrun chooses the node's number) and check what is left."""
     before = load_run(record)
     ranks = tuple(rank.rank for rank in before.ranks if rank.group_rank == node)
     (victim,) = {psutil.Process(pid).ppid() for pid in _pids(record, ranks)}
@@ -122,7 +122,7 @@ def _pids(record: Path, ranks: tuple[int, ...]) -> list[int]:
 
 
 def _left(record: Path) -> list[str]:
-    """The processes that still run, agents and ranks."""
+    """The agents and ranks that still run."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

@@ -1,7 +1,7 @@
-"""Each lesson's Run All within what Binder gives: one core, 2 GB. Prints seconds and memory.
+"""Runs each lesson within Binder's limits, one core and 2 GB; prints seconds and memory.
 
-Memory is the most that the server, the kernel and all ranks had at once and that the kernel of the
-system could not have taken back. Needs the right to make a control group.
+Memory is the peak of the server, the kernel and all ranks together, without what the system could
+have reclaimed. Needs the right to make a control group.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The faults of the campaign under launch() and under other launchers: who says what, and when?
+"""Runs the campaign's faults under launch() and other launchers: which message comes, and when?
 
     python -m benchmarks.compared
 
-Each fault happens once to rank 2 of 3, in a script of its own for each launcher. The time is from
-the fault to the end of the script; `rank` and `line` tell whether the text names them.
+Each fault happens once to rank 2 of 3, in a separate script for each launcher. The time is from
+the fault to the end of the script; `rank` and `line` say whether the text names them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from benchmarks.faults import MARKER, TIMEOUT, processes_of
 from tests.support import faults
 
 COMPARED = ("mp_spawn", "notebook_launcher")
-LIMIT = 15.0  # seconds after the fault within which something must be said
+LIMIT = 15.0  # seconds after the fault within which a message must come
 
 
 def compare() -> None:
-    """Put the faults, on 3 ranks, to other launchers and to ours; print who says what, and when."""
+    """Run the faults on 3 ranks with each launcher; print which message comes, and when."""
     print(f"fault                          {'launch':>22} {COMPARED[0]:>26} {COMPARED[1]:>26}")
     for fault in faults.FAULTS:
         if fault in faults.FROM_OUTSIDE:
@@ -37,7 +37,7 @@ def compare() -> None:
 
 
 def _compared(launcher: str, fault: str) -> str:
-    """`0.2 s rank line`: when all had ended after the fault, and what was named."""
+    """`0.2 s rank line`: the seconds until all had ended, and what the text names."""
     marker = f"{os.getpid()}-{launcher}"
     command = [sys.executable, "-m", "benchmarks.compared", launcher, fault]
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def _compared(launcher: str, fault: str) -> str:
 
 
 def _happened(note: Path, process: subprocess.Popen[bytes]) -> float:
-    """When the fault happened; now, if it never did."""
+    """The time of the fault; the current time if it never happened."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
         if note.exists() and (text := note.read_text()):
@@ -82,7 +82,7 @@ def _names(text: str, line: str) -> list[str]:
 
 
 def one(launcher: str, fault: str) -> None:
-    """Run one fault on 3 ranks with one launcher, as a script would, to the end."""
+    """Run one fault on 3 ranks with one launcher to the end, as a script does."""
     arguments = (fault, 2, 1)
     if launcher == "launch":
         from ddp_lessons import launch

@@ -1,11 +1,11 @@
-"""Engines of a cluster killed at random moments: is each named, and is nothing left?
+"""Kills engines of a cluster at random moments: is each named, and is anything left?
 
     python -m benchmarks.engines --kills 20 --seed 0
 
-Four engines of a real cluster on loopback. Each kill has a seed, from which everything follows:
-which engine, and when, from before the launch is sent to long after all ranks have met. The engine
-is then replaced. This process looks at the machine from outside: whatever the run started must be
-gone, and the next launch must work.
+Four engines of a real cluster on loopback. A kill's seed decides the engine and the moment, from
+before the launch is sent to long after all ranks have joined. The engine is then replaced. This
+process looks at the machine from outside: all processes of the run must be gone, and the next
+launch must work.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from tests.support.clusters import Cluster, cluster_of
 
 WORLD = 4
 LATEST = 1.5  # seconds from the launch to the kill, at most
-SETTLE = 5.0  # seconds that what the engine started may take to go
+SETTLE = 5.0  # seconds for the engine's child processes to end
 
 
 class Kill(NamedTuple):
-    """What came of one kill."""
+    """The result of one kill."""
 
     seed: int
     victim: int  # rank
     delay: float
-    said: str  # the verdict's title, or what launch() raised
-    right: bool  # it names the engine, or all ranks had returned
+    said: str  # the verdict's title, or launch()'s error
+    right: bool  # the engine is named, or all ranks had returned
     seconds: float  # from the kill to the verdict
     left: list[str]  # processes
 
 
 def train(rank: int) -> int:
-    """Meet, over and over."""
+    """Call collectives in a loop."""
     import torch
     import torch.distributed as dist
 
@@ -73,7 +73,7 @@ def _all_agree(more: bool) -> int | None:
 
 
 def main() -> None:
-    """Kill, judge, and print what was found."""
+    """Kill engines, judge the results and print them."""
     options = argparse.ArgumentParser()
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
@@ -145,7 +145,7 @@ def _said(cluster: Cluster) -> tuple[str, Run | None]:
 
 
 def _left(others: set[int]) -> list[str]:
-    """What the run or the engine started that does not go; `others` are the rest."""
+    """Surviving processes of the run or the engine; `others` are unrelated ones."""
     deadline = time.monotonic() + SETTLE
     while (left := _processes() - others) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -153,7 +153,7 @@ def _left(others: set[int]) -> list[str]:
 
 
 def _processes() -> set[int]:
-    """The processes of this machine that are of this program, but for zombies."""
+    """This machine's processes that belong to this program, except zombies."""
     found = set()
     for process in psutil.process_iter():
         try:

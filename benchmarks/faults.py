@@ -1,14 +1,13 @@
-"""A campaign of faults: is every one explained, and is nothing left behind?
+"""A campaign of faults: is each explained, and is anything left?
 
     python -m benchmarks.faults --runs 1000 --seed 0
 
-Each run has a seed, from which everything follows: which fault (tests/support/faults.py), how many
-ranks, on which of them, when. The runs are launched in another process, the host, as a notebook's
-kernel would do it; this one looks at the machine from outside: processes, temp files, shared
-memory, the host's open files and its memory. After every fault the host must carry out a plain
-launch.
+A run's seed decides the fault (tests/support/faults.py), the number of ranks, the faulty rank and
+the moment. Another process, the host, launches the runs as a notebook's kernel does; this one looks
+at the machine from outside: processes, temp files, shared memory, the host's open files and memory.
+After every fault a plain launch must work in the host.
 
-compared.py puts the same faults to other launchers.
+compared.py runs the same faults with other launchers.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ from tests.support import faults
 
 TIMEOUT = 3.0  # seconds without progress, for runs that only a timeout ends
 PATIENCE = 30.0  # seconds after which the host itself counts as hung
-SETTLE = 3.0  # seconds that processes may take to go once the host was killed
-MARKER = "DDP_LESSONS_FAULTS"  # an environment variable that tells our processes from others
+SETTLE = 3.0  # seconds for processes to end once the host was killed
+MARKER = "DDP_LESSONS_FAULTS"  # an environment variable that marks our processes
 SHARED = "/dev/shm"
 
 
@@ -47,12 +46,12 @@ class Plan(NamedTuple):
     world_size: int
     victim: int
     moment: int
-    delay: float  # seconds from the start to what is done from outside
+    delay: float  # seconds from the start to the action from outside
     setting: str  # of faults.SETTINGS
 
 
 def plan(seed: int) -> Plan:
-    """Everything that a seed decides."""
+    """The run that follows from a seed."""
     draw = random.Random(seed)
     world_size = draw.randint(2, 8)
     return Plan(
@@ -66,17 +65,17 @@ def plan(seed: int) -> Plan:
     )
 
 
-# The host: launches what it is told, and reports
+# The host: launches runs and reports
 
 
 def host() -> None:
-    """Read plans, one a line, and print what came of each."""
+    """Read plans, one a line, and print the result of each."""
     from ddp_lessons import launch
 
     def fine(rank: int) -> int:
         return rank
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     launch(fine, nprocs=2)
     print("ready", flush=True)
     for line in sys.stdin:
@@ -139,7 +138,7 @@ def _resident_mb() -> float:
 
 
 class Host:
-    """The process that launches; killed and started anew as the faults have it."""
+    """The process that launches; faults may kill it, and then it is restarted."""
 
     def __init__(self, folder: str, marker: str) -> None:
         environment = {**os.environ, MARKER: marker, "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
@@ -150,10 +149,10 @@ class Host:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         assert self.process.stdout is not None
-        self.process.stdout.readline()  # it is ready
+        self.process.stdout.readline()  # waits until it is ready
 
     def ask(self, todo: Plan) -> dict[str, Any]:
-        """Have one plan carried out; what came of it."""
+        """Carry out one plan and return the result."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(todo) + "\n")
@@ -179,7 +178,7 @@ class Host:
         return report
 
     def close(self) -> None:
-        """End the host as a kernel is ended."""
+        """End the host as a kernel ends."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.close()
@@ -187,9 +186,9 @@ class Host:
         self.process.stdout.close()
 
     def left_behind(self) -> list[str]:
-        """Processes with our marker but the host and its helpers, and files in shared memory.
+        """Marked processes except the host and its helpers, and files in shared memory.
 
-        Both are given a moment to go.
+        Both have a moment to go away.
         """
         deadline = time.monotonic() + SETTLE
         while (found := self._left()) and time.monotonic() < deadline:
@@ -201,7 +200,7 @@ class Host:
 
 
 def processes_of(marker: str, process: subprocess.Popen[Any]) -> list[str]:
-    """The processes with this marker but `process` and its helpers."""
+    """The processes with this marker, except `process` and its helpers."""
     wanted = f"{MARKER}={marker}".encode()
     found = []
     for entry in os.listdir("/proc"):
@@ -214,13 +213,13 @@ def processes_of(marker: str, process: subprocess.Popen[Any]) -> list[str]:
             helper = "forkserver" in command or "resource_tracker" in command
             parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
             if process.poll() is None and helper and parent == process.pid:
-                continue  # what starts the ranks lives as long as the host
+                continue  # the forkserver lives as long as the host
             found.append(f"{entry} {command[:80]}")
     return found
 
 
 def campaign(runs: int, seed: int) -> int:
-    """Carry out the runs and print the report; the number of things that went wrong."""
+    """Carry out the runs, print the report, and return the number of errors."""
     marker = f"{os.getpid()}"
     results: list[tuple[Plan, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Print what this machine's GPUs and its torch are: `python -m benchmarks.gpu_machine`."""
+"""Print this machine's GPUs and torch: `python -m benchmarks.gpu_machine`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def main() -> None:
-    """A line for the software, and one for each GPU."""
+    """Print a line for the software, and one for each GPU."""
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
     print(
         f"Python {platform.python_version()}, torch {torch.__version__}, "

@@ -1,13 +1,13 @@
-"""The campaign's healthy half: random programs with which nothing is wrong. Is any judged hung?
+"""Runs random programs without errors: is any of them judged hung?
 
     python -m benchmarks.healthy --runs 500 --seed 0
 
-Each run has a seed, from which everything follows: what the ranks do, how many there are, when they
-pause, and on what machine: one core for all, three tenths of a processor, a slow network, a machine
-that is frozen for a while. A run is right if every rank returns its value. Prints each run that was
-not, and a line of figures a machine; ends with code 1 if any was wrong.
+A run's seed decides the ranks' program, their number, their pauses and the machine: one core for
+all, three tenths of a processor, a slow network, or a freeze of the whole machine. A run is right
+if every rank returns its value. Prints each run that is wrong, and a line of figures a machine; the
+exit code is 1 if any was wrong.
 
-Machines other than the plain one need root, and namespaces or control groups of the kernel's.
+Machines other than the plain one need root, and namespaces or control groups.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_lessons import launch, watch_ddp
 from ddp_lessons.simulated import SimulatedLink
 
-TIMEOUT = 60.0  # seconds without progress; a program pauses for some of them only
+TIMEOUT = 60.0  # seconds without progress; programs pause for less
 LONGEST = 4.0  # seconds of a pause
-FROZEN = 3.0  # seconds for which the whole machine is
+FROZEN = 3.0  # seconds of a freeze
 QUOTA_US, PERIOD_US = 30_000, 100_000  # three tenths of a processor
 RATES = ("5mbit", "10mbit", "20mbit", "50mbit")
 CPU_GROUP = Path("/sys/fs/cgroup/cpu")
@@ -51,12 +51,12 @@ Draw = random.Random
 
 
 def draw_of(seed: int, rank: int = -1) -> Draw:
-    """Random numbers of one rank, or those that all ranks share."""
+    """A generator for one rank, or one that all ranks share."""
     return random.Random(f"{seed}/{rank}")
 
 
 def pause(draw: Draw) -> None:
-    """Do nothing that shows for a while, in one way or another; often not at all."""
+    """Make no visible progress for a while, in one of several ways; often return at once."""
     seconds = draw.choice((0.0, 0.0, 0.1, 1.0, draw.uniform(1.0, LONGEST)))
     match draw.randrange(4):
         case 0:
@@ -71,7 +71,7 @@ def pause(draw: Draw) -> None:
                 pass
 
 
-# What the ranks do: each program gets its rank and seed, joins, and returns when all is done
+# The ranks' programs: each gets its rank and seed, joins, and returns at the end
 
 
 def collectives(rank: int, seed: int) -> None:
@@ -127,7 +127,7 @@ def some_return_early(rank: int, seed: int) -> None:
     shared, own = draw_of(seed), draw_of(seed, rank)
     members = sorted(shared.sample(range(dist.get_world_size()), 2))
     group = dist.new_group(members)
-    dist.barrier()  # who has joined may leave
+    dist.barrier()  # ranks that have joined may leave
     if rank in members:
         for _ in range(3):
             pause(own)
@@ -163,7 +163,7 @@ def sends(rank: int, seed: int) -> None:
 
 
 def shared_place(rank: int, seed: int) -> None:
-    """Ranks wait for each other by a lock on a file, or in the store; then in a barrier."""
+    """Ranks wait for each other by a file lock, or in the store; then in a barrier."""
     shared, own = draw_of(seed), draw_of(seed, rank)
     if shared.random() < 0.5:
         with open(Path(tempfile.gettempdir()) / f"lock-{seed}", "w") as file:
@@ -178,7 +178,7 @@ def shared_place(rank: int, seed: int) -> None:
 
 
 class Slow(torch.utils.data.Dataset):  # type: ignore[misc]
-    """Samples that take their time."""
+    """A dataset whose samples take a while."""
 
     def __len__(self) -> int:
         return 3
@@ -238,7 +238,7 @@ def _little_processor() -> Iterator[list[str]]:
 
 @contextmanager
 def _slow_network(rate: str) -> Iterator[list[str]]:
-    # Packets of the usual size: those of lo are too large for such a limit.
+    # Packets of the usual size: those of lo are too large for these rates.
     slow = (
         "ip link set lo up mtu 1500 && "
         f"tc qdisc add dev lo root tbf rate {rate} burst 32kbit latency 400ms && "
@@ -248,7 +248,7 @@ def _slow_network(rate: str) -> Iterator[list[str]]:
 
 
 class Machine(NamedTuple):
-    """Where the host runs, and the ranks that it launches: at most so many."""
+    """The machine of the host and its ranks, and the most ranks on it."""
 
     enter: Callable[[], object]
     most_ranks: int
@@ -265,7 +265,7 @@ MACHINES = {
 
 
 def host(machine: str) -> None:
-    """Read seeds, one a line, and print what came of each."""
+    """Read seeds, one a line, and print the result of each."""
     launch(lambda rank: rank)
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
@@ -286,7 +286,7 @@ def host(machine: str) -> None:
 
 
 def _freeze(tree: psutil.Process, seconds: float) -> None:
-    """Stop all processes of a host, itself included, for a while."""
+    """Suspend a host and all its child processes for a while."""
     everyone = [tree, *tree.children(recursive=True)]
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in everyone:
@@ -299,7 +299,7 @@ def _freeze(tree: psutil.Process, seconds: float) -> None:
 
 
 def campaign(machine: str, seeds: range) -> Iterator[dict[str, object]]:
-    """What came of each seed on a machine."""
+    """The result of each seed on a machine."""
     where = MACHINES[machine]
     with where.enter() as before:  # type: ignore[attr-defined]
         command = [*before, sys.executable, "-m", __spec__.name, "--host", machine]

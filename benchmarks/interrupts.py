@@ -1,10 +1,10 @@
-"""Stop is pressed at random moments, one to four times: what is left, and is the next launch right?
+"""Presses Stop at random moments, one to four times: is anything left, does the next launch work?
 
     python -m benchmarks.interrupts --runs 1000 --seed 0
 
-After each launch there must be no rank, no descriptor more, no temporary file and no shared memory.
-A launch that was stopped says so, once, with what the ranks had printed. Prints what was wrong, and
-figures; ends with code 1 if anything was.
+After each launch there must be no rank, no new descriptor, temporary file or shared memory. A
+stopped launch says so once, with the ranks' output. Prints errors and figures; the exit code is 1
+if there were errors.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from benchmarks.leftovers import left
 from ddp_lessons import launch
 
 MOST_PRESSES = 4
-SOON = 0.8  # seconds within which the first press comes; a launch takes about half of it
+SOON = 0.8  # seconds until the first press; a launch takes about half of it
 
 
 class Moment(NamedTuple):
-    """When Stop is pressed, in seconds since the launch, and what the ranks do then."""
+    """The times of the presses, in seconds since the launch, and the ranks' work then."""
 
     presses: tuple[float, ...]
     stubborn: bool
@@ -64,7 +64,7 @@ def work(rank: int, stubborn: bool) -> int:
 
 
 def wrongs(moment: Moment, before: set[str]) -> Iterator[str]:
-    """What is wrong after a launch that is interrupted at a moment."""
+    """The errors after a launch that is interrupted at a moment."""
     began = time.monotonic()
     over = threading.Event()
 
@@ -87,7 +87,7 @@ def wrongs(moment: Moment, before: set[str]) -> Iterator[str]:
         over.set()
         thread.join()
         time.sleep(0.01)
-    except KeyboardInterrupt:  # pressed once more, when it was over
+    except KeyboardInterrupt:  # a press after the launch was over
         over.set()
         thread.join()
     text = told.getvalue()
@@ -103,7 +103,7 @@ def wrongs(moment: Moment, before: set[str]) -> Iterator[str]:
 
 
 def campaign(runs: int, seed: int) -> tuple[int, collections.Counter[str]]:
-    """How many presses there were, and what was wrong, each with its seed."""
+    """The number of presses, and the errors with their seeds."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     launch(lambda rank: rank)
     before = left()

@@ -1,8 +1,8 @@
-"""What fresh ranks cost, in seconds and in memory, with `launch` and with other launchers.
+"""Measures the time and memory of fresh ranks, with `launch` and with other launchers.
 
-Run by hand, on a quiet Linux machine: `python -m benchmarks.launch`. Times are those of one
-process that has torch imported and is idle, as a kernel would be; the launchers take turns in it.
-Memory is that of real kernels. Needs accelerate (the extra `bench`).
+Run it by hand on a quiet Linux machine: `python -m benchmarks.launch`. One idle process that has
+imported torch, like a kernel, times the launchers in turns. Memory is that of real kernels. Needs
+accelerate (the extra `bench`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from unittest import mock
 
 from benchmarks.tables import machine, table
 
-# Nothing here imports ddp_lessons or torch at once: a kernel that measures a peer must not have the
-# forkserver, and the process that looks at kernels must not share torch's pages with them.
+# This module does not import ddp_lessons or torch: a kernel that measures another launcher must not
+# have the forkserver, and the process that measures kernels must not share torch's pages.
 
 # launch() sets the same for its ranks. The last one: a silent name server must not count.
 ENVIRONMENT = {
@@ -39,7 +39,7 @@ RANKS = "1,2,4,8,16,32,64"
 MEMORY_RANKS = 4
 SPAWN_ROUNDS = 3  # mp.spawn takes over a second a rank
 PATIENCE, PATIENCE_PER_RANK = 10.0, 1.0  # seconds until a launch counts as hung
-MEMORY_PATIENCE = 60.0  # seconds that ranks stay for the measurement of their memory
+MEMORY_PATIENCE = 60.0  # seconds that ranks stay while memory is measured
 MB = 1e6  # bytes
 
 NOTES = f"""\
@@ -78,7 +78,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Goal:
-    """A goal and what was measured for it, None if nothing was."""
+    """A goal and its measured value, None if there is none."""
 
     text: str
     most: float
@@ -106,7 +106,7 @@ def by_spawn(body: Body, args: tuple[Any, ...], ranks: int) -> None:
 
 
 def spawned(rank: int, ranks: int, port: int, body: Body, args: tuple[Any, ...]) -> None:
-    """A rank of mp.spawn: set what `env://` reads, then go on as the others."""
+    """A rank of mp.spawn: set the variables of `env://`, then call the body."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     body(*args)
@@ -136,21 +136,21 @@ LAUNCHERS = {
 
 
 def takes_part(name: str, ranks: int, turn: int, most_slow: int) -> bool:
-    """False where a launcher starts no process, or would take too long."""
+    """False if a launcher starts no process, or would take too long."""
     if name == "notebook_launcher":
         return ranks > 1
     return name != "mp.spawn" or (ranks <= most_slow and turn < SPAWN_ROUNDS)
 
 
 def free_port() -> int:
-    """A port that nobody uses at this moment."""
+    """A port that is free at the moment."""
     with socket.socket() as asked:
         asked.bind(("127.0.0.1", 0))
         return int(asked.getsockname()[1])
 
 
 def visit(joined: str = "", with_ddp: bool = False) -> None:
-    """What a rank does: join, all_reduce, stay if it gets a directory to report to, leave."""
+    """The body of a rank: join, all_reduce, stay if it gets a directory to report to, leave."""
     import torch
     import torch.distributed as dist
 
@@ -167,7 +167,7 @@ def visit(joined: str = "", with_ddp: bool = False) -> None:
 
 
 def stay(directory: str, with_ddp: bool) -> None:
-    """Tell that this rank has joined, by a file named after its process; wait to be killed."""
+    """Report that this rank has joined, by a file named after its process; wait to be killed."""
     from torch import nn
     from torch.nn.parallel import DistributedDataParallel
 
@@ -178,7 +178,7 @@ def stay(directory: str, with_ddp: bool) -> None:
 
 
 def measure_times(counts: Sequence[int], rounds: int, most_slow: int) -> Times:
-    """Have the launchers take turns."""
+    """Time the launchers in turns."""
     import torch.distributed  # noqa: F401  as a notebook has, before it launches
 
     by_launch(visit, (), 2)  # not in `seconds_of`: the forkserver's socket must outlive that
@@ -202,7 +202,7 @@ def seconds_of(name: str, ranks: int) -> float:
         began = time.perf_counter()
         try:
             LAUNCHERS[name](visit, (), ranks)
-        except Exception:  # each launcher has its own for ranks that were killed
+        except Exception:  # each launcher raises its own error for killed ranks
             if time.perf_counter() - began < patience:
                 raise
             return math.inf
@@ -211,7 +211,7 @@ def seconds_of(name: str, ranks: int) -> float:
 
 @contextlib.contextmanager
 def own_temporary_directory() -> Iterator[str]:
-    """Have a directory for what the launchers, here or in kernels started now, leave behind.
+    """A directory for files that launchers leave behind, here or in kernels started now.
 
     notebook_launcher leaves a directory at every call.
     """
@@ -225,7 +225,7 @@ def own_temporary_directory() -> Iterator[str]:
 def ranks_ended_after(seconds: float) -> Iterator[None]:
     """Kill the processes started in the block if it takes longer.
 
-    By an alarm: a thread in this process would not do any good to launchers that fork it.
+    Uses an alarm: launchers fork this process, so it must not have another thread.
     """
     import psutil
 
@@ -245,7 +245,7 @@ def ranks_ended_after(seconds: float) -> Iterator[None]:
 
 
 def measure_memory(name: str, with_ddp: bool) -> Memory:
-    """Have ranks join in a fresh kernel, and look at all its processes while they wait."""
+    """Launch ranks in a fresh kernel, and measure all its processes while they wait."""
     import psutil
 
     from tests.support.kernels import Kernel
@@ -293,7 +293,7 @@ def median_of(times: Times, name: str, ranks: int) -> float | None:
 
 
 def ratio_of(times: Times, peer: str, ranks: int) -> float | None:
-    """The time of launch over that of a peer: the median over the rounds that both ended."""
+    """The time of launch over that of another launcher: the median of rounds that both ended."""
     pairs = zip(times.get(("launch", ranks), []), times.get((peer, ranks), []), strict=False)
     ratios = [ours / theirs for ours, theirs in pairs if math.isfinite(ours + theirs)]
     return statistics.median(ratios) if ratios else None
@@ -337,7 +337,7 @@ def goals(times: Times, memory: dict[str, tuple[Memory, Memory]]) -> list[Goal]:
 
 
 def report(counts: Sequence[int], rounds: int, most_slow: int) -> str:
-    """Measure everything; Markdown."""
+    """Measure everything; return Markdown."""
     head = machine("torch", "accelerate")
     memory = {
         name: (measure_memory(name, False), measure_memory(name, True))

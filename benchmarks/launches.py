@@ -1,11 +1,11 @@
-"""Launches that fail in every way, and kernels that are killed: is anything left behind?
+"""Runs launches that fail in many ways, and kills kernels: is anything left behind?
 
     python -m benchmarks.launches --runs 500 --kills 200 --seed 0
 
-After each launch there must be no rank, no descriptor more, no temporary file and no shared memory,
-and the next launch must give its values. After each kill of a kernel with SIGKILL, at a random
-moment of a launch, its whole tree must be gone, with all files. Each run follows from its seed.
-Prints what was wrong, and figures; ends with code 1 if anything was.
+After each launch there must be no rank, no new descriptor, temporary file or shared memory, and the
+next launch must return its values. After each SIGKILL of a kernel at a random moment of a launch,
+all its processes and files must be gone. Each run follows from its seed. Prints errors and figures;
+the exit code is 1 if there were errors.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from ddp_lessons.processes import forkserver
 from tests.support.kernels import Kernel
 
 GONE_WITHIN = 10.0  # seconds; shared memory of "file_system" has a manager that takes two
-MARK = "DDP_LESSONS_BENCHMARK"  # a variable by which a kernel's processes are known
+MARK = "DDP_LESSONS_BENCHMARK"  # a variable that marks a kernel's processes
 
 
 def ident(rank: int) -> int:
     return rank
 
 
-# What ranks do: each returns, fails or is ended
+# The ranks' functions: each returns, fails or is ended
 
 
 def trains(rank: int) -> None:
@@ -122,7 +122,7 @@ PROGRAMS: tuple[Callable[[int], Any], ...] = (
 )  # fmt: skip
 
 
-# What happens to the machinery before a launch, or around it
+# Damage to the launcher before or during a launch
 
 
 def nothing() -> None: ...
@@ -157,7 +157,7 @@ HARMS: tuple[Callable[[], None], ...] = (
 
 @contextlib.contextmanager
 def few_files() -> Iterator[None]:
-    """So few descriptors that 16 ranks cannot be started."""
+    """Allow too few descriptors to start 16 ranks."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 40, hard))
     try:
@@ -167,7 +167,7 @@ def few_files() -> Iterator[None]:
 
 
 def one_launch(draw: random.Random) -> str:
-    """Launch something that may fail; what it was."""
+    """Launch something that may fail; return its description."""
     program = draw.choice(PROGRAMS)
     method = draw.choice(("forkserver",) * 5 + ("spawn",))
     kind = draw.randrange(10)
@@ -196,7 +196,7 @@ def one_launch(draw: random.Random) -> str:
 
 
 def launches(seeds: range) -> collections.Counter[str]:
-    """What was wrong after each."""
+    """The errors after each launch."""
     wrong: collections.Counter[str] = collections.Counter()
     for method in ("forkserver", "spawn"):
         launch(ident, start_method=method)
@@ -219,7 +219,7 @@ def launches(seeds: range) -> collections.Counter[str]:
 
 
 def marked(mark: str) -> list[psutil.Process]:
-    """The processes that live and have inherited a kernel's mark."""
+    """The live processes that inherited a kernel's mark."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -229,7 +229,7 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def kill_a_kernel(seed: int) -> Iterator[str]:
-    """Kill a kernel in the middle of launches; what was wrong then."""
+    """Kill a kernel during launches; return the errors."""
     draw = random.Random(seed)
     program = draw.choice(PROGRAMS)
     method = draw.choice(("forkserver", "spawn"))
@@ -251,7 +251,7 @@ def kill_a_kernel(seed: int) -> Iterator[str]:
 
 
 def temporary() -> set[str]:
-    """All temporary files, also multiprocessing's folders: a killed kernel leaves none."""
+    """All temporary files and multiprocessing's folders: a killed kernel must leave none."""
     return files() | {str(p) for p in Path(tempfile.gettempdir()).iterdir()}
 
 

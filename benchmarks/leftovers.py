@@ -1,4 +1,4 @@
-"""What a launch may leave behind: processes, descriptors, temporary files, shared memory."""
+"""Finds what a launch left behind: processes, descriptors, temporary files, shared memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import psutil
 
 
 def files() -> set[str]:
-    """Temporary files and shared memory, but for folders of multiprocessing's and torch's cache."""
+    """Temporary files and shared memory, except folders of multiprocessing and torch's cache."""
     known = ("pymp-", "torchinductor_")
     found = Path(tempfile.gettempdir()).iterdir()
     temporary = {str(path) for path in found if not path.name.startswith(known)}
@@ -19,7 +19,7 @@ def files() -> set[str]:
 
 
 def left() -> set[str]:
-    """What there is now; forkservers, which stay on purpose, do not count."""
+    """What exists now, except forkservers, which stay on purpose."""
     me = psutil.Process()
     processes = set()
     for child in me.children(recursive=True):

@@ -1,10 +1,10 @@
-"""What recording costs, and how well it finds a late rank.
+"""Measures what recording costs, and how well it finds a late rank.
 
-Run by hand, on a quiet machine: `python -m benchmarks.recording`. In one run the same ranks
-take turns, call by call or step by step: recording off and on, for DDP also torch's own
-communication hook; after each round as many under torch.profiler. Off means torch's own functions,
-a DDP model that is not watched, and nobody who counts steps. With `--backend nccl` there are as
-many ranks as GPUs, and every call or step ends when the GPU has done it.
+Run it by hand on a quiet machine: `python -m benchmarks.recording`. In one run the same ranks
+alternate, call by call or step by step, between recording off and on, for DDP also with torch's own
+communication hook; each round is repeated under torch.profiler. Off means torch's own functions, an
+unwatched DDP model, and uncounted steps. With `--backend nccl` there are as many ranks as GPUs, and
+every call or step ends when the GPU has done it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ OFF_BY_ROUND = "off by round"
 RANKS = (2, 4)
 KILOBYTES = 256
 WARM_UP, CALLS, STEPS = 3, 100, 8  # of one round
-DELAY, DELAYED_STEPS = 0.03, 42  # seconds; the first two steps do not count
+DELAY, DELAYED_STEPS = 0.03, 42  # seconds, steps; the first two do not count
 LATE = 2
-QUIET = {"KINETO_LOG_LEVEL": "6"}  # else the profiler prints on stderr what it does
+QUIET = {"KINETO_LOG_LEVEL": "6"}  # stops the profiler's messages on stderr
 
 NOTES = f"""\
 Medians of one rank's calls or steps, in ms. Ratios: each call or step to the one of torch alone
@@ -52,7 +52,7 @@ Works = dict[str, Callable[[], object]]
 
 @contextlib.contextmanager
 def recorded(arm: str) -> Iterator[None]:
-    """Record, or not, or record under the profiler as well."""
+    """Record, do not record, or record under the profiler."""
     recorder, wait = recording.current(), dist.Work.wait
     with contextlib.ExitStack() as stack:
         if arm in (OFF, HOOK):
@@ -73,14 +73,14 @@ def taken_ms(work: Callable[[], object]) -> float:
 
 
 def take_turns(works: Works, rounds: int, times: int) -> Figures:
-    """Each of the works, `times` in each round, one after the other."""
+    """Run the works alternately, each `times` times in a round."""
     figures: Figures = {arm: [] for arm in (*works, OFF_BY_ROUND)}
     arms = [arm for arm in works if arm != PROFILED]
     for _ in range(WARM_UP):
         for arm in arms:
             works[arm]()
     for turns in range(1, rounds * times + 1):
-        arms.append(arms.pop(0))  # another one begins
+        arms.append(arms.pop(0))  # another one goes first
         for arm in arms:
             with recorded(arm):
                 figures[arm].append(taken_ms(works[arm]))
@@ -93,7 +93,7 @@ def take_turns(works: Works, rounds: int, times: int) -> Figures:
 
 
 def join(backend: str) -> tuple[torch.device, Callable[[], None]]:
-    """Join on this rank's device; that, and what waits until it has done its work."""
+    """Join; return this rank's device, and a function that waits until its work is done."""
     device, finish = torch.device("cpu"), _nothing
     if backend == "nccl":
         device, finish = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.synchronize
@@ -167,7 +167,7 @@ def stepper(
 
 
 def with_a_late_rank(rank: int) -> float:
-    """Sleep before each all_reduce on the late rank; the median of how long it slept, in ms."""
+    """Sleep before each all_reduce on the late rank; return the median sleep in ms."""
     dist.init_process_group("gloo")
     slept = []
     for _ in steps(range(DELAYED_STEPS)):
@@ -198,16 +198,16 @@ def cost_rows(
 
 
 def ratio(figures: list[float], off: list[float]) -> str:
-    """The median of the paired ratios, and its standard error: half of what holds 68 %."""
+    """The median of the paired ratios, and its standard error: half the 68 % interval."""
     ratios = sorted(a / b for a, b in zip(figures, off, strict=True))
     count, middle = len(ratios), len(ratios) // 2
-    reach = max(1, round(count**0.5 / 2))  # in places: those of the median vary by so much
+    reach = max(1, round(count**0.5 / 2))  # places by which the median's position varies
     error = (ratios[min(middle + reach, count - 1)] - ratios[max(middle - reach, 0)]) / 2
     return f"{statistics.median(ratios):.3f} (±{error:.3f})"
 
 
 def straggler_line() -> str:
-    """How well a delay of one of four ranks is found."""
+    """A line on how well the delay of one of four ranks is found."""
     run = launch(with_a_late_rank, nprocs=4)
     rows = [row for row in run.waits() if row.step is not None and row.step >= 2]
     found = statistics.median(row.wait_ns / 1e6 for row in rows if row.rank != LATE)

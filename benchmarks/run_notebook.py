@@ -1,8 +1,8 @@
 """Run a notebook's cells without Jupyter: `python -m benchmarks.run_notebook NOTEBOOK FOLDER`.
 
-FOLDER gets the notebook with its new outputs and every picture as a file. A cell that fails is
-shown, and the next one runs: one call should bring back as much as it can. The exit code is the
-number of cells that failed. Cells tagged `remove-cell` are for Jupyter and are left out.
+FOLDER gets the notebook with its new outputs and every picture as a file. After a cell that fails
+the next one runs, so that one call returns as much as possible. The exit code is the number of
+cells that failed. Cells tagged `remove-cell` are for Jupyter and are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Output = dict[str, Any]
 
 
 def run(notebook: dict[str, Any]) -> int:
-    """Run all code cells in one `__main__`, replace their outputs; how many failed."""
+    """Run all code cells in one `__main__` and replace their outputs; return how many failed."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     failed = number = 0
     for cell in notebook["cells"]:
@@ -39,9 +39,9 @@ def run(notebook: dict[str, Any]) -> int:
 
 
 def run_cell(source: str, number: int, namespace: dict[str, Any]) -> list[Output]:
-    """Run one cell; its outputs as a notebook stores them."""
+    """Run one cell and return its outputs as a notebook stores them."""
     name = f"Cell In[{number}]"
-    # As IPython does: text without a time of change is a cell's, and tracebacks show its lines.
+    # As in IPython: linecache keeps text without a modification time, so tracebacks show its lines.
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     outputs: list[Output] = []
     result = None
@@ -69,12 +69,12 @@ def run_cell(source: str, number: int, namespace: dict[str, Any]) -> list[Output
 
 
 def stream(text: str) -> Output:
-    """What a cell printed."""
+    """A cell's printed output."""
     return {"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)}
 
 
 def failure(error: Exception) -> Output:
-    """What a cell raised."""
+    """A cell's exception."""
     return {
         "output_type": "error",
         "ename": type(error).__name__,
@@ -92,7 +92,7 @@ def bundle(value: Any) -> dict[str, Any]:
 
 
 def picture(figure: Any) -> dict[str, Any]:
-    """A figure as IPython's inline backend would store it."""
+    """A figure as IPython's inline backend stores it."""
     buffer = io.BytesIO()
     text = repr(figure)
     figure.savefig(buffer, format="png", bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""What the benchmarks print: Markdown tables, and what they were measured on."""
+"""Markdown tables for the benchmarks, and a line on the machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(*packages: str) -> str:
-    """One line on what this was measured on."""
+    """One line on this machine."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = ", ".join(f"{name} {version(name)}" for name in packages)

@@ -1,10 +1,9 @@
 """Set up `.venv`: `install.py lessons` for learners, `test` or `bench` for contributors.
 
-One command, safe to repeat; it uses only Python's standard library, and when nothing has changed
-since the last time it does nothing. Each purpose includes the ones before it.
-On Linux without an NVIDIA GPU, torch comes from PyTorch's index of CPU builds if that answers:
-the ordinary build brings gigabytes of CUDA. `TORCH_INDEX=URL` names another index, `TORCH_INDEX=`
-(empty) uses none.
+The Makefile calls it. It uses only Python's standard library, is safe to repeat, and does nothing
+if nothing has changed since the last time. Each purpose includes the ones before it. On Linux without
+an NVIDIA GPU, torch comes from PyTorch's index of CPU builds if that answers: the ordinary build
+brings gigabytes of CUDA. `TORCH_INDEX=URL` names another index, `TORCH_INDEX=` (empty) uses none.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,9 +24,9 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "installed"
 CONSTRAINTS = ROOT / "binder" / "constraints.txt"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-PATIENCE = 4.0  # seconds that the CPU index has to answer
-TELL = 5.0  # seconds between two signs of life
-BUILD = ("hatchling", "editables")  # pyproject.toml's build system, and what it needs for -e
+PATIENCE = 4.0  # seconds for the CPU index to answer
+TELL = 5.0  # seconds between progress messages
+BUILD = ("hatchling", "editables")  # pyproject.toml's build system, and its requirement for -e
 OF_TORCH = "torch, torch._dynamo, torch.nn.parallel, torch.profiler"
 OF_COURSE = (
     "ddp_lessons.worker.main, ddp_lessons.data, ddp_lessons.plots, ipykernel.kernelapp, "
@@ -41,7 +39,7 @@ NEWS = "@jupyterlab/apputils-extension:announcements"  # a pop-up on the first s
 
 
 def main() -> None:
-    """Install what pyproject.toml asks for, at the versions of constraints.txt."""
+    """Install pyproject.toml's requirements, at the versions of constraints.txt."""
     if sys.version_info < (3, 11):
         sys.exit(
             f"Python {sys.version.split()[0]} is too old: 3.11 or newer is needed. "
@@ -60,10 +58,10 @@ def main() -> None:
         say("Setting up .venv for the lessons: PyTorch, JupyterLab and the course.")
     STAMP.unlink(missing_ok=True)
     with ThreadPoolExecutor() as pool:
-        options = pool.submit(torch_options)  # it may wait for an index that does not answer
+        options = pool.submit(torch_options)  # may wait for an index that does not answer
         if not python().exists():
             make_venv()
-    # What builds our own package comes along: pip would else fetch it once more, to use it alone.
+    # With our package's build system: otherwise pip would fetch it again for an isolated build.
     pip("PyTorch, about 200 MB", pinned("torch"), *options.result(), *BUILD)
     with import_once(OF_TORCH):
         what = "JupyterLab and the course" if purpose == "lessons" else "the course and its tests"
@@ -82,14 +80,14 @@ def main() -> None:
 
 
 def state() -> str:
-    """What the installation depends on, as a hash."""
+    """A hash of everything that the installation depends on."""
     parts = [(ROOT / "pyproject.toml").read_bytes(), CONSTRAINTS.read_bytes()]
     parts += [sys.version.encode(), os.environ.get("TORCH_INDEX", "default").encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def make_venv() -> None:
-    """Create `.venv`, and say what is missing if that fails."""
+    """Create `.venv`; if that fails, say what is missing."""
     try:
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     except subprocess.CalledProcessError:
@@ -105,19 +103,21 @@ def python() -> Path:
 
 
 def pinned(package: str) -> str:
-    """`torch==...`, the version that constraints.txt names."""
+    """`torch==...`, with the version of constraints.txt."""
     lines = CONSTRAINTS.read_text().splitlines()
     return next(line for line in lines if line.startswith(f"{package}=="))
 
 
 def in_groups(*names: str) -> list[str]:
     """What dependency groups of pyproject.toml ask for; pip reads them itself from 25.1 on."""
+    import tomllib  # Python 3.10 must get as far as the message that it is too old
+
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     return [requirement for name in names for requirement in groups[name]]
 
 
 def torch_options() -> list[str]:
-    """Options by which pip finds the right build of torch."""
+    """pip's options for the right build of torch."""
     if "TORCH_INDEX" in os.environ:
         index = os.environ["TORCH_INDEX"]
         return ["--extra-index-url", index] if index else []
@@ -135,7 +135,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def answers(url: str) -> bool:
-    """True if the index answers within a few seconds; one try."""
+    """True if the index answers within a few seconds, at the first try."""
     reached: list[bool] = []
 
     def ask() -> None:
@@ -153,9 +153,9 @@ def answers(url: str) -> bool:
 
 
 def import_once(modules: str) -> subprocess.Popen[bytes]:
-    """Import modules in a process of their own, so that their bytecode is written.
+    """Import modules in a new process, so that their bytecode is written.
 
-    pip would compile everything, most of which nobody ever imports: that takes 20 s and 250 MB.
+    pip would compile all modules, most of them never imported: that takes 20 s and 250 MB.
     """
     env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     return subprocess.Popen(
@@ -167,7 +167,7 @@ def import_once(modules: str) -> subprocess.Popen[bytes]:
 
 
 def pip(what: str, *arguments: str) -> None:
-    """Install something at the tested versions, saying what, and now and then how far it is."""
+    """Install packages at the tested versions, printing their names and the progress."""
     say(f"Installing {what} ...")
     command = [str(python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--no-compile", "-c", str(CONSTRAINTS), *arguments]
@@ -183,7 +183,7 @@ def pip(what: str, *arguments: str) -> None:
 
 
 def size() -> int:
-    """How many bytes `.venv` has; what disappears meanwhile is not counted."""
+    """The size of `.venv` in bytes; files that disappear meanwhile do not count."""
     total = 0
     for folder, _, names in os.walk(VENV):
         for name in names:
@@ -195,7 +195,7 @@ def size() -> int:
 
 
 def say(text: str) -> None:
-    """Tell the user, at once."""
+    """Print a message at once."""
     print(text, flush=True)
 
 

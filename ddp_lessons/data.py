@@ -1,9 +1,9 @@
 """The digits: real images small enough for every rank, and two small models that learn them.
 
-Runs wherever a lesson calls it, in workers mostly. The 1,797 images of 8 x 8 pixels come with
-scikit-learn's wheel, so nothing is downloaded; its file is read without importing scikit-learn,
-which would cost each rank a second and 100 MB. A lesson writes a model or a split out in full
-before a later one imports it from here.
+Runs wherever a lesson calls it, mostly in workers. The 1,797 images of 8 x 8 pixels come with
+scikit-learn's wheel, so nothing is downloaded; the file is read without importing scikit-learn,
+which would cost each rank a second and 100 MB. A lesson writes out a model or a split in full
+before a later lesson imports it from here.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-BRIGHTEST = 16  # of a pixel in the file
-TEST_EVERY = 5  # of each digit's images, one in so many is for the test
+BRIGHTEST = 16  # pixel value in the file
+TEST_EVERY = 5  # every fifth image of each digit is a test image
 
 
 def digits(train: bool = True) -> TensorDataset:
-    """The digits as a dataset of (image, label); training and test images are always the same ones.
+    """The digits as a dataset of (image, label), always with the same split.
 
     Parameters
     ----------
     train : bool
         True for the 1,437 training images, False for the 360 test images. Both are in a fixed
-        mixed order and have every digit in equal shares.
+        shuffled order, with equal shares of every digit.
 
     Returns
     -------
@@ -39,8 +39,8 @@ def digits(train: bool = True) -> TensorDataset:
     Notes
     -----
     Test set of the Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, 1998, UCI
-    Machine Learning Repository. The file is read once, in some 10 ms: ranks that are forked find it
-    read. Each call returns tensors of its own.
+    Machine Learning Repository. The file is read once, in some 10 ms; forked ranks inherit it. Each
+    call returns new tensors.
     """
     rows = _rows()
     rows = rows[_split(rows[:, -1], train)]
@@ -50,7 +50,7 @@ def digits(train: bool = True) -> TensorDataset:
 
 @functools.cache
 def _rows() -> np.ndarray:
-    """The file: 64 pixels and the label of each image."""
+    """The file's rows: 64 pixels and the label of each image."""
     return np.loadtxt(_file(), delimiter=",", dtype=np.float32)
 
 
@@ -62,8 +62,8 @@ def _file() -> str:
 
 
 def _split(labels: np.ndarray, train: bool) -> np.ndarray:
-    """Which rows belong to the training or the test set, in mixed order."""
-    # The file counts 0 to 9 over and over: in its order, every other image would be an even digit.
+    """Indices of the training or test rows, in shuffled order."""
+    # The file counts 0 to 9 over and over, so every other image in it is an even digit.
     # RandomState, unlike default_rng, promises the same numbers in every version of NumPy.
     mixed: np.ndarray = np.random.RandomState(0).permutation(len(labels))
     by_digit = np.argsort(labels[mixed], kind="stable")
@@ -76,17 +76,17 @@ def _split(labels: np.ndarray, train: bool) -> np.ndarray:
 def unequal_shard(
     dataset: TensorDataset, rank: int, world_size: int, weights: Sequence[float] | None = None
 ) -> TensorDataset:
-    """One rank's consecutive part of a dataset, where the ranks get different amounts.
+    """One rank's consecutive part of a dataset; the parts have different sizes.
 
     Parameters
     ----------
     dataset : TensorDataset
         All samples.
     rank, world_size : int
-        Whose part, and of how many.
+        The rank, and the number of ranks.
     weights : sequence of float, optional
-        `(world_size,)`: how much each rank gets, relative to the others; by default 1, 2, 3 and so
-        on. Together the parts are all samples, each once.
+        `(world_size,)`: the relative sizes of the parts; by default 1, 2, 3 and so on. Each sample
+        is in exactly one part.
     """
     _check(dataset, rank, world_size)
     shares = np.asarray(weights if weights is not None else range(1, world_size + 1), dtype=float)
@@ -101,10 +101,10 @@ def unequal_shard(
 def shifted_shard(
     dataset: TensorDataset, rank: int, world_size: int, shift: float = 1.0
 ) -> TensorDataset:
-    """One rank's equal part of a dataset, with images brighter from rank to rank.
+    """One rank's equal part of a dataset, brighter from rank to rank.
 
-    Rank r gets samples r, r + world_size and so on, and `shift * r` added to each pixel: a mean
-    that one rank computes is not the mean of all. The shards' sizes differ by at most 1.
+    Rank r gets samples r, r + world_size and so on, with `shift * r` added to each pixel, so one
+    rank's mean is not the mean of all. The shards' sizes differ by at most 1.
     """
     _check(dataset, rank, world_size)
     images, *others = dataset[rank::world_size]
@@ -126,7 +126,7 @@ def _check(dataset: TensorDataset, rank: int, world_size: int) -> None:
 class SmallMLP(nn.Module):  # type: ignore[misc]
     """Two linear layers: 2,410 parameters in 4 tensors. Images `(n, 1, 8, 8)` to scores `(n, 10)`.
 
-    It has no batch norm and no dropout, so by-hand gradients can be compared to the last bit.
+    Without batch norm and dropout, by-hand gradients can be compared to the last bit.
     """
 
     def __init__(self) -> None:

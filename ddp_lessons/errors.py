@@ -7,10 +7,10 @@
     ├── CannotSend      the function, an argument or a return value cannot be pickled
     ├── WorkerFailed    a rank raised an exception
     ├── WorkerDied      a rank's process ended by a signal or by os._exit
-    └── WorkersHung     no rank made progress any more
+    └── WorkersHung     no rank made progress
 
-Each message says what happened, on which rank, at which line, and what to try. In a notebook the
-message is all that is shown: the frames of the launcher would only hide it.
+Each message says what happened, on which rank, at which line, and what to try. A notebook shows
+only the message: the launcher's frames would hide it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _RED, _BOLD, _RESET = "\x1b[31m", "\x1b[1m", "\x1b[0m"
 
 
 class LaunchError(Exception):
-    """Base of everything that launch() raises on purpose.
+    """Base of the errors that launch() raises.
 
     Attributes
     ----------
     run : Run or None
         The record of the run, with every rank's output, value and error; None if it never began.
     rank : int or None
-        The rank that caused the failure, where one rank did.
+        The rank that caused the failure, if it was one rank.
     """
 
     def __init__(
@@ -42,27 +42,27 @@ class LaunchError(Exception):
         self.rank = rank
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows instead of a traceback (the hook that ipyparallel uses, too)."""
+        """What IPython shows instead of a traceback (ipyparallel uses this hook, too)."""
         first, *rest = str(self).splitlines() or [""]
         return [f"{_BOLD}{_RED}{type(self).__name__}{_RESET}{_BOLD}: {first}{_RESET}", *rest]
 
 
 def show_without_frames(error: BaseException) -> None:
-    """Have a notebook show only the name of an error, of which everything has been said."""
+    """Make a notebook show only the name of an error that was explained already."""
     lines = [f"{_BOLD}{_RED}{type(error).__name__}{_RESET}"]
     error._render_traceback_ = lambda: lines  # type: ignore[attr-defined]
 
 
 class BadLaunch(LaunchError):
-    """The arguments of launch() make no sense; says which one, and what would do."""
+    """The arguments of launch() make no sense; the message says which, and what is accepted."""
 
 
 class CannotSend(LaunchError):
-    """Something cannot be pickled, so it cannot travel between processes; names it."""
+    """An object cannot be pickled, so it cannot be sent between processes; names the object."""
 
 
 class WorkerFailed(LaunchError):
-    """A rank raised an exception; its own exception is `__cause__` where it could be pickled."""
+    """A rank raised an exception, which is `__cause__` if it could be pickled."""
 
 
 class WorkerDied(LaunchError):

@@ -1,9 +1,9 @@
-"""`load_run`: what the ranks of a script recorded (torchrun.py), as a `Run` like launch's.
+"""`load_run`: makes a `Run` of what the ranks of a script recorded (worker/torchrun.py).
 
-Runs in the parent: in a notebook, after the job or while it still runs or hangs. The records of
-several machines are put on rank 0's clock. What no record can tell is inferred: a rank whose record
-just stops was killed, or it still lives, and then its file is locked. A folder may come from
-anybody: what is read is checked (facts.py, span_buffer.py), and nothing is unpickled.
+Runs in the parent, in a notebook, after the job or while it still runs or hangs. It converts all
+stamps to rank 0's clock. A rank whose recording ends without an exit status was killed, or it still
+lives and locks its file. A folder may come from anybody: facts.py and span_buffer.py check what
+they read, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -34,39 +34,39 @@ _RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
 _SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 _NUMBERS = re.compile(r"\d+")
 INTERRUPTED, TOLD_TO_END = -int(signal.SIGINT), -int(signal.SIGTERM)  # exit codes
-# Files in whose frames stacks.position sees the call of a rank that cannot be asked.
+# Stand-ins for frames of a rank that cannot be asked: stacks.position finds its call in them.
 _DISTRIBUTED = "/site-packages/torch/distributed/distributed_c10d.py"
 _AUTOGRAD = "/site-packages/torch/autograd/__init__.py"
 
 
 def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:
-    """Read what the ranks of a script recorded: a `Run` with spans, errors and a verdict.
+    """Read the record of a script's ranks: a `Run` with spans, errors and a verdict.
 
     A script records if it imports ddp_lessons and the environment variable DDP_LESSONS_RECORD names
     a folder: ``DDP_LESSONS_RECORD=record torchrun --nproc-per-node 2 train.py``. On several
-    machines, copy the folders of all into one. A job that still runs, or hangs, can be read, too.
+    machines, copy all folders into one. The job may still run, or hang.
 
     Parameters
     ----------
     folder : str or path-like
         The folder that DDP_LESSONS_RECORD named.
     attempt : int, optional
-        Which start of the script, where torchrun restarted it or the folder holds several jobs: 0
-        is the first, 1 the second; by default, -1, the latest.
+        The start of the script, where torchrun restarted it or the folder holds several jobs: 0 is
+        the first, 1 the second; by default, -1, the latest.
 
     Returns
     -------
     Run
-        `values` and `output` are empty: they are not recorded. All spans are on rank 0's clock. A
-        rank that "returned" came to the end of its script; torchrun's log has its exit code. Lines
-        of the script are shown where its file lies here as it was when it ran.
+        `values` and `output` are not recorded, so they are empty. All spans are on rank 0's clock.
+        A rank that "returned" reached the end of its script; torchrun's log has its exit code.
+        Lines of the script are shown if its file is here, unchanged since the run.
 
     Raises
     ------
     FileNotFoundError, NotADirectoryError
-        If there is no record, no such attempt, or none of some ranks.
+        If there is no record, no such attempt, or no record of some rank.
     ValueError
-        If files are damaged, of more than one job, or no regular files.
+        If files are damaged, of more than one job, or not regular files.
     """
     place = Path(folder).expanduser()
     files = _files(place, attempt)
@@ -75,7 +75,7 @@ def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:
 
 @dataclass(frozen=True)
 class RankFiles:
-    """The files of one rank. Stamps are ns of its own clock, `behind_ns` behind rank 0's."""
+    """The files of one rank. Stamps are ns of its clock, which is `behind_ns` behind rank 0's."""
 
     began: Mapping[str, Any]
     behind_ns: int
@@ -84,7 +84,7 @@ class RankFiles:
     alive: bool
     spans: list[Span]
     dropped: int
-    told: str  # what faulthandler printed when SIGTERM told it to end, else empty
+    told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
 
     @property
@@ -93,7 +93,7 @@ class RankFiles:
 
     @property
     def last_ns(self) -> int:
-        """The last moment that is known of the rank."""
+        """The last known moment of the rank."""
         stamps = [stamp for span in self.spans for stamp in (span.t0_ns, span.t1_ns or 0)]
         return self.ended_ns or max(stamps, default=int(self.began["t_ns"]))
 
@@ -120,8 +120,8 @@ def _files(folder: Path, attempt: int) -> dict[int, Path]:
 def _attempts(files: Iterable[Path]) -> list[dict[int, Path]]:
     """The files of every attempt by rank, the earliest first.
 
-    When a rank fails, torchrun starts all ranks anew: one that begins again begins an attempt. (Its
-    count of restarts is not the same on all machines, pytorch issue 108158.)
+    When a rank fails, torchrun restarts all ranks, so a rank that begins again begins an attempt.
+    (torchrun's count of restarts differs between machines, pytorch issue 108158.)
     """
     names = ((_RECORD.fullmatch(file.name), file) for file in files)
     begun = sorted((int(name[2]), int(name[1]), file) for name, file in names if name)
@@ -143,7 +143,7 @@ def _read(file: Path) -> RankFiles:
         last = raised or ended
         ended_ns = last.number("t_ns", began["t_ns"]) if last else None
         if raised:
-            facts.error(raised, sources)  # here, where an error is one of this file
+            facts.error(raised, sources)  # parsed here so that an error names this file
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -164,7 +164,7 @@ def _read(file: Path) -> RankFiles:
 
 
 def _began(found: Fields, file: Path) -> dict[str, Any]:
-    """How the rank began, which its file's name tells, too."""
+    """The checked facts of a rank's start."""
     began = found.within("began")
     name = _RECORD.fullmatch(file.name)
     if name is None or began is None or began.data.get("version") != VERSION:
@@ -182,7 +182,7 @@ def _began(found: Fields, file: Path) -> dict[str, Any]:
 
 
 def _check_group(group: str, highest: int) -> None:
-    """Raise ValueError if a group is said to have ranks that cannot be."""
+    """Raise ValueError if a group's name has a rank beyond `highest`."""
     _, _, ranks = group.rpartition("ranks ")
     numbers = _NUMBERS.findall(ranks.partition(" #")[0])
     if max(map(int, numbers), default=0) > highest:
@@ -190,7 +190,7 @@ def _check_group(group: str, highest: int) -> None:
 
 
 def _site(site: str, sources: Sources) -> str:
-    """The site, with its file called as it may be."""
+    """The checked site, with the name under which its file may be shown."""
     if not _SITE.fullmatch(site) or "\0" in site:
         raise ValueError("is damaged: a line of code has no number")
     filename, line = split_site(site)
@@ -198,7 +198,7 @@ def _site(site: str, sources: Sources) -> str:
 
 
 def _is_held(facts_file: int) -> bool:
-    """Whether the rank still lives, which keeps its file locked. Never so for a copy."""
+    """Whether the rank still lives and locks its file; never true for a copy."""
     try:
         fcntl.flock(facts_file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -207,7 +207,7 @@ def _is_held(facts_file: int) -> bool:
 
 
 def _complete(place: Path, records: Sequence[RankFiles]) -> list[RankFiles]:
-    """The records by rank. Raises if they are not those of one whole job."""
+    """The records by rank. Raises if they are not one complete job."""
     sizes = {int(record.began["world_size"]) for record in records}
     if len(sizes) != 1:
         raise ValueError(
@@ -289,7 +289,7 @@ def _result(record: RankFiles) -> RankResult:
 
 
 def _where(spans: Sequence[Span]) -> tuple[Frame, ...]:
-    """Where a rank is that cannot be asked: in its open call of torch.distributed, if any."""
+    """The position of a rank that cannot be asked: its open call of torch.distributed, if any."""
     for span in spans:
         if span.t1_ns is None and span.name == WAIT_FOR_BUCKETS:
             return (Frame(_AUTOGRAD, 0, "backward"),)
@@ -299,11 +299,11 @@ def _where(spans: Sequence[Span]) -> tuple[Frame, ...]:
 
 
 def _with_fates(ranks: list[RankResult]) -> list[RankResult]:
-    """The ranks; those that left no word count as stopped where the rest tells that they were.
+    """The ranks; those without an exit status count as stopped where the others show that.
 
-    An agent stops the others when one of its ranks fails, and all of them when it is interrupted.
-    And a job that hangs, at calls that can never be met, is stopped by whoever loses patience.
-    But beside ranks that could be told to end, one without a word died before them.
+    An agent stops the other ranks when one fails, and all of them when it is interrupted. A person
+    stops a job that hangs. But if other ranks received SIGTERM, a rank without an exit status died
+    before them.
     """
     silent = {rank.rank: rank for rank in ranks if rank.status == "died"}
     own = any(rank.status == "raised" and not lost_partner(rank) for rank in ranks)
@@ -321,6 +321,6 @@ def _hung(ranks: Sequence[RankResult], silent: Mapping[int, RankResult]) -> bool
 
 
 def _quiet(ranks: Sequence[RankResult]) -> float:
-    """For how many seconds nothing had begun when the last thing became known."""
+    """The seconds from the last span's start to the last known moment of any rank."""
     begun = max(span.t0_ns for rank in ranks for span in rank.spans)
     return round((max(rank.ended_ns for rank in ranks) - begun) / 1e9, 1)

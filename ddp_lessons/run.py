@@ -1,7 +1,7 @@
-"""`Run`: what `launch` returns, and how it looks as text and in a notebook.
+"""`Run`: what `launch` and `load_run` return, and how it looks as text and in a notebook.
 
-Lives in the parent. The text carries no timings, so a notebook's stored output is the same on
-every run; timings are for the pictures. Whatever a worker printed is escaped before it is HTML.
+Lives in the parent. The text has no timings, so a notebook's stored output is the same on every
+run; plots show timings. Output of workers is escaped before it becomes HTML.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ LINES_SHOWN = 1000  # of all ranks together
 class Run(RunRecord):
     """The record of one launch: every rank's value, output, error and spans.
 
-    `launch` makes it. It says the same whether the run went well or not; `explain` tells why not.
+    `launch` makes it, also for a run that failed; `explain` says why.
 
     Attributes
     ----------
     name : str
-        What was run: the name of the function.
+        The name of the function or script.
     ranks : list of RankResult
-        What came of each rank, by rank.
+        The result of each rank, by rank.
     verdict : Verdict or None
         Why the run failed or hung; None if it did not.
     error : LaunchError or None
         The error that `launch` raises with ``check=True``.
     warnings : list of str
-        Lines on what went wrong without a failure, such as calls that changed places.
+        Silent errors, such as swapped calls: one line each.
     hung_after : float or None
-        Seconds without progress after which the run was given up; None if it was not.
+        Seconds without progress after which `launch` stopped the run; None if it did not.
     interrupted : bool
-        It was stopped by an interrupt.
+        True if an interrupt stopped it.
     begin_ns : int
         `time.perf_counter_ns()` when it began.
     """
@@ -54,30 +54,30 @@ class Run(RunRecord):
         super().__init__(name, ranks, **how)
         self.verdict: Verdict | None = diagnose.verdict(self)
         self.error: LaunchError | None = diagnose.error(self, self.verdict)
-        self.warnings = diagnose.warnings(self)  # lines on what went wrong without a failure
+        self.warnings = diagnose.warnings(self)
 
     def waits(self) -> list[Share]:
         """Every rank's part in every collective, split into waiting and transfer.
 
-        A list of named tuples, as of all methods here: `pandas.DataFrame(run.waits())` is a table.
-        See `Share` for the fields.
+        Returns a list of named tuples with the fields of `Share`; `pandas.DataFrame(run.waits())`
+        makes a table of it.
         """
         return wait_states.waits(self)
 
     def arrivals(self) -> list[Arrival]:
-        """How much later than the first each rank came to a collective; see `Arrival`."""
+        """How late each rank came to each collective; see `Arrival`."""
         return wait_states.arrivals(self)
 
     def overlap(self) -> list[Overlap]:
-        """How much communication was exposed and overlapped, by step; see `Overlap`."""
+        """Exposed and overlapped communication by step; see `Overlap`."""
         return metrics.overlap(self)
 
     def totals(self) -> list[Total]:
-        """What each rank's time went on; see `Total`."""
+        """How each rank spent its time; see `Total`."""
         return metrics.totals(self)
 
     def straggler(self) -> Straggler:
-        """Who keeps the others waiting, and whether it is always the same rank."""
+        """The rank that keeps the others waiting, if it is always the same one."""
         return metrics.straggler(self)
 
     def bandwidth(self) -> list[Link]:
@@ -85,17 +85,15 @@ class Run(RunRecord):
         return metrics.bandwidth(self)
 
     def save_trace(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write what every rank did when, for Perfetto and HolisticTraceAnalysis.
+        """Write a trace for Perfetto and HolisticTraceAnalysis; return the files.
 
         A name that ends in .json or .json.gz becomes one file of all ranks. Any other name is a
-        folder: one file a rank, and merged/all_ranks.json. Returns the files.
-
-        See `analysis.chrome_trace.save`.
+        folder: one file a rank, and merged/all_ranks.json. See `analysis.chrome_trace.save`.
         """
         return chrome_trace.save(self, path)
 
     def explain(self) -> str:
-        """What failed or hung and why; one line if nothing did; and what was not kept."""
+        """What failed or hung and why; one line if nothing did; and how many spans were dropped."""
         if self.error is not None:
             return "\n\n".join([f"{type(self.error).__name__}: {self.error}", *self._lost()])
         lines = [f"{text.all_ranks(self.world_size)} returned.", *self.warnings, *self._lost()]
@@ -105,7 +103,7 @@ class Run(RunRecord):
         if not self.lossy:
             return []
         lost = [f"rank {rank}: {self.ranks[rank].dropped:,}" for rank in self.lossy]
-        return [f"Spans that could not be kept, the latest: {', '.join(lost)}."]
+        return [f"The latest spans could not be kept: {', '.join(lost)}."]
 
     def raise_for_failure(self) -> None:
         """Raise the error of this run, if it has one."""
@@ -114,7 +112,7 @@ class Run(RunRecord):
             raise self.error from cause
 
     def output_lines(self) -> list[str]:
-        """What the ranks printed, grouped by rank and labelled, at most about 1,000 lines."""
+        """The ranks' output, grouped by rank and labelled, at most about 1,000 lines."""
         labelled = {
             r.rank: [f"[rank {r.rank}] {line}" for line in r.shown_lines] for r in self.ranks
         }

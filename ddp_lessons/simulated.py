@@ -1,6 +1,6 @@
-"""What this machine does not have, simulated; whoever uses it says so where it is seen.
+"""`SimulatedLink`: a slow network between the ranks, for lessons on one machine.
 
-Runs in workers. A `SimulatedLink` stands for a slow network between the ranks.
+Runs in workers, as DDP's communication hook. Lessons say where a link is simulated.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 class SimulatedLink:
     """A communication hook of DDP that makes buckets take as long as on a slow link.
 
-    The gradients are averaged for real, over the process group; then each bucket is held back for
-    `latency_ms` + its bytes / `megabytes_per_second`, one bucket after the other, as on one cable.
+    It averages gradients over the process group; then it holds each bucket back for `latency_ms` +
+    bytes / `megabytes_per_second`, one bucket after the other, as on one cable.
     Use it as ``watch_ddp(model, SimulatedLink(100))``.
 
     Parameters
     ----------
     megabytes_per_second : float
-        The bandwidth, in 10^6 bytes.
+        The bandwidth, in 10^6 bytes per second.
     latency_ms : float
-        What every bucket costs, however small, in milliseconds.
+        The cost of every bucket, however small, in milliseconds.
     """
 
     def __init__(self, megabytes_per_second: float, latency_ms: float = 0.0) -> None:
@@ -33,19 +33,19 @@ class SimulatedLink:
             )
         self.bytes_per_second = megabytes_per_second * 1e6
         self.latency = latency_ms / 1e3
-        self.__name__ = type(self).__name__  # DDP asks a hook for it
+        self.__name__ = type(self).__name__  # DDP reads it from a hook
         self._cable: ThreadPoolExecutor | None = None
 
     def seconds(self, nbytes: int) -> float:
-        """How long so many bytes are on the link."""
+        """How long the link takes for so many bytes, in seconds."""
         return self.latency + nbytes / self.bytes_per_second
 
     def __call__(self, _: Any, bucket: Any) -> Any:
-        """Average the bucket's gradients; a Future that has them when they came over the link."""
+        """Start averaging the bucket; the Future completes when the link has carried it."""
         import torch
         import torch.distributed as dist
 
-        if self._cable is None:  # a thread cannot travel from the notebook to a worker
+        if self._cable is None:  # made in the worker, because threads cannot be pickled
             self._cable = ThreadPoolExecutor(1, thread_name_prefix="simulated link")
         gradients = bucket.buffer().mul_(1.0 / dist.get_world_size())
         work = dist.all_reduce(gradients, async_op=True)
@@ -57,7 +57,7 @@ class SimulatedLink:
         try:
             work.get_future().wait()
             time.sleep(self.seconds(gradients.nbytes))
-        except Exception as error:  # whatever the backend raises, backward raises it then
+        except Exception as error:  # backward raises whatever the backend raised
             arrived.set_exception(error)
         else:
             arrived.set_result(gradients)

@@ -1,8 +1,8 @@
-"""Batch norm over the batches of all ranks, also where torch's own SyncBatchNorm refuses to run.
+"""Synchronised batch norm that also runs on CPU tensors.
 
-Runs in workers. `torch.nn.SyncBatchNorm` needs tensors on a GPU: its arithmetic is a CUDA kernel.
-The arithmetic here is written with ordinary tensor operations and two collectives, so it runs on
-CPU tensors with any backend. Lesson 09 builds it by hand.
+Runs in workers, called by lessons. `torch.nn.SyncBatchNorm` needs a GPU: it computes in a CUDA
+kernel. This module uses ordinary tensor operations and two collectives, so it runs on CPU tensors
+with any backend. Lesson 09 builds it by hand.
 
 ::
 
@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-TORCH_RUNS_ON = ("cuda", "xpu", "hpu")  # device types of which torch.nn.SyncBatchNorm takes tensors
+TORCH_RUNS_ON = ("cuda", "xpu", "hpu")  # device types that torch.nn.SyncBatchNorm supports
 
 
 def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
-    """Make every batch norm layer of a model a SyncBatchNorm, and say which kind.
+    """Make every batch norm layer of a model a SyncBatchNorm, and print which kind.
 
     Layers on a GPU become `torch.nn.SyncBatchNorm`, others this module's `SyncBatchNorm`, which
-    calculates as torch's own does when the model is moved to a GPU later. Rank 0 prints a line.
-    Convert before you wrap the model in DistributedDataParallel.
+    computes as torch's does if the model moves to a GPU later. Rank 0 prints a line. Convert before
+    you wrap the model in DistributedDataParallel.
 
     Parameters
     ----------
     model : Module
         Its layers are replaced; parameters and buffers stay the same objects with the same names,
-        so optimizers and checkpoints go on working.
+        so optimizers and checkpoints still work.
     process_group : ProcessGroup, optional
         The ranks that share their statistics; by default all.
 
@@ -48,7 +48,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     TypeError
         If `model` is not a module.
     ValueError
-        If it is wrapped in DistributedDataParallel already.
+        If it is already wrapped in DistributedDataParallel.
     """
     _refuse_nonsense(model)
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
@@ -87,20 +87,20 @@ def _what_was_converted(layers: int, ours: int) -> str:
 
 
 class SyncBatchNorm(_BatchNorm):  # type: ignore[misc]
-    """`torch.nn.SyncBatchNorm` that takes CPU tensors, too.
+    """`torch.nn.SyncBatchNorm` that accepts CPU tensors, too.
 
     Input `(n, num_features, ...)` of 2 to 5 dimensions; `n` may differ from rank to rank, and be 0
-    on some. In training each channel is normalised with the mean and variance over the batches of
-    all ranks of `process_group`, as `torch.nn.BatchNorm` would over the whole batch; in evaluation
-    with the running statistics, without communication. Arguments, parameters, buffers and their
-    names are those of `torch.nn.SyncBatchNorm`, whose arithmetic is used for tensors on a GPU.
-    It is no subclass of it, because DistributedDataParallel refuses that one on CPU.
+    on some. Training normalises each channel with the mean and variance over the batches of all
+    ranks of `process_group`, as `torch.nn.BatchNorm` does over the whole batch; evaluation uses the
+    running statistics, without communication. Arguments, parameters, buffers and their names are
+    those of `torch.nn.SyncBatchNorm`, which computes for tensors on a GPU. It is not a subclass,
+    because DistributedDataParallel refuses those on CPU.
 
     Raises
     ------
     ValueError
-        If the input has less than 2 dimensions or the wrong number of channels, or if in training
-        all ranks together have only one value a channel: it has no variance.
+        If the input has fewer than 2 dimensions or the wrong number of channels, or if in training
+        all ranks together have only one value a channel, which has no variance.
     """
 
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
@@ -141,12 +141,12 @@ class SyncBatchNorm(_BatchNorm):  # type: ignore[misc]
 
 
 def combine(counts: Tensor, means: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of a whole from those of its parts.
+    """Combine the statistics of parts into those of the whole.
 
     Parameters
     ----------
     counts : Tensor
-        `(parts, 1)`, how many values each part has; 0 is allowed.
+        `(parts, 1)`, the number of values of each part; 0 is allowed.
     means, squares : Tensor
         `(parts, channels)`, each part's mean and its sum of squared deviations from that mean.
 
@@ -167,7 +167,7 @@ def combine(counts: Tensor, means: Tensor, squares: Tensor) -> tuple[Tensor, Ten
 
 
 class _Normalize(torch.autograd.Function):  # type: ignore[misc]
-    """Normalise over all ranks; returns also the count, mean and biased variance of all."""
+    """Normalise over all ranks; also return the global count, mean and biased variance."""
 
     @staticmethod
     def forward(
@@ -198,7 +198,7 @@ class _Normalize(torch.autograd.Function):  # type: ignore[misc]
         x, weight, mean, inverse = ctx.saved_tensors
         dy = _exact(dy)
         normal = (_exact(x) - _as(mean, x)) * _as(inverse, x)
-        # The gradients of weight and bias are this rank's part: DDP averages them like all others.
+        # Gradients of weight and bias are this rank's own: DDP averages them like all others.
         of_bias, of_weight = _sum(dy), _sum(dy * normal)
         dx = None
         if ctx.needs_input_grad[0]:
@@ -230,7 +230,7 @@ def _gathered(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _exact(x: Tensor) -> Tensor:
-    """Half precision is too coarse to add up in."""
+    """The tensor in at least float32: half precision is too coarse for sums."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -240,5 +240,5 @@ def _sum(x: Tensor) -> Tensor:
 
 
 def _as(channels: Tensor, x: Tensor) -> Tensor:
-    """One value a channel, in a shape that goes with `x`."""
+    """One value a channel, in a shape that broadcasts over `x`."""
     return channels.view(1, -1, *[1] * (x.dim() - 2))

@@ -1,4 +1,4 @@
-"""The digits and their splits, the two models, and what both cost a rank."""
+"""The digits and their splits, the two models, and their cost for a rank."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def test() -> TensorDataset:
 
 
 def checksum(dataset: TensorDataset) -> str:
-    """A number for all images and labels and their order."""
+    """A checksum of all images and labels in order."""
     content = b"".join(tensor.numpy().tobytes() for tensor in dataset.tensors)
     return hashlib.sha256(content).hexdigest()[:12]
 
 
 def numbered(count: int) -> TensorDataset:
-    """Images that hold their own number in every pixel."""
+    """Images whose pixels are all the image's number."""
     numbers = torch.arange(count)
     return TensorDataset(numbers.reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8).float(), numbers)
 

@@ -1,4 +1,4 @@
-"""The errors: one tree, drawn where it is defined, shown without frames, with their run."""
+"""The errors: the documented tree, display without frames, and their run."""
 
 from __future__ import annotations
 

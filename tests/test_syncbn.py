@@ -1,4 +1,4 @@
-"""SyncBatchNorm on CPU tensors: as batch norm over the whole batch in one process."""
+"""SyncBatchNorm on CPU tensors, compared with batch norm over the whole batch in one process."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_types_precision_and_evaluation() -> None:
     run = launch(types_and_precision, nprocs=2)
     assert [value["half"] for value in run.values] == [torch.bfloat16] * 2
     assert run.values[0]["variance"] == run.values[1]["variance"]
-    # Far from zero, the sum of squares would have no digit of the variance left in float32.
+    # Far from zero, sums of squares in float32 would lose all digits of the variance.
     assert run.values[0]["variance"] == pytest.approx([1.0] * CHANNELS, rel=0.2)
     assert all(value["largest"] < 6 for value in run.values)
     assert all(value["channels_last"] for value in run.values)
@@ -183,7 +183,7 @@ def test_types_precision_and_evaluation() -> None:
 
 
 def sums_and_hooks(rank: int) -> tuple[list[str], bool]:
-    """A first layer's input needs no gradient: nothing is sent in backward."""
+    """A first layer's input needs no gradient, so backward sends nothing."""
     dist.init_process_group("gloo")
     layer = SyncBatchNorm(CHANNELS)
     layer(torch.randn(4, CHANNELS)).square().sum().backward()

@@ -1,1 +1,1 @@
-"""What the recorded calls say about time: who waited for whom, and how long. Runs in the parent."""
+"""Computes waiting, transfer, overlap and bandwidth from recorded spans. Runs in the parent."""

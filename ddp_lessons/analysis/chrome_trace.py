@@ -1,9 +1,9 @@
-"""A run as a trace file for other tools: Chrome's JSON, shaped as torch.profiler writes it.
+"""Writes a run as a trace file: Chrome's JSON, in the form that torch.profiler writes.
 
 Runs in the parent, behind `Run.save_trace`. Perfetto (ui.perfetto.dev) draws the merged file, in
 which arrows link a collective over its ranks. HolisticTraceAnalysis reads a folder with one file a
-rank. One process of the trace is a rank, one thread a lane; spans of one lane that overlap without
-one holding the other, and collectives in flight together, lie on further threads.
+rank. A process of the trace is a rank and a thread a lane; spans of one lane that overlap without
+nesting, and collectives in flight together, get further threads.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ from ddp_lessons.wire.records import IN_FLIGHT, Kind, Lane, Span
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, RunRecord
 
-MERGED = (
-    "merged/all_ranks.json"  # in a folder of its own: what lies beside the ranks is read as one
-)
+# In a folder of its own: HolisticTraceAnalysis takes every file beside the ranks for a rank.
+MERGED = "merged/all_ranks.json"
 GENERATOR = "ddp_lessons"
 # From the top.
 LANES = (
     *(Lane.PROCESS, Lane.STEPS, Lane.MAIN, "thread", Lane.COMM, Lane.BUCKETS),
     *(Lane.GLOO, Lane.NCCL, Lane.CUDA),
 )
-# Perfetto takes a thread whose number is its process's for the main one, and zero for the idle one.
+# In Perfetto a thread with its process's number is the main thread, and 0 is the idle one.
 FIRST_THREAD = 1000
 
 Json = dict[str, Any]
-Links = dict[int, Json]  # by the number of the event from or to which an arrow goes
+Links = dict[int, Json]  # arrows, by the number of their event
 Shares = dict[tuple[int, str, str, int, int], Share]
 
 
 def save(run: RunRecord, path: str | os.PathLike[str]) -> list[Path]:
-    """Write what every rank did when into a file or a folder.
+    """Write a run's spans to a file or a folder.
 
     Parameters
     ----------
@@ -53,7 +52,7 @@ def save(run: RunRecord, path: str | os.PathLike[str]) -> list[Path]:
         A name that ends in .json or .json.gz becomes one file of all ranks, for Perfetto. Any
         other name is a folder, made if need be, for HolisticTraceAnalysis: rank_0.json and so on,
         and the file of all ranks as merged/all_ranks.json. HolisticTraceAnalysis leaves out the
-        last step, unless it is told `include_last_profiler_step=True`.
+        last step unless called with `include_last_profiler_step=True`.
 
     Returns
     -------
@@ -63,7 +62,7 @@ def save(run: RunRecord, path: str | os.PathLike[str]) -> list[Path]:
     Raises
     ------
     OSError
-        If they cannot be written; no file is then left half-written. FileExistsError if the folder
+        If a file cannot be written; none is then left half-written. FileExistsError if the folder
         has other files that HolisticTraceAnalysis would take for ranks of this run.
     """
     target = Path(path).expanduser()
@@ -84,7 +83,7 @@ def save(run: RunRecord, path: str | os.PathLike[str]) -> list[Path]:
 
 
 class Event(NamedTuple):
-    """A span, when it ends at the latest, its thread of the trace, and its part in a collective."""
+    """A span, its end (the rank's, if it is open), its trace thread and its collective share."""
 
     span: Span
     t1_ns: int
@@ -93,7 +92,7 @@ class Event(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """What one rank did: the names of its threads by number, and its events."""
+    """One rank's thread names, by number, and its events."""
 
     rank: RankResult
     threads: dict[int, str]
@@ -101,7 +100,7 @@ class Timeline(NamedTuple):
 
 
 class Tracks:
-    """Spreads the events of one lane of a rank over threads."""
+    """Spreads the events of one lane of a rank over trace threads."""
 
     def __init__(self, name: str, numbers: Iterator[int]) -> None:
         self._name = name
@@ -110,7 +109,7 @@ class Tracks:
         self._ends: dict[int, list[int]] = {}  # of the open events by thread, the innermost last
 
     def place(self, event: Event) -> Event:
-        """The event, on the first thread where it lies beside the earlier ones or within one."""
+        """The event on the first thread where it follows the earlier events or nests in one."""
         thread = next((n for n, ends in self._ends.items() if self._fits(event, ends)), None)
         if thread is None:
             thread = next(self._numbers)
@@ -124,7 +123,7 @@ class Tracks:
         return not ends or (self._nests and event.t1_ns <= ends[-1])
 
     def threads(self) -> dict[int, str]:
-        """The names of the threads by their numbers."""
+        """The names of the threads, by number."""
         names = itertools.chain([self._name], (f"{self._name} ({n})" for n in itertools.count(2)))
         return dict(zip(self._ends, names, strict=False))
 
@@ -158,7 +157,7 @@ def _event(span: Span, rank: RankResult, shares: Shares) -> Event:
 
 
 def _start(event: Event) -> tuple[int, int]:
-    """Sorts by start, what holds another before it."""
+    """Sort key: by start, enclosing events first."""
     return event.span.t0_ns, -event.t1_ns
 
 
@@ -169,7 +168,7 @@ def _lane_order(lane: str) -> tuple[int, int, str]:
 
 
 def _document(run: RunRecord, timelines: Sequence[Timeline]) -> Iterator[str]:
-    """The text of a file, piece by piece: a run can have a million events."""
+    """The text of a file, line by line: a run can have a million events."""
     events = sorted((event for timeline in timelines for event in timeline.events), key=_start)
     names = itertools.chain.from_iterable(map(_names, timelines))
     yield "{\n"
@@ -182,7 +181,7 @@ def _document(run: RunRecord, timelines: Sequence[Timeline]) -> Iterator[str]:
 
 
 def _head(run: RunRecord, ranks: Sequence[RankResult]) -> Json:
-    """What the file says of itself; HolisticTraceAnalysis looks for the rank line by line."""
+    """The file's metadata; HolisticTraceAnalysis searches it for the rank line by line."""
     rank = {"rank": ranks[0].rank} if len(ranks) == 1 else {}
     head: Json = {
         "schemaVersion": 1,
@@ -196,7 +195,7 @@ def _head(run: RunRecord, ranks: Sequence[RankResult]) -> Json:
 
 
 def _backend(run: RunRecord) -> str:
-    """The backend as far as the spans tell: only NCCL's collectives have times on the device."""
+    """The backend, inferred from spans: only NCCL's collectives have times on the device."""
     spans = [span for rank in run.ranks for span in rank.spans]
     if any(span.lane in (Lane.CUDA, Lane.NCCL) and span.kind == Kind.COMM for span in spans):
         return "nccl"
@@ -204,7 +203,7 @@ def _backend(run: RunRecord) -> str:
 
 
 def _names(timeline: Timeline) -> Iterator[Json]:
-    """The events that name a rank and its threads and say in which order they stand."""
+    """Metadata events: names and order of a rank and its threads."""
     rank = timeline.rank.rank
     dropped = timeline.rank.dropped
     name = f"rank {rank} ({dropped} spans dropped)" if dropped else f"rank {rank}"
@@ -221,19 +220,19 @@ def _spans(run: RunRecord, events: Sequence[Event]) -> Iterator[Json]:
     links = _links(events)
     for number, event in enumerate(events):
         span = event.span
-        # Rounded down, what lies within or beside another span still does; Perfetto drops a span
-        # that overlaps another by a nanosecond.
+        # Rounding down keeps spans nested or apart; Perfetto drops a span that overlaps another by
+        # a nanosecond.
         ts, end = ((t - run.begin_ns) // 1000 for t in (span.t0_ns, event.t1_ns))
         place = {"pid": span.rank, "tid": event.thread, "ts": ts}
         category = (
             "user_annotation" if span.kind in (Kind.MARK, Kind.COMPUTE, Kind.DATA) else "cpu_op"
         )
-        # The other tools know a step by this name.
+        # Other tools recognise a step by this name.
         name = span.name if span.lane != Lane.STEPS else f"ProfilerStep#{span.step}"
         what = {"cat": category, "name": name}
         yield {"ph": "X", **what, **place, "dur": end - ts, "args": _args(event)}
         if number in links:
-            yield {**links[number], **place}  # it binds to the span that began last
+            yield {**links[number], **place}  # Perfetto binds it to the latest span
 
 
 def _args(event: Event) -> Json:
@@ -257,7 +256,7 @@ def _args(event: Event) -> Json:
 
 
 def _links(events: Sequence[Event]) -> Links:
-    """The arrows of the merged file: from the first rank in a collective on to the last."""
+    """The merged file's arrows: from the first rank of a collective to the last."""
     meetings: dict[tuple[Any, ...], dict[int, int]] = {}
     for number, event in enumerate(events):
         span = event.span
@@ -276,7 +275,7 @@ def _links(events: Sequence[Event]) -> Links:
 
 
 def _stale(folder: Path, files: Iterable[Path]) -> list[Path]:
-    """The ranks of an earlier run with more ranks. Raises if there are files of somebody else."""
+    """Files of an earlier run with more ranks. Raises FileExistsError if other files are there."""
     if not folder.is_dir():
         return []
     others = {f for f in folder.iterdir() if f.name.endswith((".json", ".gz"))} - set(files)
@@ -298,7 +297,7 @@ def _is_ours(file: Path) -> bool:
 
 @contextlib.contextmanager
 def _folders(*folders: Path) -> Iterator[None]:
-    """Make folders, and take them away again if nothing comes into them."""
+    """Make folders, and remove those that stay empty."""
     made = [folder for folder in folders if not folder.is_dir()]
     try:
         for folder in made:

@@ -1,6 +1,6 @@
-"""Times from begin to end, in ns: how long at least one goes on, how long two kinds do at once.
+"""Union, length and overlap of time intervals in ns.
 
-Runs in the parent, for analysis/metrics.py and the pictures.
+Runs in the parent, for analysis/metrics.py and the plots.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Intervals = list[tuple[int, int]]
 
 
 def union(intervals: Iterable[tuple[int, int]]) -> Intervals:
-    """The times in which at least one of the intervals goes on, in order; none touches the next."""
+    """The union of intervals, sorted; none touches the next."""
     whole: Intervals = []
     for begin, end in sorted(intervals):
         if whole and begin <= whole[-1][1]:
@@ -23,12 +23,12 @@ def union(intervals: Iterable[tuple[int, int]]) -> Intervals:
 
 
 def length(intervals: Iterable[tuple[int, int]]) -> int:
-    """How long at least one of the intervals goes on."""
+    """The length of the union of intervals."""
     return sum(end - begin for begin, end in union(intervals))
 
 
 def common(some: Intervals, others: Intervals) -> int:
-    """How long both go on; both as `union` gives them."""
+    """The length of the intersection of two unions."""
     total = 0
     for begin, end in some:
         at = bisect_right(others, begin, key=lambda other: other[1])  # the first that ends later

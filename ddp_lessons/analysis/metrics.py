@@ -1,8 +1,8 @@
-"""What the spans of a run say of its speed: waiting, transfer, overlap, stragglers, bandwidth.
+"""Metrics of a run, from its spans: waiting, transfer, overlap, stragglers, bandwidth.
 
-Runs in the parent, behind the methods of `Run` and the pictures; wait_states.py says who waits for
-whom in one collective. The functions return lists of named tuples, which `pandas.DataFrame` takes
-as they are, but for the verdict of `straggler`. Odd spans never raise.
+Runs in the parent, behind the methods of `Run` and the plots, on top of wait_states.py. The
+functions return lists of named tuples, which `pandas.DataFrame` accepts; `straggler` returns one.
+Odd spans never raise.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, RunRecord
     from ddp_lessons.wire.records import Span
 
-MOST = 2 / 3  # of all waiting: who causes so much is the straggler
-NOTEWORTHY = 0.05  # of the ranks' time: less waiting is the noise of any machine
-WARM_UP, MANY_STEPS = 2, 4  # so many steps are left out where there are more than so many
+MOST = 2 / 3  # of all waiting: a rank that causes so much is the straggler
+NOTEWORTHY = 0.05  # of the ranks' time: less waiting is noise
+WARM_UP, MANY_STEPS = 2, 4  # drop the first 2 steps if there are more than 4
 
 
 class Segment(NamedTuple):
     """A time in which a rank's main thread was held up.
 
     `kind` is "wait" (for ranks that had not come yet), "transfer", "data" (the next batch) or
-    "group" (joining or leaving a process group). `share` is the collective, where it is one.
+    "group" (joining or leaving a process group). `share` is the rank's part in the collective.
     """
 
     rank: int
@@ -44,9 +44,9 @@ class Segment(NamedTuple):
 class Overlap(NamedTuple):
     """A rank's communication in one step.
 
-    `comm_ns` is how long at least one collective was in flight, `exposed_ns` for how much of that
-    the main thread was blocked, `overlapped_ns` the rest. With NCCL the thread is hardly ever
-    blocked: what the device waits for does not count as exposed.
+    `comm_ns` is how long at least one collective was in flight, `exposed_ns` how long the main
+    thread was blocked meanwhile, `overlapped_ns` the rest. With NCCL the thread is hardly ever
+    blocked: waiting of the device does not count as exposed.
     """
 
     rank: int
@@ -57,10 +57,10 @@ class Overlap(NamedTuple):
 
 
 class Total(NamedTuple):
-    """What a rank's main thread did while the function ran; the parts add up to `seconds`.
+    """How a rank's main thread spent the function's time; the parts add up to `seconds`.
 
-    Compute is marked work without what it was held up by; work marked twice counts once. Other is
-    what is not marked, and joining and leaving groups.
+    `compute_ns` is marked work without interruptions; work marked twice counts once. `other_ns` is
+    unmarked time, and joining and leaving groups.
     """
 
     rank: int
@@ -73,7 +73,7 @@ class Total(NamedTuple):
 
 
 class Straggler(NamedTuple):
-    """Who keeps the others waiting.
+    """The rank that keeps the others waiting.
 
     Attributes
     ----------
@@ -83,9 +83,9 @@ class Straggler(NamedTuple):
     rank : int or None
         The chronic straggler.
     share : float
-        How much of the waiting the worst rank causes, from 0 to 1.
+        The part of all waiting that the worst rank causes, from 0 to 1.
     late_by_step : dict
-        For each step the rank that causes most waiting in it.
+        The rank that causes the most waiting, by step.
     """
 
     kind: str
@@ -95,10 +95,10 @@ class Straggler(NamedTuple):
 
 
 class Link(NamedTuple):
-    """How long an operation takes once all have come: `latency_ns` + bytes / `bytes_per_second`.
+    """An operation's time once all ranks have come: `latency_ns` + bytes / `bytes_per_second`.
 
-    `points` are (bytes, median time in ns) of each size, by size. `bytes_per_second` is infinite
-    where the time does not grow with the size.
+    `points` are (bytes, median time in ns), by size. `bytes_per_second` is infinite where the time
+    does not grow with the size.
     """
 
     op: str
@@ -109,7 +109,7 @@ class Link(NamedTuple):
 
 
 def segments(run: RunRecord) -> list[Segment]:
-    """What held up the main threads: by rank, and then by time."""
+    """The times in which main threads were held up, by rank and time."""
     by_rank: dict[int, list[Share]] = {}
     for share in waits(run):
         by_rank.setdefault(share.rank, []).append(share)
@@ -117,7 +117,7 @@ def segments(run: RunRecord) -> list[Segment]:
 
 
 def overlap(run: RunRecord) -> list[Overlap]:
-    """How much of each rank's communication in each step was hidden behind other work.
+    """How much of each rank's communication overlapped with other work, by step.
 
     Joining and leaving groups does not count.
     """
@@ -130,7 +130,7 @@ def overlap(run: RunRecord) -> list[Overlap]:
 
 
 def totals(run: RunRecord) -> list[Total]:
-    """What every rank's main thread spent its time on, by rank."""
+    """How each rank's main thread spent its time, by rank."""
     held: dict[int, list[Segment]] = {rank.rank: [] for rank in run.ranks}
     for segment in segments(run):
         held[segment.rank].append(segment)
@@ -138,11 +138,10 @@ def totals(run: RunRecord) -> list[Total]:
 
 
 def straggler(run: RunRecord) -> Straggler:
-    """Who keeps the others waiting, and whether it is always the same rank.
+    """The rank that keeps the others waiting, if it is always the same one.
 
-    Only collectives in which all wait for all count, and where there are steps only those inside
-    them; of more than four steps the first two, the warm-up, do not. With NCCL it is the GPUs that
-    wait.
+    Only collectives in which all ranks wait for all count; in runs with steps only those inside a
+    step, and of more than four steps not the first two, the warm-up. With NCCL the GPUs wait.
     """
     steps = [s for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns is not None]
     counts = _counted({s.step for s in steps})
@@ -165,10 +164,10 @@ def straggler(run: RunRecord) -> Straggler:
 
 
 def bandwidth(run: RunRecord) -> list[Link]:
-    """Latency and bandwidth of every operation that was called with at least two sizes.
+    """Latency and bandwidth of each operation that was called with at least two sizes.
 
     The model is that of R. W. Hockney, "The communication challenge for MPP" (1994). It is fitted
-    to the medians by least squares of the relative error, so that small messages count, too.
+    to the medians by least squares of the relative error, so small messages count, too.
     """
     times: dict[tuple[str, str], dict[int, list[int]]] = {}
     for op, group, nbytes, time_ns in measured(run):
@@ -182,9 +181,9 @@ def bandwidth(run: RunRecord) -> list[Link]:
 
 
 def measured(run: RunRecord) -> Iterator[tuple[str, str, int, int]]:
-    """Op, group, bytes and time in ns of each collective that all its ranks went through.
+    """Op, group, bytes and time in ns of each collective that completed on all its ranks.
 
-    The time runs from the last arrival until the last of those who wait leaves.
+    The time runs from the last arrival until the last waiting rank leaves.
     """
     for meeting in meetings(run):
         spans = [span for span, _ in meeting.parts.values()]
@@ -218,7 +217,7 @@ def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
 
 
 def _split(span: Span, t1_ns: int, shares: Iterable[Share]) -> Iterator[Segment]:
-    """A blocked time in turns: waiting for the ranks of each collective, then its transfer."""
+    """Split a blocked time: for each collective, waiting for its ranks and then transfer."""
     at_ns, share = span.t0_ns, None
     among = [s for s in shares if s.t0_ns < t1_ns and s.t1_ns > span.t0_ns]
     for share in sorted(among, key=lambda s: s.t0_ns + s.wait_ns):
@@ -279,7 +278,7 @@ def _total(rank: RankResult, held: Sequence[Segment]) -> Total:
 
 
 def _counted(steps: set[int | None]) -> Callable[[int | None], bool]:
-    """Whether a step says something of the run: not the warm-up, if there are steps enough."""
+    """A function that says whether a step counts: not the warm-up, if there are enough steps."""
     if not steps:
         return lambda _: True
     numbers = {step for step in steps if step is not None}
@@ -289,7 +288,7 @@ def _counted(steps: set[int | None]) -> Callable[[int | None], bool]:
 
 
 def _causes(run: RunRecord) -> Iterator[tuple[int, int | None, int]]:
-    """Who made somebody wait, in which step and for how many ns."""
+    """The rank that made another wait, the step, and the ns."""
     for segment in segments(run):
         share = segment.share
         if segment.kind != "wait" or share is None or share.last_rank is None:
@@ -305,7 +304,7 @@ def _causes(run: RunRecord) -> Iterator[tuple[int, int | None, int]]:
 
 
 def _on_device(rank: RankResult) -> Iterator[int]:
-    """When collectives began that a GPU waited in, while the main thread went on."""
+    """Starts of collectives in which a GPU waited while the main thread went on."""
     blocked = any(s.kind == Kind.WAIT and s.op is None for s in rank.spans)  # for its buckets
     for span in rank.spans:
         if span.lane == Lane.CUDA or (span.lane == Lane.BUCKETS and not blocked):
@@ -313,13 +312,13 @@ def _on_device(rank: RankResult) -> Iterator[int]:
 
 
 def _time(run: RunRecord, steps: Iterable[Span]) -> float:
-    """The time of all ranks in the steps that count, or in the function; ns."""
+    """The ns of all ranks together in the steps that count, or else in the function."""
     in_steps = sum((s.t1_ns or s.t0_ns) - s.t0_ns for s in steps)
     return in_steps or sum(rank.seconds for rank in run.ranks) * 1e9
 
 
 def _fit(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """Latency in ns and bytes per second: weighted least squares, neither of them negative."""
+    """Latency in ns and bytes per second by weighted least squares, neither negative."""
     weights = [1 / time**2 for _, time in points]
     total = sum(weights)
     mean_n = sum(w * n for w, (n, _) in zip(weights, points, strict=True)) / total

@@ -1,8 +1,8 @@
-"""Which spans of different ranks are one collective, and who waits for whom in it.
+"""Matches spans of different ranks to collectives and splits each into waiting and transfer.
 
-Runs in the parent; metrics.py and the pictures build on it. Nobody leaves an all_reduce before the
-last rank has come, so the time until then is waiting and the time after that is transfer. Spans
-that never ended and ranks that never came do not raise: of them less is known.
+Runs in the parent; metrics.py and the plots build on it. No rank leaves an all_reduce before the
+last one has come, so the time until then is waiting and the rest is transfer. Spans that never
+ended and ranks that never came do not raise.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Share(NamedTuple):
     bucket : int or None
         The index of the gradient bucket, for DDP's own collectives.
     wait_ns : int
-        How long it waited for those whom its pattern waits for.
+        How long the rank waited for the ranks that its pattern names.
     transfer_ns : int
-        How long it was in it then.
+        How long it stayed in the call after that.
     last_rank : int or None
-        Who came last of those who are waited for; None where one of them never came.
+        The last to come of these ranks; None if one never came.
     pattern : str
         "all to all" (all wait for the last), "late root" (all wait for the root), "early root" (the
         root waits for the last of the others), "late sender" (a recv waits for its send) or "late
         receiver" (a send waits for its recv).
     open : bool
-        It never ended; `t1_ns` is when the rank did.
+        True if the call never ended; `t1_ns` is then the rank's end.
     peer : int or None
         The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
     """
@@ -66,8 +66,8 @@ class Share(NamedTuple):
 class Arrival(NamedTuple):
     """When the ranks came to one collective.
 
-    `lateness_ns` is by global rank, counted from the first to come; None: it did not take part.
-    `last_rank` is None where a rank of the group never came.
+    `lateness_ns`, by global rank, counts from the first arrival; None for a rank that took no part.
+    `last_rank` is None if a rank of the group never came.
     """
 
     op: str
@@ -81,15 +81,14 @@ class Arrival(NamedTuple):
 def waits(run: RunRecord) -> list[Share]:
     """Every rank's part in every collective, send and recv, split into waiting and transfer.
 
-    The cases are those of Scalasca's wait states (Geimer et al., 2010). In the order of the last
-    arrival in the collective, then by rank.
+    The patterns are Scalasca's wait states (Geimer et al., 2010). Sorted by last arrival and rank.
     """
     shares = [(m.last_ns, share) for m in meetings(run) for share in _shares(m)]
     return [share for _, share in sorted(shares, key=lambda pair: (pair[0], pair[1].rank))]
 
 
 def arrivals(run: RunRecord) -> list[Arrival]:
-    """How much later than the first each rank came to each collective, by the last arrival.
+    """The lateness of each rank at each collective, sorted by last arrival.
 
     Sends and recvs are left out.
     """
@@ -98,14 +97,14 @@ def arrivals(run: RunRecord) -> list[Arrival]:
 
 
 def ended(spans: Iterable[Span], end_ns: int) -> Iterator[tuple[Span, int]]:
-    """The spans and when they ended: at `end_ns` those that never did."""
+    """The spans with their ends; `end_ns` for those that never ended."""
     for span in spans:
         t1_ns = end_ns if span.t1_ns is None else span.t1_ns
         yield span, max(span.t0_ns, t1_ns)
 
 
 def key_of(span: Span) -> tuple[object, ...]:
-    """What the spans of one collective, or of a send and its recv, have in common."""
+    """The key that the spans of one collective, or of a send and its recv, share."""
     if span.op in SENDS:
         return span.group, "send", span.seq, span.rank, span.peer
     if span.op in RECVS:
@@ -114,21 +113,21 @@ def key_of(span: Span) -> tuple[object, ...]:
 
 
 class Collective(NamedTuple):
-    """One collective, or a send and its recv: which ranks came, and for whom they wait."""
+    """One collective, or a send and its recv: the ranks that came and those they wait for."""
 
     pattern: str
     parts: dict[int, tuple[Span, int]]  # the spans and their ends, by rank
-    ranks: tuple[int, ...]  # who takes part
+    ranks: tuple[int, ...]  # all that take part
     awaited: tuple[int | None, ...]  # the ranks for which the others wait
     last_ns: int  # when the last rank came
 
     @property
     def complete(self) -> bool:
-        """All that are awaited came."""
+        """True if all awaited ranks came."""
         return all(rank in self.parts for rank in self.awaited)
 
     def waits(self, rank: int) -> bool:
-        """Whether `rank` is one of those who wait."""
+        """Whether `rank` waits for others."""
         return self.pattern in (ALL_TO_ALL, LATE_SENDER) or rank not in self.awaited
 
 
@@ -136,7 +135,7 @@ Members = Callable[[str], tuple[int, ...]]  # the ranks of a group, by its name
 
 
 def meetings(run: RunRecord) -> Iterator[Collective]:
-    """All collectives, and the sends with their recvs, of which enough is known."""
+    """All collectives, and sends with their recvs, except those that dropped spans may hide."""
     parts: dict[tuple[object, ...], dict[int, tuple[Span, int]]] = {}
     for rank in run.ranks:
         for span, t1_ns in ended(rank.spans, rank.ended_ns):
@@ -146,7 +145,7 @@ def meetings(run: RunRecord) -> Iterator[Collective]:
     lossy = set(run.lossy)
     for by_rank in parts.values():
         meeting = _meeting(by_rank, groups)
-        # A rank whose spans were dropped may well have come: nothing can be said then.
+        # A rank that dropped spans may have come: then nothing is known.
         if lossy.isdisjoint(meeting.awaited) or lossy.isdisjoint({*meeting.awaited} - {*by_rank}):
             yield meeting
 
@@ -167,7 +166,7 @@ def _meeting(parts: dict[int, tuple[Span, int]], members_of: Members) -> Collect
 
 
 def members(spans: Sequence[Span], world_size: int) -> Members:
-    """How to find the ranks of a group by its name, from the spans of all ranks."""
+    """A function from a group's name to its ranks, made from the spans of all ranks."""
     joined = Counter(s.rank for s in spans if s.op == "init_process_group" and s.group is None)
 
     @functools.cache
@@ -177,7 +176,7 @@ def members(spans: Sequence[Span], world_size: int) -> Members:
         listed = _listed(group)
         if listed or not joined:
             return listed or tuple(range(world_size))
-        _, _, number = group.partition(" #")  # of "world #2" are those who joined twice
+        _, _, number = group.partition(" #")  # "world #2" has the ranks that joined twice
         times = int(number) if number.isdecimal() else 1
         active = {s.rank for s in spans if s.group == group}
         return tuple(sorted(active.union(r for r, count in joined.items() if count >= times)))
@@ -186,7 +185,7 @@ def members(spans: Sequence[Span], world_size: int) -> Members:
 
 
 def _listed(group: str) -> tuple[int, ...]:
-    """The ranks in a group's name: 0, 4, 5 and 6 in "rows: ranks 0 4-6 #2"; none in "world"."""
+    """The ranks in a group's name: 0, 4, 5, 6 in "rows: ranks 0 4-6 #2"; none in "world"."""
     found = re.search(r"(?:^|: )ranks (\d[\d -]*?)(?: #\d+)?$", group)
     ranges = [part.partition("-") for part in found[1].split()] if found else []
     return tuple(rank for a, _, b in ranges for rank in range(int(a), int(b or a) + 1))

@@ -1,6 +1,7 @@
-"""The command `ddp-lessons`: what it takes, and who does it.
+"""The command `ddp-lessons`: parses its arguments and calls the module for each subcommand.
 
-Without a subcommand it opens lesson 00. `open`, `list` and `--help` load nothing heavy.
+Runs in the command's own process. Without a subcommand it opens lesson 00. `open`, `list` and
+`--help` import nothing heavy.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ To begin a lesson afresh, rename it and open it again.
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that tells where options of Jupyter go."""
+    """A parser whose errors say where options of Jupyter go."""
 
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong; exit code 2."""
+        """Print what is wrong and exit with code 2."""
         if message.startswith("argument COMMAND: invalid choice"):
             message += "\nTo open a lesson: ddp-lessons open 7"
         if "invalid choice" in message or message.startswith("unrecognized arguments: -"):
@@ -52,7 +53,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns its exit code."""
+    """Run the command and return its exit code."""
     given = sys.argv[1:] if argv is None else argv
     cut = given.index("--") if "--" in given else len(given)
     parser = _parser()
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _apart(given: list[str]) -> tuple[list[str], list[str]]:
-    """Our options, and those of JupyterLab that need no --; other commands have only ours."""
+    """Split our options from JupyterLab's that need no --; only `open` accepts the latter."""
     if {"list", "doctor", "export"} & {*given}:
         return given, []
     ours: list[str] = []
@@ -121,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(commands: Any, name: str, about: str) -> Any:
-    """A subcommand, described by the line that stands in the list of commands."""
+    """Add a subcommand; its help line in the list of commands is also its description."""
     return commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")
 
 
@@ -137,7 +138,7 @@ def _add_open(commands: Any) -> None:
     _add_no_browser(parser)
 
 
-# An option that may stand before and after a subcommand has its default in the first place only.
+# An option that is allowed before and after a subcommand has its default only before it.
 def _add_folder(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
     about = "your copy of the lessons (by default ./ddp-lessons)"
     parser.add_argument("--folder", type=Path, metavar="PATH", default=default, help=about)
@@ -165,7 +166,7 @@ def _add_export(commands: Any) -> None:
 
 
 def export(notebook: Path, function: str, args: str | None = None) -> int:
-    """Print the script; 2 if none can be made, with the reason on stderr."""
+    """Print the script; or the reason on stderr and return 2, if none can be made."""
     from ddp_lessons.cli.export import CannotExport, script
 
     try:
@@ -177,7 +178,7 @@ def export(notebook: Path, function: str, args: str | None = None) -> int:
 
 
 def open_lesson(name: str, folder: Path, lab_options: list[str]) -> int:
-    """Copy the lessons if need be, and become JupyterLab on one of them."""
+    """Copy the lessons if needed, and replace this process by JupyterLab on one of them."""
     course = source()
     lesson = find(name, lessons(course))
     copy = find_copy(course, folder)
@@ -189,7 +190,7 @@ def open_lesson(name: str, folder: Path, lab_options: list[str]) -> int:
 
 
 def list_lessons(folder: Path) -> int:
-    """Print a line for each lesson, and what is known of the learner's copy."""
+    """Print a line for each lesson, and the state of the learner's copy."""
     course = source()
     for lesson in lessons(course):
         print(_line(lesson))

@@ -1,7 +1,7 @@
-"""`ddp-lessons doctor`: tell whether this machine can run ranks, and if not, why.
+"""`ddp-lessons doctor`: reports whether this machine can run ranks, and if not, why.
 
-It runs in a process of its own, the command's, so it may ask CUDA what a notebook's kernel should
-not touch. Heavy imports happen inside the functions that need them.
+It runs in the command's own process, so it may initialise CUDA, which a notebook's kernel should
+not. The functions that need heavy imports make them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ LEAST_SHARED = 64 << 20  # Docker's default /dev/shm; DataLoader workers exhaust
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
-NEWEST = Path(__file__).with_name("newest.txt")  # what `make newest` tests with
-MATTER = (  # on which lines, output and pictures hang
+NEWEST = Path(__file__).with_name("newest.txt")  # the versions that `make newest` tested
+MATTER = (  # lines, output and pictures depend on these
     *("torch", "cloudpickle", "numpy", "scikit-learn", "psutil", "matplotlib"),
     *("ipython", "ipykernel", "ipywidgets", "jupyterlab"),
 )
@@ -54,22 +54,22 @@ def hangs(rank):
         dist.broadcast(torch.ones(1), src=0)  # this line: rank 0 never calls it
     dist.barrier()  # this line
 """
-SOON = 3.0  # seconds in which both are to be explained
-GIVEN_UP = 10.0  # seconds after which a hang is given up in any case
-CURE = "cloudpickle==3.1.2"  # the last release that leaves the names of files in its pickles
+SOON = 3.0  # seconds within which both must be explained
+GIVEN_UP = 10.0  # seconds after which a hang is stopped in any case
+CURE = "cloudpickle==3.1.2"  # the last release whose pickles keep file names
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 
 
 class Finding(NamedTuple):
-    """One line of the report: ok, note or problem, and what was found, in plain words."""
+    """One line of the report: ok, note or problem, and the finding in plain words."""
 
     mark: str
     text: str
 
 
 def doctor() -> int:
-    """Print the findings; 0 if ranks can be launched, else 1."""
+    """Print the findings; return 0 if ranks can be launched, else 1."""
     worst = OK
     for finding in examine():
         print(f"{finding.mark:>8}  {finding.text}", flush=True)
@@ -84,7 +84,7 @@ def doctor() -> int:
 
 
 def examine() -> Iterator[Finding]:
-    """Look at everything, one finding after the other."""
+    """Yield the findings one by one."""
     yield on_python(platform.python_version(), sys.platform)
     yield on_cores(usable_cores())
     yield on_memory(available_memory())
@@ -109,14 +109,14 @@ def on_python(version: str, system: str) -> Finding:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use, within the quota of a container."""
+    """How many cores this process may use, including a container's quota."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     return max(1, int(min(len(os.sched_getaffinity(0)), cpu_quota())))
 
 
 def cpu_quota() -> float:
-    """How many cores' time a container may use, by cgroup v2; infinity without a limit."""
+    """A container's CPU quota in cores (cgroup v2); infinity without a limit."""
     try:
         quota, period = CPU_QUOTA.read_text().split()
         return int(quota) / int(period)
@@ -146,7 +146,7 @@ def on_memory(available: int, system: str = sys.platform) -> Finding:
 
 
 def free_shared_memory() -> int | None:
-    """Free bytes of /dev/shm; None where there is no such place."""
+    """Free bytes of /dev/shm; None if it does not exist."""
     try:
         return shutil.disk_usage("/dev/shm").free
     except OSError:
@@ -215,7 +215,7 @@ def tested() -> dict[str, str]:
 
 
 def on_versions(newest: Mapping[str, str]) -> Iterator[Finding]:
-    """Name the versions on which lines, output and pictures hang, and those that are too new."""
+    """List the versions that lines, output and pictures depend on, and untested newer ones."""
     installed = {}
     for name in MATTER:
         try:
@@ -234,18 +234,18 @@ def on_versions(newest: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _number(version: str) -> tuple[int, ...]:
-    """The numbers of a version, without what comes after them."""
+    """The numbers of a version, without a suffix."""
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:4])
 
 
 def missing_packages() -> dict[str, list[str]]:
-    """The packages that lessons import and that are not installed: for each, the lessons."""
+    """The lessons that need each package that is not installed."""
     missing: dict[str, list[str]] = {}
     folder = lesson_files.source()
     for lesson in lesson_files.lessons(folder):
         code = lesson_files.code(folder / lesson.file)
         imported = {*re.findall(r"^\s*(?:import|from) +(\w+)", code, re.M)}
-        of_its_own = {*re.findall(r"(\w+)\.py\b", code)}  # modules that the lesson writes
+        of_its_own = {*re.findall(r"(\w+)\.py\b", code)}  # modules that the lesson writes itself
         for name in sorted(imported - of_its_own):
             if importlib.util.find_spec(name) is None:
                 missing.setdefault(name, []).append(lesson.number or lesson.name)
@@ -253,7 +253,7 @@ def missing_packages() -> dict[str, list[str]]:
 
 
 def on_lessons(missing: Mapping[str, list[str]]) -> Iterator[Finding]:
-    """What lessons need and lack, and what to install."""
+    """Report missing packages, and what to install."""
     if not missing:
         yield Finding(OK, "Every package that a lesson imports is installed.")
     for name, lessons in missing.items():
@@ -263,7 +263,7 @@ def on_lessons(missing: Mapping[str, list[str]]) -> Iterator[Finding]:
 
 
 def add_up(rank: int) -> float:
-    """Join, add up and leave: what the launch below runs."""
+    """Join, all_reduce and leave: the worker of `on_launch`."""
     import torch
     import torch.distributed as dist
 
@@ -275,7 +275,7 @@ def add_up(rank: int) -> float:
 
 
 def on_launch() -> Finding:
-    """Launch two ranks, for real."""
+    """Launch two ranks."""
     try:
         run = ddp_lessons.launch(add_up, nprocs=2, check=False)
     except ddp_lessons.LaunchError as error:
@@ -286,7 +286,7 @@ def on_launch() -> Finding:
 
 
 def on_lines() -> Iterator[Finding]:
-    """Have a rank fail and two ranks hang, for real, and see whether their lines come back."""
+    """Make a rank fail and two ranks hang, and check that their lines are reported."""
     functions = cell()
     for name, what in (("fails", "a failure"), ("hangs", "a hang")):
         began = time.monotonic()
@@ -295,7 +295,7 @@ def on_lines() -> Iterator[Finding]:
 
 
 def cell() -> dict[str, Any]:
-    """The functions of FAULTS, as of a notebook's cell: no file has their text."""
+    """The functions of FAULTS, as a notebook cell defines them: their source is in no file."""
     linecache.cache[CELL] = len(FAULTS), None, FAULTS.splitlines(keepends=True), CELL
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(compile(FAULTS, CELL, "exec"), names)
@@ -303,7 +303,7 @@ def cell() -> dict[str, Any]:
 
 
 def on_line(what: str, run: ddp_lessons.Run, seconds: float) -> Finding:
-    """Judge what came back of a run that failed or hung on purpose."""
+    """Judge the verdict of a run that failed or hung on purpose."""
     frame = run.verdict.frame if run.verdict is not None else None
     if frame is None or "# this line" not in frame.source:
         found = f"only {stacks.line_name(frame)}" if frame is not None else "no line at all"

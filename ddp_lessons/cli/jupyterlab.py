@@ -1,7 +1,7 @@
-"""JupyterLab on a copy of the lessons, for the command `ddp-lessons`, which becomes that server.
+"""Replaces the process of the command `ddp-lessons` by JupyterLab on a copy of the lessons.
 
-The process is replaced, not started: Ctrl-C, the exit code and the printed address with its token
-are then Jupyter's own. It listens on loopback and asks for its token, as Jupyter does by itself.
+After the exec, Ctrl-C, the exit code and the printed address with its token are Jupyter's own. The
+server listens on loopback and asks for its token, as Jupyter does by default.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from ddp_lessons.cli.lesson_files import PACKAGE, CommandError
 
-# A folder of settings that hold for this server only: it does not ask whether to fetch news. A
-# user's own choice in JupyterLab's settings stands above it, since these are defaults.
+# Settings for this server only: it does not ask whether to fetch news. They are defaults, so the
+# user's own choice in JupyterLab's settings has priority.
 SETTINGS = PACKAGE / "cli" / "jupyter"
 PATH = "JUPYTER_CONFIG_PATH"
 
@@ -26,11 +26,11 @@ def become_lab(folder: Path, file: str, options: list[str]) -> NoReturn:
     Parameters
     ----------
     folder : Path
-        The copy, the root of what the server shows.
+        The copy, the server's root folder.
     file : str
         The lesson's file in it.
     options : list of str
-        More options for ``jupyter lab``; they win, since they come last.
+        More options for ``jupyter lab``; they come last, so they have priority.
 
     Raises
     ------
@@ -48,7 +48,7 @@ def become_lab(folder: Path, file: str, options: list[str]) -> NoReturn:
 
 
 def _root_may(options: list[str]) -> bool:
-    """True if root is allowed by an option, or may be by a file of settings."""
+    """True if an option allows root, or a configuration file exists that may."""
     if any("allow-root" in option or "allow_root" in option for option in options):
         return True
     from jupyter_core.paths import jupyter_config_path
@@ -64,7 +64,7 @@ def _root_may(options: list[str]) -> bool:
 
 
 def command(folder: Path, file: str, options: list[str]) -> list[str]:
-    """The command line; -P keeps files of the current folder from passing for Jupyter's modules."""
+    """The command line; -P keeps files in the current folder from hiding Jupyter's modules."""
     root = f"--ServerApp.root_dir={folder.resolve()}"
     return [
         *(sys.executable, "-P", "-m", "jupyterlab"),
@@ -73,6 +73,6 @@ def command(folder: Path, file: str, options: list[str]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment of this process, with our settings added to Jupyter's path of settings."""
+    """The process's environment, with our settings added to Jupyter's configuration path."""
     paths = [path for path in (os.environ.get(PATH), str(SETTINGS)) if path]
     return {**os.environ, PATH: os.pathsep.join(paths)}

@@ -1,10 +1,10 @@
-"""The learner's copy of the lessons, in which nothing is ever overwritten.
+"""Makes the learner's copy of the lessons, and never overwrites anything in it.
 
-Runs in the command `ddp-lessons`. A marker in the copy says which lessons it was made from. If this
-installation holds other lessons, they become a new folder beside the copy, which stays as it is.
+Runs in the command `ddp-lessons`. A marker in the copy has a digest of the lessons it was made
+from. Other lessons go into a new folder beside the copy, which stays as it is.
 
-A lesson that the learner deleted or renamed is copied again when it is opened, so that is how to
-begin it afresh. What else they deleted stays away until nothing of the copy is left.
+Opening a lesson that the learner deleted or renamed copies it again: that is how to begin it
+afresh. Other deleted files stay away until nothing of the copy is left.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ MARKER = ".ddp-lessons"
 
 
 def containing(place: Path) -> Path | None:
-    """The copy that holds a folder, or None: a command given inside a copy means that copy."""
+    """The copy that contains a folder, or None; a command inside a copy means that copy."""
     return next((at for at in (place, *place.parents) if (at / MARKER).is_file()), None)
 
 
 def find_copy(course: Path, folder: Path) -> Path:
-    """Where the copy of a course is, or would be made: in `folder` or, if that is taken, beside it.
+    """The folder of a course's copy, existing or to be made: `folder` or, if taken, one beside it.
 
-    Folders are taken that hold a copy of other lessons, or files of the learner's own that have the
-    names of lessons. Beside ``course`` are ``course-2``, ``course-3`` and so on.
+    A folder is taken if it has a copy of other lessons, or the learner's own files under names of
+    lessons. The folders beside ``course`` are ``course-2``, ``course-3`` and so on.
     """
     first = Path(os.path.abspath(folder))
     base = re.sub(r"-\d\d?$", "", first.name)
@@ -44,31 +44,31 @@ def find_copy(course: Path, folder: Path) -> Path:
 
 
 def is_copy(course: Path, folder: Path) -> bool:
-    """True if a folder is a copy of these lessons, whatever the learner did in it."""
+    """True if a folder is a copy of these lessons, changed or not."""
     return _marker(folder) == _digest(course)
 
 
 def bring(course: Path, folder: Path, wanted: str) -> bool:
-    """Copy the lessons into a folder, as far as it lacks them.
+    """Copy missing lessons into a folder.
 
     Parameters
     ----------
     course : Path
-        Where the lessons of this installation are.
+        The lessons of this installation.
     folder : Path
-        Where `find_copy` found their copy, or a place for it.
+        The folder that `find_copy` returned.
     wanted : str
-        A file that is to be there even if the learner deleted it.
+        A file to copy even if the learner deleted it.
 
     Returns
     -------
     bool
-        True if nothing of the lessons was there before.
+        True if the folder had no lessons before.
 
     Raises
     ------
     CommandError
-        If something cannot be written. Every file is then as it was, or complete.
+        If a file cannot be written. Each file is then unchanged or complete.
     """
     names = files(course)
     new = not any(os.path.lexists(folder / name) for name in names)
@@ -82,13 +82,13 @@ def bring(course: Path, folder: Path, wanted: str) -> bool:
 
 
 def changed(course: Path, folder: Path) -> list[str]:
-    """The files of a copy in which the learner wrote something."""
+    """The files of a copy that the learner changed."""
     there = [name for name in files(course) if (folder / name).is_file()]
     return [name for name in there if _written(folder / name) != _written(course / name)]
 
 
 def _written(path: Path) -> Any:
-    """What people write in a file: of a notebook, its cells without what running adds to them."""
+    """The content that a person writes: of a notebook, its cells without outputs."""
     content = path.read_bytes()
     with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
         cells = [
@@ -101,7 +101,7 @@ def _written(path: Path) -> Any:
 
 
 def _marker(folder: Path) -> str:
-    """The digest of the lessons from which a copy was made; empty if the folder is no copy."""
+    """The digest of the lessons that a copy was made from; "" if the folder is no copy."""
     try:
         return (folder / MARKER).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -109,7 +109,7 @@ def _marker(folder: Path) -> str:
 
 
 def _digest(course: Path) -> str:
-    """The same for the same lessons: the version may stay while they change, and change alone."""
+    """A digest of the lessons, which may change without the version, and the reverse."""
     digest = hashlib.sha256()
     for name in files(course):
         digest.update(f"\n{name}\n".encode() + (course / name).read_bytes())
@@ -117,7 +117,7 @@ def _digest(course: Path) -> str:
 
 
 def _is_free(course: Path, folder: Path) -> bool:
-    """True if a copy can be made in a folder, or be completed: nothing else has its names."""
+    """True if a copy can be made or completed in a folder: no other file has its names."""
     taken = [name for name in files(course) if os.path.lexists(folder / name)]
     return not _marker(folder) and all(_is_same(course / name, folder / name) for name in taken)
 
@@ -129,7 +129,7 @@ def _is_same(given: Path, path: Path) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file of the copy; turn the system's error into a sentence."""
+    """Write a file of the copy; an OSError becomes a CommandError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_files({path: [content]})

@@ -1,7 +1,7 @@
-"""The lessons: where this installation keeps them, what each asks, which one somebody means.
+"""Finds this installation's lessons, their titles and questions, and a lesson by its name.
 
-A wheel holds them inside the package; an editable installation uses the repository's `notebooks/`.
-Runs in the command `ddp-lessons`, and only reads.
+Runs in the command `ddp-lessons`, and only reads. A wheel has the lessons inside the package; an
+editable installation uses the repository's `notebooks/`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ddp_lessons.text import INSTALL
 
 PACKAGE = Path(__file__).parent.parent
-# The same patterns are in pyproject.toml, where they say what a wheel holds.
+# pyproject.toml has the same patterns, for the wheel.
 PATTERNS = (
     "[0-9][0-9]_*.ipynb",
     "gpu.ipynb",
@@ -27,11 +27,11 @@ APPENDIX = "gpu.ipynb"
 
 
 class CommandError(Exception):
-    """Something that the command cannot do, in a sentence for the one who gave it."""
+    """The command cannot do something; the message is for its user."""
 
 
 class Lesson(NamedTuple):
-    """What the first cell of a lesson's notebook says of it."""
+    """A lesson, from the first cell of its notebook."""
 
     file: str
     question: str
@@ -39,7 +39,7 @@ class Lesson(NamedTuple):
 
     @property
     def number(self) -> str:
-        """Two digits; nothing for the appendix."""
+        """Two digits; "" for the appendix."""
         return self.file[:2] if self.file[:2].isdigit() else ""
 
     @property
@@ -49,7 +49,7 @@ class Lesson(NamedTuple):
 
 
 def source() -> Path:
-    """The folder of this installation that holds the lessons.
+    """The folder of this installation that has the lessons.
 
     Raises
     ------
@@ -66,13 +66,13 @@ def source() -> Path:
 
 
 def files(folder: Path) -> list[str]:
-    """Everything that belongs to the course below a folder, as relative POSIX paths."""
+    """All files of the course below a folder, as relative POSIX paths."""
     found = (path for pattern in PATTERNS for path in folder.glob(pattern))
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def lessons(folder: Path) -> list[Lesson]:
-    """The lessons below a folder in their order, the appendix last."""
+    """The lessons below a folder in order, the appendix last."""
     names = [name for name in files(folder) if name.endswith(".ipynb") and "/" not in name]
     return [_lesson(folder / name) for name in sorted(names, key=lambda n: (n == APPENDIX, n))]
 
@@ -92,19 +92,19 @@ def code(path: Path) -> str:
 
 
 def _question(text: str) -> str:
-    """The title if it asks something, else the question in bold below it."""
+    """The title if it is a question, else the question in bold below it."""
     title = text.partition("\n")[0].partition(" · ")[2].strip()
     asked = re.search(r"\*\*(.*?\?)\*\*", text)
     return title if title.endswith("?") or not asked else asked[1].replace("`", "")
 
 
 def find(text: str, among: list[Lesson]) -> Lesson:
-    """The lesson meant by a number (`7`), a name (`ddp_timing`) or a file's name.
+    """The lesson of a number (`7`), a name (`ddp_timing`) or a file's name.
 
     Raises
     ------
     CommandError
-        If no lesson is called that; names the closest ones, and all.
+        If there is no such lesson; names the closest ones, and all.
     """
     wanted = _plain(text)
     for lesson in among:
@@ -117,7 +117,7 @@ def find(text: str, among: list[Lesson]) -> Lesson:
 
 
 def _plain(text: str) -> str:
-    """A lesson's name without what people write differently."""
+    """A lesson's name, normalised for comparison."""
     name = text.strip().lower().removesuffix(".ipynb")
     return re.sub(r"[\s-]+", "_", name.rpartition("/")[2] if "solutions/" not in name else name)
 

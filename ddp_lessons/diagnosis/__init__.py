@@ -1,1 +1,1 @@
-"""Why a run failed or hung, from its record. Runs in the parent."""
+"""Explains from its record why a run failed or hung. Runs in the parent, for `Run`."""

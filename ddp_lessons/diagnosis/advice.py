@@ -1,8 +1,8 @@
-"""What to try: the last words of verdicts on hangs (hangs.py) and failures (failures.py)."""
+"""Advice texts: hangs.py and failures.py end their verdicts with them, in the parent."""
 
 ORDER = (
     "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
-    "`continue` or the early `return` that lets some ranks take another way."
+    "`continue` or the early `return` that lets some ranks take another path."
 )
 TENSORS = (
     "All ranks must pass {op} a tensor of the same shape and dtype. Print x.shape and x.dtype on "
@@ -11,24 +11,24 @@ TENSORS = (
 )
 MISSING = (
     "A collective returns only when every rank of its group has called it. Look for the `if`, the "
-    "early `return` or the exception that keeps the missing rank from it."
+    "early `return` or the exception that keeps the missing rank from calling it."
 )
 JOINING = (
     "init_process_group returns when every rank has called it. Look for the `if`, the early "
     "`return` or the long work before it that keeps the missing rank away."
 )
 LATE = (
-    "The errors are on the ranks that were in time, and on a late one that found them gone. Is it "
-    "slower, or has it more to do? Else raise timeout= of init_process_group."
+    "The errors are on the ranks that were on time, and on a late one that found them gone. Is it "
+    "slower, or does it have more to do? Else raise timeout= of init_process_group."
 )
 SAME_CALL = (
     "All of them make the same call. Do their tensors have the same shape and dtype, and did all "
     "of them make the same calls before?"
 )
 DDP = (
-    "DistributedDataParallel makes collectives of its own, to which every rank must come: it "
-    "broadcasts buffers in forward, also under no_grad and in eval(), and adds up gradients in "
-    "backward. What a rank does alone, such as a validation, must go through model.module."
+    "DistributedDataParallel calls collectives of its own, and every rank must take part: it "
+    "broadcasts buffers in forward, also under no_grad and in eval(), and averages gradients in "
+    "backward. What a rank does alone, such as validation, must go through model.module."
 )
 SLOW = (
     "If a rank is slow rather than stuck, let it make progress that shows: a printed line, or a "
@@ -36,12 +36,13 @@ SLOW = (
 )
 IDLE = "An idle rank uses no processor time: it waits for a lock, a queue, a thread or the clock. "
 THREADS = (
-    "A rank's process, as every script, ends only after its threads. Stop and join() the thread "
-    "before the function returns, or start it as Thread(..., daemon=True), which nobody awaits. "
+    "A rank's process, like any script, ends only after its threads. Stop and join() the thread "
+    "before the function returns, or start it as Thread(..., daemon=True), for which no process "
+    "waits. "
 )
-HANDLERS = "A rank's process, as every script, runs its atexit handlers before it ends. "
+HANDLERS = "A rank's process, like any script, runs its atexit handlers before it ends. "
 CHILDREN = (
-    "A rank's process, as every script, waits for the processes that it started with "
+    "A rank's process, like any script, waits for the processes that it started with "
     "multiprocessing, unless they are daemons: stop and join() them before the function returns. "
 )
 SUSPENDED = (
@@ -56,15 +57,15 @@ NETWORK = (
     "All ranks made the same call, so their code is right. Do the machines still reach each other "
     "(ping), and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name an interface that leads there?"
 )
-RECORD = "A record tells of the calls of torch.distributed, not where a rank is between them. "
-PY_SPY = "`py-spy dump --pid {rank.pid}` on {rank.host} tells where rank {rank.rank} is now."
+RECORD = "A record has the calls of torch.distributed, not where a rank is between them. "
+PY_SPY = "`py-spy dump --pid {rank.pid}` on {rank.host} shows where rank {rank.rank} is now."
 GROUPS = (
     "Ranks that share two groups must use them in the same order: while one waits in the first "
     "group, the other waits in the second. Choose one order for all."
 )
 PLACE = (
-    "{ranks} were launched. Does world_size= or WORLD_SIZE say the same, does every rank have a "
-    "number of its own, and do all name the same place?"
+    "{ranks} were launched. Does world_size= or WORLD_SIZE say the same, does every rank have its "
+    "own number, and do all of them use the same address or file?"
 )
 SENDS_FIRST = (
     "A send may wait until its recv has begun, and here all of them send first. Start with isend "
@@ -91,7 +92,7 @@ ON_GPU = (
     'With launch(..., env={"CUDA_LAUNCH_BLOCKING": "1"}) each call waits for the GPU, so the '
     "traceback ends at the right line."
 )
-BACKENDS = {  # what torch or NCCL says of a backend, and what to try
+BACKENDS = {  # error texts of torch, CUDA and NCCL, and what to try
     "doesn't have NCCL built in": NO_NCCL,
     "no GPUs found": NO_NCCL,
     "Duplicate GPU detected : ": ONE_GPU,

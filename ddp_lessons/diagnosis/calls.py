@@ -1,7 +1,7 @@
-"""What every rank called, in order, and who is awaited in which call. Runs in the parent.
+"""`Calls`: each rank's calls in order, matched across ranks. Runs in the parent.
 
-Within a group, the n-th collective of one rank meets the n-th of the others. The launcher's
-watchdog asks whether any rank can still go on, hangs.py where it went wrong, and the hang board
+Within a group, the n-th collective of one rank matches the n-th of every other. The watchdog asks
+`Calls` whether any rank can still proceed, hangs.py asks where it went wrong, and the hang board
 draws it.
 """
 
@@ -41,7 +41,7 @@ class Call(NamedTuple):
     peer : int or None
         The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
     site : str or None
-        The learner's line, see `wire.records.split_site`.
+        The line of the learner's code, see `wire.records.split_site`.
     state : str
         "done", "open" (it never returned) or "failed" (it raised).
     """
@@ -56,38 +56,38 @@ class Call(NamedTuple):
     site: str | None
     state: State
     t0_ns: int
-    waits: bool = False  # for asynchronous work, which was issued before
-    of_ddp: bool = False  # DDP made it by itself
+    waits: bool = False  # a wait for asynchronous work issued earlier
+    of_ddp: bool = False  # DDP made the call, not the learner's code
 
     @property
     def name(self) -> str:
-        """The function; `DDP's broadcast` where the learner's line does not name it."""
+        """The function; `DDP's broadcast` for a call that DDP made."""
         return f"DDP's {self.op}" if self.of_ddp else self.op
 
     @property
     def pairwise(self) -> bool:
-        """It is a send or a recv."""
+        """True for a send or a recv."""
         return self.op in SENDS or self.op in RECVS
 
     @property
     def look(self) -> tuple[int | None, str] | None:
-        """What must be the same on all ranks: bytes and dtype, for calls that ask for it."""
+        """Bytes and dtype, where they must be the same on all ranks; else None."""
         if self.op not in LIKE or self.tensor is None:
             return None
         return self.nbytes, self.tensor.partition(" (")[0]
 
 
 class Calls:
-    """The calls of all ranks. Made from the spans of each rank, by rank; `Calls.of` a run.
+    """The calls of all ranks, from each rank's spans; for a `Run` use `Calls.of(run)`.
 
-    `lossy` are the ranks whose later spans were not kept.
+    `lossy` are the ranks whose later spans were dropped.
     """
 
     _of_runs: ClassVar[WeakKeyDictionary[RunRecord, Calls]] = WeakKeyDictionary()
 
     @classmethod
     def of(cls, run: RunRecord) -> Calls:
-        """The calls of a run, sorted once however often they are asked for."""
+        """The calls of a run, cached."""
         found = cls._of_runs.get(run)
         if found is None:
             found = cls._of_runs[run] = cls([rank.spans for rank in run.ranks], run.lossy)
@@ -117,10 +117,10 @@ class Calls:
             there[call.rank] = waits._replace(state=call.state) if waits else call
 
     def open(self, rank: int) -> list[Call]:
-        """The calls in which a rank stands, one on each of its threads.
+        """The calls that a rank is in, one on each of its threads.
 
-        If backward has nothing left but to wait for its buckets, one of those: one that cannot
-        arrive, if there is any.
+        A backward that only waits for its buckets adds one bucket's call: one that can never
+        complete, if there is any.
         """
         found = [call for call in self.of_rank[rank] if call.state == "open"]
         buckets = self._awaited_buckets[rank]
@@ -128,14 +128,14 @@ class Calls:
         return found + (stuck or buckets)[:1]
 
     def standing(self, rank: int) -> Call | None:
-        """The call in which a rank stands: the one that is open, or that raised at last."""
+        """The call that a rank is in, or its last call if that raised."""
         if still := self.open(rank):
             return still[0]
         mine = self.of_rank[rank]
         return mine[-1] if mine and mine[-1].state == "failed" else None
 
     def _awaited(self, spans: Sequence[Span]) -> Iterator[Call]:
-        """The buckets for which a rank's backward waits, and what else it waits for with them."""
+        """The collectives in flight while a rank's backward waits for its buckets."""
         if not any(s.t1_ns is None and s.name == WAIT_FOR_BUCKETS for s in spans):
             return
         for span in spans:
@@ -146,11 +146,11 @@ class Calls:
                     yield call._replace(state="open", waits=True)
 
     def missing(self, call: Call) -> set[int]:
-        """The ranks without which a call cannot return, and that have not made theirs."""
+        """The ranks that a call needs to return and that have not called it."""
         return {r for r in self._not_there(call) if not self._may_have_come(r, call)}
 
     def _may_have_come(self, rank: int, call: Call) -> bool:
-        """Whether its call may be one that was not kept; not so where it stands before that."""
+        """Whether a dropped span may be the rank's call: not if its open call is earlier."""
         if rank not in self.lossy:
             return False
         stands = next((c for c in self.of_rank[rank] if c.state == "open"), None)
@@ -179,21 +179,21 @@ class Calls:
 
     def _missing_peer(self, call: Call) -> set[int]:
         other = "recv" if _side(call) == "send" else "send"
-        if call.peer is None:  # a recv from anyone: all others
+        if call.peer is None:  # a recv from any rank
             return set(range(self.world_size)) - {call.rank}
         theirs = self._pairs[call.group, other, call.peer, call.rank]
         return {call.peer} if call.seq is None or theirs <= call.seq else set()
 
     def stuck_for_good(self, alive: Iterable[int]) -> bool:
-        """True if no living rank can go on: this is proof, from recorded calls alone.
+        """True if no living rank can proceed: recorded calls alone prove it.
 
-        Each of them stands in calls that lack a rank. That one has ended, or stands so itself.
+        Each is in calls that lack a rank, and every such rank has ended or is stuck likewise.
         """
         standing = [self.open(rank) for rank in alive]
         return all(calls and all(map(self.missing, calls)) for calls in standing)
 
     def not_made(self, rank: int) -> Call | None:
-        """Another rank's call: the first that this rank did not come to."""
+        """The first call of another rank that this rank has not made."""
         if rank in self.lossy:
             return None
         beyond = []
@@ -206,7 +206,7 @@ class Calls:
         return min(beyond, key=lambda call: call.t0_ns, default=None)
 
     def left(self, rank: int, group: str) -> Call | None:
-        """The call by which a rank left a group, or all, if it has and did not join again."""
+        """The call by which a rank left a group, or all groups, unless it joined again."""
         for call in reversed(self.of_rank[rank]):
             if call.op == "init_process_group":
                 return None
@@ -216,7 +216,7 @@ class Calls:
 
 
 def _calls(spans: Iterable[Span]) -> Iterator[Call]:
-    """A rank's calls. Asynchronous work is one call; a wait for it counts while it goes on."""
+    """A rank's calls. Asynchronous work is one call; a wait for it counts until it is done."""
     issued: set[tuple[object, ...]] = set()
     for span in spans:
         if span.op is None or span.kind not in (Kind.COMM, Kind.ISSUE, Kind.WAIT):
@@ -227,7 +227,7 @@ def _calls(spans: Iterable[Span]) -> Iterator[Call]:
             if state == "done":
                 continue
         elif span.seq is not None:
-            if span.lane in NOT_OF_A_THREAD:  # what is in flight blocks nobody by itself
+            if span.lane in NOT_OF_A_THREAD:  # work in flight blocks no thread
                 state = "done"
                 if key in issued:
                     continue
@@ -242,7 +242,7 @@ def _calls(spans: Iterable[Span]) -> Iterator[Call]:
 
 
 def _needed(call: Call, ranks: Sequence[int]) -> set[int]:
-    """The other ranks of a group without whose part a collective does not return on this one."""
+    """The other ranks of the group that a collective needs to return on this rank."""
     others = set(ranks) - {call.rank}
     root = call.peer
     if root not in ranks or root is None:
@@ -255,9 +255,9 @@ def _needed(call: Call, ranks: Sequence[int]) -> set[int]:
 
 
 def _neighbours(place: int, root: int, ranks: Sequence[int]) -> set[int]:
-    """From whom a rank gets a broadcast, and to whom it passes it on (gloo/broadcast.cc).
+    """The ranks from and to which a rank passes a broadcast (gloo/broadcast.cc).
 
-    Counted from the root, number n gets it from n without its highest bit.
+    Counted from the root, number n receives from n without its highest bit.
     """
     size = len(ranks)
     number = (place - root) % size

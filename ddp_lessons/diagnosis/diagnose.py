@@ -1,6 +1,7 @@
-"""From a finished run to what is wrong with it: one verdict with its evidence, and warnings.
+"""Diagnoses a finished run: a verdict, the error to raise, and warnings.
 
-Runs in the parent. `failures.py` explains ranks that failed, `hangs.py` ranks that wait for ever.
+Runs in the parent, called by `Run`. failures.py explains ranks that failed, hangs.py ranks that
+wait forever.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def verdict(run: RunRecord) -> Verdict | None:
-    """Why a run failed or hung; None if every rank returned, or it was interrupted."""
+    """Why a run failed or hung; None if every rank returned or the run was interrupted."""
     if run.ok:
         return None
     return hangs.explain(run) if run.hung_after is not None else failures.explain(run)
 
 
 def warnings(run: RunRecord) -> list[str]:
-    """What is wrong with a run in which nothing failed: a line for each finding."""
+    """Silent errors of a run in which no rank failed: one line each."""
     if not run.ok or _all_did_the_same(run):
         return []
     calls = Calls.of(run)
@@ -40,7 +41,7 @@ def warnings(run: RunRecord) -> list[str]:
 
 
 def _all_did_the_same(run: RunRecord) -> bool:
-    """The usual case, found quickly: every rank made the same calls at the same lines."""
+    """Shortcut for the usual case: every rank made the same calls at the same lines."""
     if not run.ranks:
         return True
     first, *others = (
@@ -59,7 +60,7 @@ def _silent(parting: Mismatch) -> str:
 
 
 def _forgotten(calls: Calls) -> list[str]:
-    """Only some ranks left the group; where all forget it, nobody waits."""
+    """A warning if only some ranks called destroy_process_group; if none did, no rank waits."""
     joined = [r for r, made in enumerate(calls.of_rank) if any(c.op in GROUP_CALLS for c in made)]
     stayed = [rank for rank in joined if calls.left(rank, "world") is None]
     if not stayed or len(stayed) == len(joined):
@@ -72,7 +73,7 @@ def _forgotten(calls: Calls) -> list[str]:
 
 
 def error(run: RunRecord, found: Verdict | None) -> LaunchError | None:
-    """The error to raise for a run with this verdict; None if it has none."""
+    """The error to raise for a run with this verdict; None without a verdict."""
     if found is None:
         return None
     return _class(run, found)(

@@ -1,7 +1,7 @@
-"""Why a run failed in which a rank raised, died or could not send its value. Runs in the parent.
+"""Explains runs in which a rank raised, died or could not send its value. Runs in the parent.
 
 The earliest failure is the cause; ranks that only lost their partner are collateral and get one
-line. If all failures are such losses, hangs.py tells who was missing.
+line. If all failures are such losses, hangs.py finds the missing rank.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ddp_lessons.wire import stacks
 from ddp_lessons.wire.records import FORKSERVER
 
 FAILED = ("raised", "died", "unsendable")
-LAST_LINES = 5  # of a dead rank's output, shown as evidence
+LAST_LINES = 5  # of a dead rank's output, as evidence
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
-_CPP_FRAME = re.compile(r"frame #\d+: ")  # of C++, below what it says
-_KERNEL_GAVE_UP = re.compile(r"^\S+\.cuh?:\d+: .*Assertion")  # once a thread of the GPU
+_CPP_FRAME = re.compile(r"frame #\d+: ")  # of a C++ stack below an error message
+_KERNEL_GAVE_UP = re.compile(r"^\S+\.cuh?:\d+: .*Assertion")  # once for each GPU thread
 _GPU_FAILED = re.compile(r"CUDA error: ")
-# What to say of ranks of a script whose recording ends without an exit status.
+# For ranks of a script whose recording ends without an exit status.
 _RANK_VANISHED = (
-    "Its record just stops: it was killed (for want of memory, say), it left by os._exit, or its "
-    "machine is gone. The log of torchrun tells which."
+    "Its record just stops: it was killed (when memory ran out, say), it called os._exit, or its "
+    "machine is gone. torchrun's log tells which."
 )
 _NODE_VANISHED = "Its agent (torchrun) was killed and its ranks with it, or the machine is gone."
 _ALL_VANISHED = "The agent (torchrun) was killed and its ranks with it, or the machine stopped."
 
 
 def explain(run: RunRecord) -> Verdict | None:
-    """The verdict on a run in which ranks failed; None if none did."""
+    """The verdict on a run in which ranks failed; None if no rank did."""
     failures = [rank for rank in run.ranks if rank.status in FAILED]
     if not failures:
         return None
@@ -58,12 +58,12 @@ def explain(run: RunRecord) -> Verdict | None:
 
 
 def _got_another_size(rank: RankResult) -> bool:
-    """Gloo ended the process because data of another size came than its call expects."""
+    """Gloo aborted the process: it received data of another size than its call expects."""
     return rank.status == "died" and any("op.preamble.length" in line for line in rank.lines)
 
 
 def _cause(failures: Sequence[RankResult]) -> RankResult:
-    """The failure that came first; of ranks that failed alike, the lowest."""
+    """The earliest failure; of ranks that failed alike, the lowest rank's."""
     first = min(failures, key=lambda rank: rank.ended_ns)
     return min((rank for rank in failures if _alike(rank, first)), key=lambda rank: rank.rank)
 
@@ -101,14 +101,14 @@ def _raised(run: RunRecord, cause: RankResult) -> Verdict:
 
 
 def _before_the_call(run: RunRecord, cause: RankResult) -> list[str]:
-    """A function or argument may run any code while it is loaded, such as sys.exit."""
+    """A note if unpickling the function or its arguments failed: that may run any code."""
     if cause.started_ns is not None:
         return []
-    return ["", f"That was before {run.name} was called: while it or its arguments were loaded."]
+    return ["", f"This was before {run.name} was called, while it or its arguments were loaded."]
 
 
 def _of_the_kernel(cause: RankResult) -> list[str]:
-    """What a kernel of the GPU wrote when it gave up: it says more than CUDA's error."""
+    """The failed assertion that a GPU kernel printed: it says more than CUDA's error."""
     if cause.error is None or not _GPU_FAILED.search(cause.error.text):
         return []
     said = next(filter(_KERNEL_GAVE_UP.search, cause.lines), None)
@@ -130,7 +130,7 @@ def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:
         "unsendable",
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} returned a value of type {cause.error.type_name}, "
-        f"which cannot travel back to the notebook: {cause.error.text}",
+        f"which cannot be sent back to the notebook: {cause.error.text}",
         advice="Return plain data instead: numbers, strings, lists, tensors, state_dict().",
     )
 
@@ -151,7 +151,7 @@ def _died(run: RunRecord, cause: RankResult) -> Verdict:
 
 
 def _lost(run: RunRecord, cause: RankResult) -> Verdict:
-    """What started a rank was gone before it could tell how the rank ended."""
+    """The forkserver or engine that started a rank ended before it reported the rank's end."""
     assert cause.error is not None
     same = [rank.rank for rank in run.ranks if rank.error == cause.error]
     what, _, why = cause.error.text.partition("\n")
@@ -165,7 +165,7 @@ def _lost(run: RunRecord, cause: RankResult) -> Verdict:
 
 
 def _death(run: RunRecord, rank: RankResult) -> tuple[str, str]:
-    """What happened to a rank that died, and the likely reason."""
+    """How a rank died, and the likely reason."""
     exitcode = rank.exitcode or 0
     name = exit_name(exitcode)
     if rank.started_ns is None:
@@ -178,7 +178,7 @@ def _death(run: RunRecord, rank: RankResult) -> tuple[str, str]:
 
 
 def _last_lines(rank: RankResult) -> list[str]:
-    """What a rank wrote at last, without C++ stacks; if its GPU failed, the lines that say how."""
+    """A rank's last lines without C++ stacks; if its GPU failed, the lines that say how."""
     lines = [line for line in rank.shown_lines if line.strip() and not _CPP_FRAME.match(line)]
     if rank.exitcode == -signal.SIGABRT:
         found = (next(filter(text.search, lines), None) for text in (_KERNEL_GAVE_UP, _GPU_FAILED))
@@ -199,11 +199,12 @@ def _reason(run: RunRecord, rank: RankResult, exitcode: int) -> str:
             )
         case "SIGKILL" if run.out_of_memory is None:
             return (
-                "Most often that is the system, out of memory: use fewer ranks or smaller tensors."
+                "Most often the system does that when memory runs out: use fewer ranks or smaller "
+                "tensors."
             )
         case "SIGKILL":
             return (
-                "The system reports no kill for want of memory during this run: another process, "
+                "The system reports no out-of-memory kill during this run: another process, "
                 "or the rank itself, sent that signal."
             )
         case "SIGABRT" if out:
@@ -212,33 +213,33 @@ def _reason(run: RunRecord, rank: RankResult, exitcode: int) -> str:
             who = "NCCL's watchdog" if "watchdog" in last[-1] else "C++ code"
             return f"{who} ended the process over an error of its GPU.\n{advice.ON_GPU}"
         case "SIGABRT":
-            return "C++ code gave up; the reason is in the last lines of its output."
+            return "C++ code aborted; the reason is in the last lines of its output."
         case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":
             return "C or C++ code crashed; nothing in Python can catch that."
         case _ if exitcode < 0:
             return "Another process sent that signal."
     return (
-        f"Its process left without returning: os._exit({exitcode}), or a library that calls exit()."
+        f"It called os._exit({exitcode}), or a library called exit(), before the function returned."
     )
 
 
 def _vanished(run: RunRecord, first: RankResult) -> Verdict:
-    """The verdict on a run in which a rank died without a word; `first` is the earliest."""
+    """The verdict where ranks ended without an exit status; `first` is the earliest."""
     silent = [rank for rank in run.ranks if rank.status == "died" and rank.exitcode is None]
     ranks = tuple(rank.rank for rank in silent)
     if len(silent) == run.world_size:
         who = f"all {run.world_size} ranks" if run.world_size > 1 else "the rank"
         lines = (_ALL_VANISHED, "", *rank_state.lines(silent))
-        return Verdict("killed", ranks, f"{who} ended without a word", lines)
+        return Verdict("killed", ranks, f"{who} ended without an exit status", lines)
     if (node := _gone_node(run, first)) is not None:
         return _node(run, node, first)
-    title = f"rank {first.rank} of {run.world_size} ended without a word"
+    title = f"rank {first.rank} of {run.world_size} ended without an exit status"
     lines = (_RANK_VANISHED, *last_call(run, first), *other_ranks(run, [first.rank]))
     return Verdict("killed", (first.rank,), title, lines)
 
 
 def _gone_node(run: RunRecord, first: RankResult) -> list[RankResult] | None:
-    """The ranks of the first one's machine, if all of them and no others are silent."""
+    """The ranks of the first one's machine, if exactly these ended without an exit status."""
     there = [rank for rank in run.ranks if rank.group_rank == first.group_rank]
     silent = [rank for rank in run.ranks if rank.status == "died"]
     return there if silent == there else None
@@ -250,18 +251,18 @@ def _node(run: RunRecord, there: list[RankResult], first: RankResult) -> Verdict
     host = f" ({first.host})" if first.host not in others else ""
     title = (
         f"node {first.group_rank}{host} is gone: {ranks_text(ranks)} of {run.world_size} ended "
-        "without a word"
+        "without an exit status"
     )
     now = map(at_head, rank_state.lines(there))
     lines = (_NODE_VANISHED, "", *now, *other_ranks(run, ranks))
     return Verdict("killed", ranks, title, lines)
 
 
-# What is said beside the cause
+# Evidence beside the cause
 
 
 def last_call(run: RunRecord, rank: RankResult) -> list[str]:
-    """Where a rank was that can no longer tell: the tape stays readable."""
+    """The last call of a dead rank: the tape stays readable."""
     calls = Calls.of(run)
     made = calls.of_rank[rank.rank]
     if not made:
@@ -272,7 +273,7 @@ def last_call(run: RunRecord, rank: RankResult) -> list[str]:
 
 
 def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
-    """One line for each kind of collateral damage."""
+    """Secondary failures: one line for each kind."""
     rest = [r for r in run.ranks if r.rank not in told]
     lost = [r for r in rest if lost_partner(r)]
     stopped = [r for r in rest if r.status == "stopped"]
@@ -281,7 +282,7 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
     for where in dict.fromkeys(_lost_where(r) for r in lost):
         there = [r.rank for r in lost if _lost_where(r) == where]
         partner = agree(there, "its partner", "their partner")
-        lines.append(f"{at_head(ranks_text(there))} lost {partner} by that{where}.")
+        lines.append(f"{at_head(ranks_text(there))} then lost {partner}{where}.")
     lines += [
         f"rank {r.rank} {'' if r.pid or r.kept_by else 'was '}{r.outcome()}" for r in stopped[:4]
     ]

@@ -1,8 +1,8 @@
-"""Why ranks wait for ever, or lost each other, from their calls and stacks. Runs in the parent.
+"""Explains why ranks wait forever or lost each other, from calls and stacks. Runs in the parent.
 
-Three questions, in this order. Did the ranks' calls part: at one number in a group, other functions
-or tensors? If not, who is awaited and did not come, and what does it do instead? If nobody, why do
-those that came wait for each other?
+It asks three questions in turn. Do the ranks' calls differ: at one sequence number of a group,
+another function or tensor? If not, which rank is missing, and what does it do instead? If none is,
+why do the ranks that came wait for each other?
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ddp_lessons.wire.ops import DDP_CALLS, JOINING, SENDS
 from ddp_lessons.wire.records import Frame
 
 JOIN = "init_process_group"
-# Of several that are awaited, the kind that says most.
+# The kind of verdict where several ranks are missing: the first of these wins.
 _WORST: tuple[Kind, ...] = (
     "suspended",
     "computing",
@@ -35,7 +35,7 @@ _WORST: tuple[Kind, ...] = (
     "no answer",
 )
 
-# What to say of what keeps a rank from ending, other than threads.
+# Advice by what keeps a rank from ending, if it is not a thread.
 _ENDING = {
     stacks.HANDLER: advice.HANDLERS,
     stacks.CHILD: advice.CHILDREN,
@@ -44,22 +44,22 @@ _ENDING = {
 
 
 def explain(run: RunRecord) -> Verdict:
-    """The verdict on a run in which ranks wait for ever, or lost each other and nothing else."""
+    """The verdict on a run in which ranks wait forever, or only lost each other."""
     return _Hang(run).verdict()
 
 
 def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
-    """The verdict on a run in which gloo ended ranks that got data of another size."""
+    """The verdict where gloo aborted ranks because they received data of another size."""
     hang = _Hang(run)
     verdict = hang.verdict()
-    if verdict.kind in ("unlike tensors", "skipped collective", "different collectives"):
+    if verdict.kind in ("tensor mismatch", "skipped collective", "different collectives"):
         return verdict
-    # Calls that are not recorded, such as DDP's own: it cannot be told which rank is wrong.
+    # Some calls are not recorded, so any rank may be wrong.
     return Verdict(
         "different collectives",
         tuple(range(run.world_size)),
-        f"{ranks_text(ended)} got data of another size than {agree(ended, 'its', 'their')} call "
-        "expects: the calls do not match",
+        f"{ranks_text(ended)} got data of a size that {agree(ended, 'its', 'their')} call does not "
+        "expect: the calls do not match",
         verdict.evidence,
         f"{advice.ORDER} {advice.DDP}",
         verdict.frame,
@@ -67,18 +67,18 @@ def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
 
 
 class Standstill:
-    """What is known of the ranks of such a run.
+    """The waiting and the other ranks of a run that hung or lost ranks.
 
     Attributes
     ----------
     run : RunRecord
         The run.
     calls : Calls
-        What every rank called.
+        The ranks' calls.
     waiting, away : list of RankResult
         The ranks that wait in a call of torch.distributed, or did until it failed; the others.
     standing : dict of int to calls.Call
-        The call in which a rank waits, by rank; DDP's own calls are not recorded.
+        The call that a rank waits in, by rank, where it was recorded.
     """
 
     def __init__(self, run: RunRecord) -> None:
@@ -100,18 +100,18 @@ class Standstill:
         return f"{ranks_text([rank.rank for rank in who])} {waits} in {calls}"
 
     def frame(self) -> Frame | None:
-        """The line where the first rank waits."""
+        """The line where the first waiting rank is."""
         first = next(iter(self.waiting), None)
         return None if first is None else position(first).frame
 
     def errors(self) -> list[str]:
-        """The traceback of a rank that raised something of its own, or gave up waiting."""
+        """The traceback of a rank that raised its own error, or else gave up waiting."""
         raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
         own = [r for r in raised if not lost_partner(r)] or raised
         return [*stacks.render(own[0].error).splitlines(), ""] if own and own[0].error else []
 
     def evidence(self) -> tuple[str, ...]:
-        """That traceback, and where every rank is."""
+        """The traceback, and where every rank is."""
         return (*self.errors(), *rank_state.lines(self.run.ranks))
 
 
@@ -125,10 +125,10 @@ class _Hang(Standstill):
             return self._missed(awaited)
         return _deadlock(self)
 
-    # Calls that do not fit
+    # Calls that do not match
 
     def _parting(self) -> Mismatch | None:
-        """The first call at which ranks parted, in the groups where some wait now."""
+        """The first mismatch in the groups in which ranks wait now."""
         last: dict[str, int] = {}
         for call in self.standing.values():
             if call.group is not None and call.seq is not None and not call.pairwise:
@@ -163,14 +163,14 @@ class _Hang(Standstill):
         stands = self.standing.get(call.rank)
         return stands is None or stands.site != call.site
 
-    # Ranks that do not come
+    # Missing ranks
 
     def _awaited(self) -> dict[int, Kind]:
-        """The ranks that others wait for and that do not wait themselves, and why."""
+        """Why each missing rank is away: the others wait for it, and it waits for none."""
         missing: dict[int, Call | None] = {}
         for call in self.standing.values():
             missing.update(dict.fromkeys(self.calls.missing(call), call))
-        if len(self.standing) < len(self.waiting):  # DDP's own calls: all may be awaited
+        if len(self.standing) < len(self.waiting):  # unrecorded calls: any rank may be missing
             missing = {**{r.rank: None for r in self.away}, **missing}
         away = {rank.rank: rank for rank in self.away}
         found = {r: self._why_away(away[r], call) for r, call in missing.items() if r in away}
@@ -199,7 +199,7 @@ class _Hang(Standstill):
         return "blocked in Python"
 
     def _left(self, rank: int) -> Call | None:
-        """The call by which a rank left a group in which others wait."""
+        """The call by which a rank left a group that others wait in."""
         groups = {"world", *(call.group for call in self.standing.values() if call.group)}
         found = [self.calls.left(rank, group) for group in groups]
         return next((call for call in found if call is not None), None)
@@ -224,7 +224,7 @@ class _Hang(Standstill):
         )
 
     def _against(self, kind: Kind, ranks: Sequence[int]) -> str:
-        """What to try where `ranks` did not come."""
+        """Advice where `ranks` are missing."""
         after = self.run.hung_after
         limit = "" if after is None else f"No rank made progress for {after:g} s. "
         slow = "" if self.run.recorded else advice.SLOW
@@ -289,11 +289,11 @@ def _by_kind(awaited: dict[int, Kind]) -> Iterable[tuple[Kind, list[int]]]:
         yield kind, sorted(rank for rank, why in awaited.items() if why == kind)
 
 
-# Nobody is away: the ranks wait for each other
+# No rank is missing: the ranks wait for each other
 
 
 def _deadlock(still: Standstill) -> Verdict:
-    """The verdict on a standstill for which no rank that is elsewhere can be blamed."""
+    """The verdict on a standstill without a missing rank."""
     lines = still.evidence()
     frame = still.frame()
     calls = {position(rank).call for rank in still.waiting}
@@ -318,7 +318,7 @@ def _deadlock(still: Standstill) -> Verdict:
         return Verdict(
             "groups in different order",
             _in_the_smallest_group(still) or everyone,
-            f"{title}, in groups that they take in different order",
+            f"{title}, in groups that they use in different orders",
             lines,
             advice.GROUPS,
             frame,
@@ -326,22 +326,22 @@ def _deadlock(still: Standstill) -> Verdict:
     if len(calls) > 1:
         return _different(still, lines)
     if _across_machines(still):
-        title = f"{title}, and nothing comes through from one machine to the other"
-        return Verdict("cut off", everyone, title, lines, advice.NETWORK, frame)
+        title = f"{title}, but no data gets from one machine to the other"
+        return Verdict("no route", everyone, title, lines, advice.NETWORK, frame)
     if still.run.hung_after is None:
         return Verdict("gave up waiting", everyone, still.who_waits(), lines, advice.MISSING, frame)
     return Verdict("waiting for each other", everyone, title, lines, advice.SAME_CALL, frame)
 
 
 def _across_machines(still: Standstill) -> bool:
-    """A call never ended though all have come to it, and they are on several machines."""
+    """All ranks of a call came, on several machines, but it never ended."""
     hosts = {rank.host for rank in still.waiting}
     calls = still.standing.values()
     return len(hosts) > 1 and any(not still.calls.missing(call) for call in calls)
 
 
 def _different(still: Standstill, lines: tuple[str, ...]) -> Verdict:
-    """Some wait in a call of DDP's own, which is not recorded, others elsewhere."""
+    """The verdict where ranks wait in different calls, some of them not recorded."""
     by_call: dict[str | None, list[int]] = {}
     for rank in still.waiting:
         by_call.setdefault(position(rank).call, []).append(rank.rank)
@@ -361,7 +361,7 @@ def _different(still: Standstill, lines: tuple[str, ...]) -> Verdict:
 
 
 def _in_the_smallest_group(still: Standstill) -> tuple[int, ...]:
-    """The ranks that wait in a group where fewer wait than in the others; () if none."""
+    """The ranks in the group with the fewest waiting ranks; () on a tie."""
     by_group: dict[str | None, list[int]] = {}
     for rank, call in still.standing.items():
         by_group.setdefault(call.group, []).append(rank)
@@ -370,7 +370,7 @@ def _in_the_smallest_group(still: Standstill) -> tuple[int, ...]:
 
 
 def _late(still: Standstill) -> tuple[int, ...]:
-    """The ranks that came to a call only after others had failed there."""
+    """The ranks that came to a call only after others had failed in it."""
     standing = still.standing.values()
     if still.run.hung_after is not None or len({(c.group, c.seq) for c in standing}) != 1:
         return ()

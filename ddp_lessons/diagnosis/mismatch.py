@@ -1,7 +1,7 @@
-"""Where the calls of ranks part: at one number in a group, other functions, or other tensors.
+"""The first collective at which ranks disagree: same sequence number, different function or tensor.
 
-Runs in the parent, on `Calls`. A hang is explained by it (hangs.py), and so are numbers that are
-silently wrong because two calls changed places (diagnose.py).
+Runs in the parent, on `Calls`. hangs.py explains hangs with it, and diagnose.py warns of swapped
+calls whose numbers are silently wrong.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Why = Literal["order", "tensors"]
 
 
 class Mismatch(NamedTuple):
-    """The first number in a group at which ranks made different calls.
+    """The first sequence number of a group at which ranks made different calls.
 
     Attributes
     ----------
     calls : tuple of Call
-        The call of every rank that made one.
+        The calls of the ranks that made one.
     why : str
         "order" (other functions or roots, or the same lines in another order) or "tensors".
     passed : str or None
-        The line that the ranks at another line passed by, as far as that can be told.
+        The line that the ranks at another line skipped, if that is known.
     """
 
     group: str
@@ -47,7 +47,7 @@ class Mismatch(NamedTuple):
     def kind(self) -> Kind:
         """The kind of verdict."""
         if self.why == "tensors":
-            return "unlike tensors"
+            return "tensor mismatch"
         return "different collectives" if self.passed is None else "skipped collective"
 
     @property
@@ -58,7 +58,7 @@ class Mismatch(NamedTuple):
 
     @property
     def sides(self) -> list[list[Call]]:
-        """The calls that agree, together; the largest side first."""
+        """The calls in groups that agree, the largest first."""
         sides: dict[object, list[Call]] = defaultdict(list)
         for call in self.calls:
             order = call.op, call.peer, call.site
@@ -67,7 +67,7 @@ class Mismatch(NamedTuple):
 
     @property
     def odd_ranks(self) -> tuple[int, ...]:
-        """The ranks of the smallest side; of all sides if none is smaller."""
+        """The ranks of the smallest side; all ranks if the sides are equal."""
         most, *_, least = self.sides
         return ranks_of(least if len(least) < len(most) else self.calls)
 
@@ -77,10 +77,10 @@ class Mismatch(NamedTuple):
         return frame_of(self.passed or self.sides[-1][0].site)
 
     def title(self) -> str:
-        """What happened, in a line."""
+        """What happened, in one line."""
         if self.why == "tensors":
             looks = listed(f"{side[0].tensor} on {_who(side)}" for side in self.sides)
-            return f"{self.calls[0].name} was called with unlike tensors: {looks}"
+            return f"{self.calls[0].name} was called with tensors that do not match: {looks}"
         if self.passed is None:
             what = listed(
                 f"{_who(s)} {agree(s, 'calls', 'call')} {_name(s[0])}" for s in self.sides
@@ -94,12 +94,12 @@ class Mismatch(NamedTuple):
         )
 
     def lines(self) -> list[str]:
-        """The calls, a line a side."""
+        """The calls, one line for each side."""
         return [_side(side, self.why) for side in self.sides]
 
 
 def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None:
-    """The first number in a group, at most `until`, at which the calls differ."""
+    """The first mismatch in a group, up to number `until`; None if all calls agree."""
     for seq, by_rank in sorted(calls.met.get(group, {}).items()):
         if until is not None and seq > until:
             break
@@ -126,7 +126,7 @@ def frame_of(site: str | None) -> Frame | None:
 def line_of(site: str | None) -> str:
     """`Cell In[3], line 4`."""
     frame = frame_of(site)
-    return stacks.line_name(frame) if frame else "a line that is not known"
+    return stacks.line_name(frame) if frame else "an unknown line"
 
 
 Numbers = dict[int, dict[int, Call]]  # the calls in a group by number and rank
@@ -142,10 +142,10 @@ def _difference(numbers: Numbers, seq: int) -> Why | None:
 
 
 def _out_of_step(numbers: Numbers, seq: int) -> bool:
-    """Whether one rank makes, as this call, what another makes as its next.
+    """Whether one rank's call here is another rank's next call.
 
-    Other lines alone mean nothing: the branches of an `if rank == 0` often make the same call. But
-    a rank that makes both calls, one after the other, makes them in an order.
+    Different lines alone prove nothing: branches of an `if rank == 0` often make the same call. But
+    a rank that makes both calls fixes their order.
     """
     here, then = numbers[seq], numbers.get(seq + 1, {})
     for rank, call in here.items():
@@ -161,9 +161,9 @@ def _out_of_step(numbers: Numbers, seq: int) -> bool:
 
 
 def _passed_by(numbers: Numbers, one: str | None, other: str | None) -> str | None:
-    """Of two lines where ranks stand, the one that those at the other have not called.
+    """Of two lines that ranks are at, the one that the ranks at the other have skipped.
 
-    None if the order of the lines tells nothing: they are the branches of an `if`, say.
+    None if it is unknown, as in the branches of one `if`.
     """
     if one is None or other is None or one == other:
         return None
@@ -177,7 +177,7 @@ def _passed_by(numbers: Numbers, one: str | None, other: str | None) -> str | No
 
 
 def _follows(numbers: Numbers, one: str, other: str) -> bool:
-    """Whether, on some rank, a call from line `other` came right after one from line `one`."""
+    """Whether some rank called at line `other` right after line `one`."""
     for seq, calls in numbers.items():
         then = numbers.get(seq + 1, {})
         for rank, call in calls.items():
@@ -200,7 +200,7 @@ def _exclusive(one: str | None, other: str | None) -> bool:
         return False
     try:
         tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:  # a cell with a line of magic
+    except SyntaxError:  # a cell with an IPython magic
         return False
     return any(
         (_within(node.body, line) and _within(node.orelse, other_line))

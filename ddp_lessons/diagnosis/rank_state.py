@@ -1,6 +1,6 @@
-"""Where each rank is, or was when it failed, and whether it only lost another one.
+"""Where each rank is, or was when it failed, and whether it only lost another rank.
 
-Runs in the parent.
+Runs in the parent. failures.py, hangs.py, the hang board and `load_run` call it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from ddp_lessons.wire import stacks
 from ddp_lessons.wire.records import ErrorRecord, Frame, Lane, split_site
 from ddp_lessons.wire.stacks import Position
 
-# How gloo, the TCP store and NCCL say that another rank is gone (torch 2.13; gloo transport/tcp).
+# How gloo, the TCP store and NCCL report a lost rank (torch 2.13; gloo transport/tcp).
 _LOST_PEER = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed"
     r"|[Ff]ailed to recv, got 0 bytes|remote process has (?:terminated|exited)|NCCL.*remote error"
 )
-# And how they say that it did not come in time.
+# And how they report that a rank did not come in time.
 _GAVE_UP = re.compile(
     r"Timed out waiting \d+ ?ms|[Tt]imed out after|Application timeout caused pair closure"
     r"|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
 )
-# And how it says, under TORCH_DISTRIBUTED_DEBUG=DETAIL, that others came to another call.
+# And how torch reports another call on other ranks, under TORCH_DISTRIBUTED_DEBUG=DETAIL.
 _MISMATCH = re.compile(r"Detected mismatch between collectives on ranks")
 
-# The verbs with which the lines begin, for one rank and for several.
+# The verb at the start of a line, for one rank and for several.
 _PLURAL = {
     "waits in": "wait in",
     "is": "are",
@@ -37,7 +37,7 @@ _PLURAL = {
 
 
 def position(rank: RankResult) -> Position:
-    """Where it was when it was stopped, or when it raised, and the call in which it waited."""
+    """Where the rank was when it was stopped or raised, and the call it waited in."""
     return stacks.position(rank.stack if rank.error is None else rank.error.frames)
 
 
@@ -49,7 +49,7 @@ def waits(rank: RankResult) -> bool:
 
 
 def lines(ranks: Sequence[RankResult]) -> list[str]:
-    """What every rank did and where, a line for those together that did the same."""
+    """What each rank did and where; ranks that did the same share a line."""
     texts: dict[tuple[str, str], list[int]] = {}
     for rank in ranks:
         texts.setdefault(_doing(rank), []).append(rank.rank)
@@ -63,7 +63,7 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
 
 
 def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
-    """What its GPU has not finished of what it was told first; its call returned long ago."""
+    """The first call that a rank's GPU has not finished, though it returned on the CPU."""
     for span in rank.spans:
         if span.lane == Lane.CUDA and span.t1_ns is None:
             frame = stacks.frame_at(*split_site(span.site)) if span.site else None
@@ -80,7 +80,7 @@ def line(frame: Frame | None) -> str:
 
 
 def _after(rank: RankResult) -> str:
-    """`, after all_reduce at train.py, line 7`: its last call, where a record ends."""
+    """`, after all_reduce at train.py, line 7`: the last recorded call."""
     calls = [span for span in rank.spans if span.op and span.site]
     if not calls:
         return ""
@@ -119,14 +119,14 @@ def _doing(rank: RankResult) -> tuple[str, str]:
 
 
 def lost_partner(rank: RankResult) -> bool:
-    """True for a rank that failed only because another one was gone, or did not come."""
+    """True for a secondary failure: another rank was gone, or did not come."""
     if rank.status == "died":
         return rank.exitcode == -6 and _says_so("\n".join(rank.shown_lines[-20:]))
     return _is_loss(rank.error)
 
 
 def _is_loss(error: ErrorRecord | None) -> bool:
-    """Whether an exception, one before it or all the parts of a group say so."""
+    """Whether an exception, its cause or all parts of an exception group report a lost rank."""
     while error is not None:
         if _lost(error) or (error.parts and all(map(_is_loss, error.parts))):
             return True
@@ -135,12 +135,12 @@ def _is_loss(error: ErrorRecord | None) -> bool:
 
 
 def gave_up(rank: RankResult) -> bool:
-    """True for a rank whose call ended by its own timeout."""
+    """True for a rank whose call timed out."""
     return rank.error is not None and bool(_GAVE_UP.search(rank.error.text)) and _lost(rank.error)
 
 
 def _lost(error: ErrorRecord) -> bool:
-    # In torch.distributed only: a data base may lose its connection, too.
+    # Only in torch.distributed: a database may lose its connection, too.
     return _says_so(error.text) and stacks.position(error.frames).call is not None
 
 

@@ -1,4 +1,7 @@
-"""What a diagnosis says: `Verdict`. Made by failures.py and hangs.py, shown by diagnose.py."""
+"""`Verdict`: why a run failed or hung. Lives in the parent.
+
+failures.py and hangs.py make it; diagnose.py turns it into the error that `launch` raises.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Kind = Literal[
     "engine lost",
     "skipped collective",
     "different collectives",
-    "unlike tensors",
+    "tensor mismatch",
     "returned early",
     "left the group",
     "never joined",
@@ -30,7 +33,7 @@ Kind = Literal[
     "no answer",
     "not ended",
     "gave up waiting",
-    "cut off",
+    "no route",
 ]
 
 
@@ -41,27 +44,26 @@ class Verdict:
     Attributes
     ----------
     kind : str
-        What happened, one of these. A rank alone: "raised", "unsendable" (its return value),
+        One of these. One rank failed: "raised", "unsendable" (its return value cannot be pickled),
         "killed" (by a signal), "exited" (os._exit), "forkserver ended", "engine lost" (of a
-        cluster). Calls that do not fit:
-        "skipped collective" (a line that some ranks called and others passed by), "different
-        collectives" (at one place in the order), "unlike tensors", "unmatched send", "unmatched
-        recv", "groups in different order", "waiting for each other". Ranks that others wait for in
-        vain: "returned early", "left the group", "never joined", "computing", "blocked in Python",
-        "suspended" (SIGSTOP), "no answer". "not ended": the function returned, and a thread or an
-        atexit handler goes on. "gave up waiting": a timeout, because of ranks that came
-        too late, or with no cause in sight. "cut off": all have come, but not their data from one
+        cluster). Calls do not match: "skipped collective" (some ranks called a line that others
+        skipped), "different collectives" (at one place in the order), "tensor mismatch",
+        "unmatched send", "unmatched recv", "groups in different order", "waiting for each other".
+        A rank never comes: "returned early", "left the group", "never joined", "computing",
+        "blocked in Python", "suspended" (SIGSTOP), "no answer". "not ended": the function returned,
+        but a thread or an atexit handler runs on. "gave up waiting": a timeout, because ranks came
+        too late or for no visible cause. "no route": all ranks came, but no data gets from one
         machine to another.
     ranks : tuple of int
-        The ranks that caused it; where two sides disagree, the smaller one, or both.
+        The ranks at fault; where two sides disagree, the smaller side, or both.
     title : str
-        One line.
+        What happened, in one line.
     evidence : tuple of str
         Lines: tracebacks, and what every rank was doing.
     advice : str
-        What to try; "" if the evidence says it.
+        What to try; "" if the evidence is enough.
     frame : Frame or None
-        The learner's line that matters most.
+        The line of the learner's code to look at first.
     """
 
     kind: Kind
@@ -72,6 +74,6 @@ class Verdict:
     frame: Frame | None = None
 
     def text(self) -> str:
-        """All of it, as a message."""
+        """Title, evidence and advice as one message."""
         parts = [self.title, "\n".join(self.evidence), self.advice]
         return "\n\n".join(part for part in parts if part)

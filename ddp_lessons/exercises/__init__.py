@@ -1,4 +1,5 @@
 """Checks for the exercises, one module a lesson.
 
-A check runs the learner's answer on real ranks, over awkward cases, and says what it saw.
+Notebooks call them, in the parent. A check runs the learner's answer on real ranks, over awkward
+cases, and says what it saw.
 """

@@ -1,4 +1,4 @@
-"""The checks of lesson 04: rank zero first, one download a machine, and what barriers cost."""
+"""The checks of lesson 04: rank zero first, one download a machine, the cost of barriers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _in_group = functools.partial(in_group, timeout=LIMIT)
 
 
 def _judge_barriers(what: str, run: Run) -> None:
-    """Raise `Wrong` if some rank called more barriers than another."""
+    """Raise `Wrong` if ranks called different numbers of barriers."""
     called = [sum(s.op == "barrier" for s in rank.spans) for rank in run.ranks]
     other = next((rank for rank, times in enumerate(called) if times != called[0]), None)
     if other is not None:
@@ -38,7 +38,7 @@ def _judge_barriers(what: str, run: Run) -> None:
         )
 
 
-# The seconds after which each rank comes to the `with`, and those that it stays in its body.
+# Seconds until each rank reaches the `with`, and seconds that its body takes.
 CASES = (
     ("1 rank", (0.0,), (0.0,)),
     ("2 ranks, rank 0 comes late", (0.3, 0.0), (0.1, 0.1)),
@@ -110,7 +110,7 @@ Load = Callable[[int, int, str, Callable[[str], None]], str]
 
 
 class _Job(NamedTuple):
-    """A job whose ranks load a file: on how many machines, and which rank comes late."""
+    """A job whose ranks load a file: its machines, and the rank that comes late."""
 
     what: str
     nprocs: int
@@ -137,7 +137,7 @@ CACHED = _Job("3 ranks, and the file is there already", 3, downloads=0)
 @_in_group
 def _load(rank: int, load: Load, folder: str, job: _Job) -> str:
     time.sleep(0.3 if rank == job.late else 0.0)
-    disk = Path(folder, f"machine {os.environ.get('GROUP_RANK', '0')}")  # each has its own
+    disk = Path(folder, f"machine {os.environ.get('GROUP_RANK', '0')}")  # one folder a machine
     disk.mkdir(exist_ok=True)
     download = functools.partial(_download, job.fails)
     content = load(rank, int(os.environ["LOCAL_RANK"]), str(disk / "data.txt"), download)
@@ -162,7 +162,7 @@ def _download(fails: bool, path: str) -> None:
     "`if local_rank == 0 and ...`. Then a barrier for all, then read.",
 )
 def check_load(load: Load) -> str:
-    """Check `load(rank, local_rank, path, download)`: one download a machine, never half a file."""
+    """Check `load(rank, local_rank, path, download)`: one download a machine, no partial reads."""
     for job in JOBS:
         with tempfile.TemporaryDirectory() as folder:
             _judge_load(job, job.run(load, folder))
@@ -253,7 +253,7 @@ def _steps(rank: int, work: Work) -> None:
     "In each step a rank waits `max(step) - step[rank]` seconds. Then add up the steps.",
 )
 def check_waits(waits: Callable[[Work], Seconds]) -> str:
-    """Check `waits(work)`, the seconds each rank waits in all barriers, by measuring them."""
+    """Check `waits(work)`, each rank's seconds in all barriers, against measured ones."""
     because = "It takes `work[step][rank]` in seconds and returns one number for each rank."
     for work in WORKS:
         world_size = len(work[0])

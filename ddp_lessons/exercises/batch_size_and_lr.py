@@ -22,7 +22,7 @@ WARM_UPS = ((0.1, 4, 10), (0.5, 2, 3), (0.1, 8, 0), (0.3, 1, 5))  # base_lr, wor
 
 
 def _train(model: nn.Module, lr: float, reduction: str, batches: Sequence[slice]) -> Tensor:
-    """The weights after a step of SGD for each batch."""
+    """The weights after one SGD step for each batch."""
     inputs, labels = samples()
     for batch in batches:
         model.zero_grad()
@@ -100,7 +100,7 @@ def _logged(rank: int, global_loss: Callable[..., Any], counts: Sequence[int]) -
     before = loss.item()
     result = plain(global_loss(loss, counts[rank]))
     changed = loss.item() != before
-    loss.backward()  # training goes on with it
+    loss.backward()  # `loss` must still be usable for training
     return result, before, changed
 
 
@@ -109,7 +109,7 @@ def _logged(rank: int, global_loss: Callable[..., Any], counts: Sequence[int]) -
     "Put `loss.detach() * n` and `n` into one tensor, `all_reduce` it, and divide.",
 )
 def check_global_loss(global_loss: Callable[[Tensor, int], float]) -> str:
-    """Check `global_loss(loss, n)`: the mean over the samples of all ranks, on every rank."""
+    """Check `global_loss(loss, n)`: the mean loss over all ranks' samples, on every rank."""
     for counts in BATCHES:
         _judge_loss(counts, run_ranks(_logged, (global_loss, counts), nprocs=len(counts)).values)
     return "the mean over all samples, on every rank, for 6 and 2, 3, 4 and 1, 2 and 2, and 5."
@@ -152,7 +152,7 @@ def _rates(_: int, lr_at: Callable[..., float], base: float, ranks: int, warmup:
     "`1 + (world_size - 1) * step / warmup` before step `warmup`, `world_size` from then on.",
 )
 def check_lr_at(lr_at: Callable[..., float]) -> str:
-    """Check `lr_at(step, base_lr, world_size, warmup)`, as every rank works it out for itself."""
+    """Check `lr_at(step, base_lr, world_size, warmup)`, which each rank computes by itself."""
     for base, ranks, warmup in WARM_UPS:
         _judge_rates(base, ranks, warmup, run_ranks(_rates, (lr_at, base, ranks, warmup)).values)
     return "from base_lr to the scaled rate, evenly, for 4 ranks, 2, 8 without warm-up, and 1."

@@ -1,7 +1,7 @@
 """A small training for lesson 12's check: it saves, is killed and resumes with the learner's class.
 
-Runs in workers, except `checkpoint_path`. It has all that a checkpoint must remember: momentum, a
-scheduler, shuffled epochs and, on each rank, a dropout of its own.
+Runs in workers, except `checkpoint_path`. It has all the state that a checkpoint must keep:
+momentum, a scheduler, shuffled epochs and, on each rank, its own dropout.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from ddp_lessons.exercises.framework import in_group
 from ddp_lessons.exercises.small_training import flat
 
 SAMPLES, BATCHES, EPOCHS = 24, 4, 3  # BATCHES of an epoch
-SAVED, CUT = (1, 2), (2, 1)  # epoch and batch before which all ranks save
+SAVED, CUT = (1, 2), (2, 1)  # all ranks save before this epoch and batch
 SLOW = 0.2  # seconds that rank 0 takes to write
 
-Facts = dict[str, Any]  # what a rank had when it saved or loaded, and in the end
+Facts = dict[str, Any]  # a rank's state when it saved or loaded, and at the end
 
 
 class _Disk:
-    """Stands in for `torch.save` on a rank: notes who writes where; can be slow, and kill."""
+    """Replaces `torch.save` on a rank: records its writes; can be slow, and kill."""
 
     def __init__(self, rank: int, folder: str) -> None:
         self.ended_ns = 0  # when the last write ended
         self._log = os.path.join(folder, f"written by {rank}")
         self._save = torch.save
-        self._writes = self._kill_in = -1  # of this `save`, counted from 0
+        self._writes = self._kill_in = -1  # numbers of writes of this `save`, from 0
         self._slow = False
 
     def begin(self, slow: bool = False, kill: bool = False) -> None:
-        """Begin a `save`, which may be slow, or killed in the middle of its last write."""
+        """Begin a `save`, which may be slow, or kill its rank in the middle of the last write."""
         self._kill_in = self._writes if kill else -1
         self._writes, self._slow = -1, slow
 
     def __call__(self, state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         self._writes += 1
         if self._slow and self._writes == 0:
-            time.sleep(SLOW)  # the others may be done before
+            time.sleep(SLOW)  # other ranks may finish first
         buffer = io.BytesIO()
         self._save(state, buffer, *args, **kwargs)
         data, killed = buffer.getvalue(), self._writes == self._kill_in
@@ -67,7 +67,7 @@ class _Disk:
 
 @in_group
 def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
-    """Train from the beginning to the end; what the rank had when it saved, and in the end."""
+    """Train from beginning to end; return the rank's state when it saved, and at the end."""
     disk, path = _Disk(rank, folder), checkpoint_path(folder)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     files = checkpoint()
@@ -83,20 +83,20 @@ def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
             if killed and (epoch, batch) == CUT:
                 disk.begin(slow=rank == 0, kill=rank == 0)
                 files.save(path, *parts, epoch, batch)
-                os.kill(os.getpid(), signal.SIGKILL)  # if that did not write with torch.save
+                os.kill(os.getpid(), signal.SIGKILL)  # if `save` did not use torch.save
             _step(*parts, *samples)
     return facts | {"end": flat(parts[0].parameters())}
 
 
 @in_group
 def resume(rank: int, checkpoint: Any, folder: str) -> Facts:
-    """Load and train to the end; what the rank had when it had loaded, and in the end."""
+    """Load and train to the end; return the rank's state after loading, and at the end."""
     parts = _set_up(seed=7, rank=rank)
     place = _place(checkpoint().load(checkpoint_path(folder), *parts))
     facts = {"place": place, "end": None, **_seen(*parts)}
     places: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(places, place)
-    if places == [SAVED] * len(places):  # else training would only fail
+    if places == [SAVED] * len(places):  # otherwise training would fail anyway
         for _, _, *samples in _batches(SAVED):
             _step(*parts, *samples)
         facts["end"] = flat(parts[0].parameters())
@@ -104,7 +104,7 @@ def resume(rank: int, checkpoint: Any, folder: str) -> Facts:
 
 
 def checkpoint_path(folder: str) -> str:
-    """Where the learner's class saves: not beside the notes of who writes what."""
+    """The path for the learner's class: not beside the record of writes."""
     return os.path.join(folder, "checkpoints", "last.pt")
 
 
@@ -112,7 +112,7 @@ def _set_up(seed: int, rank: int) -> tuple[Any, Any, Any]:
     torch.manual_seed(seed)
     layers = nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)
     model = DistributedDataParallel(nn.Sequential(*layers))
-    # Now, not in the first step, DDP orders its buckets: sums over three ranks keep their order.
+    # DDP orders its buckets now, not in the first step, so sums over three ranks keep their order.
     model(torch.zeros(1, 3)).sum().backward()
     torch.manual_seed(100 * seed + rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)

@@ -36,7 +36,7 @@ def _mean_of(rank: int, mean_over_ranks: Callable[..., Any], rows: Any) -> tuple
     "`total = x.clone().float()`, all_reduce it, and divide by `dist.get_world_size()`.",
 )
 def check_mean_over_ranks(mean_over_ranks: Callable[..., Any]) -> str:
-    """Check that `mean_over_ranks(x)` is the mean over ranks, by element, and leaves x alone."""
+    """Check that `mean_over_ranks(x)` is the elementwise mean over ranks and keeps x unchanged."""
     for what, rows in MEANS:
         run = run_ranks(_mean_of, (mean_over_ranks, rows), nprocs=len(rows))
         _judge_mean(what, rows, run.values)
@@ -81,7 +81,7 @@ def _judge_mean(what: str, rows: Sequence[Sequence[float]], values: list[tuple[A
 
 @in_group
 def _after(rank: int, op: str, before: Sequence[Numbers]) -> Numbers | None:
-    """What the collective does for real."""
+    """The tensors after the real collective."""
     world_size, is_root = dist.get_world_size(), rank == 0
     x = torch.tensor(before[rank])
     pieces = list(x.chunk(world_size))
@@ -110,7 +110,7 @@ def _after(rank: int, op: str, before: Sequence[Numbers]) -> Numbers | None:
     "r's piece is `row[r * k : (r + 1) * k]` with `k = len(row) // n`.",
 )
 def check_predict(predict: Callable[..., Any]) -> str:
-    """Check `predict(op, before)` against what real ranks have after each collective."""
+    """Check `predict(op, before)` against real ranks' tensors after each collective."""
     numbers = random.Random(3)
     for op in OPS:
         for ranks, length in ((2, 4), (3, 3)):
@@ -147,12 +147,12 @@ def _judge_prediction(op: str, before: Any, after: list[Any], predicted: Any) ->
 
 
 RINGS = ((2, 4), (4, 10), (3, 2), (1, 5))  # (ranks, length)
-ANSWER = "answer"  # the span in which the learner's function runs
+ANSWER = "answer"  # the span around the learner's function
 
 
 @in_group
 def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> tuple[Numbers, Numbers]:
-    """What the learner's all_reduce leaves in x, and what `dist.all_reduce` does."""
+    """The results of the learner's all_reduce and of `dist.all_reduce`."""
     x = torch.arange(length, dtype=torch.float32) + 100.0**rank
     same = x.clone()
     with span(ANSWER):
@@ -168,7 +168,7 @@ def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> tuple[
     "piece. Then pass on: in step s send piece r + 1 - s, and overwrite piece r - s.",
 )
 def check_ring_all_reduce(ring_all_reduce: Callable[..., Any]) -> str:
-    """Check `ring_all_reduce(x)`: the sums, in place, with neighbours only and few bytes."""
+    """Check `ring_all_reduce(x)`: sums in place, messages to neighbours only, few bytes."""
     for ranks, length in RINGS:
         run = run_ranks(_ring, (ring_all_reduce, length), nprocs=ranks, check=False)
         if isinstance(run.error, WorkersHung):
@@ -224,6 +224,6 @@ def _judge_ring(run: Run, ranks: int, length: int) -> None:
 
 
 def _made_by_answer(rank: RankResult) -> Iterator[Span]:
-    """What the rank recorded during the learner's function."""
+    """The spans that the rank recorded in the learner's function."""
     answer = next(s for s in rank.spans if s.name == ANSWER)
     return (s for s in rank.spans if answer.t0_ns <= s.t0_ns < (answer.t1_ns or 0))

@@ -1,4 +1,4 @@
-"""The checks of lesson 06: DDP by hand, unequal parts, noise of its own for each rank."""
+"""The checks of lesson 06: DDP by hand, unequal parts, different noise on each rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COUNTS = ((6, 2), (3, 4, 1), (2, 2), (5,))  # samples of each rank
 
 
 class _Network(nn.Module):  # type: ignore[misc]
-    """A model of which one layer is never used, and one by rank 0 only."""
+    """A model with one layer that is never used, and one that only rank 0 uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def _weighed(rank: int, weigh: Callable[[Tensor, int], Tensor], counts: tuple[in
     "number of ranks: make up for it.",
 )
 def check_weigh(weigh: Callable[[Tensor, int], Tensor]) -> str:
-    """Check `weigh(loss, n)`: DDP's gradient is that of the mean over all samples."""
+    """Check `weigh(loss, n)`: DDP's gradient equals that of the mean over all samples."""
     for counts in COUNTS:
         run = run_ranks(_weighed, (weigh, counts), nprocs=len(counts))
         _judge_weighed(counts, run.values[0])
@@ -196,7 +196,7 @@ def _begun(rank: int, begin: Callable[..., Any], seed: int) -> tuple[list[float]
     "`seed` for the model; `seed + rank` for what comes after it.",
 )
 def check_begin(begin: Callable[..., Any]) -> str:
-    """Check `begin(rank, seed, make_model)`: equal weights, noise of its own, reproducible."""
+    """Check `begin(rank, seed, make_model)`: equal weights, different noise, reproducible."""
     runs = [run_ranks(_begun, (begin, seed), nprocs=3).values for seed in (0, 1, 0)]
     (weights, noise), (other_weights, other_noise), again = (
         tuple(zip(*by_rank, strict=True)) for by_rank in runs

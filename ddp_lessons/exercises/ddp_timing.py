@@ -1,4 +1,4 @@
-"""The checks of lesson 07: name the straggler, accumulate with one sync, pick the bucket size."""
+"""The checks of lesson 07: name the straggler, accumulate with one sync, choose a bucket size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _work(rank: int, delays: tuple[tuple[float, ...], ...]) -> None:
     "Add up `wait_ns` for each `last_rank`, over all rows, and take the largest sum.",
 )
 def check_name_straggler(name_straggler: Callable[[list[Share]], int]) -> str:
-    """Check that `name_straggler(waits)` names the rank that costs the others most time."""
+    """Check that `name_straggler(waits)` returns the rank that costs the others most time."""
     for what, delays, culprit in DELAYS:
         rows = run_ranks(_work, (delays,), nprocs=4).waits()
         named = call(name_straggler, list(rows), because="It takes the rows and returns a rank.")
@@ -116,7 +116,7 @@ def _judge_accumulated(run: Run, pieces: int, expected: Tensor) -> None:
 
 
 class _Link(NamedTuple):
-    """A simulated task: layers of equal size, their backward and the link between the ranks."""
+    """A simulated task: equal layers, their backward time, and the link between the ranks."""
 
     layers: int
     layer_mb: float
@@ -125,7 +125,7 @@ class _Link(NamedTuple):
     mb_per_s: float
 
     def finish_ms(self, per_bucket: int) -> float:
-        """When the last bucket is there, with so many layers in each."""
+        """When the last bucket arrives, with `per_bucket` layers in each."""
         free = 0.0
         for first in range(0, self.layers, per_bucket):
             ready = min(first + per_bucket, self.layers)
@@ -135,7 +135,7 @@ class _Link(NamedTuple):
         return free
 
     def best(self) -> int:
-        """How many layers a bucket should have."""
+        """The best number of layers in a bucket."""
         return min(range(1, self.layers + 1), key=self.finish_ms)
 
     def __str__(self) -> str:
@@ -143,11 +143,11 @@ class _Link(NamedTuple):
 
 
 LINKS = (
-    _Link(12, 0.2, 8.0, 25.0, 25.0),  # in the middle
-    _Link(12, 0.2, 8.0, 0.0, 25.0),  # nothing to save: as small as can be
-    _Link(8, 0.2, 3.0, 60.0, 1000.0),  # every bucket is one too many
+    _Link(12, 0.2, 8.0, 25.0, 25.0),  # the best is in the middle
+    _Link(12, 0.2, 8.0, 0.0, 25.0),  # no latency: smallest buckets are best
+    _Link(8, 0.2, 3.0, 60.0, 1000.0),  # high latency: one bucket is best
 )
-MUCH_LONGER = 1.2  # times the best: not chance
+MUCH_LONGER = 1.2  # times the best, to be more than chance
 
 
 class _SlowBackward(torch.autograd.Function):  # type: ignore[misc]
@@ -179,8 +179,8 @@ class _Layers(nn.Module):  # type: ignore[misc]
 
 @in_group
 def _backward_ms(_: int, link: _Link, bucket_mb: float) -> float:
-    """How long backward takes, once DDP knows the order of the gradients."""
-    mebibytes = bucket_mb * 1e6 / 2**20  # what DDP counts in
+    """The time of backward in ms, once DDP knows the order of the gradients."""
+    mebibytes = bucket_mb * 1e6 / 2**20  # DDP's unit
     model = DistributedDataParallel(_Layers(link), bucket_cap_mb=mebibytes)
     watch_ddp(model, SimulatedLink(link.mb_per_s, link.latency_ms))
     times = []

@@ -17,7 +17,7 @@ from ddp_lessons.text import count
 Shards = list[list[int]]  # by rank
 
 SHARDED = ((12, 4), (10, 3), (2, 3), (7, 1))  # samples, ranks
-EVALUATED = ((10, 3, (0, 2)), (1, 2, ()), (6, 1, (5,)), (5, 4, (4,)))  # and which are wrong
+EVALUATED = ((10, 3, (0, 2)), (1, 2, ()), (6, 1, (5,)), (5, 4, (4,)))  # and wrong samples
 TRAINED = ((12, 3, 0, 3), (10, 2, 2, 4))  # samples, ranks, first and last epoch
 SHARED_BATCHES = ((64, 4), (66, 3), (4, 4), (8, 1))  # global batch, ranks
 IMPOSSIBLE_BATCHES = ((66, 4), (3, 4), (0, 2))
@@ -112,7 +112,7 @@ def _evaluated(
     "Divide afterwards. A rank without samples gives zeros.",
 )
 def check_accuracy(accuracy: Callable[..., Any]) -> str:
-    """Check `accuracy(is_right, total)`: each sample asked for once, the exact value everywhere."""
+    """Check `accuracy(is_right, total)`: each sample asked once, the exact value on all ranks."""
     for total, ranks, wrong in EVALUATED:
         run = run_ranks(_evaluated, (accuracy, total, wrong), nprocs=ranks)
         results, shards = map(list, zip(*run.values, strict=True))
@@ -173,7 +173,7 @@ def _trained(rank: int, train: Callable[..., Any], total: int, first: int, last:
     "Call `set_epoch(epoch)` before `for batch in loader`, once an epoch.",
 )
 def check_train(train: Callable[..., Any]) -> str:
-    """Check `train(sampler, loader, first, last)`: each epoch has the shuffle of its number."""
+    """Check `train(sampler, loader, first, last)`: each epoch is shuffled by its number."""
     for total, ranks, first, last in TRAINED:
         run = run_ranks(_trained, (train, total, first, last), nprocs=ranks)
         what = f"epochs {first} to {last - 1} of {_on(total, ranks)}"
@@ -222,7 +222,7 @@ def _first_batch(rank: int, batch_size: Any, total: int) -> int:
     "Raise a ValueError if there is a remainder, or if nothing would be left for a rank.",
 )
 def check_per_rank_batch(per_rank_batch: Callable[[int, int], int]) -> str:
-    """Check `per_rank_batch(global_batch, world_size)`, and that ranks really take so many."""
+    """Check `per_rank_batch(global_batch, world_size)`, also with real ranks."""
     for batch, ranks in SHARED_BATCHES:
         size = call(per_rank_batch, batch, ranks, because="It takes two whole numbers.")
         _judge_batch(batch, ranks, size)

@@ -1,8 +1,8 @@
-"""The common part of all checks: an exercise, its hints, and the feedback that a cell shows.
+"""The framework of all checks: exercises, hints, and the feedback that a cell shows.
 
-Runs in the parent, except what `in_group` decorates. A check is a function that raises `Wrong` with
-what it saw, mostly through `judge`; the `exercise` decorator turns it into an `Exercise`, which
-never raises for a wrong answer.
+Runs in the parent; only functions that `in_group` decorates run in workers. A check is a function
+that raises `Wrong` with what it saw, mostly through `judge`; the `exercise` decorator turns it into
+an `Exercise`, which never raises for a wrong answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 
 class Wrong(Exception):
-    """A wrong answer: what was seen on the ranks, and the misconception that explains it."""
+    """A wrong answer: what the ranks did, and the misconception behind it."""
 
     def __init__(self, seen: str, because: str) -> None:
         super().__init__(seen)
@@ -39,12 +39,12 @@ class Wrong(Exception):
 
 
 class Unattempted(Exception):
-    """The exercise was not attempted yet, where a check sees it that `is_unattempted` cannot."""
+    """The exercise was not attempted yet; checks raise it where `is_unattempted` cannot tell."""
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What a check found; shown by the cell that asked.
+    """What a check found; the learner's cell shows it.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Feedback:
     seen : str
         What happened when the answer ran.
     because : str
-        The misconception behind a wrong answer, put right; "" if it is right.
+        The corrected misconception behind a wrong answer; "" if the answer is right.
     """
 
     exercise: str
@@ -99,7 +99,7 @@ class Exercise:
         self.__doc__ = check.__doc__
 
     def __call__(self, answer: Any) -> Feedback:
-        """Run the answer on real ranks and say what came of it."""
+        """Run the answer on real ranks and return the feedback."""
         try:
             if is_unattempted(answer):
                 raise Unattempted
@@ -125,7 +125,7 @@ class Exercise:
 
 
 def exercise(*hints: str) -> Callable[[Callable[[Any], str]], Exercise]:
-    """Make an `Exercise` of a check, which returns what it saw and raises `Wrong`."""
+    """Make an `Exercise` of a check that returns what it saw or raises `Wrong`."""
     return lambda check: Exercise(check, hints)
 
 
@@ -145,7 +145,7 @@ def run_ranks(
 
 
 def in_group(worker: Callable[P, R], timeout: timedelta | None = None) -> Callable[P, R]:
-    """Decorate a worker function: the rank joins a gloo group before it, and leaves it after it."""
+    """Decorate a worker function: the rank joins a gloo group first and leaves it afterwards."""
 
     @functools.wraps(worker)
     def joined(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -160,7 +160,7 @@ def in_group(worker: Callable[P, R], timeout: timedelta | None = None) -> Callab
 
 
 def stuck(run: Run) -> bool:
-    """Whether a run failed because of how ranks depend on each other: none of them just raised."""
+    """Whether a run failed because ranks depend on each other: none raised its own error."""
     return run.verdict is not None and run.verdict.kind not in ("raised", "unsendable")
 
 
@@ -170,15 +170,15 @@ def errors(run: Run) -> list[ErrorRecord]:
 
 
 def judge(seen: str, mistakes: Mapping[str, object]) -> None:
-    """Raise `Wrong` for the first mistake whose condition holds; return if none does.
+    """Raise `Wrong` for the first mistake whose condition holds.
 
     Parameters
     ----------
     seen : str
-        What was seen on the ranks.
+        What the ranks did.
     mistakes : mapping of str to object
-        The explanation of each mistake, and its condition: the most specific mistake first, True
-        for all others. A line before the explanation completes `seen`.
+        The explanation of each mistake, and its condition; the most specific mistake first, True
+        for any other. A line before the explanation completes `seen`.
     """
     for text, applies in mistakes.items():
         if applies:
@@ -187,7 +187,7 @@ def judge(seen: str, mistakes: Mapping[str, object]) -> None:
 
 
 def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
-    """Call the learner's own function here; if it raises, that is a wrong answer."""
+    """Call the learner's function here; an exception is a wrong answer."""
     try:
         return answer(*args)
     except Exception as error:
@@ -198,7 +198,7 @@ def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
 
 def is_unattempted(answer: Any) -> bool:
     """True for `...`, and for a function or class that is, or still contains, `...`."""
-    answer = inspect.unwrap(answer) if callable(answer) else answer  # under its decorators
+    answer = inspect.unwrap(answer) if callable(answer) else answer  # without its decorators
     if answer is ...:
         return True
     if inspect.isclass(answer):

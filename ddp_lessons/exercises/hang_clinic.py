@@ -1,4 +1,4 @@
-"""The checks of lesson 10: find the odd rank, stop together, use groups in one order."""
+"""The checks of lesson 10: find the odd rank, stop together, use groups in the same order."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def _patient(finding: Finding | None, most: str, odd: str, *, ranks: int, rank: 
 
 STEP = "7:broadcast:1 8:all_reduce:1 "
 PATIENTS: tuple[Patient, ...] = (
-    # One rank's own branch of an `if`, and nothing wrong.
+    # Nothing is wrong: one rank takes its own branch of an `if`.
     _patient(None, "4:all_reduce:1 8:broadcast:1", "4:all_reduce:1 6:broadcast:1", ranks=3, rank=0),
     _patient((CALL, 0), "5:all_reduce:1 8:all_reduce:1",
              "5:all_reduce:1 7:barrier:0 8:all_reduce:1", ranks=4, rank=0),
     _patient((MISSING, 3), "5:all_reduce:1 " * 4, "5:all_reduce:1 " * 2, ranks=4, rank=3),
-    # It shows later, and in the end two ranks stand in the same line.
+    # The difference shows later, and at the end two ranks are at the same line.
     _patient((CALL, 1), STEP * 3 + "9:all_reduce:1", STEP * 2 + "9:all_reduce:1", ranks=3, rank=1),
     _patient((TENSOR, 2), "5:all_reduce:2 5:all_reduce:2", "5:all_reduce:2 5:all_reduce:1",
              ranks=3, rank=2),
-    # A rank with lines of its own that then leaves.
+    # A rank calls from its own lines and then leaves.
     _patient((MISSING, 0), "4:all_reduce:1 8:broadcast:1 9:all_reduce:1",
              "4:all_reduce:1 6:broadcast:1", ranks=3, rank=0),
     _patient((CALL, 2), "5:all_reduce:1 6:broadcast:1 7:all_reduce:1 8:barrier:0",
@@ -69,12 +69,12 @@ def _perform(rank: int, scripts: Sequence[str]) -> None:
                 dist.broadcast(torch.ones(size), src=0)
             case _:
                 dist.all_reduce(torch.ones(size))
-    time.sleep(0.2)  # so that the others have left the last common call, too
+    time.sleep(0.2)  # until the others have left the last common call
 
 
 @functools.cache
 def records() -> tuple[tuple[tuple[Made, ...], ...], ...]:
-    """For each patient, for each rank the calls that it really made. Takes some seconds once."""
+    """The calls that each rank of each patient really made. The first call takes some seconds."""
     return tuple(map(_recorded, PATIENTS))
 
 
@@ -96,7 +96,7 @@ def _recorded(patient: Patient) -> tuple[tuple[Made, ...], ...]:
     "one whose function and tensor no other rank has. `collections.Counter` counts.",
 )
 def check_diagnose(diagnose: Callable[..., Any]) -> str:
-    """Check `diagnose(calls)` on what real ranks called, in runs that hang, fail or go well."""
+    """Check `diagnose(calls)` on the calls of real ranks, in runs that hang, fail or go well."""
     for patient, record in zip(PATIENTS, records(), strict=True):
         calls = [list(of_rank) for of_rank in record]
         answer = call(diagnose, calls, because="It takes one list of calls for each rank.")
@@ -143,7 +143,7 @@ def _look(calls: Sequence[Made], n: int) -> tuple[str, str | None] | None:
 
 
 def _first_difference(record: Record) -> tuple[int, str]:
-    """The first call at which ranks differ, the last one if none does; and what they do there."""
+    """The first call at which ranks differ, or else the last; and what they do there."""
     numbers = range(max(map(len, record)))
     differ = (n for n in numbers if len({_look(calls, n) for calls in record}) > 1)
     n = next(differ, numbers[-1])
@@ -197,7 +197,7 @@ def _trains(rank: int, train: Callable[..., Any], of_ranks: Losses) -> tuple[lis
     "as soon as one rank wants to, with MIN when all want to. Then all look at `flag`.",
 )
 def check_train(train: Callable[..., Any]) -> str:
-    """Check `train(losses, bound, epoch)`: all ranks stop after the same epoch, and in time."""
+    """Check `train(losses, bound, epoch)`: all ranks stop after the same, right epoch."""
     for of_ranks in LOSSES:
         run = run_ranks(_trains, (train, of_ranks), nprocs=len(of_ranks), check=False)
         each = (f"rank {r}: {', '.join(map(str, own))}" for r, own in enumerate(of_ranks))
@@ -211,7 +211,7 @@ def check_train(train: Callable[..., Any]) -> str:
 
 def _explain_stopping(told: str, run: Run) -> None:
     if any(rank.status == "raised" and not lost_partner(rank) for rank in run.ranks):
-        return  # the error itself explains more
+        return  # the error explains more
     begun = [sum(line.startswith("epoch ") for line in rank.shown_lines) for rank in run.ranks]
     mistakes = {
         "Each rank decided by a loss of its own. The one that stops leaves the others alone in the "
@@ -224,7 +224,7 @@ def _explain_stopping(told: str, run: Run) -> None:
 
 
 def _has_voted(rank: RankResult) -> bool:
-    """Whether the rank made a collective of its own, beyond those of the check."""
+    """Whether the learner's function called a collective, besides those of the check."""
     made = [(s.op, s.tensor) for s in rank.spans if s.seq is not None]
     return bool({*made} - {OF_EPOCH, OF_END}) or made.count(OF_END) > 1
 
@@ -274,7 +274,7 @@ def _adds_up(rank: int, add_up: Callable[..., Any], shape: Shape, late: int) -> 
     "`all_reduce` writes its sum into the tensor that it gets: add up a copy, `x.clone()`.",
 )
 def check_add_up(add_up: Callable[..., Any]) -> str:
-    """Check `add_up(x, row, column)` on real ranks in a grid, with one of them late."""
+    """Check `add_up(x, row, column)` on real ranks in a grid, one of them late."""
     for shape in GRIDS:
         height, width = shape
         grid = f"ranks in {count(height, 'row')} and {count(width, 'column')}"

@@ -1,4 +1,4 @@
-"""The checks of lesson 02: the variables of env://, jobs that do not collide, and the wait."""
+"""The checks of lesson 02: the variables of env://, separate jobs, and waiting times."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def _judge_variables(environment: Callable[[int, int, int], Mapping[str, str]]) 
     "A file named after the job, `f'file://{folder}/{job}'`, with rank= and world_size=.",
 )
 def check_join(join: Callable[[int, int, str, str], None]) -> str:
-    """Check that of two jobs at once each joins its own: `join(rank, world_size, job, folder)`."""
+    """Check that two concurrent jobs stay apart: `join(rank, world_size, job, folder)`."""
 
     def work(rank: int, folder: str) -> float:
         number, job_rank = divmod(rank, 2)
-        # Rank 0 of one job comes together with rank 1 of the other: will they meet?
+        # Rank 0 of one job comes at the same time as rank 1 of the other: do they meet?
         time.sleep((0.0, 0.5, 0.5, 0.0)[rank])
         join(job_rank, 2, "ab"[number], folder)
         total = torch.tensor([float(10**number)])
@@ -145,7 +145,7 @@ def _explain_collision(run: Run) -> None:
 
 
 def _await_all(rank: int, folder: str, seconds: float = 4.0) -> None:
-    """Keep a job open until the other one has joined, too, so that the two run at once."""
+    """Keep a job open until the other job has joined, so that both run at once."""
     there = [os.path.join(folder, f"rank {r} is there") for r in range(4)]
     open(there[rank], "w").close()
     deadline = time.monotonic() + seconds
@@ -158,7 +158,7 @@ def _await_all(rank: int, folder: str, seconds: float = 4.0) -> None:
     "The last rank comes after max(delays) seconds. How long has one that came after d waited?",
 )
 def check_waits(waits: Callable[[Seconds], Seconds]) -> str:
-    """Check `waits(delays)`, each rank's seconds in init_process_group, by measuring them."""
+    """Check `waits(delays)`, each rank's seconds in init_process_group, against measured ones."""
 
     def arrive(rank: int, delays: Sequence[float]) -> float:
         time.sleep(delays[rank])

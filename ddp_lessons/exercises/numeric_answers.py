@@ -1,4 +1,4 @@
-"""Answers that are numbers, and predicted waiting times against measured ones.
+"""Compares answers that are numbers, and predicted waiting times with measured ones.
 
 Runs in the parent; `plain` also in workers.
 """
@@ -21,14 +21,14 @@ def plain(value: Any) -> Any:
 
 
 def near(value: Any, target: float, tolerance: float = 1e-6) -> bool:
-    """Whether an answer is a number, and the right one but for rounding."""
+    """Whether an answer is a number, and right up to rounding."""
     return isinstance(value, int | float) and abs(value - target) < tolerance
 
 
 def predict(
     waits: Callable[[Any], Sequence[float]], given: Any, world_size: int, because: str
 ) -> list[float]:
-    """Return the learner's prediction, in seconds by rank; `because` says what `waits` takes."""
+    """Return the learner's prediction, in seconds by rank; `because` says what `waits` accepts."""
 
     @functools.wraps(waits)
     def numbers(given: Any) -> list[float]:

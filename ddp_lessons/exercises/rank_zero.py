@@ -1,4 +1,4 @@
-"""The checks of lesson 12: any checkpoint into any model, and a resume to the same bits."""
+"""The checks of lesson 12: load any checkpoint into any model, and resume to the same bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ddp_lessons.exercises.checkpoint_training import SAVED, Facts, resume, trai
 from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
 from ddp_lessons.text import count
 
-# What a rank has when it saves, and how a wrong answer's is described.
+# A rank's state when it saves, and how a difference in it is described.
 PARTS = {
     "model": "other weights",
     "momentum": "another momentum",
@@ -25,7 +25,7 @@ PARTS = {
 }
 
 
-# The last two have layers that are called as DDP calls the model in it.
+# The last two have layers named like DDP's attribute for its model.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "two layers": lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)),
     "a layer called `submodule`": lambda: nn.ModuleDict(
@@ -39,7 +39,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _load_each(_: int, load_anywhere: Callable[..., Any], wrapped: bool) -> tuple[str, ...]:
-    """The first case in which loading went wrong: the model, the state's origin, what happened."""
+    """The first case in which loading failed: the model, the state's origin, what happened."""
     for name, make in MODELS.items():
         for origin, prefix in (("DDP", "module."), ("a plain model", "")):
             torch.manual_seed(1)
@@ -53,7 +53,7 @@ def _load_each(_: int, load_anywhere: Callable[..., Any], wrapped: bool) -> tupl
 
 
 def _filled(model: nn.Module) -> nn.Module:
-    """The model with values that no new one has, in its buffers, too."""
+    """The model with values that no new model has, also in its buffers."""
     with torch.no_grad():
         for value in model.state_dict().values():
             value.copy_(torch.randint(3, 100, value.shape))
@@ -61,7 +61,7 @@ def _filled(model: nn.Module) -> nn.Module:
 
 
 def _load(load: Callable[..., Any], model: nn.Module, state: Facts, wanted: Facts) -> str:
-    """What went wrong; "" if nothing did."""
+    """What went wrong; "" for nothing."""
     try:
         load(model, state)
     except Exception as error:
@@ -80,7 +80,7 @@ def _load(load: Callable[..., Any], model: nn.Module, state: Facts, wanted: Fact
     '`key.removeprefix("module.")`.',
 )
 def check_load_anywhere(load_anywhere: Callable[[nn.Module, dict[str, Tensor]], None]) -> str:
-    """Check `load_anywhere(model, state)` for plain models and DDP's, and states of both."""
+    """Check `load_anywhere(model, state)` for plain and DDP models, with states of both."""
     plain = run_ranks(_load_each, (load_anywhere, False), nprocs=1)
     wrapped = run_ranks(in_group(_load_each), (load_anywhere, True))
     for is_wrapped, run in ((False, plain), (True, wrapped)):
@@ -118,7 +118,7 @@ def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> Non
     "`dist.barrier()` of all ranks.",
 )
 def check_resume(checkpoint: Any) -> str:
-    """Check a class with `save` and `load`: killed trainings must end in the same weights."""
+    """Check a class with `save` and `load`: killed trainings must end with the same weights."""
     for ranks in (2, 1, 3):
         with tempfile.TemporaryDirectory() as folder:
             run = _run(train, (checkpoint, folder, False), ranks)
@@ -150,7 +150,7 @@ def _run(worker: Callable[..., Facts], args: tuple[Any, ...], ranks: int) -> Run
 
 
 def _judge_failure(run: Run) -> None:
-    """Raise if a rank failed; two common errors have an explanation."""
+    """Raise `Wrong` if a rank failed; two common errors are explained."""
     raised = [error.summary for error in errors(run)]
     mistakes = {
         f"{run.explain()}\n"
@@ -217,7 +217,7 @@ def _explain_part(
 
 
 def _judge_files(folder: str) -> None:
-    """Raise if several ranks have written to one file."""
+    """Raise `Wrong` if several ranks wrote to one file."""
     writers: dict[str, str] = {}
     for log in sorted(Path(folder).glob("written by *")):
         for name in set(log.read_text().splitlines()):
@@ -232,7 +232,7 @@ def _judge_files(folder: str) -> None:
 
 
 def _judge_returned(ranks: list[Facts]) -> None:
-    """Raise if `save` returned on a rank before all was written."""
+    """Raise `Wrong` if `save` returned on a rank before everything was written."""
     written = max(facts["written_ns"] for facts in ranks)
     early = [rank for rank, facts in enumerate(ranks) if facts["returned_ns"] < written]
     if early:
@@ -248,7 +248,7 @@ def _told(place: Any) -> str:
 
 
 def _judge_killed(saved: list[Facts], run: Run) -> None:
-    """Raise if a second save that was cut off has spoilt the first one."""
+    """Raise `Wrong` if a second, interrupted save destroyed the first one."""
     killed = "rank 0 was killed in the middle of its second `save`. "
     if not run.ok:
         raise Wrong(

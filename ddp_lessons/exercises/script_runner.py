@@ -1,4 +1,4 @@
-"""Running a learner's script, alone and under torchrun, for lesson 13's checks. In the parent."""
+"""Runs a learner's script, alone or under torchrun, for lesson 13's checks, in the parent."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ddp_lessons.exercises.framework import Wrong
 from ddp_lessons.system.host import LOOPBACK_INTERFACE
 
 PATIENCE = 60.0  # seconds: torch is imported anew by each rank
-# The last one: else, after a restart, half of the time ranks found what killed ones had left in the
-# store of the agent (pytorch issue 135712).
+# The last option: otherwise, after half of all restarts, ranks find keys of killed ranks in the
+# agent's store (pytorch issue 135712).
 VARIABLES = {
     "OMP_NUM_THREADS": "1",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -28,9 +28,9 @@ _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", 
 
 
 class Outcome(NamedTuple):
-    """What came of a script: its exit code (None: it did not end), and what it wrote.
+    """The outcome of a script: its exit code (None: it did not end) and its output.
 
-    torchrun's ranks write unbuffered to the same place: a line's end may come after another line.
+    torchrun's ranks write unbuffered to the same file, so their lines may be mixed.
     """
 
     exitcode: int | None
@@ -39,13 +39,13 @@ class Outcome(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The first exception, as a traceback ends; "" if there is none."""
+        """The last line of the first traceback; "" if there is none."""
         found = _EXCEPTION.search(self.errors)
         return found[1] if found else ""
 
 
 def alone(script: Path) -> Outcome:
-    """Run ``python script``, without the variables of a rank."""
+    """Run ``python script``, without a rank's environment variables."""
     return _run([sys.executable, str(script)], {}, drop=OF_RANKS)
 
 
@@ -80,15 +80,15 @@ def _run(command: Sequence[str], env: Mapping[str, str], drop: Sequence[str] = (
 
 
 def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """End it, and its ranks with it: an agent does that when it is asked to end."""
+    """End the process; an agent also ends its ranks on SIGTERM."""
     process.terminate()
     return process.communicate()
 
 
 def is_unattempted(script: Path) -> bool:
-    """True if a script still has a line that is nothing but `...`.
+    """True if a script still has a line that is only `...`.
 
-    Raises Wrong if there is no script, or if it is not Python.
+    Raises `Wrong` if there is no script, or it is not Python.
     """
     try:
         tree = ast.parse(script.read_text(encoding="utf-8"))

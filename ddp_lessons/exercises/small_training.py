@@ -1,4 +1,4 @@
-"""A small model and its data, for checks that compare ranks with one process that trains alone.
+"""A small model and its data, for checks that compare ranks with a single-process training.
 
 Runs in workers and in the parent.
 """
@@ -14,7 +14,7 @@ SAMPLES = 48
 
 
 def new_layer() -> nn.Module:
-    """A linear layer from 4 features to 3 classes; each call makes the same weights, in double."""
+    """A linear layer from 4 features to 3 classes, with the same float64 weights in each call."""
     layer = nn.utils.skip_init(nn.Linear, 4, 3, dtype=torch.double)
     generator = torch.Generator().manual_seed(3)
     for parameter in layer.parameters():
@@ -30,14 +30,14 @@ def samples() -> tuple[Tensor, Tensor]:
 
 
 def share(rank: int, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """A rank's part of the samples, if each rank has as many as `counts` says."""
+    """A rank's part of the samples; `counts` are the sizes of all parts."""
     first = sum(counts[:rank])
     inputs, labels = samples()
     return inputs[first : first + counts[rank]], labels[first : first + counts[rank]]
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """A copy of all elements in one dimension."""
+    """A copy of all elements, in one dimension."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
@@ -47,7 +47,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 
 def descend(model: nn.Module, lr: float) -> None:
-    """Take a step of SGD."""
+    """Take one SGD step."""
     for parameter in model.parameters():
         if parameter.grad is not None:
             parameter.data -= lr * parameter.grad

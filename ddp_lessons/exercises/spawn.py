@@ -60,7 +60,7 @@ def _probe(rank: int) -> tuple[int, int]:
     "`[fn(0)]` for one process, `launch(fn, nprocs=nprocs).values` for more.",
 )
 def check_run_job(run_job: Callable[[Callable[[int], Any], int], list[Any]]) -> str:
-    """Check that `run_job(fn, nprocs)` calls one process plainly, launches more, lists values."""
+    """Check that `run_job(fn, nprocs)` calls fn for one rank, launches more, returns a list."""
     for nprocs in (1, 3):
         result = call(run_job, _probe, nprocs, because="It must work for one process and for many.")
         _judge_result(nprocs, result)

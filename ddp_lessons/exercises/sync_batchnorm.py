@@ -1,4 +1,4 @@
-"""The checks of lesson 09: SyncBatchNorm by hand, what is saved, a model made ready."""
+"""The checks of lesson 09: SyncBatchNorm by hand, running means, converting a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddp_lessons.syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 EPS, CHANNELS, MOMENTUM = 1e-3, 3, 0.1
 COUNTS = ((4, 4), (5, 2), (3, 0, 4), (6,), (2, 3, 1, 4))  # samples of each rank
-Means = list[list[float]]  # of the ranks' batches, [step][rank]
+Means = list[list[float]]  # the ranks' batch means, [step][rank]
 MEANS: tuple[Means, ...] = (
     [[1.0, 5.0]],
     [[1.0, 5.0], [2.0, 8.0], [0.0, -4.0]],
@@ -175,7 +175,7 @@ def _running(means: list[float]) -> float:
 
 @in_group
 def _prepared(rank: int, prepare: Callable[[nn.Module], Any]) -> tuple[str, bool, Any]:
-    """The model's type, whether it is synchronised, and DDP's running means after a step."""
+    """The model's type, whether its norm is synchronised, and DDP's running means after a step."""
     torch.manual_seed(0)
     model = prepare(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))
     if not isinstance(model, DistributedDataParallel):
@@ -191,7 +191,7 @@ def _prepared(rank: int, prepare: Callable[[nn.Module], Any]) -> tuple[str, bool
     "Convert first, then wrap what it returns in DistributedDataParallel, and return that.",
 )
 def check_prepare(prepare: Callable[[nn.Module], Any]) -> str:
-    """Check `prepare(model)`: synchronised, wrapped, and running on two real ranks."""
+    """Check `prepare(model)`: converted, wrapped, and running on two real ranks."""
     run = run_ranks(_prepared, (prepare,), check=False)
     text = "" if run.ok else run.explain()
     mistakes: dict[str, object] = {

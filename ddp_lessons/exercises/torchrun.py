@@ -12,7 +12,7 @@ from ddp_lessons.exercises.framework import Unattempted, Wrong, exercise, judge
 from ddp_lessons.exercises.script_runner import Outcome
 
 RANKS = 3  # of torchrun, for the script that runs both ways
-STEPS, KILLED_IN = 6, 3  # of the script that resumes; the step in which its rank 1 is killed
+STEPS, KILLED_IN = 6, 3  # of the resuming script; rank 1 is killed in step 3
 
 
 @exercise(
@@ -21,7 +21,7 @@ STEPS, KILLED_IN = 6, 3  # of the script that resumes; the step in which its ran
     'group, or a group of one: `init_process_group("gloo", rank=0, world_size=1, store=...)`.',
 )
 def check_both_ways(script: str | os.PathLike[str]) -> str:
-    """Check a script that prints `total N` once: alone, and with 3 ranks of torchrun."""
+    """Check a script that prints `total N` once: alone, and on torchrun's 3 ranks."""
     path = _attempted(script)
     _judge_total(script_runner.alone(path), 1)
     _judge_total(script_runner.under_torchrun(path, f"--nproc-per-node={RANKS}"), RANKS)
@@ -45,7 +45,7 @@ def _judge_total(outcome: Outcome, ranks: int) -> None:
         f"{failed}Nobody has set RANK, WORLD_SIZE or MASTER_ADDR here: that is torchrun's part. "
         "Without them the script is the only rank.": outcome.exitcode and is_unset and is_alone,
         f"{failed}Read the error first.": outcome.exitcode,
-        # Several ranks print at once, perhaps into each other's lines.
+        # Ranks print at once, so their lines may be mixed.
         f"printed {printed} totals.\nEvery rank runs every line. Let only rank 0 print.": (
             printed > 1
         ),
@@ -78,7 +78,7 @@ def _totals(outcome: Outcome) -> list[str]:
     'At the end of a step, on rank 0: torch.save to `path + ".part"`, then os.replace to `path`.',
 )
 def check_resumes(script: str | os.PathLike[str]) -> str:
-    """Check a script of 6 steps, whose rank 1 is killed in step 3: torchrun starts it again."""
+    """Check a script of 6 steps that torchrun restarts after rank 1 is killed in step 3."""
     path = _attempted(script)
     with tempfile.TemporaryDirectory() as folder:
         outcome = script_runner.under_torchrun(

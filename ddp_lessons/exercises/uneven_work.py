@@ -1,4 +1,4 @@
-"""The checks of lesson 11: make it finish, predict join's mean, flag or remove."""
+"""The checks of lesson 11: train on uneven batches, predict join's mean, flag or remove."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def _trained(rank: int, train: Callable[..., Any], counts: Counts) -> tuple[list
 
 
 def _expected(counts: Counts, steps: int, initial: bool = True, zeroed: bool = True) -> Tensor:
-    """The weights after so many steps in which ranks without a batch count as zeros, or not.
+    """The weights after `steps` steps; with `initial`, ranks without a batch count as zeros.
 
-    If not `zeroed`, each backward adds to the mean gradient that the last one has left.
+    Without `zeroed`, each backward adds to the previous step's mean gradient.
     """
     layer = _layer()
     batches = [_batches(rank, number) for rank, number in enumerate(counts)]
@@ -85,7 +85,7 @@ def _expected(counts: Counts, steps: int, initial: bool = True, zeroed: bool = T
 def check_train(train: Callable[..., Any]) -> str:
     """Check `train(model, optimizer, loss_fn, batches)`: all finish together, with equal weights.
 
-    Every batch may be used, or as many on each rank as all ranks have.
+    Ranks may use every batch, or as many as the rank with the fewest has.
     """
     trims = False
     for counts in TRAINED:
@@ -116,7 +116,7 @@ def _explain_failure(counts: Counts, run: Run) -> None:
 
 
 def _judge_trained(counts: Counts, run: Run) -> bool:
-    """Whether batches were left out, on all ranks alike."""
+    """Whether every rank trained on as many batches as the smallest rank has."""
     used, weights = map(list, zip(*run.values, strict=True))
     if all(torch.equal(weights[0], other) for other in weights):
         if any(_near(weights[0], _expected(counts, max(counts), way)) for way in (True, False)):
@@ -228,7 +228,7 @@ Used = list[list[set[str]]]  # [step][rank]: the parameters that get a gradient
 
 
 def _uses(*steps: str) -> Used:
-    """Of each step, the ranks' parameters: `"ab a"` are those of two ranks."""
+    """The parameters used in each step by rank: `"ab a"` is a step of two ranks."""
     return [[{*of_rank} for of_rank in step.split()] for step in steps]
 
 
@@ -256,7 +256,7 @@ class _Branches(nn.Module):  # type: ignore[misc]
 
 @in_group
 def _used(rank: int, names: set[str], used: Used, flag: bool) -> list[list[float | None]]:
-    """Each step's gradients, by the parameters' names in order."""
+    """Each step's gradients, in the order of the parameters' names."""
     model = DistributedDataParallel(_Branches(names), find_unused_parameters=flag)
     gradients = []
     for step in used:
@@ -273,7 +273,7 @@ def _used(rank: int, names: set[str], used: Used, flag: bool) -> list[list[float
     "DDP needs the flag.",
 )
 def check_plan(plan: Callable[..., Any]) -> str:
-    """Check `plan(names, used)`, and train as it says on real ranks."""
+    """Check `plan(names, used)` by training on real ranks as it says."""
     because = "It takes a set and nested lists of sets."
     for names, used in PLANS:
         copies = [[set(of_rank) for of_rank in step] for step in used]
@@ -331,7 +331,7 @@ def _judge_plan(names: set[str], used: Used, answer: Any) -> None:
 
 
 def _what_came_of(run: Run, names: list[str]) -> str:
-    """What torch or the gradients say of a training whose bucket was held back."""
+    """The error or wrong gradients of a training in which a bucket was never sent."""
     errors = [rank.error for rank in run.ranks if rank.error and not rank_state.lost_partner(rank)]
     if errors:
         return f"{errors[0].summary.split('. ')[0]}."

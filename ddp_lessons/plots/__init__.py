@@ -1,6 +1,6 @@
-"""Pictures of a run, one a module. Each takes the run first and draws on `ax`, which it returns.
+"""Pictures of a run, one function a module. Each takes its data first and draws on `ax`.
 
-Drawn in the parent, from a `Run`; matplotlib is imported here and nowhere else.
+They run in the parent, mostly on a `Run`; the package imports matplotlib nowhere else.
 """
 
 from ddp_lessons.plots.arrivals import arrivals

@@ -1,9 +1,9 @@
-"""How a picture gets into a notebook: with its titles as the text that a screen reader says.
+"""Alternative text for a notebook's pictures: a screen reader says the titles.
 
-Runs in the parent; every function that draws calls `offer`. JupyterLab gives a picture's PNG no
-alternative text, whatever its metadata say (jupyter/enhancement-proposals#120), but it leaves alone
-that of an `<img>` in HTML, which it prefers. So a live notebook gets both. A stored one has only
-the PNG, with the text in its metadata, where nbconvert and nbviewer look for it.
+Runs in the parent; every plot calls `offer`. JupyterLab ignores the alternative text in a PNG's
+metadata (jupyter/enhancement-proposals#120), but prefers HTML to PNG and keeps the text of an
+`<img>`. So a live notebook gets both. A stored one has only the PNG, with the text in its metadata,
+where nbconvert and nbviewer look for it.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from ddp_lessons.system.notebook import in_kernel, is_live
 
 
 def text(figure: Any) -> str:
-    """What the pictures of a figure show: their titles, which stand on the left."""
+    """The alternative text of a figure: its left-hand titles."""
     return "; ".join(filter(None, (axes.get_title("left") for axes in figure.axes)))
 
 
 def image(png: str, alt: str) -> str:
-    """A picture, as base64, with its alternative text, as HTML."""
+    """The HTML of a base64 PNG with alternative text."""
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{png.strip()}">'
 
 
 def offer() -> None:
-    """Have this kernel show figures with titles on the left with their text, from now on."""
+    """Make this kernel show figures with alternative text from now on."""
     if not in_kernel():
         return
     formatters = sys.modules["IPython"].get_ipython().display_formatter.formatters
     render = formatters["image/png"].type_printers.get(Figure)
     if render is None or isinstance(getattr(render, "__self__", None), _Rendered):
-        return  # not drawn by the inline backend; offered already
+        return  # another backend, or offered already
     rendered = _Rendered(render)
     formatters["image/png"].for_type(Figure, rendered.png)
     if is_live():
@@ -44,7 +44,7 @@ def offer() -> None:
 
 
 class _Rendered:
-    """Makes the PNG and the HTML of a figure, but renders it only once: it takes a while."""
+    """Makes the PNG and the HTML of a figure from one rendering, which takes a while."""
 
     def __init__(self, render: Callable[[Figure], Any]) -> None:
         self._render = render

@@ -1,4 +1,4 @@
-"""When each rank comes to the collectives: a map of lateness."""
+"""`plots.arrivals`: how late each rank comes to each collective. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.plots.waits import finding
 from ddp_lessons.run import Run
 
@@ -14,34 +15,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_COLUMNS = 120
-MOST_NUMBERS = 12  # columns up to which the numbers are written in
+MOST_NUMBERS = 12  # most columns for which numbers are written
 FONT = 8.5
 
 
+@documented
 def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw a map: a row for each rank, a column for each collective, dark where the rank is late.
 
-    A dot marks the rank that comes last. In a run with training steps a column is a step, and
-    lateness the mean over its collectives. Who does not take part is left white.
+    A dot marks the last rank to arrive. In a run with training steps each column is a step, and
+    shows the mean lateness over its collectives. White cells are ranks that did not take part.
 
     Parameters
     ----------
-    run : Run
-        What `launch` returned.
-    title : str, optional
-        The finding that the picture shows; by default which rank makes the others wait.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+    {run}
+    {title}; by default which rank makes the others wait.
+    {ax}
+        Cells show the ms after the first arrival if there are few columns; else a colour bar does.
 
-    Returns
-    -------
-    matplotlib Axes
-        The lateness in ms after the first rank to come is written in where there are few columns;
-        else there is a scale beside it.
-
-    Raises
-    ------
-    ValueError
+    {raises}
         If there is no collective.
     """
     columns, names, what = _columns(run)
@@ -68,7 +60,7 @@ def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
 
 
 def _columns(run: Run) -> tuple[list[Any], list[int], str]:
-    """The lateness in ms, `(ranks,)` each, NaN for who is not there; the columns' numbers."""
+    """Each column's lateness in ms, `(ranks,)`, NaN for absent ranks; their numbers; their kind."""
     found = run.arrivals()
     if not found:
         raise ValueError("no collective was recorded: there is nothing that ranks come to")
@@ -81,7 +73,7 @@ def _columns(run: Run) -> tuple[list[Any], list[int], str]:
 
 
 def _mean(rows: Any) -> Any:
-    """The mean over rows that leaves out NaN; NaN where there is nothing else."""
+    """The mean over rows without NaN values; NaN where all are NaN."""
     values = np.array(rows, dtype=float)
     there = ~np.isnan(values)
     counts = there.sum(axis=0)

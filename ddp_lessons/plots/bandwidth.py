@@ -1,4 +1,4 @@
-"""What a collective costs by its size: latency and bandwidth, with the waiting taken out."""
+"""`plots.bandwidth`: how a collective's time grows with its size. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from ddp_lessons.analysis.metrics import Link, measured
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.run import Run
 
 if TYPE_CHECKING:
@@ -22,29 +23,22 @@ HEIGHT = 3.6  # inches
 FONT = 8.5
 
 
+@documented
 def bandwidth(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
     """Draw the time of each collective over its bytes, and the fit latency + bytes / bandwidth.
 
-    Times count from the last rank's arrival until the last rank leaves. The small marks are single
-    collectives, the large ones their medians; the fit is that of `run.bandwidth()`.
+    A time runs from the last rank's arrival until the last rank leaves. Small marks are single
+    collectives, large marks their medians; `run.bandwidth()` computes the fit.
 
     Parameters
     ----------
     run : Run
-        A run that called an operation with at least two sizes, better with five or more, often.
-    title : str, optional
-        The finding that the picture shows; by default what was fitted.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
-
-    Returns
-    -------
-    matplotlib Axes
+        A run that calls an operation with at least two sizes, better five, each several times.
+    {title}; by default the operations.
+    {ax}
         Both axes are logarithmic: bytes of one rank's tensor, and milliseconds.
 
-    Raises
-    ------
-    ValueError
+    {raises}
         If no operation was called with two sizes.
     """
     links = run.bandwidth()

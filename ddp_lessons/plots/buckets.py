@@ -1,4 +1,4 @@
-"""DDP's gradient buckets under the step that they belong to, and what of them was exposed."""
+"""`plots.buckets`: DDP's gradient buckets in one training step. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.patches import Patch
 from ddp_lessons.analysis.intervals import length
 from ddp_lessons.analysis.wait_states import ended
 from ddp_lessons.plots import row_layout, style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
 from ddp_lessons.wire.records import Lane, Span
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 MOST_RANKS = 8
 MOST_ROWS = 12  # of buckets under a rank
 MAIN, BUCKET, GAP = 1.0, 0.45, 0.5  # heights, as parts of a rank's bar
-WARM_UP = 2  # steps that are shown only if there are no others
+WARM_UP = 2  # first steps, shown only if there are no others
 NOTEWORTHY = 0.05  # of a step
 FONT, SMALL = 8.5, 7.5
 
@@ -32,6 +33,7 @@ _UNMARKED: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0
 _FLIGHT: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidth": 0.6}
 
 
+@documented
 def buckets(
     run: Run,
     *,
@@ -42,31 +44,22 @@ def buckets(
 ) -> Axes:
     """Draw one training step: each rank's work, and under it its gradient buckets in flight.
 
-    Hatched is the time in which the rank could do nothing but wait for its buckets: communication
-    that backward does not hide. The dotted line is the end of the step on the last rank.
+    Hatching marks exposed communication: the main thread could only wait for its buckets. The
+    dotted line is the end of the step on the last rank.
 
     Parameters
     ----------
     run : Run
         A run whose model is watched: ``watch_ddp(DistributedDataParallel(model))``.
     step : int, optional
-        Which step; by default one of median length, after the first two if there are more.
+        The step; by default one of median length, after two steps of warm-up if there are more.
     ranks : sequence of int, optional
-        Which ranks; by default all, or the first eight.
-    title : str, optional
-        The finding that the picture shows; by default how many buckets there are and how much of
-        their time is exposed.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
-
-    Returns
-    -------
-    matplotlib Axes
+        The ranks; by default all, or the first eight.
+    {title}; by default the number of buckets and their exposed time.
+    {ax}
         The x axis counts milliseconds from the start of the step on the first rank.
 
-    Raises
-    ------
-    ValueError
+    {raises}
         If no buckets were recorded, or none in that step or on those ranks.
     """
     step = _typical_step(run) if step is None else step
@@ -76,7 +69,7 @@ def buckets(
     if not any(row.buckets for row in rows):
         raise ValueError(f"no buckets were recorded in step {step} of these ranks")
     heights = [MAIN + BUCKET * row.depth + GAP for row in rows]
-    # A figure's size is in a notebook's text: it must not hang on what overlaps by chance.
+    # A notebook's text has the figure's size: it must not depend on which buckets overlap.
     most = min(MOST_ROWS, max(len(row.buckets) for row in rows))
     ax = ax or style.new_axes(len(rows), MAIN + BUCKET * most + GAP)
     ax.set_xlim(0, max((end_ns - begin_ns) / 1e6 * 1.02, ax.get_xlim()[1]))
@@ -92,7 +85,7 @@ def buckets(
 
 
 class Bar(NamedTuple):
-    """A span as it is drawn: its name, and milliseconds from left to right."""
+    """A drawn span: its name, begin and end in ms."""
 
     name: str
     left: float
@@ -111,23 +104,23 @@ class Row(NamedTuple):
     work: list[Bar]
     waiting: list[Bar]
     buckets: list[Bar]
-    places: list[int]  # of the buckets, counted downwards
+    places: list[int]  # row of each bucket, from the top
 
     @property
     def depth(self) -> int:
-        """How many rows of buckets there are."""
+        """The number of bucket rows."""
         return max(self.places, default=0) + 1
 
     @property
     def unmarked(self) -> float:
-        """Which part of the step is no marked work."""
+        """The fraction of the step outside marked work."""
         whole = sum(bar.right - bar.left for bar in self.step)
         marked = sum(b - a for a, b in row_layout.merged([bar.interval for bar in self.work], 0.0))
         return 1 - marked / whole if whole else 0.0
 
     @property
     def exposed(self) -> float:
-        """For how many ms there was nothing but waiting."""
+        """How long the main thread only waited, in ms."""
         return sum(bar.right - bar.left for bar in self.waiting)
 
 
@@ -145,7 +138,7 @@ def _typical_step(run: Run) -> int:
 
 
 def _limits(run: Run, step: int) -> tuple[int, int]:
-    """When the step began on the first rank and ended on the last, in ns."""
+    """Start of the step on the first rank and its end on the last, in ns."""
     spans = [
         (span.t0_ns, t1_ns)
         for rank in run.ranks
@@ -170,7 +163,7 @@ def _row(rank: RankResult, step: int, begin_ns: int, end_ns: int) -> Row:
 
 
 def _name(span: Span) -> str:
-    """A bucket's name says how large it is."""
+    """A span's label; that of a bucket has its size."""
     if span.lane != Lane.BUCKETS or span.nbytes is None:
         return span.name
     open_end = ", never ended" if span.t1_ns is None else ""
@@ -228,7 +221,7 @@ def _below(run: Run, step: int, shown: Sequence[RankResult]) -> list[str]:
 
 
 def _finding(rows: Iterable[Row], step: int) -> str:
-    """How many buckets there are, and what part of their time was not hidden."""
+    """The title: the number of buckets, and their exposed time on the worst rank."""
     worst = max(rows, key=lambda row: row.exposed)
     in_flight = length((round(b.left * 1e6), round(b.right * 1e6)) for b in worst.buckets) / 1e6
     number = len(worst.buckets)

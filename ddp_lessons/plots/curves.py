@@ -1,4 +1,4 @@
-"""What pictures with curves share: looks that differ in grey, too, and labels at the ends."""
+"""Curves with labels at their ends, for `plots.losses` and `plots.differences`, in the parent."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ LOOKS: tuple[dict[str, Any], ...] = (
     {"color": style.GREEN, "marker": "^", "linestyle": ":"},
     {"color": style.PURPLE, "marker": "D", "linestyle": "-."},
 )
-APART = 0.09  # of the axes' height between two labels, at least
+APART = 0.09  # least distance of two labels, of the axes' height
 MARKS = 12  # on a curve
 FONT = 9
 LINE = 0.07  # of the axes' height: a line of text
-TURN = 0.85  # of the axes' width: from here on a mark's label stands left of it
+TURN = 0.85  # of the axes' width: beyond it a mark's label stands on its left
 
 Curves = dict[str, np.ndarray]
 
@@ -31,11 +31,7 @@ Curves = dict[str, np.ndarray]
 def checked(curves: Mapping[str, Sequence[float]]) -> Curves:
     """The curves as arrays.
 
-    Raises
-    ------
-    ValueError
-        If there is none or there are more than four, or one is empty or has a value that is not
-        finite.
+    Raises ValueError unless there are one to four curves, not empty, of finite values.
     """
     arrays = {label: np.asarray(curve, dtype=float) for label, curve in curves.items()}
     if not 0 < len(arrays) <= len(LOOKS):
@@ -47,10 +43,10 @@ def checked(curves: Mapping[str, Sequence[float]]) -> Curves:
 
 
 def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
-    """Draw the curves over their `xs`; call `label_ends` when the scales are set."""
+    """Draw the curves over their `xs`; `label_ends` comes after the scales are set."""
     for number, (look, (label, curve)) in enumerate(zip(LOOKS, curves.items(), strict=False)):
         every = max(1, len(curve) // MARKS)
-        # On top of an equal curve, marks between its marks: both are seen.
+        # If an earlier curve is equal, marks go between its marks, so that both are seen.
         hides = any(np.array_equal(curve, other) for other in list(curves.values())[:number])
         at = (every // 2 if hides else 0, every)
         ax.plot(xs[label], curve, label=label, markersize=5, markevery=at, **look)
@@ -61,7 +57,7 @@ def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
 
 
 def label_ends(ax: Axes, curves: Curves) -> None:
-    """Write each label beside its curve's end, moved up where it would cover another."""
+    """Write each label beside the end of its curve, moved up where labels would overlap."""
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = {label: to_axes.transform((0, curve[-1]))[1] for label, curve in curves.items()}
     lowest = -APART
@@ -81,7 +77,7 @@ def label_ends(ax: Axes, curves: Curves) -> None:
 
 
 def mark(ax: Axes, marks: Mapping[str, float]) -> None:
-    """Draw a vertical line for each mark, labelled at its top; call it when the scales are set."""
+    """Draw a labelled vertical line for each mark, after the scales are set."""
     ax.set_xlim(right=max([ax.get_xlim()[1], *marks.values()]))
     low, high = ax.get_xlim()
     for row, (label, x) in enumerate(sorted(marks.items(), key=lambda item: item[1])):
@@ -89,7 +85,7 @@ def mark(ax: Axes, marks: Mapping[str, float]) -> None:
         left = (x - low) / (high - low) > TURN
         ax.annotate(
             label,
-            (x, 1 - row * LINE),  # each lower than the last: they may be close together
+            (x, 1 - row * LINE),  # each lower than the last: marks may be close together
             (-4 if left else 4, -2),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",

@@ -1,4 +1,4 @@
-"""How far several ways to compute the same thing are from the truth, step by step."""
+"""`plots.differences`: errors of several computations, step by step. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.ticker import NullLocator
 
 from ddp_lessons.plots import style
 from ddp_lessons.plots.curves import FONT, Curves, checked, draw, label_ends
+from ddp_lessons.plots.docstrings import documented
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +19,7 @@ ROWS = 6  # of the figure's height
 MOST_TICKS = 5
 
 
+@documented
 def differences(
     values: Mapping[str, Sequence[float]],
     *,
@@ -25,26 +27,18 @@ def differences(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw one curve for each way, on a logarithmic scale whose lowest line is exactly 0.
+    """Draw one curve for each method, on a logarithmic scale whose lowest line is exactly 0.
 
     Parameters
     ----------
     values : mapping of str to sequence of float
         By label, one difference a step, `(steps,)`: finite and not negative. At most four.
     rounding : float, optional
-        Differences up to this are only rounding: the band is shaded and named.
-    title : str, optional
-        The finding that the picture shows.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+        The largest difference that rounding explains: the band below is shaded and labelled.
+    {title}.
+    {ax}
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
+    {raises}
         If there is nothing to draw, too much, or a difference is negative or not finite.
     """
     curves = checked(values)
@@ -64,7 +58,7 @@ def differences(
 
 
 def _scale(ax: Axes, curves: Curves, rounding: float) -> None:
-    """Logarithmic down to the power of ten below all that is drawn, and then straight to 0."""
+    """Set a scale that is logarithmic down to the smallest power of ten, and linear below."""
     seen = np.concatenate([*curves.values(), [rounding]])
     positive = seen[seen > 0] if (seen > 0).any() else np.ones(1)
     low, high = (int(np.floor(np.log10(value))) for value in (positive.min(), positive.max()))

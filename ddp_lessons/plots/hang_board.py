@@ -1,4 +1,4 @@
-"""Who came to which call, and where each rank stands now: the board of a hang."""
+"""`plots.hang_board`: which ranks made which call, and where each is now. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.patches import Patch, Rectangle
 from ddp_lessons.diagnosis.calls import Call, Calls
 from ddp_lessons.diagnosis.rank_state import position, waits
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.text import count, exit_name, ranks_text
 from ddp_lessons.wire.ops import JOINING
 
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from ddp_lessons.run import Run
 
 MOST_COLUMNS = 6
-MOST_ROWS = 8  # beyond, ranks that did the same share a row
+MOST_ROWS = 8  # with more ranks, those that did the same share a row
 WIDTH, HEIGHT = 0.94, 0.72  # of a cell
 FONT = 8.5
-NOTE = 44  # characters of what is written beside a row
+NOTE = 44  # characters beside a row
 NOTE_WIDTH = 3.9  # cells
 TITLE = 95  # characters in a line
 
@@ -43,19 +44,19 @@ LABELS = {
 
 
 class Cell(NamedTuple):
-    """What a rank did at one place of the board."""
+    """What a rank did in one column."""
 
     text: str
     looks: tuple[str, ...]  # keys of LABELS
 
 
 class Column(NamedTuple):
-    """One place in the order of calls."""
+    """One call, in the order of calls."""
 
     label: str
     calls: dict[int, Call]
-    ranks: tuple[int, ...]  # who should come
-    t0_ns: int  # when the first came
+    ranks: tuple[int, ...]  # ranks that must take part
+    t0_ns: int  # arrival of the first rank
 
 
 class Row(NamedTuple):
@@ -63,28 +64,23 @@ class Row(NamedTuple):
 
     label: str
     cells: tuple[Cell | None, ...]  # None: the rank is not in that group
-    note: str  # where it is
+    note: str  # the line where it is
 
 
+@documented
 def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw ranks x calls, in the order of the calls: who came, who waits, who called what else.
+    """Draw a table of ranks x calls, in call order: who came, who waits, who called something else.
 
-    The last six calls are shown, up to those where ranks stand; beside them the line on which each
-    rank is. In runs of more than eight ranks, those that did the same share a row. It serves for
-    any run of `launch(..., check=False)`, also for one that went well.
+    It shows the last six calls before the hang, and beside each row the line where the rank is. In
+    runs of more than eight ranks, ranks that did the same share a row. Any run of
+    `launch(..., check=False)` can be drawn, also one that went well.
 
     Parameters
     ----------
     run : Run
         The run; of a failed one, `error.run`.
-    title : str, optional
-        The finding that the picture shows; by default the title of the run's verdict.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
-
-    Returns
-    -------
-    matplotlib Axes
+    {title}; by default the title of the run's verdict.
+    {ax}
     """
     columns = _columns(Calls.of(run))
     shown = columns[-MOST_COLUMNS:]
@@ -96,7 +92,7 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
             if cell is not None:
                 _draw(ax, x, y, cell)
         note = textwrap.shorten(row.note, NOTE, placeholder="…")
-        # Without parse_math, as a line of the learner's code may have two dollar signs.
+        # No parse_math: a line of code may contain two dollar signs.
         look: dict[str, Any] = {"family": "monospace", "fontsize": FONT, "parse_math": False}
         ax.text(len(shown) + 0.12, y, note, va="center", **look)
     _label(ax, rows, shown, len(columns) - len(shown))
@@ -108,7 +104,7 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
 
 
 def _columns(calls: Calls) -> list[Column]:
-    """The places where ranks met or should have, by the first arrival."""
+    """The calls, in order of the first arrival."""
     found = []
     for group, numbers in calls.met.items():
         name = "" if group == "world" else f"\n{group}"
@@ -129,7 +125,7 @@ def _column(label: str, calls: dict[int, Call], ranks: Sequence[int]) -> Column:
 
 
 def _pair(call: Call) -> Column:
-    """A send or recv that found no partner."""
+    """The column of an unmatched send or recv."""
     peer = "any" if call.peer is None else call.peer
     arrow = "→" if "send" in call.op else "←"
     ranks = [call.rank] if call.peer is None else [call.rank, call.peer]
@@ -137,7 +133,7 @@ def _pair(call: Call) -> Column:
 
 
 def _rows(run: Run, columns: Sequence[Column]) -> list[Row]:
-    """A row a rank, or for ranks that did the same."""
+    """One row for each rank, or for ranks that did the same."""
     odd = [_odd(column) for column in columns]
     found: dict[object, list[int]] = {}
     for rank in run.ranks:
@@ -149,7 +145,7 @@ def _rows(run: Run, columns: Sequence[Column]) -> list[Row]:
 
 
 def _odd(column: Column) -> set[int]:
-    """The ranks whose call there is not that of most."""
+    """The ranks whose call differs from the most common one."""
     kinds = {rank: (call.op, call.peer, call.look) for rank, call in column.calls.items()}
     ((most, _),) = Counter(kinds.values()).most_common(1)
     return {rank for rank, kind in kinds.items() if kind != most}
@@ -165,7 +161,7 @@ def _cell(column: Column, rank: int, odd: set[int]) -> Cell | None:
 
 
 def _unlike(column: Column, call: Call) -> str:
-    """A second line for a tensor unlike others in the same call: its shape, or else its dtype."""
+    """A second line if tensors differ in the call: this one's shape, or else its dtype."""
     alike = [other for other in column.calls.values() if other.op == call.op]
     if len({other.look for other in alike}) == 1 or call.tensor is None:
         return ""
@@ -175,7 +171,7 @@ def _unlike(column: Column, call: Call) -> str:
 
 
 def _note(rank: RankResult) -> str:
-    """Where a rank is, in a few words."""
+    """Where a rank is, or how it ended, in a few words."""
     frame = position(rank).frame
     where = f"line {frame.lineno}: {frame.source}".removesuffix(": ") if frame else ""
     match rank.status:
@@ -207,7 +203,7 @@ def _draw(ax: Axes, x: int, y: int, cell: Cell) -> None:
 
 
 def _texts(text: str) -> list[str]:
-    """The text, and shorter ones in its place; a second line stands by itself."""
+    """The text and shorter alternatives; one of them is the second line alone."""
     return [text, text.partition("\n")[2] or text.replace("_tensor", ""), f"{text[:7]}…"]
 
 

@@ -1,4 +1,4 @@
-"""Losses of several trainings, against steps or against the samples that they have seen."""
+"""`plots.losses`: training losses over steps or samples. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from ddp_lessons.plots import style
 from ddp_lessons.plots.curves import checked, draw, label_ends, mark
+from ddp_lessons.plots.docstrings import documented
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 ROWS = 6  # of the figure's height
 
 
+@documented
 def losses(
     curves: Mapping[str, Sequence[float]],
     *,
@@ -32,25 +34,17 @@ def losses(
     curves : mapping of str to sequence of float
         By label, the loss after each step, `(steps,)`. At most four.
     batch : mapping of str to int, optional
-        By label, how many samples all ranks together take in a step. With it, the x axis counts
-        samples instead of steps: trainings with large batches are drawn as wide as others.
+        By label, the global batch size. With it, the x axis counts samples instead of steps, so
+        trainings with larger batches are not drawn shorter.
     labels : bool
-        Whether to write the labels at the ends; beside another picture of the same curves, once is
+        Whether to label the curves' ends; beside another picture of the same curves, once is
         enough.
     marks : mapping of str to float, optional
-        By label, where on the x axis something happened: a vertical line each.
-    title : str, optional
-        The finding that the picture shows.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+        By label, x positions of vertical lines.
+    {title}.
+    {ax}
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
+    {raises}
         If there is nothing to draw or too much, a loss is not finite, or a batch is missing or
         smaller than 1.
     """

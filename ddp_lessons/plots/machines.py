@@ -1,4 +1,4 @@
-"""Where each rank lives: machines, the ranks on them, and their numbers."""
+"""`plots.machines`: which rank runs on which machine. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from matplotlib.patches import Rectangle
 
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,30 +18,23 @@ MOST_MACHINES, MOST_RANKS = 16, 16  # drawn; ranks on a machine
 COLOURS = (style.BLUE, style.GREEN, style.ORANGE, "#F0CFE0")  # one a local rank, dark to light
 
 
+@documented
 def machines(
     places: Sequence[tuple[int, int]], *, title: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draw one row a machine and one box a rank, with its global and its local rank.
+    """Draw one row for each machine and one box for each rank, with its global and local rank.
 
-    Boxes of one colour have the same local rank: each is the first, the second ... on its machine.
+    Boxes of one colour have the same local rank.
 
     Parameters
     ----------
     places : sequence of (int, int)
-        `(world_size,)`: for each global rank the number of its machine and its local rank, as
-        GROUP_RANK and LOCAL_RANK say. At most 16 machines with 16 ranks each.
-    title : str, optional
-        The finding that the picture shows.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+        `(world_size,)`: for each global rank its GROUP_RANK (the machine) and LOCAL_RANK. At most
+        16 machines with 16 ranks each.
+    {title}.
+    {ax}
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
+    {raises}
         If there is no rank, two ranks share a place, or there are too many to draw.
     """
     rows, columns = _size(places)

@@ -1,4 +1,4 @@
-"""Bars of a time line: which lie on one row, which need rows of their own, which to show."""
+"""Interval arithmetic for bars: packing into rows, merging, gaps. Plots call it, in the parent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Interval = tuple[float, float]  # left, right
 
 
 def of_steps(run: Run, steps: tuple[int, int]) -> tuple[int, int]:
-    """Begin and end, in ns, of some training steps: the first and the last to show.
+    """Begin and end, in ns, of the training steps from the first to the last of `steps`.
 
     Raises ValueError if no rank has such steps.
     """
@@ -28,9 +28,9 @@ def of_steps(run: Run, steps: tuple[int, int]) -> tuple[int, int]:
 
 
 def pack(intervals: Sequence[Interval]) -> list[int]:
-    """The row of each interval, so that none covers another and the rows are as few as can be.
+    """The row of each interval: no two overlap on a row, and there are as few rows as possible.
 
-    The intervals must be in the order in which they begin.
+    The intervals must be sorted by their begin.
     """
     ends: list[float] = []  # of the last interval on each row
     rows = []
@@ -42,7 +42,7 @@ def pack(intervals: Sequence[Interval]) -> list[int]:
 
 
 def merged(intervals: Iterable[Interval], gap: float) -> list[Interval]:
-    """The intervals, with those that are closer than `gap` made one."""
+    """The intervals; those that are closer than `gap` are merged."""
     found: list[Interval] = []
     for left, right in sorted(intervals):
         if found and left - found[-1][1] < gap:
@@ -53,7 +53,7 @@ def merged(intervals: Iterable[Interval], gap: float) -> list[Interval]:
 
 
 def widest_gap(interval: Interval, covered: Iterable[Interval]) -> Interval:
-    """The widest part of an interval that nothing covers."""
+    """The widest uncovered part of an interval."""
     left, right = interval
     edges = [left]
     for begin, end in merged(covered, 0.0):

@@ -1,4 +1,4 @@
-"""Which sample goes to which rank, and when: every epoch's samples, rank by rank."""
+"""`plots.shards`: which rank sees which sample in which epoch. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ import numpy as np
 from matplotlib.patches import Patch, Rectangle
 
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHADES = (0.05, 0.6)  # the part of the colour map on which dark text can be read
+SHADES = (0.05, 0.6)  # part of the colour map on which dark text is legible
 MOST_NUMBERED = 30  # samples of a rank that are drawn as boxes with their numbers
 MOST_NUMBERED_RANKS = 16
 MOST_ROWS = 64
-GAP = 1.0  # rows between epochs, for the line that says what was seen
+GAP = 1.0  # rows between epochs, for the line above each
 MOST_NAMED = 4  # samples named in that line
 FONT = 8.5
 
 Shard = Sequence[int]
 
 
+@documented
 def shards(
     values: Sequence[Sequence[Shard]],
     total: int,
@@ -36,34 +38,25 @@ def shards(
 ) -> Axes:
     """Draw one row for each epoch and rank: the samples in the order in which the rank sees them.
 
-    The darker a box, the larger the number of its sample: equal epochs have equal patterns. Hatched
-    samples are seen more than once in their epoch; the line above an epoch names them, and those
-    that nobody sees. Numbers are written for up to 16 ranks
-    with up to 30 samples each.
+    A darker box is a sample with a larger index, so equal epochs have equal patterns. Hatching
+    marks samples that are seen more than once in an epoch; the line above the epoch names them and
+    those that no rank sees. Up to 16 ranks with up to 30 samples each have their indices written.
 
     Parameters
     ----------
     values : sequence
-        `[rank][epoch]`: the indices that a rank got in an epoch, as `run.values` has them if each
-        rank returns its own list. At most 64 rows in all.
+        `[rank][epoch]`: a rank's sample indices in an epoch, as `run.values` has them if each rank
+        returns its own list. At most 64 rows in all.
     total : int
         How many samples there are; indices go from 0 to `total - 1`.
     first : int
         The number of the first epoch in `values`.
-    title : str, optional
-        The finding that the picture shows.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+    {title}.
+    {ax}
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
-        If ranks have different numbers of epochs, an index is none of a sample, or there are too
-        many rows.
+    {raises}
+        If ranks have different numbers of epochs, an index is out of range, or there are too many
+        rows.
     """
     epochs = _epochs(values, total)
     world_size = len(values)
@@ -101,7 +94,7 @@ _TWICE: dict[str, Any] = {**style.WAIT_LOOK, "linewidth": 1.0}
 
 
 def _epochs(values: Sequence[Sequence[Shard]], total: int) -> list[list[list[int]]]:
-    """The same by epoch and rank, checked."""
+    """The checked indices, `[epoch][rank]`."""
     if not values or len({len(of_rank) for of_rank in values}) != 1 or not len(values[0]):
         raise ValueError(
             "values[rank][epoch] must have the same epochs, at least one, on each rank; the "
@@ -124,7 +117,7 @@ def _counts(epoch: list[list[int]]) -> Counter[int]:
 
 
 def _seen(epoch: list[list[int]], total: int) -> str:
-    """What happened to the samples of an epoch: every sample once; 3 and 7 never; 1 twice."""
+    """The line above an epoch: `samples 3, 7 never`, or `every sample once`."""
     counts = _counts(epoch)
     never = [index for index in range(total) if not counts[index]]
     twice = sorted(index for index, count in counts.items() if count > 1)
@@ -163,7 +156,7 @@ def _draw_epoch(ax: Axes, epoch: list[list[int]], top: float, total: int, longes
 def _draw_image(
     ax: Axes, epoch: list[list[int]], counts: Counter[int], top: float, total: int
 ) -> None:
-    """Too many for boxes: one strip of colours a rank, white where it has none."""
+    """Draw each rank as a strip of colours, where there are too many samples for boxes."""
     for rank, shard in enumerate(epoch):
         if shard:
             strip = np.array([[_shade(index, total) for index in shard]])

@@ -1,4 +1,4 @@
-"""Whose statistics: the mean of each channel on each rank, against that of all ranks together."""
+"""`plots.statistics`: each rank's batch statistics and those of all ranks. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROWS = 6  # of the figure's height
-MARKERS = "os^D"  # of the first ranks; with more ranks there is one look for all
+MARKERS = "os^D"  # one a rank; more than four ranks look alike
 COLOURS = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
-WIDTH = 0.36  # of a channel's bar, to either side
+WIDTH = 0.36  # half of a channel's bar
 MOST_CHANNELS = 32
 
 
+@documented
 def statistics(
     values: Sequence[Sequence[float]],
     truth: Sequence[float],
@@ -30,31 +32,23 @@ def statistics(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw one column a channel: a mark for each rank's statistic, and a bar at the true one.
+    """Draw one column for each channel: marks at the ranks' statistics, and a bar at the true one.
 
     Parameters
     ----------
     values : sequence
-        `(world_size, channels)`: what each rank would normalise each channel with. Of more than 32
-        channels only the first are drawn, and the axis says so.
+        `(world_size, channels)`: each rank's statistic of each channel. Of more than 32 channels
+        only the first are drawn, and the axis says so.
     truth : sequence of float
         `(channels,)`: the statistic of the whole batch.
     name : str
-        What it is, for the axis.
+        The name of the statistic, for the axis.
     legend : bool
-        Whether to say what the marks are; beside another such picture, once is enough.
-    title : str, optional
-        The finding that the picture shows.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+        Whether to draw the legend; beside another such picture, once is enough.
+    {title}.
+    {ax}
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
+    {raises}
         If the shapes do not fit, or a value is not finite.
     """
     by_rank, true = np.asarray(values, dtype=float), np.asarray(truth, dtype=float)
@@ -88,7 +82,7 @@ def _refuse_nonsense(by_rank: np.ndarray, true: np.ndarray) -> None:
 
 
 def _aside(rank: int, ranks: int) -> float:
-    """Where in its column a rank's mark stands: side by side, in the order of the ranks."""
+    """A mark's offset in its column: the ranks' marks stand side by side."""
     return (rank - (ranks - 1) / 2) / ranks * WIDTH * 1.6
 
 

@@ -1,4 +1,4 @@
-"""Who takes how many training steps, and which ranks have no batch for the last ones."""
+"""`plots.steps`: which rank takes which training steps. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ddp_lessons.analysis.wait_states import ended
 from ddp_lessons.plots import row_layout, style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
 from ddp_lessons.text import count
@@ -23,7 +24,7 @@ HEIGHT = 0.7  # of a row
 GAP = 0.1  # between two steps
 DRAWN_SINGLY = 60  # steps; more of them in a row are drawn as one bar
 FONT = 8.5
-MOST_ROOM = 0.5  # part of the width for what became of the ranks
+MOST_ROOM = 0.5  # part of the width for the ranks' outcomes
 
 TOGETHER, ALONE, WITHOUT, UNFINISHED = "together", "alone", "without", "unfinished"
 LOOKS: dict[str, dict[str, Any]] = {
@@ -40,34 +41,26 @@ NAMES = {
 }
 
 
+@documented
 def steps(
     run: Run, *, legend: bool = True, title: str | None = None, ax: Axes | None = None
 ) -> Axes:
-    """Draw one row a rank and one column a training step: who takes it, and who does not.
+    """Draw one row for each rank and one column for each training step: who takes it, who does not.
 
     A rank takes part without a batch if it is in a collective while another rank is in a step that
     it does not take itself, as under DDP's `join`.
 
     Parameters
     ----------
-    run : Run
-        What `launch` returned, also of a run that failed. Its steps are those of
-        `ddp_lessons.steps`, or else those of an optimizer. If a rank failed in a loop over
-        `ddp_lessons.steps`, or soon after it, its last step counts as not finished.
+    {run}
+        Its steps are those of `ddp_lessons.steps`, or else those of an optimizer. If a rank failed
+        in a loop over `ddp_lessons.steps`, or soon after it, its last step counts as unfinished.
     legend : bool
-        Whether to say what the colours are.
-    title : str, optional
-        The finding that the picture shows; by default how many steps the ranks take.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+        Whether to draw the legend.
+    {title}; by default how many steps the ranks take.
+    {ax}
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
+    {raises}
         If no rank has a training step.
     """
     rows = [_row(rank) for rank in run.ranks]
@@ -90,7 +83,7 @@ def steps(
 
 
 def finding(run: Run) -> str:
-    """How many steps the ranks finish, as a title."""
+    """The title: how many steps the ranks finish."""
     numbers = [_row(rank).finished for rank in run.ranks]
     least, most = min(numbers), max(numbers)
     if least == most:
@@ -100,7 +93,7 @@ def finding(run: Run) -> str:
 
 
 class _Row(NamedTuple):
-    """One rank: its steps, begun and finished, and when it was in collectives after them."""
+    """One rank: its steps, and its collectives after the last step."""
 
     rank: RankResult
     begun: list[tuple[int, int]]  # ns
@@ -127,14 +120,14 @@ def _is_call(span: Span) -> bool:
 
 
 def _is_unfinished(rank: RankResult, last: Span) -> bool:
-    # An exception in the loop ends the step that ddp_lessons.steps began, whose batch was fetched
-    # when it began; an optimizer's step is noted when it is over.
+    # An exception in a loop over ddp_lessons.steps closes the step's span, which begins with
+    # fetching the batch. An optimizer's step is recorded only when it is over.
     of_loop = any(span.kind == Kind.DATA and span.t0_ns == last.t0_ns for span in rank.spans)
     return last.t1_ns is None or (rank.status == "raised" and of_loop)
 
 
 def _draw(ax: Axes, row: _Row, kinds: list[str]) -> None:
-    """Draw a rank's cells, and behind the last one what became of the rank."""
+    """Draw a rank's cells, and the rank's outcome after the last one."""
     gap = GAP if len(kinds) <= DRAWN_SINGLY else 0.0
     for kind in {*kinds} - {""}:
         cells = [(n - 0.5 + gap / 2, n + 0.5 - gap / 2) for n, k in enumerate(kinds) if k == kind]
@@ -153,7 +146,7 @@ def _draw(ax: Axes, row: _Row, kinds: list[str]) -> None:
 
 
 def _kind(row: _Row, rows: list[_Row], column: int) -> str:
-    """What a rank does in a step: "" if it takes no part."""
+    """What a rank does in a step; "" if it takes no part."""
     takers = [other for other in rows if column < len(other.begun)]
     if row in takers:
         if column >= row.finished:
@@ -163,7 +156,7 @@ def _kind(row: _Row, rows: list[_Row], column: int) -> str:
 
 
 def _is_in_call(row: _Row, step: tuple[int, int]) -> bool:
-    """True if a rank is in a collective in that time: its last one that begins before the end."""
+    """True if the rank's last collective that begins before the end of the step overlaps it."""
     place = bisect_left(row.calls, (step[1], 0)) - 1
     return place >= 0 and row.calls[place][1] > step[0]
 
@@ -174,7 +167,7 @@ def _outcome(row: _Row) -> str:
 
 
 def _make_room(ax: Axes, rows: list[_Row], columns: int) -> None:
-    """Set the scale of x so that what became of each rank fits behind its steps."""
+    """Set the x scale so that each rank's outcome fits after its steps."""
     points = max(len(_outcome(row)) for row in rows) * style.CHARACTER * FONT
     width = ax.get_window_extent().width / ax.figure.dpi * style.POINTS
     part = min(points / width, MOST_ROOM)

@@ -1,4 +1,4 @@
-"""What the pictures share: colours that survive grey print, sizes, and labels that fit."""
+"""Colours, sizes, titles, legends and labels that all plots share. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from ddp_lessons.results import RankResult
     from ddp_lessons.run import Run
 
-# Okabe and Ito's colours, told apart by the colour-blind.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
 PALE, EDGE, INK = "#E8E8E8", "#999999", "#222222"
-WORK = (BLUE, GREEN, "#E8A8D8")  # fills; grey print would not tell purple from green
-# Waiting for another rank, or for communication, in every picture.
+WORK = (BLUE, GREEN, "#E8A8D8")  # fills; in grey print the purple above looks like the green
+# Waiting for another rank, or for communication, looks the same in every picture.
 WAIT_LOOK: dict[str, Any] = {
     "facecolor": "#FDE8EC",
     "edgecolor": "#C0305A",
@@ -34,19 +34,19 @@ WAIT_LOOK: dict[str, Any] = {
 }
 WAIT_LABEL = {"facecolor": "#FDE8EC", "edgecolor": "none", "pad": 1}
 
-# What never ended, on top of its look.
+# Added to the look of a span that never ended.
 OPEN_EDGE: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.1, "linestyle": "--"}
 
 DPI = 110
 WIDTH = 8.0  # inches
 MOST_COLUMNS = 6  # of a legend
-MOST_NAMED = 16  # rows that are all labelled
+MOST_NAMED = 16  # most rows that are all labelled
 POINTS = 72  # an inch
 CHARACTER = 0.62  # mean width of a character, as a part of the font size
 
 
 def new_axes(rows: int, stretch: float = 1.0) -> Axes:
-    """Axes for a picture with one row a rank, `stretch` times as high as usual."""
+    """New axes with one row a rank, each `stretch` times as high as usual."""
     height = 1.15 + rows * min(0.42 * stretch, 8.0 / rows)
     figure = plt.figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     ax: Axes = figure.add_subplot()
@@ -77,14 +77,14 @@ def name_ranks(ax: Axes, run: Run) -> None:
 
 
 def bare(ax: Axes) -> None:
-    """Leave only the x axis of the frame."""
+    """Remove the frame except for the x axis."""
     ax.tick_params(axis="y", length=0)
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
 
 
 def bytes_text(nbytes: float) -> str:
-    """A size as people write it: 2.1 MB."""
+    """A readable size: 2.1 MB."""
     size, unit = float(nbytes), "B"
     for larger in ("kB", "MB", "GB"):
         if size < 1000:
@@ -94,19 +94,19 @@ def bytes_text(nbytes: float) -> str:
 
 
 def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
-    """Write the title, and under it the legend, in as few rows as it needs."""
+    """Write the title, and the legend below it in as few rows as possible."""
     alt_text.offer()
     columns = MOST_COLUMNS
     while handles and _legend_width(ax, handles, columns) > 1.0 and columns > 1:
         columns -= 1
     rows = -(-len(handles) // columns)
     if rows > 1:
-        _legend_width(ax, handles, -(-len(handles) // rows))  # all rows about as long
+        _legend_width(ax, handles, -(-len(handles) // rows))  # balances the rows
     ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows, parse_math=False)
 
 
 def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> float:
-    """Draw the legend; how wide it is, as a part of the figure from the axes on."""
+    """Draw the legend and return its width, as a fraction of the room right of the axes' left."""
     legend = ax.legend(
         handles=handles,
         loc="lower left",
@@ -119,14 +119,14 @@ def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> 
         columnspacing=1.2,
     )
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a span may have any name
-    legend.set_in_layout(False)  # it may reach over the axes beside it
+        text.set_parse_math(False)  # a span's name may have dollar signs
+    legend.set_in_layout(False)  # it may overlap neighbouring axes
     room = ax.figure.bbox.x1 - ax.get_window_extent().x0
     return float(legend.get_window_extent().width / room)
 
 
 def mark_failure(ax: Axes, rank: RankResult, at: float) -> None:
-    """Say beside the end of a rank's bar how it failed, if it did."""
+    """Write how a rank failed, if it did, at the end of its bar."""
     if text := failure(rank):
         ax.text(at, rank.rank, text, va="center", fontsize=8.5, color=INK)
 
@@ -140,31 +140,31 @@ def failure(rank: RankResult) -> str:
 
 
 def losses(run: Run) -> list[str]:
-    """A line for the picture that says which ranks' spans it does not show; none if it has all."""
+    """A line that counts the dropped spans by rank; [] if none were dropped."""
     lost = [f"rank {rank.rank}: {rank.dropped:,}" for rank in run.ranks if rank.dropped]
     return [f"spans that could not be kept: {', '.join(lost)}"] if lost else []
 
 
 def points_per_unit(ax: Axes) -> float:
-    """How many points one unit of the x axis is wide."""
+    """The width of one unit of the x axis, in points."""
     left, right = ax.get_xlim()
     return float(ax.get_window_extent().width / ax.figure.dpi * POINTS / (right - left))
 
 
 def fitting(texts: Sequence[str], points: float, size: float) -> str:
-    """The first of the texts that fits into so many points; "" if none does."""
+    """The first text that fits into so many points; "" if none does."""
     fits = (t for t in texts if max(map(len, t.split("\n"))) * CHARACTER * size + 4 <= points)
     return next(fits, "")
 
 
 def ink_on(fill: Any) -> str:
-    """White or dark, whichever is read better on a colour (WCAG 2.2, contrast ratio)."""
+    """White or dark, whichever has more contrast on a colour (WCAG 2.2, contrast ratio)."""
     light = luminance(fill)
     return "white" if 1.05 / (light + 0.05) > (light + 0.05) / (luminance(INK) + 0.05) else INK
 
 
 def luminance(colour: Any) -> float:
-    """How light a colour is, from 0 to 1 (WCAG 2.2, relative luminance)."""
+    """The relative luminance of a colour, from 0 to 1 (WCAG 2.2)."""
     linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
     return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
 
@@ -177,14 +177,14 @@ def write(
     size: float,
     **look: Any,
 ) -> None:
-    """Write the first of the texts that fits into an interval of x; nothing if none does."""
+    """Write the first text that fits into an interval of x; nothing if none does."""
     ax.add_artist(FittingText(ax, texts, interval, y, size, **look))
 
 
 class FittingText(Text):
-    """A text in the middle of an interval of x, chosen anew when it is drawn.
+    """A text in the middle of an interval of x, chosen anew at each drawing.
 
-    Other axes that share x may have made the scale longer by then, or the figure was resized.
+    By then axes that share x may have changed the scale, or the figure was resized.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Who gives what to whom: every rank's tensor before a collective and after it."""
+"""`plots.tensors`: each rank's tensor before and after a collective. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.patches import Patch, Rectangle
 
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# One colour a rank, from dark to light, so that grey print tells them apart; beyond four, hatched.
+# One colour a rank, dark to light so that they differ in grey print; hatched from the fifth on.
 COLOURS = (style.BLUE, style.GREEN, style.ORANGE, "#F0CFE0")
 HATCHES = ("", "////", "....", "xxxx")
 MIXED: dict[str, Any] = {"facecolor": "white", "edgecolor": style.EDGE, "hatch": "////"}
@@ -25,31 +26,24 @@ Tensors = Sequence[Any]
 Look = dict[str, Any]
 
 
+@documented
 def tensors(
     before: Tensors, after: Tensors, *, title: str | None = None, ax: Axes | None = None
 ) -> Axes:
     """Draw each rank's tensor before a collective, on the left, and after it, on the right.
 
-    On the right a number has the colour of the rank that had it before. What no single rank had,
-    such as a sum, is white and hatched. So give all ranks different numbers.
+    On the right each number has the colour of the rank that had it before. Numbers that no single
+    rank had, such as sums, are white and hatched. So give all ranks different numbers.
 
     Parameters
     ----------
     before, after : sequence
         `(world_size,)`: for each rank a tensor, a list of tensors, a number, or None where a rank
         has nothing, or nothing that counts. At most 24 numbers a rank.
-    title : str, optional
-        The finding that the picture shows.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
+    {title}.
+    {ax}
 
-    Returns
-    -------
-    matplotlib Axes
-
-    Raises
-    ------
-    ValueError
+    {raises}
         If `before` and `after` are not of the same number of ranks, or a tensor is too long.
     """
     left, right = [_numbers(t) for t in before], [_numbers(t) for t in after]
@@ -93,7 +87,7 @@ def _numbers(tensor: Any) -> list[float]:
 
 
 def _owners(rows: Sequence[Sequence[float]]) -> dict[float, int]:
-    """For each number that only one rank has, which one."""
+    """The rank of each number that only one rank has."""
     having: dict[float, set[int]] = {}
     for rank, row in enumerate(rows):
         for number in row:

@@ -1,4 +1,4 @@
-"""The timeline: what every rank did when, on one clock."""
+"""`plots.timeline`: what every rank did when, on one clock. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 
 from ddp_lessons.analysis.wait_states import ended
 from ddp_lessons.plots import row_layout, style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
 from ddp_lessons.text import count
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 0.7  # of a row
-LABELLED = 400  # bars up to which each is drawn by itself and may carry its name
-MOST_SIDE_ROWS = 6  # for what went on beside a main thread
+LABELLED = 400  # most bars that are drawn one by one, with names
+MOST_SIDE_ROWS = 6  # for other threads and work in flight
 STEPS_SHOWN = 60
 FONT, SMALL = 8.5, 7.0
 START_UP = "start-up"
@@ -43,6 +44,7 @@ _FLIGHT_LOOK: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidt
 _HATCHES = ("////", "\\\\\\\\", "xxxx", "++++")  # one a process group
 
 
+@documented
 def timeline(
     run: Run,
     *,
@@ -50,35 +52,26 @@ def timeline(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw one row a rank: its start-up, its spans and its calls of torch.distributed over time.
+    """Draw one row for each rank: its start-up, spans and calls of torch.distributed over time.
 
-    What was in flight beside a rank's main thread, and its other threads, lie under its bar. Where
-    there are very many spans, those of one kind that are less than a pixel apart are drawn as one.
+    Work in flight and other threads lie under the bar of the rank's main thread. In a run with very
+    many spans, those of one kind that are less than a pixel apart are drawn as one.
 
     Parameters
     ----------
-    run : Run
-        What `launch` or `load_run` returned, also of a run that failed.
+    {run}
     steps : (int, int), optional
-        The first and the last training step to show; by default everything from the launch on.
-    title : str, optional
-        The finding that the picture shows; by default what was run on how many ranks.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
-
-    Returns
-    -------
-    matplotlib Axes
+        The first and the last training step to show; by default everything since the launch.
+    {title}; by default the function's name and the number of ranks.
+    {ax}
         The x axis counts milliseconds from the launch, the same for all ranks.
 
-    Raises
-    ------
-    ValueError
+    {raises}
         If no rank has such steps.
     """
     looks = Looks(run.spans())
     bars = [bar for rank in run.ranks for bar in _bars(run, rank, looks)]
-    # A figure's size is in a notebook's text: it must not hang on what overlaps by chance.
+    # A notebook's text has the figure's size: it must not depend on which spans overlap.
     ax = ax or style.new_axes(run.world_size, 1.5 if any(b.side_rows for b in bars) else 1.0)
     if steps is None:
         last = max((bar.right for bar in bars), default=1.0)
@@ -108,18 +101,18 @@ def timeline(
 
 
 class Bar(NamedTuple):
-    """A span as it is drawn: milliseconds from left to right, and its place in the rank's row."""
+    """A drawn span: begin and end in ms, and its place in the rank's row."""
 
     span: Span
     left: float
     right: float
     look: Look
-    side_row: int | None = None  # under the rank's bar, counted from above
-    side_rows: int = 0  # how many the rank has
+    side_row: int | None = None  # its row under the rank's bar, from the top
+    side_rows: int = 0  # how many such rows the rank has
 
 
 class Looks:
-    """How spans look, and the legend of it: work by its name, collectives by their group."""
+    """How spans look, and their legend: work by its name, collectives by their group."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         works = dict.fromkeys(span.name for span in spans if span.kind == Kind.COMPUTE)
@@ -149,7 +142,7 @@ class Looks:
         return kinds.get(span.group or "world", kinds["world"])
 
     def legend(self, bars: Sequence[Bar]) -> list[Patch]:
-        """One entry for each look that is there."""
+        """One entry for each look that is drawn."""
         drawn = {id(self.of(bar.span)) for bar in bars}
         entries = [(START_UP, _START_UP_LOOK), (UNMARKED, _UNMARKED_LOOK)]
         named = [(n, k) for n, k in self._works.items() if k is not _OTHER_LOOK]
@@ -165,12 +158,12 @@ class Looks:
 
 
 def _is_beside(span: Span) -> bool:
-    """In flight beside the threads of its rank."""
+    """True for a span that is in flight and blocks no thread."""
     return span.lane in (*IN_FLIGHT, *PROFILED, Lane.CUDA)
 
 
 def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
-    """The bars of one rank; under its main thread's, one row a thread and as few as can be else."""
+    """The bars of one rank: main thread, then one row a thread, then packed work in flight."""
     sides: dict[str, list[Bar]] = {}
     main: list[Bar] = []
     for span, t1_ns in ended(rank.spans, rank.ended_ns):
@@ -215,9 +208,9 @@ def _place(bar: Bar) -> tuple[float, float]:
 
 
 def _draw(ax: Axes, bars: Sequence[Bar], closest: float, thin: float) -> None:
-    """Draw all bars, those of one place and look at once: ten times as fast as one by one.
+    """Draw the bars, all of one place and look at once: ten times as fast as one by one.
 
-    A bar thinner than `thin` has no white edge: that would cover all of it.
+    A bar thinner than `thin` has no white edge, which would cover it.
     """
     rows: dict[tuple[Any, ...], tuple[Look, list[row_layout.Interval]]] = {}
     for bar in bars:
@@ -232,7 +225,7 @@ def _draw(ax: Axes, bars: Sequence[Bar], closest: float, thin: float) -> None:
 
 
 def _label(ax: Axes, bars: Sequence[Bar]) -> None:
-    """Write names and lengths into the bars, as far as they fit beside what lies on top of them."""
+    """Write names and durations into the bars, where they fit beside bars on top of them."""
     for bar in bars:
         if bar.span.lane == Lane.PROCESS and bar.span.name != START_UP:
             continue
@@ -274,7 +267,7 @@ def _write(ax: Axes, bar: Bar, where: row_layout.Interval) -> None:
 
 
 def _mark_steps(ax: Axes, run: Run) -> None:
-    """A short line over the bar where a step ends."""
+    """Draw a short line over the bar where a step ends."""
     first, last = ax.get_xlim()
     all_ends = [
         (s.rank, _ms(run, s.t1_ns)) for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns

@@ -1,4 +1,4 @@
-"""What each rank's time went on, in all or in a mean step."""
+"""`plots.totals`: how each rank spent its time. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ddp_lessons.analysis.metrics import Segment, segments
 from ddp_lessons.plots import style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.plots.waits import HEIGHT, LOOKS, OWN, SEEN, WAIT, entries, finding
 from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
@@ -18,27 +19,21 @@ FONT = 8.5
 WARM_UP, MANY_STEPS = 2, 4
 
 
+@documented
 def totals(
     run: Run, *, title: str | None = None, legend: bool = True, ax: Axes | None = None
 ) -> Axes:
-    """Draw one bar a rank, of its own work, waiting and transfer; the lengths in ms are written in.
+    """Draw one bar for each rank: its own work, waiting and transfer, with their lengths in ms.
 
     Parameters
     ----------
-    run : Run
-        What `launch` returned.
-    title : str, optional
-        The finding that the picture shows; by default which rank makes the others wait.
+    {run}
+    {title}; by default which rank makes the others wait.
     legend : bool
-        Whether to say what the colours are; beside `plots.waits` they are said already.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure. Its rows are those of `plots.waits`.
-
-    Returns
-    -------
-    matplotlib Axes
-        The x axis is the mean of a training step in ms, where there are steps (of more than four
-        without the first two), and else of the whole function.
+        Whether to draw the legend; beside `plots.waits` once is enough.
+    {ax}
+        Its rows are those of `plots.waits`. The x axis is the mean ms of a training step, where
+        there are steps (of more than four without the first two), and else ms of the function.
     """
     ax = ax or style.new_axes(run.world_size)
     steps = _steps(run)
@@ -65,7 +60,7 @@ def _steps(run: Run) -> set[int]:
 
 
 def _parts(rank: RankResult, held: list[Segment], steps: set[int]) -> dict[str, float]:
-    """The ms of each kind, in the order in which they are drawn."""
+    """The ms of each kind, in drawing order."""
     marks = [s for s in rank.spans if s.lane == Lane.STEPS and s.step in steps]
     if steps:
         whole = sum((s.t1_ns or rank.ended_ns) - s.t0_ns for s in marks) / 1e6

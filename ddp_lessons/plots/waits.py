@@ -1,4 +1,4 @@
-"""Who waits for whom: each rank's own work, its waiting for late ranks, and transfer."""
+"""`plots.waits`: each rank's work, waiting for later ranks, and transfer. Runs in the parent."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 from ddp_lessons.analysis.metrics import Segment, segments
 from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share
 from ddp_lessons.plots import row_layout, style
+from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.run import Run
 from ddp_lessons.wire.ops import JOINING
 
@@ -19,11 +20,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 0.72  # of a row
-DRAWN_SINGLY = 1500  # segments; of more, the mean over short times is drawn
-COLUMNS = 160  # such times in a picture
-SEEN = 0.003  # part of the picture that a kind must take to be in the legend
+DRAWN_SINGLY = 1500  # segments; of more, means over short times are drawn
+COLUMNS = 160  # number of such times
+SEEN = 0.003  # least part of the picture of a kind in the legend
 LONGEST = "rank 0 comes last"  # label of a line
-MARKED = 0.02  # part of the picture that a wait must take for its last arrival to be marked
+MARKED = 0.02  # least part of the picture of a wait whose last arrival is marked
 FONT = 8.5
 
 Look = dict[str, Any]
@@ -46,6 +47,7 @@ NAMES = {
 }
 
 
+@documented
 def waits(
     run: Run,
     *,
@@ -54,34 +56,25 @@ def waits(
     legend: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw one row a rank: what was its own work, waiting for a later rank, and transfer.
+    """Draw one row for each rank: own work, waiting for a later rank, and transfer.
 
-    A vertical line is where the last rank comes to a collective, and says which rank that is. Own
-    work is all the time in which nothing held the rank up, marked or not.
+    A vertical line marks the last arrival at a collective and names that rank. Own work is all the
+    time in which nothing held the rank up, marked or not.
 
     Parameters
     ----------
-    run : Run
-        What `launch` returned, also of a run that failed.
+    {run}
     steps : (int, int), optional
-        The first and the last training step to show; by default all from the last join to the first
-        leave of a group.
-    title : str, optional
-        The finding that the picture shows; by default which rank makes the others wait.
+        The first and the last training step to show; by default everything from the last join of
+        a group to the first leave.
+    {title}; by default which rank makes the others wait.
     legend : bool
-        Whether to say what the colours are.
-    ax : matplotlib Axes, optional
-        Where to draw; by default a new figure.
-
-    Returns
-    -------
-    matplotlib Axes
+        Whether to draw the legend.
+    {ax}
         The x axis counts milliseconds. Of a run with very many collectives, each column is the mean
         over a short time, and its parts are stacked.
 
-    Raises
-    ------
-    ValueError
+    {raises}
         If no rank has such steps.
     """
     window = _window(run, steps)
@@ -111,7 +104,7 @@ def waits(
 
 
 def finding(run: Run) -> str:
-    """What `run.straggler()` says, as a title."""
+    """The title: the verdict of `run.straggler()`."""
     verdict = run.straggler()
     if verdict.kind == "chronic":
         return f"rank {verdict.rank} makes the others wait"
@@ -121,7 +114,7 @@ def finding(run: Run) -> str:
 
 
 def entries(kinds: Iterable[str], is_open: bool = False) -> list[Patch]:
-    """The legend: an entry for each kind, always in the same order."""
+    """The legend: one entry for each kind, always in the same order."""
     present = {*kinds}
     patches = [Patch(**LOOKS[kind], label=NAMES[kind]) for kind in LOOKS if kind in present]
     return (
@@ -184,7 +177,7 @@ def _write_length(ax: Axes, row: int, bar: _Bar, is_open: bool) -> None:
 
 
 def _draw_means(ax: Axes, run: Run, held: Sequence[Segment], window: Window) -> None:
-    """Each rank's row as stacked areas: how much of each short time went on what."""
+    """Draw each rank's row as stacked areas: the share of each kind in each short time."""
     edges = np.linspace(window[0], window[1], COLUMNS + 1)
     x = (edges - window[0]) / 1e6
     kinds = [kind for kind in LOOKS if kind != OWN]
@@ -203,7 +196,7 @@ def _draw_means(ax: Axes, run: Run, held: Sequence[Segment], window: Window) -> 
 
 
 def _parts(intervals: Iterable[tuple[int, int]], edges: Any) -> Any:
-    """Which part of each column the intervals cover, `(COLUMNS,)`."""
+    """The fraction of each column that the intervals cover, `(COLUMNS,)`."""
     covered = np.zeros(len(edges))
     for begin, end in intervals:
         covered += np.clip(edges, begin, end) - begin
@@ -211,9 +204,9 @@ def _parts(intervals: Iterable[tuple[int, int]], edges: Any) -> Any:
 
 
 def _mark_last(ax: Axes, run: Run, window: Window) -> None:
-    """A line where the last rank comes to a collective, with its number as far as it fits.
+    """Draw a line at each last arrival, with the rank's number where it fits.
 
-    In the same words at all lines, if there is room for them.
+    All labels have the same wording if there is room for it.
     """
     subgroups = any(share.group != "world" for share in run.waits())
     top = -0.5 - 0.035 * run.world_size
@@ -233,14 +226,14 @@ def _mark_last(ax: Axes, run: Run, window: Window) -> None:
 
 
 def _room(times: Sequence[float]) -> list[float]:
-    """How wide the label at each time can be: the way to the nearest other one."""
+    """The room for the label at each time: the distance to the nearest other one."""
     edges = [-math.inf, *times, math.inf]
     around = zip(edges, edges[1:], edges[2:], strict=False)
     return [min(at - before, after - at, 1e9) for before, at, after in around]
 
 
 def _last(run: Run, window: Window) -> Iterator[tuple[float, int, list[Share]]]:
-    """Of each collective that cost somebody time: when in ms and who came last, and the shares."""
+    """For each collective with a wait: the last arrival in ms, its rank, and the shares."""
     meetings: dict[tuple[str, str, int], list[Share]] = {}
     for share in run.waits():
         if share.pattern == ALL_TO_ALL and share.last_rank is not None:

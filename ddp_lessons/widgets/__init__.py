@@ -1,4 +1,4 @@
-"""Explorers: sliders in front, real ranks behind. One a lesson; explorer.py is their common part.
+"""Explorers: sliders that launch real ranks, one a lesson. explorer.py is their common part.
 
-Run in the parent; ipywidgets is imported here and nowhere else.
+Notebooks call them, in the parent; the package imports ipywidgets nowhere else.
 """

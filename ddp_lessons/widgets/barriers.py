@@ -1,4 +1,4 @@
-"""Lesson 04: how long each rank works before it comes to the barrier, and who then waits."""
+"""Lesson 04: each rank's work before a barrier, and who then waits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from ddp_lessons.run import Run
 
 RANKS = 4
-MILLISECONDS = (0, 60, 120, 180)  # of work, by rank, to begin with
+MILLISECONDS = (0, 60, 120, 180)  # initial work, by rank
 
 
 def explore(arrive: Callable[[int, list[float]], Any]) -> Explorer:
-    """Sliders for the delays of four ranks, above the picture of who waited for whom.
+    """Sliders for four ranks' delays, above the plot of waiting.
 
     Parameters
     ----------
     arrive : callable
-        ``arrive(rank, delays)`` works for `delays[rank]` seconds and comes to a barrier.
+        ``arrive(rank, delays)`` works for `delays[rank]` seconds and calls a barrier.
     """
     controls = {
         f"rank{rank}": whole(f"rank {rank}, ms", MILLISECONDS[rank], 0, 200, 20)

@@ -1,4 +1,4 @@
-"""Lesson 08: ranks, learning-rate rule and optimizer: what equals one rank's training."""
+"""Lesson 08: ranks, learning-rate rule and optimizer, compared with one rank's training."""
 
 from __future__ import annotations
 

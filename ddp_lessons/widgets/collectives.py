@@ -1,4 +1,4 @@
-"""Lesson 03: any collective, on any ranks: who gives what to whom."""
+"""Lesson 03: tensors before and after any collective."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def explore(collective: Callable[[int, str, int], Any], ops: list[str]) -> Explorer:
-    """A choice of collectives, ranks and sizes, above the tensors before and after.
+    """Controls for collective, ranks and size, above the tensors before and after.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Lesson 06: how many samples each of two ranks has, and what a plain mean makes of it."""
+"""Lesson 06: unequal samples on two ranks, and the error of a plain mean."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROUNDING = 1e-5
 
 
 def explore(train: Callable[[int, int], dict[str, list[float]]]) -> Explorer:
-    """A slider for rank 0's part of 240 samples, above the distances from the right gradient.
+    """A slider for rank 0's part of 240 samples, above the errors of the gradient.
 
     Parameters
     ----------

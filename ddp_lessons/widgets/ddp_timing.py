@@ -1,4 +1,4 @@
-"""Lesson 07: the size of buckets, a late rank and a slow link: what backward hides."""
+"""Lesson 07: how bucket size, a late rank and a slow link change the overlap."""
 
 from __future__ import annotations
 

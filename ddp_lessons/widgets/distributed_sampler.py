@@ -1,4 +1,4 @@
-"""Lesson 05: samples, ranks and the sampler's switches: who sees which sample."""
+"""Lesson 05: which rank sees which sample, by the sampler's options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def explore(see: Callable[..., list[list[int]]]) -> Explorer:
-    """Sliders and switches of a sampler, above the samples of every rank and epoch.
+    """Controls for a sampler, above the samples of every rank and epoch.
 
     Parameters
     ----------

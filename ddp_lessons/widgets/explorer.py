@@ -1,7 +1,7 @@
-"""The common part of all explorers: controls, a run of real ranks for each setting, its picture.
+"""The common part of all explorers: controls, and the plot of a run for each setting.
 
-Runs in the parent. An explorer launches the learner's own function from the cell. The picture is a
-display of its own below the controls, so that a reader without a kernel sees it, too.
+Runs in the parent. An explorer launches the learner's own function from the cell. The plot is a
+separate display below the controls, so that readers without a kernel see it, too.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
     from ddp_lessons.run import Run
 
-SOON = 0.03  # seconds in which further moves of a control are taken together
+SOON = 0.03  # seconds in which moves of controls are merged
 TIMEOUT = 10.0  # seconds without progress: nobody watches a slider longer
 LABEL = {"description_width": "10em"}
 LAYOUT = {"width": "29em", "max_width": "98%"}
-# ipywidgets 8 gives the handle of a slider no name that a screen reader could say. This does, as
-# soon as its output is on the page, for the sliders that come into the same cell.
+# ipywidgets 8 gives a slider's handle no name for screen readers. This script names the sliders of
+# its cell once its output is on the page.
 NAMES = """if (element instanceof Node) new ResizeObserver((_, observer) => {
     observer.disconnect();
     const cell = element.closest(".jp-OutputArea") ?? document.body;
@@ -49,22 +49,22 @@ MOST_ERROR = 1500  # characters shown of a failure
 
 
 class Explorer:
-    """Controls, and a picture of the run that they describe.
+    """Controls, and a plot of the run that they describe.
 
-    Shown by the cell whose last expression it is. A move of a control launches real ranks as soon
-    as the kernel is free, with the values that the controls have then: moves that come faster than
-    runs are skipped, so runs never pile up. What fails is explained above the picture, which stays.
+    A cell shows it as its last expression. Moving a control launches real ranks as soon as the
+    kernel is free, with the controls' values at that time: moves that come faster than runs are
+    skipped, so runs never pile up. A failure is explained above the plot, which stays.
 
     Parameters
     ----------
     controls : mapping of str to Widget
-        ipywidgets with a `value`, by the name under which `start` and `draw` get it.
+        ipywidgets with a `value`; `start` and `draw` get it under this name.
     start : callable
         ``start(**values) -> Run``: launches the ranks. See `run_ranks`.
     draw : callable
-        ``draw(run, **values) -> Axes``: draws on new Axes; their titles are the picture's alt text.
+        ``draw(run, **values) -> Axes``: draws on new Axes; their titles are the plot's alt text.
     draws_failures : bool
-        Whether `draw` gets runs that failed, too.
+        Whether `draw` also gets runs that failed.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Explorer:
         self._start, self._draw = start, draw
         self._draws_failures = draws_failures
         self._due = False
-        self._picture: Any = None  # the handle of its display
+        self._picture: Any = None  # its display handle
         self._failure = ipywidgets.HTML()
         box = ipywidgets.Box(
             list(self.controls.values()), layout={"flex_flow": "row wrap", "max_width": "60em"}
@@ -91,13 +91,13 @@ class Explorer:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What the controls say now."""
+        """The controls' current values."""
         return {name: control.value for name, control in self.controls.items()}
 
     def _ipython_display_(self) -> None:
         self._picture = None
         labels = "; ".join(control.description for control in self.controls.values())
-        # Else readers without a kernel, as on a web page, would see the widget's Python text.
+        # Otherwise readers without a kernel, as on a web page, would see the widgets' repr.
         text = {"text/plain": f"Controls, in a running notebook: {labels}"}
         if hasattr(self.panel, "_repr_mimebundle_"):
             display({**self.panel._repr_mimebundle_(), **text}, raw=True)
@@ -106,11 +106,11 @@ class Explorer:
         if is_live():
             display({"application/javascript": NAMES, "text/plain": ""}, raw=True)
         self.redraw()
-        if self._picture is None:  # a later one must have its place in this cell
+        if self._picture is None:  # reserves the place in this cell for later plots
             self._picture = display({"text/plain": ""}, raw=True, display_id=True)
 
     def _moved(self, _: Any) -> None:
-        # The frontend may tell of a move in another thread; ranks are launched in the main one.
+        # A frontend's message may arrive in another thread; ranks are launched in the main one.
         kernel = getattr(get_ipython(), "kernel", None)
         if kernel is None:
             self.redraw()
@@ -130,14 +130,14 @@ class Explorer:
         """Launch the ranks with the values of the controls, and show what they did."""
         values = self.values
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # what ranks print
+            with contextlib.redirect_stdout(io.StringIO()):  # hides the ranks' output
                 self.run = self._start(**values)
             if not self._draws_failures:
                 self.run.raise_for_failure()
             ax = self._draw(self.run, **values)
         except LaunchError as error:
             self._explain(str(error))
-        except Exception as error:  # after a move there is no cell that would show it
+        except Exception as error:  # after a move no cell would show it
             self._explain(f"{type(error).__name__}: {error}")
         else:
             self._explain("" if self.run.ok else self.run.explain())

@@ -1,4 +1,4 @@
-"""Lesson 10: one rank of three has a bug: the board of who came to which call."""
+"""Lesson 10: the hang board of three ranks, one of which has a bug."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ BUGS = (
 
 
 def explore(patient: Callable[[int, str, int], Any]) -> Explorer:
-    """A choice of the bug and of the rank that has it, above the hang board.
+    """Controls for the bug and its rank, above the hang board.
 
     Parameters
     ----------
     patient : callable
         ``patient(rank, bug, odd)`` runs as one of three ranks, of which `odd` has the bug, one of
-        `BUGS`. A run that fails or hangs is drawn, too, and explained.
+        `BUGS`. Runs that fail or hang are drawn, too, and explained.
     """
     controls = {
         "bug": one_of("bug", BUGS, "one call less"),

@@ -1,4 +1,4 @@
-"""Lesson 02: one rank is late, and who waits for it in `init_process_group`."""
+"""Lesson 02: which ranks wait in `init_process_group` for a late one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RANKS = 4
 
 
 def explore(arrive: Callable[[int, int, float], Any]) -> Explorer:
-    """Sliders for who is late and by how much, above the timeline of four ranks.
+    """Sliders for the late rank and its delay, above the timeline of four ranks.
 
     Parameters
     ----------

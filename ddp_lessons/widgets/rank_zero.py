@@ -1,4 +1,4 @@
-"""Lesson 12: in which step a rank is killed, and what is loaded then: how the training ends."""
+"""Lesson 12: how a training ends that is killed and resumes, by what it loads."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ LOADED = {
 
 
 def explore(train: Callable[..., tuple[list[float], torch.Tensor]], steps: int = 30) -> Explorer:
-    """Controls for the step of the kill and for what is loaded, above the losses.
+    """Controls for the step of the kill and the loaded state, above the losses.
 
     Parameters
     ----------
     train : callable
         ``train(rank, path, kill_at, keys)`` resumes from `path` if it exists, else it begins, and
         saves there every 5 steps. Rank 1 is killed in step `kill_at`, unless that is None. `keys`
-        says what is loaded. It returns the loss after each step from the first on, and the weights.
+        names what to load. It returns the loss after each step from the first on, and the weights.
     steps : int
         How many steps the training has.
     """
-    straight: list[Any] = []  # losses and weights of a training that nobody disturbs
+    straight: list[Any] = []  # losses and weights of an uninterrupted training
 
     controls = {
         "kill_at": whole("killed in step", 17, 0, steps - 1),

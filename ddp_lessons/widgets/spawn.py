@@ -1,4 +1,4 @@
-"""Lesson 01: machines and ranks on each, and the numbers that every rank gets."""
+"""Lesson 01: machines, ranks on each, and the numbers of every rank."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def explore(place: Callable[[int], Sequence[str]]) -> Explorer:
-    """Sliders for machines and ranks on each, above the picture of who is where.
+    """Sliders for machines and ranks on each, above the plot of where each rank runs.
 
     Parameters
     ----------
     place : callable
-        ``place(rank)`` returns GROUP_RANK and LOCAL_RANK, and whatever else after them.
+        ``place(rank)`` returns GROUP_RANK and LOCAL_RANK; more values may follow.
     """
     controls = {
         "nnodes": whole("machines", 2, 1, 4),

@@ -1,4 +1,4 @@
-"""Lesson 09: images on each rank and the shift between ranks: how far their means lie apart."""
+"""Lesson 09: how far the ranks' means differ, by images on each and shift between them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RANKS = 4
 def explore(
     measure: Callable[[int, int, float], tuple[Sequence[float], Sequence[float]]],
 ) -> Explorer:
-    """Sliders for images and shift, above each rank's mean of every channel and that of all.
+    """Sliders for images and shift, above the channels' means on each rank and over all.
 
     Parameters
     ----------
     measure : callable
         ``measure(rank, n, shift)`` returns the means, `(channels,)`, of this rank's `n` images,
-        which are brighter by `shift * rank`, and those over all ranks.
+        which are brighter by `shift * rank`, and the means over all ranks.
     """
     controls = {
         "n": whole("images, each rank", 4, 1, 64),

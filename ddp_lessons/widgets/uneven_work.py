@@ -1,4 +1,4 @@
-"""Lesson 11: one rank has more batches than the other: how far both get, with and without join."""
+"""Lesson 11: the steps of two ranks with unequal batches, with and without join."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ BATCHES = 3  # of rank 0
 
 
 def explore(train: Callable[[int, tuple[int, int], bool], Any]) -> Explorer:
-    """A slider for rank 1's extra batches and a switch for join, above each rank's steps.
+    """A slider for rank 1's extra batches and a switch for join, above the ranks' steps.
 
     Parameters
     ----------
     train : callable
-        ``train(rank, counts, join)`` trains on `counts[rank]` batches, with or without join. A run
-        that fails is drawn, too, and explained.
+        ``train(rank, counts, join)`` trains on `counts[rank]` batches, with or without join. Runs
+        that fail are drawn, too, and explained.
     """
     controls = {
         "extra": whole("extra batches", 2, 0, 9),

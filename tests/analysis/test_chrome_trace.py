@@ -1,4 +1,4 @@
-"""Trace files: their form, what Perfetto makes of them, and what HolisticTraceAnalysis finds."""
+"""Trace files: their format, as Perfetto and HolisticTraceAnalysis read them."""
 
 from __future__ import annotations
 
@@ -90,13 +90,13 @@ def read(path: Path) -> Json:
 
 
 def slices(document: Json, name: str = "") -> list[Json]:
-    """The events that last, without the life of the rank, or those of one name."""
+    """The events with a duration: those of one name, or all but the rank's life."""
     found = [e for e in document["traceEvents"] if e["ph"] == "X"]
     return [e for e in found if (e["name"] == name if name else e["args"]["kind"] != "mark")]
 
 
 def names(document: Json, what: str) -> dict[int, str]:
-    """The names of the processes or threads by their numbers."""
+    """The names of processes or threads, by number."""
     key = "pid" if what == "process_name" else "tid"
     found = [e for e in document["traceEvents"] if e["name"] == what]
     assert len({e[key] for e in found}) == len(found)
@@ -104,7 +104,7 @@ def names(document: Json, what: str) -> dict[int, str]:
 
 
 def lanes(document: Json, name: str) -> list[str]:
-    """The names of the threads on which the slices of one name lie."""
+    """The names of the threads of one name's slices."""
     threads = names(document, "thread_name")
     return [threads[e["tid"]] for e in slices(document, name)]
 

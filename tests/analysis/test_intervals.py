@@ -1,4 +1,4 @@
-"""Intervals of time, against counting every nanosecond."""
+"""Interval arithmetic, compared with counting every nanosecond."""
 
 from __future__ import annotations
 

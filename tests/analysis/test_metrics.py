@@ -1,4 +1,4 @@
-"""Overlap, totals, stragglers and bandwidth: exact numbers of made-up runs, and a real one."""
+"""Overlap, totals, stragglers and bandwidth: exact numbers from made-up runs, and a real run."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_totals_add_up_to_the_function() -> None:
 
 @pytest.mark.parametrize("kind", ["comm", "wait"])
 def test_recvs_from_two_ranks_have_waits_of_their_own(kind: str) -> None:
-    """Both have number 0, each between its own two ranks."""
+    """Both have sequence number 0, each between its own pair of ranks."""
     spans = [
         call(1, 150, 160, "send", peer=0),
         call(2, 350, 360, "send", peer=0),
@@ -129,7 +129,7 @@ def test_a_rank_that_never_came_into_the_function_did_nothing() -> None:
 
 
 def train(rank: int, late: dict[int, int]) -> None:
-    """A step for each that is late in it, with an asynchronous all_reduce behind some work."""
+    """One step for each late rank, with an asynchronous all_reduce during some work."""
     dist.init_process_group("gloo")
     for number in steps(range(len(late))):
         with marked("forward"):
@@ -158,7 +158,7 @@ def test_of_a_real_run_everything_adds_up(rotating: Run) -> None:
     for overlap in rotating.overlap():
         assert overlap.comm_ns == overlap.exposed_ns + overlap.overlapped_ns
         if overlap.step is not None:
-            assert overlap.overlapped_ns > 0  # it was in flight behind backward
+            assert overlap.overlapped_ns > 0  # it was in flight during backward
 
 
 @pytest.mark.ranks
@@ -197,7 +197,7 @@ def test_rotating_stragglers() -> None:
 
 @pytest.mark.parametrize("lane", ["cuda", "buckets"])
 def test_a_straggler_for_whom_gpus_wait(lane: str) -> None:
-    """With NCCL no main thread is blocked: its call has returned."""
+    """With NCCL no main thread is blocked: the call returns at once."""
     spans = stepped(dict.fromkeys(range(8), 2))
     spans = [s._replace(lane=lane) if s.kind == "comm" else s for s in spans]
     verdict = run_of(*spans).straggler()

@@ -1,4 +1,4 @@
-"""Who waits for whom in one collective: exact numbers of made-up runs, and real late ranks."""
+"""Waiting and transfer in collectives: exact numbers from made-up runs, and real late ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ END = 1000  # when every made-up rank ends; all times here are in ns
 
 
 def run_of(*spans: Span, ranks: int = 3, dropped: dict[int, int] | None = None) -> Run:
-    """A run whose ranks did what `spans` says, from 0 to 1000 ns."""
+    """A run of 0 to 1000 ns whose ranks recorded these spans."""
     results = [
         RankResult(
             rank=rank,
@@ -190,7 +190,7 @@ def test_alone_in_a_group_a_rank_waits_for_nobody(op: str) -> None:
 
 
 def counted(spans: dict[int, tuple[int, int]], awaited: set[int], waiting: set[int]) -> Any:
-    """The split, by looking at every nanosecond."""
+    """The split, by checking every nanosecond."""
     found = {}
     for rank, (t0, t1) in spans.items():
         missing = [t for t in range(t0, t1) if any(spans[other][0] > t for other in awaited)]

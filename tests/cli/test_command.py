@@ -1,4 +1,4 @@
-"""`ddp-lessons`: what the command takes, prints and returns."""
+"""`ddp-lessons`: the command's arguments, output and exit codes."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_file_in_place_of_the_folder_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_new_version_is_a_new_folder_of_which_it_tells(tmp_path: Path) -> None:
-    """The learner has changed a lesson of an older course; the command runs inside that copy."""
+    """The learner changed a lesson of an older course; the command runs inside that copy."""
     lesson, older, copy = "05_distributed_sampler.ipynb", tmp_path / "older", tmp_path / "lessons"
     bring(ROOT / "notebooks", older, lesson)
     _replace(older / lesson, "samples", "SAMPLES")

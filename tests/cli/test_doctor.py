@@ -1,4 +1,4 @@
-"""`ddp-lessons doctor`: what it finds, and what it makes of that."""
+"""`ddp-lessons doctor`: its findings and how it judges them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_lessons_lack_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> 
     assert said in texts
 
 
-# Each as it would be on some installation; the ranks are real.
+# Simulated installations with real ranks.
 LOST_NAMES = "from ddp_lessons.wire import unfiled; unfiled.place_of = lambda code: ('<lost>', 7)"
 LOST_LINES = (
     "from ddp_lessons.wire import stacks; "

@@ -59,7 +59,7 @@ def test_root_may_where_an_option_or_a_setting_says_so(
 
 @pytest.mark.system
 def test_without_jupyterlab_it_says_what_to_install(tmp_path: Path) -> None:
-    """The lessons are copied all the same: there are other programs for notebooks."""
+    """The lessons are copied anyway: other programs can open notebooks."""
     done = open_without_packages("3", tmp_path)
     assert done.returncode == 2
     assert done.stderr == "ddp-lessons: JupyterLab is not installed: pip install jupyterlab\n"

@@ -1,4 +1,4 @@
-"""The learner's copy: made once a version, and nothing in it is ever overwritten."""
+"""The learner's copy: made once for each version, and never overwritten."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pathlib import Path
 from ddp_lessons.cli.lesson_copies import bring
 print("new:", bring(*map(Path, sys.argv[1:]), "00_a.ipynb"))
 """
-# What root may do beside permissions, CAP_DAC_OVERRIDE, is gone with the next exec.
+# Root's CAP_DAC_OVERRIDE, which ignores permissions, is dropped at the next exec.
 UNPRIVILEGED = f"""
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(24, 1, 0, 0, 0)  # PR_CAPBSET_DROP, for root
@@ -66,7 +66,7 @@ def first(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def second(tmp_path: Path) -> Path:
-    """Version 2: the lesson has other cells, and there is one lesson more."""
+    """Version 2: the lesson has other cells, and there is one more lesson."""
     contents: dict[str, Any] = {LESSON: _notebook("two"), "01_b.ipynb": _notebook("new")}
     return _make(tmp_path / "second", **contents)
 
@@ -79,7 +79,7 @@ def copy(tmp_path: Path, first: Path) -> Path:
 
 
 def _open(course: Path, folder: Path, wanted: str = LESSON) -> tuple[Path, bool]:
-    """What `ddp-lessons open` does: where the copy is, and whether it is new."""
+    """Find and make the copy as `ddp-lessons open` does; its folder, and whether it is new."""
     copy = find_copy(course, folder)
     return copy, bring(course, copy, wanted)
 
@@ -260,13 +260,13 @@ def test_a_copy_that_is_current_need_not_be_written(first: Path, copy: Path) -> 
 
 
 def _without_privileges(course: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Bring a course in a process for which the permissions of files hold, even if we are root."""
+    """Copy a course in a process that obeys file permissions, even as root."""
     command = [sys.executable, "-c", UNPRIVILEGED, str(course), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_a_disk_that_is_full_half_way(second: Path, copy: Path) -> None:
-    """A limit on the size of files stands for the disk: the picture does not fit any more."""
+    """A limit on file size stands for a full disk: the picture does not fit."""
     mine = _edit(copy / LESSON, "mine")
     (second / PICTURE).write_bytes(b"x" * 100_000)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

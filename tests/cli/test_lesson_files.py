@@ -1,4 +1,4 @@
-"""The lessons of the course: all there, each found by what people call it."""
+"""The lessons of the course: all present, each found by its names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The calls of all ranks side by side, from spans made by hand."""
+"""`Calls`, from spans made by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ddp_lessons.wire.records import Span
 
 
 def call(rank: int, op: str, seq: int | None, t0: int = 1, **facts: Any) -> Span:
-    """A call in the world that went on for 10 ns; `open=True`: it goes on."""
+    """A call in the world that took 10 ns, or with `open=True` has not ended."""
     ends = None if facts.pop("open", False) else t0 + 10
     facts = {"lane": "main", "kind": "comm", "group": "world", **facts}
     lane, kind = facts.pop("lane"), facts.pop("kind")
@@ -64,7 +64,7 @@ def test_a_broadcast_waits_for_its_root_first() -> None:
         return calls.missing(standing)
 
     assert seen() == {0}
-    assert seen(call(0, "broadcast", 0, peer=0)) == set()  # rank 2 gets it from rank 0
+    assert seen(call(0, "broadcast", 0, peer=0)) == set()  # rank 2 receives it from rank 0
 
 
 def test_sends_and_recvs_are_counted_in_pairs() -> None:
@@ -107,7 +107,7 @@ def test_stuck_for_good() -> None:
     assert Calls(ring).stuck_for_good([0, 1])  # rank 2 has ended
     everyone = [[call(r, "barrier", 0, open=True)] for r in range(3)]
     assert not Calls(everyone).stuck_for_good(range(3))
-    # Rank 2 may still come out of its recv, for rank 0 has sent; then it can join the barrier.
+    # Rank 2's recv may still return, because rank 0 has sent; then rank 2 can join the barrier.
     spans = [
         [call(0, "send", 0, peer=2), call(0, "barrier", 0, 20, open=True)],
         [call(1, "barrier", 0, open=True)],
@@ -132,7 +132,7 @@ def test_a_thread_that_can_go_on_makes_a_rank_go_on() -> None:
 @pytest.mark.parametrize(
     ("op", "needs"),
     [
-        # Rank 1 sends it to 2, 3 and 5; rank 2 passes it on to 4 and 0.
+        # Rank 1 sends to 2, 3 and 5; rank 2 forwards to 4 and 0.
         ("broadcast", {0: {2}, 1: {2, 3, 5}, 2: {1, 4, 0}, 3: {1}, 4: {2}, 5: {1}}),
         ("gather", {0: {1}, 1: {0, 2, 3, 4, 5}, 2: {1}, 3: {1}, 4: {1}, 5: {1}}),
         ("scatter", {0: {1}, 1: {0, 2, 3, 4, 5}, 2: {1}, 3: {1}, 4: {1}, 5: {1}}),

@@ -1,4 +1,4 @@
-"""Hangs and failures explained: who waits in what, at which line, and who is missing."""
+"""Explanations of hangs and failures: waiting ranks, their calls and lines, missing ranks."""
 
 from __future__ import annotations
 

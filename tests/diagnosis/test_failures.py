@@ -1,4 +1,4 @@
-"""What is said of a rank that failed or died; real processes, without a GPU."""
+"""Verdicts on ranks that failed or died: real processes, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.by_hand import error, lost, made, record, run_of
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-# What a kernel, NCCL's watchdog and C++'s runtime wrote on an H100 (torch 2.11), shortened.
+# Output of a kernel, NCCL's watchdog and the C++ runtime on an H100 (torch 2.11), shortened.
 OF_A_GPU = """\
 /src/native/cuda/IndexKernel.cu:111: operator(): block: [0,0,0], thread: [0,0,0] Assertion \
 `index < sizes[i] && "index out of bounds"` failed.
@@ -146,7 +146,7 @@ def test_groups_that_are_wide_or_deep_stay_readable() -> None:
         try:
             raise error
         finally:
-            error = ValueError()  # freeing the whole would overflow C's stack: a bug of Python's
+            error = ValueError()  # freeing all levels would overflow the C stack: a bug in Python
 
     text = launch(wide, nprocs=1, check=False).explain()
     assert "Part 5 of 10000:" in text
@@ -254,7 +254,7 @@ def test_a_value_that_exits_when_it_is_pickled_or_loaded_is_named() -> None:
     assert "SystemExit: 0" in launch(lambda rank: ExitsInWorkers(), check=False).explain()
 
 
-# Ranks of a script whose record just stops; records are made by hand
+# Ranks of a script that ended without an exit status; records are made by hand
 
 
 def kind(run: Run) -> tuple[str, tuple[int, ...]]:
@@ -267,7 +267,7 @@ def statuses(run: Run) -> list[str]:
 
 
 def two_nodes(*, hosts: tuple[str, str]) -> Run:
-    """Both ranks of node 1 are silent, and those of node 0 lost them."""
+    """Both ranks of node 1 have no exit status, and those of node 0 lost them."""
     first = [lost(made(r, "barrier", "all_reduce"), r, 4, host=hosts[0]) for r in (0, 1)]
     gone = [record(made(r, "barrier"), r, 4, node=1, host=hosts[1]) for r in (2, 3)]
     return run_of([*first, *gone])
@@ -279,9 +279,9 @@ def test_one_rank_that_is_gone_is_the_cause() -> None:
     assert kind(run) == ("killed", (1,))
     assert isinstance(run.error, WorkerDied)
     text = run.explain()
-    assert "rank 1 of 2 ended without a word" in text
+    assert "rank 1 of 2 ended without an exit status" in text
     assert "Its last call was barrier: /home/learner/train.py, line 7" in text
-    assert "Rank 0 lost its partner by that, waiting in all_reduce" in text
+    assert "Rank 0 then lost its partner, waiting in all_reduce" in text
 
 
 def test_a_rank_that_was_killed_in_a_call() -> None:
@@ -294,7 +294,7 @@ def test_a_rank_that_was_killed_in_a_call() -> None:
 def test_a_rank_that_was_killed_when_it_was_ahead() -> None:
     ahead = made(1, "barrier", "all_reduce", "barrier", open=True)
     run = run_of([lost(made(0, "barrier", "all_reduce"), 0, 2), record(ahead, 1, 2)])
-    assert statuses(run) == ["raised", "died"]  # its call could not be met, but this is no hang
+    assert statuses(run) == ["raised", "died"]  # its call could not complete, but this is no hang
     assert kind(run) == ("killed", (1,))
 
 
@@ -306,7 +306,7 @@ def test_the_earliest_of_two_silent_ranks_on_two_nodes_is_the_cause() -> None:
     ]
     run = run_of([*first, *second])
     assert kind(run) == ("killed", (1,))
-    assert "rank 1 of 4 ended without a word" in run.explain()
+    assert "rank 1 of 4 ended without an exit status" in run.explain()
     assert "rank 2 failed later" in run.explain()
 
 
@@ -314,10 +314,10 @@ def test_all_ranks_of_a_node_are_told_as_one() -> None:
     run = two_nodes(hosts=("host0", "host1"))
     assert kind(run) == ("killed", (2, 3))
     text = run.explain()
-    assert "node 1 (host1) is gone: ranks 2 and 3 of 4 ended without a word" in text
+    assert "node 1 (host1) is gone: ranks 2 and 3 of 4 ended without an exit status" in text
     assert "its agent (torchrun)" in text.lower()
     assert "after barrier at /home/learner/train.py, line 7" in text
-    assert "Ranks 0 and 1 lost their partner by that, waiting in all_reduce" in text
+    assert "Ranks 0 and 1 then lost their partner, waiting in all_reduce" in text
 
 
 def test_a_host_that_has_two_nodes_does_not_tell_them_apart() -> None:
@@ -334,7 +334,7 @@ def test_all_ranks_of_all_nodes() -> None:
     )
     assert statuses(run) == ["died"] * 4
     assert kind(run) == ("killed", (0, 1, 2, 3))
-    assert "all 4 ranks ended without a word" in run.explain()
+    assert "all 4 ranks ended without an exit status" in run.explain()
     assert "ranks 0, 1, 2 and 3 ended outside torch.distributed, after barrier" in run.explain()
     assert "node 1" not in run.explain()
 
@@ -342,7 +342,7 @@ def test_all_ranks_of_all_nodes() -> None:
 def test_the_only_rank() -> None:
     run = run_of([record(made(0, "barrier"), 0, 1)])
     assert kind(run) == ("killed", (0,))
-    assert "the rank ended without a word" in run.explain()
+    assert "the rank ended without an exit status" in run.explain()
 
 
 def test_beside_a_rank_that_raised_its_own_error_it_was_stopped() -> None:
@@ -400,10 +400,10 @@ def test_a_job_that_still_hangs_tells_how_to_look_into_the_awaited_rank() -> Non
     assert run.verdict is not None
     assert (run.verdict.kind, run.verdict.ranks) == ("no answer", (1,))
     assert "rank 0 still runs, waiting in barrier" in repr(run)
-    assert "`py-spy dump --pid 101` on host0 tells where rank 1 is now" in run.explain()
+    assert "`py-spy dump --pid 101` on host0 shows where rank 1 is now" in run.explain()
 
 
-# The lines beside a verdict
+# Evidence beside the cause
 
 
 BAD = error("ValueError: a bad batch", 9)
@@ -444,8 +444,8 @@ def test_ranks_that_lost_their_partner_at_one_line_share_a_line() -> None:
     at = "/home/learner/train.py, line"
     assert other_ranks(run, [3]) == [
         "",
-        f"Ranks 0 and 1 lost their partner by that, waiting in barrier, {at} 7.",
-        f"Rank 2 lost its partner by that, waiting in all_reduce, {at} 8.",
+        f"Ranks 0 and 1 then lost their partner, waiting in barrier, {at} 7.",
+        f"Rank 2 then lost its partner, waiting in all_reduce, {at} 8.",
     ]
 
 

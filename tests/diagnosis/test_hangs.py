@@ -1,4 +1,4 @@
-"""Who is awaited and does not come: real ranks, and verdicts long before the timeout."""
+"""Verdicts on hangs: real ranks with a missing one, long before the timeout."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ pytestmark = pytest.mark.ranks
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-LONG = 60.0  # seconds: whoever waits for it has not seen that nothing can move
+LONG = 60.0  # seconds; a run that takes it was not proved to be stuck
 
 
 def explained(fn: Any, nprocs: int = 3, timeout: float = LONG, **options: Any) -> Run:
-    """The run, which must end long before a long timeout."""
+    """The run, which must end long before its timeout."""
     began = time.monotonic()
     run = launch(fn, nprocs=nprocs, timeout=timeout, check=False, **options)
     assert time.monotonic() - began < LONG / 2
@@ -270,7 +270,7 @@ def test_the_innocent_of_a_killed_rank_are_not_blamed() -> None:
 
 
 def all_gave_up(*hosts: str) -> Run:
-    """Made by hand: ranks that all came to one all_reduce and gave up there."""
+    """A run made by hand: all ranks timed out in one all_reduce."""
     raised = error(TIMED_OUT, 8, "all_reduce")
     calls = [made(rank, "barrier", "all_reduce") for rank in range(len(hosts))]
     broken = [[*before, last._replace(failed=True)] for *before, last in calls]
@@ -282,8 +282,8 @@ def all_gave_up(*hosts: str) -> Run:
 
 def test_hosts_between_which_nothing_comes_through_are_cut_off() -> None:
     run = all_gave_up("host0", "host1", "host1")
-    assert kind(run) == ("cut off", (0, 1, 2))
-    assert "nothing comes through from one machine to the other" in run.explain()
+    assert kind(run) == ("no route", (0, 1, 2))
+    assert "no data gets from one machine to the other" in run.explain()
     assert "Timed out waiting" in run.explain()
     assert run.verdict is not None
     assert run.verdict.frame is not None

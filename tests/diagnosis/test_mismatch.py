@@ -1,4 +1,4 @@
-"""Where the calls of ranks part: hangs explained by it, and numbers that are silently wrong."""
+"""The first mismatch of ranks' calls: hangs that it explains, and silently wrong numbers."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_tensors_of_another_size() -> None:
         dist.barrier()
 
     run = launch(work, nprocs=3, timeout=30, check=False)
-    assert kind(run) == ("unlike tensors", (1,))
+    assert kind(run) == ("tensor mismatch", (1,))
     assert "float32 (2,) on ranks 0 and 2 and float32 (3,) on rank 1" in run.explain()
     assert "rank 1 calls all_reduce with float32 (3,): " in run.explain()
 
@@ -171,7 +171,7 @@ def healthy_roles(rank: int) -> None:
         dist.all_reduce(x)
     else:
         dist.all_reduce(x * 2)
-    dist.all_reduce(x.view(1, 2) if rank else x)  # other shapes of the same size are fine
+    dist.all_reduce(x.view(1, 2) if rank else x)  # another shape of the same size is fine
     dist.destroy_process_group()
 
 

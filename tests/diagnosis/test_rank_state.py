@@ -1,4 +1,4 @@
-"""Which failures are only the loss of another rank. The innocent must not be blamed."""
+"""Secondary failures, which must not be blamed for a run."""
 
 from __future__ import annotations
 

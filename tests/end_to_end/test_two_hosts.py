@@ -188,10 +188,10 @@ def test_a_host_that_is_cut_off_is_explained(tmp_path: Path, hosts: tuple[Host, 
             pass
     run = record_of(tmp_path)
     assert run.verdict is not None
-    assert (run.verdict.kind, run.verdict.ranks) == ("cut off", (0, 1))
+    assert (run.verdict.kind, run.verdict.ranks) == ("no route", (0, 1))
     assert run.verdict.frame is not None
     assert run.verdict.frame.lineno == 7
-    assert "nothing comes through from one machine to the other" in run.explain()
+    assert "no data gets from one machine to the other" in run.explain()
     assert [rank.host for rank in run.ranks] == ["host0", "host1"]
 
 

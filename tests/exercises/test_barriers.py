@@ -25,7 +25,7 @@ Download = Callable[[str], None]
 
 
 def manager(before: Callable[[int], bool], after: Callable[[int], bool]) -> Any:
-    """A rank-zero-first with a barrier before and after the body, for the ranks named."""
+    """A rank_zero_first in which these ranks call a barrier before and after the body."""
 
     @contextmanager
     def rank_zero_first(rank: int) -> Iterator[None]:

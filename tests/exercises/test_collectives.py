@@ -91,7 +91,7 @@ def as_tensors(rows: list[Any]) -> list[Any]:
 
 
 def but(op: str, change: Callable[[list[Any], list[list[int]]], list[Any]]) -> Any:
-    """Predicts right, but for one collective."""
+    """Predicts right, except for one collective."""
 
     def predict_wrongly(name: str, before: list[list[int]]) -> list[Any]:
         right = predict(name, before)

@@ -83,7 +83,7 @@ class ForgetsMissing(MyDDP):
 
 
 class AveragesWeights(MyDDP):
-    """Local steps, and weights averaged afterwards, as gradients that make up for it."""
+    """Local steps, then averaged weights, expressed as gradients."""
 
     def average_gradients(self, model: Any) -> None:
         for parameter in model.parameters():

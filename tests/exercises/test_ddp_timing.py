@@ -22,7 +22,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def most(field: str) -> Any:
-    """Names the rank in `field` of the rows with the most waiting."""
+    """Returns the rank in `field` with the most waiting."""
 
     def name_straggler(waits: list[Any]) -> Any:
         caused: Counter[Any] = Counter()

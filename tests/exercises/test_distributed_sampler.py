@@ -1,4 +1,4 @@
-"""The checks of lesson 05, and its arithmetic against torch's over a grid."""
+"""The checks of lesson 05, and its arithmetic compared with torch's."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_lesson_s_arithmetic_is_that_of_torch(ranks: int) -> None:
 
 
 class Samples:
-    """A sampler whose samples a function chooses."""
+    """A sampler whose samples come from a function."""
 
     choose: Any = None
 

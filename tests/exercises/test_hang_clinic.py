@@ -224,7 +224,7 @@ def column_first(x: Any, row: Any, column: Any) -> Any:
 
 
 def started_together(x: Any, row: Any, column: Any) -> Any:
-    """The order does not matter for calls that do not wait."""
+    """Asynchronous calls may start in any order."""
     groups = [row, column] if dist.get_rank() % 2 else [column, row]
     sums = {group: x.clone() for group in groups}
     works = [dist.all_reduce(sums[group], group=group, async_op=True) for group in groups]

@@ -38,7 +38,7 @@ def load_anywhere(model: Any, state: Any) -> None:
 
 
 def by_the_other_way(model: Any, state: Any) -> None:
-    """Makes the state's keys those of DDP instead, and loads into DDP."""
+    """Gives the state DDP's keys, and loads it into DDP."""
     wanted = list(model.state_dict())
     if list(state) != wanted:
         longer = len(next(iter(state))) < len(wanted[0])
@@ -87,7 +87,7 @@ def consumed(model: Any, state: Any) -> None:
 
 
 class Checkpoint:
-    """The solution; what is said of it in `flaws` goes wrong."""
+    """The solution with the errors named in `flaws`."""
 
     flaws: tuple[str, ...] = ()
 
@@ -139,7 +139,7 @@ def but(*flaws: str) -> Any:
 
 
 class PerRank:
-    """A file for each rank: right, but for a kill between two writes."""
+    """One file for each rank: right, except for a kill between two writes."""
 
     def save(self, path: str, *parts: Any) -> None:
         *modules, epoch, batch = parts
@@ -158,7 +158,7 @@ class PerRank:
 
 
 class RandomApart(Checkpoint):
-    """Leaves out of the one file what each rank writes to one of its own, which is not replaced."""
+    """Keeps each rank's random state in a file of its own, which is not replaced atomically."""
 
     def save(self, path: str, *parts: Any) -> None:
         torch.save(torch.get_rng_state(), f"{path}.random.{dist.get_rank()}")

@@ -175,12 +175,12 @@ def plan_slowly(names: Any, used: Any) -> Any:
 
 
 def compares_ranks(names: Any, used: Any) -> Any:
-    """Takes no notice of steps that differ."""
+    """Ignores differences between steps."""
     return plan(names, used)[0], any(of_rank != step[0] for step in used for of_rank in step)
 
 
 def misses_one_rank(names: Any, used: Any) -> Any:
-    """Right but where only one rank lacks something, in the last step."""
+    """Right except where only one rank lacks a parameter, in the last step."""
     remove, flag = plan(names, used)
     return remove, flag and used[-1] != [{"a", "b"}, {"a"}]
 

@@ -1,4 +1,4 @@
-"""Pictures in a real kernel: with their titles as text, rendered once, others untouched."""
+"""Alternative text in a real kernel: the titles, rendered once; other pictures unchanged."""
 
 from __future__ import annotations
 

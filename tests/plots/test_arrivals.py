@@ -1,4 +1,4 @@
-"""The map of arrivals and the fit of bandwidth: what they show of real and made-up runs."""
+"""`plots.arrivals` and `plots.bandwidth`, of real and made-up runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _no_figure_stays_open() -> Iterator[None]:
 
 
 def calls(ranks: int, number: int, late: Any) -> Run:
-    """All_reduces to which rank `late(n)` comes 2 ms after the others, which come together."""
+    """All_reduces to which rank `late(n)` comes 2 ms after the others."""
     width = 80 / number
     spans = [
         call(rank, start + width * 0.5 * (rank == late(n)), start + width * 0.9, n)

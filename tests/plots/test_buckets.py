@@ -1,4 +1,4 @@
-"""The picture of one step's gradient buckets, of real DDP runs and of made-up ones."""
+"""`plots.buckets`, of real DDP runs and made-up ones."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def trained() -> Run:
 
 
 def step_of(*spans: tuple[str, str, str, int, int]) -> Run:
-    """A run whose rank 0 has one step, with spans of (lane, kind, name, begin ms, end ms)."""
+    """A run with one step on rank 0, and spans of (lane, kind, name, begin ms, end ms)."""
     made = [
         Span(0, lane, kind, name, BEGAN + begin * MS, BEGAN + end * MS, 0, nbytes=2_100_000)
         for lane, kind, name, begin, end in spans
@@ -111,7 +111,7 @@ def test_what_is_exposed_is_hatched_and_said() -> None:
 
 def test_the_name_of_work_keeps_clear_of_the_waiting() -> None:
     (backward,) = [t for t in plots.buckets(EXPOSED).texts if t.get_text() == "backward"]
-    assert backward.get_position()[0] == 30  # the middle of what the waiting leaves free
+    assert backward.get_position()[0] == 30  # the middle of the part without waiting
 
 
 @pytest.mark.ranks

@@ -1,4 +1,4 @@
-"""What the pictures show holds for colour-blind readers, and texts stand out: computed.
+"""Plots are legible for colour-blind readers, and texts have enough contrast: computed.
 
 Colour vision deficiencies as Machado, Oliveira and Fernandes (2009) model them, fully developed;
 differences of colours in CIELAB, where about 2 is just seen; contrast as WCAG 2.2 defines it.
@@ -37,7 +37,7 @@ SEEN = {
     "grey": [[0.2126, 0.7152, 0.0722]] * 3,
 }
 WAITING = style.WAIT_LOOK["facecolor"]
-# Those that one picture shows side by side, without hatching or another sign to tell them apart.
+# Colours that one plot shows side by side, without hatching or another distinction.
 BESIDE = {
     "work and flights": (*style.WORK, style.ORANGE, style.PALE),
     "ranks": COLOURS,

@@ -1,4 +1,4 @@
-"""The picture of differences from the truth: curves, labels, the scale down to zero."""
+"""`plots.differences`: curves, labels, the scale down to zero."""
 
 from __future__ import annotations
 

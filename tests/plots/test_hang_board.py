@@ -1,4 +1,4 @@
-"""The board of a hang: who came to which call, and where each rank stands."""
+"""`plots.hang_board`: which ranks made which call, and where each is."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def board(fault: str, nprocs: int, **options: Any) -> Any:
 
 
 def cells(ax: Any, row: int) -> list[str]:
-    """What is written in a row, from the left; the note beside it comes last."""
+    """The texts of a row, from the left; the note beside it comes last."""
     found = [(t.get_position()[0], t.get_text()) for t in ax.texts if t.get_position()[1] == row]
     inside = [
         (t.get_position()[0], t.get_text())
@@ -69,7 +69,7 @@ def test_a_rank_that_did_not_come() -> None:
 
 
 def test_unlike_tensors_show_their_shapes() -> None:
-    ax = board("unlike tensors", 3)
+    ax = board("tensor mismatch", 3)
     assert any("(3,)" in text for text in cells(ax, 1))
 
 

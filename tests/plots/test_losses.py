@@ -1,4 +1,4 @@
-"""The picture of losses: against steps or samples, labelled, and what it refuses."""
+"""`plots.losses`: over steps or samples, labels, and refused arguments."""
 
 from __future__ import annotations
 

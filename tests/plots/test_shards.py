@@ -1,4 +1,4 @@
-"""The picture of who sees which sample: what it writes, marks and refuses."""
+"""`plots.shards`: texts, marks and refused arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of each rank's statistics: marks, bars, many ranks and channels."""
+"""`plots.statistics`: marks, bars, many ranks and channels."""
 
 from __future__ import annotations
 

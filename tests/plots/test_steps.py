@@ -1,4 +1,4 @@
-"""The picture of steps per rank: even, uneven, joined, failed, long and broken off runs."""
+"""`plots.steps`: even, uneven, joined, failed, long and interrupted runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(rank: int, counts: tuple[int, ...], join: bool, counted: bool = True) 
 
 
 def by_kind(ax: Any) -> dict[str, set[tuple[int, int]]]:
-    """By what it means, the (rank, step) of each cell; bars are cut into columns."""
+    """The (rank, step) of each cell, by the legend's text; bars are split into columns."""
     kinds = named_colours(ax)
     cells: dict[str, set[tuple[int, int]]] = {}
     for bars in ax.collections:

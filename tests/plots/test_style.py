@@ -1,4 +1,4 @@
-"""What the pictures share: the rows' names, with their machines where there are several."""
+"""Row labels, with machines where there are several."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _no_figure_stays_open() -> Iterator[None]:
 
 
 def named(hosts: Sequence[str | None], each: int = 2) -> Any:
-    """The axes of a run with so many ranks on each of some nodes."""
+    """The axes of a run with `each` ranks on every host."""
     run = made_up(each * len(hosts))
     ranks = [replace(r, group_rank=r.rank // each, host=hosts[r.rank // each]) for r in run.ranks]
     ax = style.new_axes(len(ranks))
@@ -36,7 +36,7 @@ def named(hosts: Sequence[str | None], each: int = 2) -> Any:
 
 
 def lines(ax: Any) -> list[float]:
-    """The heights of the lines across."""
+    """The heights of the horizontal lines."""
     return [float(line.get_ydata()[0]) for line in ax.lines]
 
 

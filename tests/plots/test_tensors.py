@@ -1,4 +1,4 @@
-"""The picture of tensors before and after a collective."""
+"""`plots.tensors`: cells, colours, and refused arguments."""
 
 from __future__ import annotations
 

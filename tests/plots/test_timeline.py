@@ -1,4 +1,4 @@
-"""The timeline of real runs and of made-up large ones: rows, bars, legend, title, size."""
+"""`plots.timeline`, of real runs and large made-up ones: rows, bars, legend, title, size."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def trained() -> Run:
 
 
 def made_up(ranks: int, spans: Sequence[Span] = (), *, called: bool = True) -> Run:
-    """A run of 100 ms in which rank 0 did what `spans` says."""
+    """A run of 100 ms in which rank 0 recorded these spans."""
     second = 1_000_000_000
     began, started, ended = second, second + 10_000_000, second + 100_000_000
 
@@ -334,7 +334,7 @@ def test_ten_thousand_spans() -> None:
     began = time.process_time()
     ax = plots.timeline(run)
     assert time.process_time() - began < 10
-    assert len(bars(ax)) < 4_000  # those that no pixel tells apart are one
+    assert len(bars(ax)) < 4_000  # spans less than a pixel apart are one bar
     assert "are one bar" in ax.get_xlabel()
     assert max(right for _, _, right in bars(ax)) == pytest.approx(100.021)
 

@@ -1,4 +1,4 @@
-"""The pictures of waiting, `waits` and `totals`: real runs with a late rank, and made-up ones."""
+"""`plots.waits` and `plots.totals`, of real runs with a late rank and made-up ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def late() -> Run:
 
 
 def call(rank: int, begin: float, end: float | None, seq: int = 0, group: str = "world") -> Span:
-    """An all_reduce from so many to so many ms after the launch."""
+    """An all_reduce from `begin` to `end` ms after the launch."""
     t1_ns = None if end is None else BEGAN + round(end * MS)
     t0_ns = BEGAN + round(begin * MS)
     return Span(rank, "main", "comm", "all_reduce", t0_ns, t1_ns, None, "all_reduce", group, seq)
@@ -126,7 +126,7 @@ def test_labels_of_last_arrivals_do_not_overlap(late: Run) -> None:
 
 @pytest.mark.parametrize(("second", "expected"), [(70, "rank 1 comes last"), (31, "rank 1 last")])
 def test_all_last_arrivals_are_named_in_the_same_words(second: int, expected: str) -> None:
-    """The label in the middle has the least room: the other two have enough in both cases."""
+    """The middle label has the least room; the other two have enough in both cases."""
     ends = (20, second, 90)
     calls = [call(0, end - 8, end + 1, seq) for seq, end in enumerate(ends)]
     calls += [call(1, end, end + 1, seq) for seq, end in enumerate(ends)]

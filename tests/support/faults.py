@@ -53,7 +53,7 @@ def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
 SIDES = (
     "skipped collective",
     "different collectives",
-    "unlike tensors",
+    "tensor mismatch",
     "groups in different order",
 )
 
@@ -93,7 +93,7 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
             note_the_time()
         if fault in FROM_OUTSIDE:
             time.sleep(0.5)
-        x = torch.ones(3 if hit and fault == "unlike tensors" else 2)
+        x = torch.ones(3 if hit and fault == "tensor mismatch" else 2)
         y = torch.zeros(2)
         if hit and act is not None:
             act(rank)
@@ -154,7 +154,7 @@ def leave(_: int) -> None:
     os._exit(7)
 
 
-def compute_for_ever(_: int) -> None:
+def compute_forever(_: int) -> None:
     sum(itertools.count())
 
 
@@ -211,12 +211,12 @@ FAULTS = {
         fail_like_a_lost_connection, ("raised",), "of a data base"
     ),
     "exited": Fault(leave, ("exited",), ""),
-    "endless loop": Fault(compute_for_ever, ("computing",), "sum(itertools.count())"),
+    "endless loop": Fault(compute_forever, ("computing",), "sum(itertools.count())"),
     "lock": Fault(wait_for_a_lock, ("blocked in Python",), "lock.acquire()"),
     "skipped": Fault(None, ORDER, "dist.all_reduce(x, group=group)"),
     "extra": Fault(None, ORDER, "dist.barrier("),
     "swapped": Fault(None, ORDER, "dist.all_reduce(x, group=group)"),
-    "unlike tensors": Fault(None, ("unlike tensors",), "dist.all_reduce(x"),
+    "tensor mismatch": Fault(None, ("tensor mismatch",), "dist.all_reduce(x"),
     "swapped alike": Fault(None, (), ""),
     "groups in different order": Fault(None, ("groups in different order",), "dist.barrier(one)"),
     "never joined": Fault(None, ("never joined",), ""),

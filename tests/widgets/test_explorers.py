@@ -78,7 +78,7 @@ def make() -> Explorer:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What an explorer shows and updates, outside of a notebook."""
+    """The displays that an explorer shows and updates, outside a notebook."""
     bundles: list[dict[str, Any]] = []
 
     class Handle:
@@ -326,14 +326,14 @@ def test_a_resumed_training_is_compared_with_the_undisturbed_one(
 
 
 def open_subshell(kernel: Kernel) -> str:
-    """A second thread for messages, as JupyterLab asks for; "" if the kernel knows none."""
+    """Open a subshell (a second message thread), as JupyterLab does; "" if unsupported."""
     channel = kernel.client.control_channel
     channel.send(kernel.client.session.msg("create_subshell_request", {}))
     return str(channel.get_msg(timeout=10)["content"].get("subshell_id", ""))
 
 
 def move(kernel: Kernel, model_id: str, value: int, subshell: str = "") -> None:
-    """Tell the kernel of a move, as the frontend does."""
+    """Send the kernel a control's move, as the frontend does."""
     data = {"method": "update", "state": {"value": value}, "buffer_paths": []}
     session = kernel.client.session
     message = session.msg("comm_msg", {"comm_id": model_id, "data": data})
@@ -343,7 +343,7 @@ def move(kernel: Kernel, model_id: str, value: int, subshell: str = "") -> None:
 
 
 def pictures_until(kernel: Kernel, alt: str, timeout: float = 60.0) -> list[str]:
-    """The texts of the pictures that are drawn, until one is `alt`."""
+    """The alt texts of the pictures that are drawn, until one is `alt`."""
     texts: list[str] = []
     deadline = time.monotonic() + timeout
     while alt not in texts:

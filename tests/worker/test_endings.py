@@ -135,7 +135,7 @@ def test_a_child_of_multiprocessing_that_never_ends_is_said_to_keep_the_rank() -
 
     run = launch(work, nprocs=1, timeout=2, check=False)
     assert run.ranks[0].kept_by == "a child process"
-    assert "as every script, waits for the processes" in run.explain()
+    assert "like any script, waits for the processes" in run.explain()
 
 
 def test_a_process_that_does_not_end_nor_answer_is_no_success() -> None:

@@ -145,7 +145,7 @@ def test_an_exception_is_explained_from_the_record(attempts: Path) -> None:
     assert run.verdict.frame is not None
     assert run.verdict.frame.lineno == 12
     assert 'raise ValueError("a bad batch")' in run.explain()
-    assert "Rank 0 lost its partner by that, waiting in barrier" in run.explain()
+    assert "Rank 0 then lost its partner, waiting in barrier" in run.explain()
 
 
 @pytest.mark.xdist_group("attempts")
@@ -153,7 +153,7 @@ def test_a_killed_rank_is_explained_from_the_record(attempts: Path) -> None:
     run = load_run(attempts, attempt=1)
     assert run.verdict is not None
     assert (run.verdict.kind, run.verdict.ranks) == ("killed", (1,))
-    assert "rank 1 of 2 ended without a word" in run.explain()
+    assert "rank 1 of 2 ended without an exit status" in run.explain()
     assert "Its last call was barrier" in run.explain()
     assert [rank.status == "died" for rank in run.ranks] == [False, True]
 

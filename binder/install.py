@@ -1,9 +1,10 @@
 """Set up `.venv`: `install.py lessons` for learners, `test` or `bench` for contributors.
 
 The Makefile calls it. It uses only Python's standard library, is safe to repeat, and does nothing
-if nothing has changed since the last time. Each purpose includes the ones before it. On Linux without
-an NVIDIA GPU, torch comes from PyTorch's index of CPU builds if that answers: the ordinary build
-brings gigabytes of CUDA. `TORCH_INDEX=URL` names another index, `TORCH_INDEX=` (empty) uses none.
+if nothing has changed since the last time. Each purpose includes the ones before it. On Linux
+without an NVIDIA GPU, torch comes from PyTorch's index of CPU builds if that answers: the ordinary
+build brings gigabytes of CUDA. `TORCH_INDEX=URL` names another index, `TORCH_INDEX=` (empty) uses
+none.
 """
 
 from __future__ import annotations

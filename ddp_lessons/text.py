@@ -45,9 +45,9 @@ def agree(subjects: Sized, one: str, many: str) -> str:
 
 
 def exit_name(exitcode: int | None) -> str:
-    """`SIGKILL` for -9, `exit code 7` for 7, `no word` for None."""
+    """`SIGKILL` for -9, `exit code 7` for 7, `no exit status` for None."""
     if exitcode is None:
-        return "no word"
+        return "no exit status"
     if exitcode < 0:
         try:
             return signal.Signals(-exitcode).name

@@ -1,6 +1,6 @@
 """The checks of lesson 13: a right script passes, typical wrong ones are explained.
 
-Two more right ones are in the lesson's solutions, which nbval runs: each takes five new Pythons.
+Another right one is in the lesson's solutions, which nbval runs: each takes five new Pythons.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ ONE_LOADS = RESUMES.replace("os.path.exists(path)", "rank == 0 and os.path.exist
 LEAVES_A_FILE = RESUMES.replace("os.replace(path", "import shutil; shutil.copy(path")
 
 
-RIGHT: list[tuple[Any, str]] = [(check_both_ways, GROUP_OF_ONE)]
+RIGHT: list[tuple[Any, str]] = [(check_both_ways, GROUP_OF_ONE), (check_resumes, RESUMES)]
 WRONG: list[tuple[Any, str, str]] = [
     (
         check_both_ways,

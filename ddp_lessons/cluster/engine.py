@@ -156,8 +156,8 @@ def finish(run: str) -> None:
 class _Relayed(WorkerProcess):
     """A rank whose pipes are read here and told of elsewhere."""
 
-    def __init__(self, place: RankInfo, tapes: SpanBuffers) -> None:
-        super().__init__(place, tapes)
+    def __init__(self, place: RankInfo, buffers: SpanBuffers) -> None:
+        super().__init__(place, buffers)
         self.pieces: list[tuple[int, bytes]] = []
 
     def take(self, channel: int, data: bytes) -> None:
@@ -192,8 +192,8 @@ class Rank:
 
     def start(self, order: StartRequest) -> tuple[int, int]:
         method = order.start_method or start_method(order.task.overrides)
-        tapes = self._held.enter_context(contextlib.closing(SpanBuffers(order.place.world_size)))
-        process = _Relayed(order.place, tapes)
+        buffers = self._held.enter_context(contextlib.closing(SpanBuffers(order.place.world_size)))
+        process = _Relayed(order.place, buffers)
         args = [PackedArgument(data) for data in order.args]
         with _uninterrupted():
             process.start(method, order.task.here(order.meeting), args)
@@ -216,7 +216,7 @@ class Rank:
         self._gather(process, question.seconds)
         self._number += 1
         self._told = len(process.pieces)
-        progress = process.tapes.progress(process.rank)
+        progress = process.buffers.progress(process.rank)
         end = None if process.alive else self._end(process)
         seen = process.activity, process.queued, process.sending
         return PollReply(self._number, tuple(process.pieces), progress, *seen, end)

@@ -89,7 +89,7 @@ def received(recorder: Recorder, group: Group, source: int, *slots: Slot) -> int
     """Number a recv from any rank, now that it is known who sent; return the number."""
     seq = group.next((source, recorder.rank))
     for slot in slots:
-        recorder.tape.match(slot, seq, source)
+        recorder.buffer.match(slot, seq, source)
     return seq
 
 
@@ -113,7 +113,7 @@ def issued(
         work = function(*args, **kwargs)
         return work
     except BaseException:
-        recorder.tape.fail(slot)
+        recorder.buffer.fail(slot)
         raise
     finally:
         recording.inside.remove(thread)
@@ -141,7 +141,7 @@ def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
                 flight.arrived(self, slot)
             return result
         except BaseException:
-            recorder.tape.fail(slot)
+            recorder.buffer.fail(slot)
             raise
         finally:
             recorder.end(slot)

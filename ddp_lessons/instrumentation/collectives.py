@@ -79,20 +79,20 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         if plan is None:
             return unplanned(recorder, t0_ns, frame, key, args, kwargs)
         tail, group, _ = plan
-        tape = recorder.tape
+        buffer = recorder.buffer
         seq = next(group.collectives)
-        slot = tape.write(tail, t0_ns, recorder.step, seq)
+        slot = buffer.write(tail, t0_ns, recorder.step, seq)
         inside.add(thread)
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            tape.fail(slot)
+            buffer.fail(slot)
             if isinstance(error, Exception):
                 group.take_back(seq)
             raise
         finally:
             inside.remove(thread)
-            tape.end(slot, perf_counter_ns())
+            buffer.end(slot, perf_counter_ns())
 
     def unplanned(
         recorder: Recorder, t0_ns: int, frame: FrameType, key: Any, args: Args, kwargs: Kwargs
@@ -117,7 +117,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
                     async_work.received(recorder, group, result, slot)
                 return result
             except BaseException:
-                recorder.tape.fail(slot)
+                recorder.buffer.fail(slot)
                 raise
             finally:
                 inside.remove(thread)
@@ -134,7 +134,7 @@ def _plan(
 ) -> None:
     """Keep what a synchronous call will write when the same line makes it again."""
     if group is not None and not group.streamed and len(recorder.plans) < MOST_PLANS:
-        tail = recorder.tape.tail(recorder.lane(), Kind.COMM, facts.op or "", facts)
+        tail = recorder.buffer.tail(recorder.lane(), Kind.COMM, facts.op or "", facts)
         recorder.plans[key] = Plan(tail, group, code)
 
 

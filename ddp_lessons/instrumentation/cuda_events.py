@@ -48,10 +48,10 @@ def of(tensor: Any) -> Any:
 
 
 class Stopwatch:
-    """A span on the device: begins now, in the current stream, and `stop` ends it in the one then.
+    """A span on the device, from now in the current stream to `stop` in the stream current then.
 
-    It is open on the tape until its times are known, so that a rank that hangs or is killed shows
-    what its device was at.
+    It stays open in the span buffer until its times are known, so that a rank that hangs or is
+    killed shows what its device was doing.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Stopwatch:
 class _Pending(NamedTuple):
     """A span of which the device has not been asked for its times, and its two events."""
 
-    tape: SpanWriter
+    buffer: SpanWriter
     slot: Slot
     start: Any
     stop: Any
@@ -119,7 +119,7 @@ class DeviceClock:
         if self.flush not in recorder.at_end:
             recorder.at_end.append(self.flush)
         with self._lock:
-            self._pending.append(_Pending(recorder.tape, slot, start, stop))
+            self._pending.append(_Pending(recorder.buffer, slot, start, stop))
         self.write()
 
     def flush(self) -> None:
@@ -140,8 +140,8 @@ class DeviceClock:
 
     def _write(self, span: _Pending) -> None:
         t0_ns, t1_ns = self._ns(span.start), self._ns(span.stop)
-        span.tape.began(span.slot, t0_ns)
-        span.tape.end(span.slot, max(t0_ns + 1, t1_ns))
+        span.buffer.began(span.slot, t0_ns)
+        span.buffer.end(span.slot, max(t0_ns + 1, t1_ns))
         # An event tells the time since another in a float of 24 bits: that must not be long ago.
         # The start, because the next may start before this one ends.
         self._zero, self._zero_ns = span.start, t0_ns

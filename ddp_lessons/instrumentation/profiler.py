@@ -38,7 +38,7 @@ def start(recorder: Recorder) -> None:
         for lane, name, t0_ns, t1_ns in _communication(profiler.profiler.kineto_results):
             facts = CallFacts(name.partition(":")[2] or name.partition("(")[0])
             begin_ns, end_ns = t0_ns - offset_ns, t1_ns - offset_ns
-            recorder.tape.begin(lane, Kind.COMM, name, begin_ns, end_ns, facts=facts)
+            recorder.buffer.begin(lane, Kind.COMM, name, begin_ns, end_ns, facts=facts)
 
     recorder.at_end.append(write)
 

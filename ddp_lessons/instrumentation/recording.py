@@ -2,7 +2,7 @@
 
 `span` marks work by hand and `steps` the steps of a training loop. In a launched worker the calls
 of torch.distributed mark themselves (collectives.py), and so does what DDP sends (ddp_traffic.py).
-All of them write on the worker's tape (span_buffer.py) through its one `Recorder`.
+All of them write into the span buffer (span_buffer.py) through its one `Recorder`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Recorder:
     def __init__(
         self,
         rank: int,
-        tape: SpanWriter,
+        buffer: SpanWriter,
         send: Callable[[Message], None],
         *,
         world_size: int,
@@ -42,7 +42,7 @@ class Recorder:
         self.rank = rank
         self.world_size = world_size  # of all ranks that were started, with this one
         self.sites = Sites(home)
-        self.tape = tape
+        self.buffer = buffer
         self.send = send
         self.host_of_rank_zero = host_of_rank_zero
         self.one_clock = one_clock  # all ranks are known to read the same clock
@@ -65,11 +65,11 @@ class Recorder:
         if not self._step_t0_ns:
             self._step_t0_ns = t0_ns
         lane = lane or self._lanes.get(get_ident()) or self.lane()
-        return self.tape.begin(lane, kind, name, t0_ns, 0, self.step, facts)
+        return self.buffer.begin(lane, kind, name, t0_ns, 0, self.step, facts)
 
     def end(self, slot: Slot) -> None:
         """Note that it ended, now."""
-        self.tape.end(slot, time.perf_counter_ns())
+        self.buffer.end(slot, time.perf_counter_ns())
 
     @contextmanager
     def call(self, name: str, t0_ns: int, facts: CallFacts) -> Iterator[None]:
@@ -80,7 +80,7 @@ class Recorder:
         try:
             yield
         except BaseException:
-            self.tape.fail(slot)
+            self.buffer.fail(slot)
             raise
         finally:
             inside.remove(thread)
@@ -93,11 +93,11 @@ class Recorder:
     def begin_step(self, t0_ns: int) -> Slot:
         """Begin a step that `steps` counts."""
         self._in_steps = True
-        return self.tape.begin(Lane.STEPS, Kind.MARK, f"step {self.step}", t0_ns, step=self.step)
+        return self.buffer.begin(Lane.STEPS, Kind.MARK, f"step {self.step}", t0_ns, step=self.step)
 
     def end_step(self, slot: Slot, t1_ns: int) -> None:
         """End it; the next step begins no sooner."""
-        self.tape.end(slot, t1_ns)
+        self.buffer.end(slot, t1_ns)
         self.step += 1
         self._in_steps = False
 
@@ -106,7 +106,7 @@ class Recorder:
 
         Where several optimizers take turns, the steps of the first one count.
         """
-        self.tape.moved()
+        self.buffer.moved()
         if self._stepping is None:
             self._stepping = id(optimizer)
         if self._in_steps or self._stepping != id(optimizer):
@@ -168,7 +168,7 @@ def in_worker() -> bool:
     return _recorder is not None
 
 
-# A DataLoader's worker must not write on our tape.
+# A DataLoader's worker must not write into our span buffer.
 os.register_at_fork(after_in_child=lambda: use(None))
 
 
@@ -219,7 +219,7 @@ def steps(batches: Iterable[T]) -> Iterator[T]:
             yield batch
             continue
         t1_ns = time.perf_counter_ns()
-        recorder.tape.begin(recorder.lane(), Kind.DATA, "next batch", t0_ns, t1_ns, recorder.step)
+        recorder.buffer.begin(recorder.lane(), Kind.DATA, "next batch", t0_ns, t1_ns, recorder.step)
         slot = recorder.begin_step(t0_ns)
         try:
             yield batch

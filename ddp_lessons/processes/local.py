@@ -53,9 +53,9 @@ BUSY = 0.1  # share of the time noted: a rank that uses more of the processor co
 class WorkerProcess(Worker):
     """A rank whose process this one has started."""
 
-    def __init__(self, place: RankInfo, tapes: SpanBuffers) -> None:
+    def __init__(self, place: RankInfo, buffers: SpanBuffers) -> None:
         super().__init__(place)
-        self.tapes = tapes
+        self.buffers = buffers
         self.forkserver: int | None = None  # its process id
         self._progress = 0
         self._noted: tuple[float, float, float] | None = None  # when; seconds used and queued
@@ -85,14 +85,14 @@ class WorkerProcess(Worker):
         from ddp_lessons.worker.main import run_rank
 
         check()
-        self.tapes.prepare(self.rank)
+        self.buffers.prepare(self.rank)
         pipes = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
         readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
         try:
             context: Any = multiprocessing.get_context(method)
             process = context.Process(
                 target=run_rank,
-                args=(task, self.place, tuple(args), *writers, self.tapes.sendable()),
+                args=(task, self.place, tuple(args), *writers, self.buffers.sendable()),
                 name=f"rank {self.rank}",
                 daemon=False,  # a daemon could not have children, such as a DataLoader's workers
             )
@@ -140,9 +140,9 @@ class WorkerProcess(Worker):
         reader.close()
         return False
 
-    def look_at_tape(self) -> None:
+    def note_progress(self) -> None:
         """See whether the rank has finished anything since the last time."""
-        progress = self.tapes.progress(self.rank)
+        progress = self.buffers.progress(self.rank)
         if progress != self._progress:
             self._progress, self.moved_at = progress, time.monotonic()
 
@@ -217,10 +217,10 @@ class WorkerProcess(Worker):
             self._process.close()
 
     def spans(self) -> list[Span]:
-        return self.tapes.spans(self.rank)
+        return self.buffers.spans(self.rank)
 
     def dropped(self) -> int:
-        return self.tapes.dropped(self.rank)
+        return self.buffers.dropped(self.rank)
 
 
 def catches(pid: int, number: int) -> bool:
@@ -287,7 +287,7 @@ class Pump:
         if everyone:
             for worker in alive:
                 if worker.alive:
-                    worker.look_at_tape()
+                    worker.note_progress()
             self._polled = time.monotonic()
 
 
@@ -316,7 +316,7 @@ class LocalWorkerGroup(WorkerGroup):
         with contextlib.ExitStack() as stack:
             self._port = stack.enter_context(reserve_port())
             try:
-                tapes = stack.enter_context(contextlib.closing(SpanBuffers(len(places))))
+                buffers = stack.enter_context(contextlib.closing(SpanBuffers(len(places))))
             except OSError as error:
                 raise LaunchError(
                     "the memory in which ranks note what they do cannot be had for "
@@ -325,7 +325,7 @@ class LocalWorkerGroup(WorkerGroup):
                     "ranks."
                 ) from error
             self._held = stack.pop_all()
-        self.workers: Sequence[WorkerProcess] = [WorkerProcess(place, tapes) for place in places]
+        self.workers: Sequence[WorkerProcess] = [WorkerProcess(place, buffers) for place in places]
         self._pump = Pump(self.workers)
 
     def start(

@@ -394,7 +394,7 @@ def read_file(
     rank has written.
     """
     if os.fstat(descriptor).st_size != REGION:
-        raise ValueError(f"is no whole tape: it has not {REGION:,} bytes")
+        raise ValueError(f"is not a whole span buffer: it has not {REGION:,} bytes")
     reader = SpanReader(descriptor, 0, rank)
     try:
         records, texts = reader.read()

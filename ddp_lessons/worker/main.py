@@ -57,7 +57,7 @@ def run_rank(
     messages: Connection,
     output: Connection,
     stacks: Connection,
-    tape: Connection,
+    buffers: Connection,
 ) -> None:
     """Run one rank; the process exits with the code that it would have had as a script."""
     os.setsid()  # the notebook's interrupt reaches this rank only through the parent
@@ -70,17 +70,17 @@ def run_rank(
     faulthandler.register(STACK_SIGNAL, file=stacks.fileno(), all_threads=True, chain=False)
     _become_fresh(task, place)
     send = _Sender(messages)
-    own_tape = SpanWriter(tape.fileno(), place.rank)
+    buffer = SpanWriter(buffers.fileno(), place.rank)
     recorder = recording.Recorder(
         place.rank,
-        own_tape,
+        buffer,
         send,
         world_size=place.world_size,
         one_clock=task.one_clock,
         host_of_rank_zero=task.environment["MASTER_ADDR"],
         home=task.home,
     )
-    tape.close()
+    buffers.close()
     install(recorder)
     meet_apart()
     listen_on_loopback()

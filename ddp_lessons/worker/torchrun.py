@@ -81,7 +81,7 @@ class Files(NamedTuple):
     """A rank's files: descriptors, and its tape."""
 
     facts: int
-    tape: SpanWriter
+    buffer: SpanWriter
     stack: int
 
 
@@ -89,17 +89,17 @@ def _made(folder: Path, rank: int, epoch_ns: int) -> Files:
     """The files of a rank, new and empty. Raises OSError, and then leaves none."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as undo:
-        facts, tape, stack = (
+        facts, buffer, stack = (
             _new(folder / f"rank_{rank}.{epoch_ns}.{kind}", undo) for kind in KINDS
         )
         fcntl.flock(facts, fcntl.LOCK_EX)  # tells that we are alive
-        os.ftruncate(tape, REGION)
-        prepare(tape)
+        os.ftruncate(buffer, REGION)
+        prepare(buffer)
         for file in (facts, stack):
             reserve(file, 0, _ROOM)
-        files = Files(facts, SpanWriter(tape, rank, 0), stack)
+        files = Files(facts, SpanWriter(buffer, rank, 0), stack)
         undo.pop_all()
-    os.close(tape)
+    os.close(buffer)
     return files
 
 
@@ -121,7 +121,7 @@ class _Script:
         self._pid = os.getpid()
         self._recorder = recording.Recorder(
             began["rank"],
-            files.tape,
+            files.buffer,
             self._on_message,
             world_size=began["world_size"],
             one_clock=False,

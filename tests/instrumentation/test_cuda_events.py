@@ -78,15 +78,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 @pytest.fixture
-def tapes() -> Iterator[SpanBuffers]:
-    tapes = SpanBuffers(1)
-    yield tapes
-    tapes.close()
+def buffers() -> Iterator[SpanBuffers]:
+    buffers = SpanBuffers(1)
+    yield buffers
+    buffers.close()
 
 
 @pytest.fixture
-def recorder(tapes: SpanBuffers) -> Recorder:
-    with tapes.sendable() as connection:
+def recorder(buffers: SpanBuffers) -> Recorder:
+    with buffers.sendable() as connection:
         return Recorder(0, SpanWriter(connection.fileno(), 0), lambda _: None, world_size=1)
 
 
@@ -99,7 +99,7 @@ def lengths_ms(spans: list[Span]) -> list[float | None]:
 
 
 def test_a_span_has_the_times_of_the_device(
-    gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
     before_ns = time.perf_counter_ns()
     first = watch(recorder)
@@ -109,50 +109,52 @@ def test_a_span_has_the_times_of_the_device(
     second = watch(recorder)
     gpu.now += 3.0
     second.stop()
-    spans = tapes.spans(0)
+    spans = buffers.spans(0)
     assert lengths_ms(spans) == [2.0, 3.0]
     assert {s.lane for s in spans} == {"cuda"}
     assert spans[1].t0_ns - spans[0].t0_ns == 7_000_000
     assert spans[0].t0_ns >= before_ns
 
 
-def test_spans_that_overlap(gpu: Gpu, recorder: Recorder, tapes: SpanBuffers) -> None:
+def test_spans_that_overlap(gpu: Gpu, recorder: Recorder, buffers: SpanBuffers) -> None:
     first, second = watch(recorder, "a"), watch(recorder, "b")
     gpu.now += 4.0
     first.stop()
     gpu.now += 1.0
     second.stop()
-    spans = tapes.spans(0)
+    spans = buffers.spans(0)
     assert sorted(lengths_ms(spans)) == [4.0, 5.0]  # type: ignore[type-var]
     assert spans[0].t0_ns == spans[1].t0_ns
 
 
 def test_it_is_open_until_the_device_is_there(
-    gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
     gpu.done = 0.5
     stopwatch = watch(recorder)
     gpu.now += 2.0
     stopwatch.stop()
     stopwatch.stop()
-    assert lengths_ms(tapes.spans(0)) == [None]
+    assert lengths_ms(buffers.spans(0)) == [None]
     gpu.done = 2.0
     recorder.close()
-    assert lengths_ms(tapes.spans(0)) == [2.0]
+    assert lengths_ms(buffers.spans(0)) == [2.0]
 
 
-def test_a_device_that_hangs_keeps_nobody(gpu: Gpu, recorder: Recorder, tapes: SpanBuffers) -> None:
+def test_a_device_that_hangs_keeps_nobody(
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
+) -> None:
     gpu.done = 0.5
     stopwatch = watch(recorder)
     gpu.now += 2.0
     stopwatch.stop()
     recorder.close()  # would not return
-    assert lengths_ms(tapes.spans(0)) == [None]
+    assert lengths_ms(buffers.spans(0)) == [None]
 
 
 @pytest.mark.parametrize("fails_at", ["clock", "start", "stop", "query"])
 def test_a_device_that_fails_raises_nothing_here(
-    fails_at: str, gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    fails_at: str, gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
     if fails_at == "query":
         gpu.done = -1.0
@@ -165,11 +167,11 @@ def test_a_device_that_fails_raises_nothing_here(
     stopwatch.stop()
     gpu.failed = True
     recorder.close()
-    assert lengths_ms(tapes.spans(0))[-1] is None
+    assert lengths_ms(buffers.spans(0))[-1] is None
 
 
 def test_the_clock_is_read_anew_all_the_time(
-    gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
     """A float of 24 bits counts no microseconds in an hour of milliseconds."""
     for _ in range(50):
@@ -177,7 +179,7 @@ def test_the_clock_is_read_anew_all_the_time(
         gpu.now += 1.0
         stopwatch.stop()
         gpu.now += 99.0
-    spans = tapes.spans(0)
+    spans = buffers.spans(0)
     assert spans[-1].t0_ns - spans[0].t0_ns == 49 * 100_000_000
 
 

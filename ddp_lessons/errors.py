@@ -48,17 +48,17 @@ class LaunchError(Exception):
 
 
 def show_without_frames(error: BaseException) -> None:
-    """Have a notebook show only the name of an error, of which everything has been said."""
+    """Have a notebook show only the name of an error that is explained already."""
     lines = [f"{_BOLD}{_RED}{type(error).__name__}{_RESET}"]
     error._render_traceback_ = lambda: lines  # type: ignore[attr-defined]
 
 
 class BadLaunch(LaunchError):
-    """The arguments of launch() make no sense; says which one, and what would do."""
+    """The arguments of launch() make no sense; the message says which one, and what works."""
 
 
 class CannotSend(LaunchError):
-    """Something cannot be pickled, so it cannot travel between processes; names it."""
+    """Something cannot be pickled, so it cannot travel between processes; the message names it."""
 
 
 class WorkerFailed(LaunchError):

@@ -145,7 +145,7 @@ def test_the_end_of_a_run_ends_the_rank_and_gives_the_port_back() -> None:
             "127.0.0.1",
             host.LOOPBACK_INTERFACE[sys.platform],
         )
-        pid, began_ns = engine.start(RUN, order(wait)._replace(meeting=meeting))
+        pid, began_ns = engine.start(RUN, order(wait)._replace(master=meeting))
         assert began_ns <= time.perf_counter_ns()
         return pid
 

@@ -198,7 +198,7 @@ def test_what_a_record_names_is_not_opened(made: Maker, tmp_path: Path, how: str
     os.mkfifo(fifo)
     noted = {"name": str(fifo), "sha256": "0" * 64}
     facts = {"raised": raises(str(fifo)), "told": dump(str(fifo)), "site": f"{fifo}:2"}
-    assert "fifo.py, line 2" in shown(made(**{how: facts[how]}, file=noted))  # or waits for ever
+    assert "fifo.py, line 2" in shown(made(**{how: facts[how]}, file=noted))  # or waits forever
 
 
 def test_a_world_of_a_billion_ranks(made: Maker) -> None:

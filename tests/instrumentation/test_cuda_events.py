@@ -1,9 +1,8 @@
-"""What is done with the times of the device, with events of a device made up here.
+"""Spans on the device, with events of a simulated device.
 
-That CUDA's own events behave so is tested where there is a GPU, in tests/end_to_end/test_gpu.py.
-What CUDA can do that no test there can ask for, such as failing or hanging, is tested only here.
-And ranks on CPUs that take gloo for NCCL go the way that NCCL's calls will go, as far as Python is
-concerned.
+tests/end_to_end/test_gpu.py tests on a GPU that CUDA's own events behave this way. Failures and
+hangs of the device, which no test can cause there, are tested only here. And ranks on CPUs that
+take gloo for NCCL run the Python code of NCCL's calls.
 """
 
 from __future__ import annotations
@@ -173,7 +172,7 @@ def test_a_device_that_fails_raises_nothing_here(
 def test_the_clock_is_read_anew_all_the_time(
     gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
-    """A float of 24 bits counts no microseconds in an hour of milliseconds."""
+    """A float of 24 bits cannot hold an hour in milliseconds to the microsecond."""
     for _ in range(50):
         stopwatch = watch(recorder)
         gpu.now += 1.0
@@ -194,7 +193,7 @@ def test_cpu_tensors_are_on_no_device() -> None:
 
 
 class HostEvent:
-    """An event of a device that has done all it was told as soon as it was told."""
+    """An event of a device that does all work at once."""
 
     def __init__(self, enable_timing: bool) -> None:
         self._at = 0.0
@@ -262,7 +261,7 @@ def test_every_call_has_its_time_on_the_device(called: Run) -> None:
             ("isend", 0),
             ("irecv", 0),
             (last, 1),
-            ("all_gather", 3),  # the barrier was 2: it is no work of a stream for its caller
+            ("all_gather", 3),  # number 2 was the barrier, for which the caller waits on the host
         ]
         assert all(s.t1_ns is not None for s in spans)
     (first,) = [share for share in called.waits() if (share.rank, share.seq) == (0, 0)][:1]

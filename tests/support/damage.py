@@ -180,7 +180,7 @@ def main(folder: str, scratch: str, seed: str, times: str) -> None:
         chance = random.Random(f"{seed} {number}")
         what = damaged_copy(Path(folder), Path(scratch), chance)
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, BUSY * SECONDS)  # it waits for ever
+        signal.setitimer(signal.ITIMER_REAL, BUSY * SECONDS)  # it waits forever
         try:
             use(Path(scratch))
             loaded += 1

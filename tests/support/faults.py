@@ -154,7 +154,7 @@ def leave(_: int) -> None:
     os._exit(7)
 
 
-def compute_for_ever(_: int) -> None:
+def compute_forever(_: int) -> None:
     sum(itertools.count())
 
 
@@ -211,7 +211,7 @@ FAULTS = {
         fail_like_a_lost_connection, ("raised",), "of a data base"
     ),
     "exited": Fault(leave, ("exited",), ""),
-    "endless loop": Fault(compute_for_ever, ("computing",), "sum(itertools.count())"),
+    "endless loop": Fault(compute_forever, ("computing",), "sum(itertools.count())"),
     "lock": Fault(wait_for_a_lock, ("blocked in Python",), "lock.acquire()"),
     "skipped": Fault(None, ORDER, "dist.all_reduce(x, group=group)"),
     "extra": Fault(None, ORDER, "dist.barrier("),

@@ -1,4 +1,4 @@
-"""The tape: what is written is read, also when much, odd or cut off."""
+"""The span buffer: readers get what a rank wrote, also if it was much, odd or killed meanwhile."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_it_can_be_killed_and_read_at_any_moment(buffers: SpanBuffers) -> None:
     *spans, last = buffers.spans(0)
     assert counts == sorted(counts)
     assert all((s.name, s.t1_ns) == (f"span {s.t0_ns % 1000}", s.t0_ns + 1) for s in spans)
-    assert last.name in (f"span {last.t0_ns % 1000}", "(name not kept)")  # perhaps half of it
+    assert last.name in (f"span {last.t0_ns % 1000}", "(name not kept)")  # it may be half written
 
 
 def test_it_takes_memory_only_where_it_is_written() -> None:

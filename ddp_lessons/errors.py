@@ -54,7 +54,7 @@ def show_without_frames(error: BaseException) -> None:
 
 
 class BadLaunch(LaunchError):
-    """The arguments of launch() make no sense; the message says which, and what is accepted."""
+    """The arguments of launch() make no sense; the message says which one, and what works."""
 
 
 class CannotSend(LaunchError):

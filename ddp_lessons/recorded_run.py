@@ -156,7 +156,7 @@ def _read(file: Path) -> RankFiles:
         )
     path = file.with_suffix(".stack")
     with facts.of_file(path), regular_files.opened(path) as opened:
-        told = facts.told(regular_files.read(opened, facts.MOST_BYTES))
+        told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
         sources,

@@ -1,4 +1,8 @@
-"""What came of each rank, and the plain record of a run. Lives in the parent."""
+"""`RankResult`, what became of one rank, and `RunRecord`, the plain record of a run.
+
+They live in the parent: launcher/ and recorded_run.py create them; diagnosis, analysis and plots
+read them.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,15 @@ from ddp_lessons import text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Span
 
-# Lines of torch's log with the time of day: its store warns where no name server answers, which
-# does not matter on loopback; gloo says what its exceptions say, too.
+# Lines of torch's log with the time of day: its store warns if no name server answers, which does
+# not matter on loopback; gloo logs what its exceptions say anyway.
 _NOISE = re.compile(
     r"\[W.*socket\.cpp:\d+\] \[c10d\] The hostname of the client socket cannot be "
     r"|(?:\[rank\d+\]:)?\[E.*ProcessGroupGloo\.cpp:\d+\] "
     r"(?:.*\bmonitoredBarrier\b|Gloo connectFullMesh failed )"
 )
 
-# What its store logs of a lost connection, with a C++ traceback, before the exception says it.
+# What the store logs about a lost connection, with a C++ traceback, before it raises an exception.
 _LOST_STORE = re.compile(
     r"^\[W.*TCPStore\.cpp:\d+\] .*\n"
     r"(?:Exception raised from .*\n(?:(?:frame #|<omitting ).*\n)*\n?)?",
@@ -37,7 +41,7 @@ _short.maxlist = _short.maxtuple = _short.maxdict = 12  # items
 
 @dataclass(frozen=True)
 class RankResult:
-    """What came of one rank.
+    """What became of one rank.
 
     Attributes
     ----------
@@ -57,15 +61,15 @@ class RankResult:
         The exception itself, where it could be pickled, in at most 1 MiB.
     exitcode : int or None
         The exit code of its process; minus the signal's number if a signal ended it. None if it is
-        not known, as in the record of a script that was killed.
+        unknown, as in the record of a script that was killed.
     spans : tuple of Span
         What it did when, in the order in which it began; at least one span of its life.
     stack : tuple of Frame
         Where it was when it was stopped; empty if it was not.
     kept_by : str or None
         What kept its process from ending after the function had returned, until it was stopped:
-        "thread 'saver'", "an atexit handler", "a child process" of multiprocessing's or, where it
-        did not answer, "its process".
+        "thread 'saver'", "an atexit handler", "a child process" of multiprocessing's or, if it did
+        not answer, "its process".
     activity : str or None
         What it did when it was stopped: "busy" (it used the processor), "idle" or "suspended".
     dropped : int
@@ -75,9 +79,9 @@ class RankResult:
     host : str or None
         The name of its machine; None for this one.
     pid : int or None
-        The process id of a rank that still runs, where a record was read meanwhile.
+        The process id of a rank that still ran when its record was read.
     began_ns : int
-        `time.perf_counter_ns()` when its process was asked for.
+        `time.perf_counter_ns()` when its process was requested.
     started_ns : int or None
         When the function was called; None if it never was.
     ended_ns : int
@@ -115,7 +119,7 @@ class RankResult:
 
     @property
     def shown_lines(self) -> list[str]:
-        """The lines without those that say nothing to a learner."""
+        """The lines without those of torch's log that do not help a learner."""
         lines = _LOST_STORE.sub("", self.output).splitlines()
         return [line for line in lines if not _NOISE.match(line)]
 
@@ -143,8 +147,7 @@ class RankResult:
 class RunRecord:
     """What is known of one launch: every rank's result, and how the whole ended.
 
-    Those who explain or measure a run read this; `Run` adds what they say. See there for the
-    attributes.
+    diagnosis and analysis read it; `Run` adds their results, and documents the attributes.
     """
 
     def __init__(
@@ -163,8 +166,8 @@ class RunRecord:
         self.begin_ns = begin_ns
         self.hung_after = hung_after
         self.interrupted = interrupted
-        self.out_of_memory = out_of_memory  # the system killed a process for want of memory
-        self.recorded = recorded  # by a script, and loaded
+        self.out_of_memory = out_of_memory  # the system ran out of memory and killed a process
+        self.recorded = recorded  # loaded from the record of a script
 
     @property
     def world_size(self) -> int:
@@ -183,7 +186,7 @@ class RunRecord:
 
     @property
     def lossy(self) -> list[int]:
-        """The ranks whose later spans were not kept, as their tape or their disk was full."""
+        """The ranks whose later spans were not kept, because their buffer or disk was full."""
         return [rank.rank for rank in self.ranks if rank.dropped]
 
     def spans(self) -> list[Span]:

@@ -1,4 +1,4 @@
-"""The words in which runs, failures and pictures speak of ranks, numbers and signals."""
+"""Wording that messages, runs and pictures share: counts, lists, ranks, signals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ranks_text(ranks: Iterable[int]) -> str:
 
 
 def at_head(text: str) -> str:
-    """The text as the head of a sentence."""
+    """The text with a capital first letter, to begin a sentence."""
     return text[:1].upper() + text[1:]
 
 
@@ -40,7 +40,7 @@ def all_ranks(world_size: int) -> str:
 
 
 def agree(subjects: Sized, one: str, many: str) -> str:
-    """The form of the verb that goes with so many."""
+    """The form of a word that agrees with so many subjects: `one` or `many`."""
     return one if len(subjects) == 1 else many
 
 

@@ -1,7 +1,7 @@
-"""What an engine of a cluster does for `launch(..., cluster=client)`: it is the parent of one rank.
+"""An engine's side of `launch(..., cluster=client)`: the engine is the parent of one rank.
 
 Runs in engines, in their main thread, between the learner's own tasks; `remote_worker.py` calls it
-from the notebook, by `RemoteCall`. An engine that is no longer asked for news ends its rank by
+from the notebook, by `RemoteCall`. If the notebook stops polling, the engine ends its rank by
 itself.
 """
 
@@ -30,16 +30,16 @@ from ddp_lessons.wire.task import MasterAddress, PackedArgument, RankInfo, Task
 if TYPE_CHECKING:
     from ddp_lessons.results import Activity
 
-LEASE = 15.0  # seconds without a question after which the rank is ended
-LOOK = 1.0  # seconds between two looks at the lease
-SOON = 0.01  # seconds to wait for more, where something came
-MOST = 1 << 22  # bytes in one answer, about
+LEASE = 15.0  # seconds without a poll after which the rank is ended
+LOOK = 1.0  # seconds between two checks of the lease
+SOON = 0.01  # seconds to wait for more data once some came
+MOST = 1 << 22  # bytes in one reply, about
 PACKAGES = ("torch", "ddp-lessons")
 
 
 @dataclass(frozen=True)
 class RemoteCall:
-    """A function of this module, by its name, as something that can be sent to an engine.
+    """A call of a function of this module, by its name, that can be sent to an engine.
 
     ipyparallel would send the function's code, which only the same Python understands.
     """
@@ -60,7 +60,7 @@ class StartRequest(NamedTuple):
     task: Task
     place: RankInfo
     args: tuple[bytes, ...]  # their pickles
-    meeting: MasterAddress
+    master: MasterAddress
     start_method: str | None
 
 
@@ -72,10 +72,10 @@ class Signal(NamedTuple):
 
 
 class PollRequest(NamedTuple):
-    """What the notebook asks now and then, and what it wants done."""
+    """The notebook's poll for news, and what the engine is to do."""
 
-    seconds: float  # how long to wait for something to tell
-    heard: int  # the number of the last answer that arrived
+    seconds: float  # how long to wait for news
+    heard: int  # the number of the last reply that arrived
     signals: tuple[Signal, ...] = ()
     note_activity: bool = False
 
@@ -92,10 +92,10 @@ class Exit(NamedTuple):
 
 
 class PollReply(NamedTuple):
-    """What happened since the last answer that arrived."""
+    """What happened since the reply that the notebook received last."""
 
     number: int
-    pieces: tuple[tuple[int, bytes], ...]  # what came through which pipe
+    pieces: tuple[tuple[int, bytes], ...]  # (channel, data) from the rank's pipes
     progress: int  # grows with everything that the rank finishes
     activity: Activity | None
     queued: bool
@@ -104,7 +104,7 @@ class PollReply(NamedTuple):
 
 
 def describe() -> dict[str, Any]:
-    """Who this engine is. Plain data: the notebook's version of this package may be another."""
+    """Facts about this engine. Plain data: the notebook's version of this package may differ."""
     versions = {"Python": ".".join(map(str, sys.version_info[:2]))}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -120,44 +120,44 @@ def describe() -> dict[str, Any]:
 
 
 def meet(run: str, towards: str | None, reserve: bool) -> MasterAddress:
-    """Where ranks of other hosts, one of which is at `towards`, would meet on this one.
+    """The master address on this host for ranks of other hosts, one of which is at `towards`.
 
-    The port is free, and kept free, if `reserve` is true; else it is 0.
+    If `reserve` is true, the port is free and kept free; else it is 0.
     """
     rank = _ranks[run] = Rank(run)
     return rank.meet(towards, reserve)
 
 
 def start(run: str, order: StartRequest) -> tuple[int, int]:
-    """Start the rank; its process id, and when it was asked for, on this machine's clock."""
+    """Start the rank; return its process id, and when it was requested, by this host's clock."""
     if run not in _ranks:
         _ranks[run] = Rank(run)
     return _ranks[run].start(order)
 
 
 def news(run: str, question: PollRequest) -> PollReply | None:
-    """What is new of the rank; None if this engine has no rank of this run."""
+    """Reply to a poll; None if this engine has no rank of this run."""
     with _uninterrupted():
         return _ranks[run].answer(question) if run in _ranks else None
 
 
 def spans(run: str) -> list[Span]:
-    """What is on the rank's tape now."""
+    """The spans in the rank's buffer now."""
     return _ranks[run].spans() if run in _ranks else []
 
 
 def finish(run: str) -> None:
-    """End what is left of the run here."""
+    """End the rank of the run, if there is one, and release what the run held here."""
     if run in _ranks:
         with _uninterrupted():
             _ranks.pop(run).close()
 
 
 class _Relayed(WorkerProcess):
-    """A rank whose pipes are read here and told of elsewhere."""
+    """A rank whose data is kept until the notebook has received it."""
 
-    def __init__(self, place: RankInfo, tapes: SpanBuffers) -> None:
-        super().__init__(place, tapes)
+    def __init__(self, place: RankInfo, buffers: SpanBuffers) -> None:
+        super().__init__(place, buffers)
         self.pieces: list[tuple[int, bytes]] = []
 
     def take(self, channel: int, data: bytes) -> None:
@@ -173,30 +173,30 @@ class Rank:
         self._process: _Relayed | None = None
         self._held = contextlib.ExitStack()
         self._kills = memory.kills()
-        self._number = 0  # of answers given
-        self._told = 0  # pieces in the last of them
-        self._unasked = 0.0
+        self._number = 0  # of the last reply
+        self._sent = 0  # pieces in the last reply
+        self._unasked = 0.0  # seconds since the last poll
         self._watch_lease()
 
     def meet(self, towards: str | None, reserve: bool) -> MasterAddress:
         self._held.close()
         if towards is None:
-            there = MasterAddress(0)
+            master = MasterAddress(0)
         else:
             address = host.own_address(towards) or towards
-            there = MasterAddress(0, address, host.interface_of(address))
+            master = MasterAddress(0, address, host.interface_of(address))
         if not reserve:
-            return there
-        port = self._held.enter_context(reserve_port(there.address))
-        return replace(there, port=port.getsockname()[1])
+            return master
+        port = self._held.enter_context(reserve_port(master.address))
+        return replace(master, port=port.getsockname()[1])
 
     def start(self, order: StartRequest) -> tuple[int, int]:
         method = order.start_method or start_method(order.task.overrides)
-        tapes = self._held.enter_context(contextlib.closing(SpanBuffers(order.place.world_size)))
-        process = _Relayed(order.place, tapes)
+        buffers = self._held.enter_context(contextlib.closing(SpanBuffers(order.place.world_size)))
+        process = _Relayed(order.place, buffers)
         args = [PackedArgument(data) for data in order.args]
         with _uninterrupted():
-            process.start(method, order.task.here(order.meeting), args)
+            process.start(method, order.task.here(order.master), args)
             self._process = process
         self._pump = Pump([process])
         return process.pid, process.began_ns
@@ -207,7 +207,7 @@ class Rank:
         if process is None:
             return None
         if question.heard == self._number:
-            del process.pieces[: self._told]
+            del process.pieces[: self._sent]
         for number, group in question.signals:
             if process.alive:
                 process.signal_group(number) if group else process.send_signal(number)
@@ -215,11 +215,11 @@ class Rank:
             process.note_activity()
         self._gather(process, question.seconds)
         self._number += 1
-        self._told = len(process.pieces)
-        progress = process.tapes.progress(process.rank)
+        self._sent = len(process.pieces)
+        progress = process.buffers.progress(process.rank)
         end = None if process.alive else self._end(process)
-        seen = process.activity, process.queued, process.sending
-        return PollReply(self._number, tuple(process.pieces), progress, *seen, end)
+        noted = process.activity, process.queued, process.sending
+        return PollReply(self._number, tuple(process.pieces), progress, *noted, end)
 
     def spans(self) -> list[Span]:
         self._unasked = 0.0
@@ -239,7 +239,7 @@ class Rank:
         self._held.close()
 
     def _gather(self, process: _Relayed, seconds: float) -> None:
-        """Wait for something to tell, and a moment for more of it."""
+        """Wait for data of the rank, and a moment for more of it."""
         deadline = time.monotonic() + seconds
         while process.alive and (left := deadline - time.monotonic()) > 0 and not process.pieces:
             self._pump(left)
@@ -262,9 +262,10 @@ class Rank:
         )
 
     def _watch_lease(self) -> None:
-        """Look now and then whether the notebook still asks.
+        """Check now and then whether the notebook still polls.
 
-        On the engine's own event loop: while it carries out another task, nobody could be answered.
+        On the engine's own event loop: during another task, when no poll can be answered, the lease
+        does not run.
         """
         asyncio.get_running_loop().call_later(LOOK, self._look_at_lease)
 
@@ -283,7 +284,7 @@ _ranks: dict[str, Rank] = {}  # of this engine, by run
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Keep an interrupt of the engine from losing what was read: no task of the learner's runs."""
+    """Ignore interrupts of the engine, which could lose data; no task of the learner's runs."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
@@ -305,5 +306,5 @@ def _finish_all() -> None:
         finish(run)
 
 
-# Before multiprocessing's own, which waits for the ranks to end by themselves.
+# It runs before multiprocessing's own handler, which waits for the ranks to end by themselves.
 atexit.register(_finish_all)

@@ -1,6 +1,7 @@
-"""Which engines of a cluster carry out a run: asking each who it is, and choosing by host.
+"""Selects the engines that carry out a run: asks each for its facts, and chooses by host.
 
-Runs in the parent, before anything is started; what cannot work is refused with BadLaunch.
+Runs in the parent, called by worker_group.py before anything is started. Raises BadLaunch if it
+cannot work.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ddp_lessons.errors import BadLaunch, LaunchError
 from ddp_lessons.system.host import clock_id
 from ddp_lessons.text import INSTALL, agree, count, listed
 
-SOON = 1.0  # seconds after which an engine that has not answered is looked into
+SOON = 1.0  # seconds after which to ask the controller about an engine that has not answered
 ANSWER = 30.0  # seconds that an idle engine may take: it may have to import this package first
 HUB = 5.0  # seconds that the controller may take
 
@@ -53,14 +54,14 @@ def client_and_targets(cluster: Any) -> tuple[Any, list[int]]:
 def find(client: Any, ids: Sequence[int]) -> tuple[list[Engine], list[int]]:
     """The engines that answer, and the ids of those that ended meanwhile.
 
-    Raises BadLaunch if one is busy, or unlike the notebook.
+    Raises BadLaunch if one is busy, or has other versions than the notebook.
     """
     before_ns = time.perf_counter_ns()
     with unnoticed(client):
-        asked = {number: _ask(client, number) for number in ids if number in client.ids}
-        _await(client, asked)
-    found, ended, own_clock = [], [], clock_id()
-    for number, result in asked.items():
+        results = {number: _ask(client, number) for number in ids if number in client.ids}
+        _await(client, results)
+    engines, ended, own_clock = [], [], clock_id()
+    for number, result in results.items():
         facts, after_ns = _facts(number, result)
         if facts is None:
             ended.append(number)
@@ -68,7 +69,7 @@ def find(client: Any, ids: Sequence[int]) -> tuple[list[Engine], list[int]]:
         refuse_unlike(number, facts)
         middle_ns = (before_ns + after_ns) // 2
         same = facts["clock"] == own_clock
-        found.append(
+        engines.append(
             Engine(
                 number,
                 facts["host"],
@@ -78,17 +79,17 @@ def find(client: Any, ids: Sequence[int]) -> tuple[list[Engine], list[int]]:
                 facts["address"],
             )
         )
-    if not found:
+    if not engines:
         raise BadLaunch(
             "the cluster has no engines. Start some, and wait for them: client.wait_for_engines(4)."
             f"{_just_ended(ended)}"
         )
-    return found, ended
+    return engines, ended
 
 
 @contextlib.contextmanager
 def unnoticed(client: Any) -> Iterator[None]:
-    """Leave the client's history as it is: what is sent meanwhile was not the learner's."""
+    """Keep what is sent in the block, which is not the learner's, out of the client's history."""
     known = len(client.history)
     try:
         yield
@@ -113,15 +114,15 @@ def _ask(client: Any, number: int) -> Any:
     return result
 
 
-def _await(client: Any, asked: dict[int, Any]) -> None:
+def _await(client: Any, results: dict[int, Any]) -> None:
     """Wait until all have answered; find out why if one does not."""
     deadline = time.monotonic() + ANSWER
-    waiting = concurrent.futures.wait(asked.values(), timeout=SOON).not_done
+    waiting = concurrent.futures.wait(results.values(), timeout=SOON).not_done
     while waiting:
         status = queue_status(client)
         if status is None:
             raise LaunchError(_no_controller(), run=None)
-        late = [number for number, result in asked.items() if not result.done()]
+        late = [number for number, result in results.items() if not result.done()]
         busy = [number for number in late if _tasks(status.get(number, {})) > 1]
         if busy:
             raise BadLaunch(
@@ -131,7 +132,7 @@ def _await(client: Any, asked: dict[int, Any]) -> None:
             )
         if time.monotonic() > deadline:
             raise LaunchError(f"{_named(late)} did not answer in {ANSWER:.0f} s, though not busy.")
-        waiting = concurrent.futures.wait(asked.values(), timeout=SOON).not_done
+        waiting = concurrent.futures.wait(results.values(), timeout=SOON).not_done
 
 
 def _tasks(status: dict[str, int]) -> int:
@@ -139,9 +140,9 @@ def _tasks(status: dict[str, int]) -> int:
 
 
 def queue_status(client: Any, seconds: float = HUB) -> Any:
-    """What the controller says of its engines; None if it says nothing.
+    """The controller's report on its engines; None if it does not answer within `seconds`.
 
-    ipyparallel waits for the answer without end, so a thread does.
+    ipyparallel waits for the answer without limit, so this asks in a thread.
     """
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=lambda: answers.put(client.queue_status()), daemon=True).start()
@@ -159,7 +160,7 @@ def _no_controller() -> str:
 
 
 def _facts(number: int, result: Any) -> tuple[dict[str, Any] | None, int]:
-    """What an engine said of itself; None if it ended meanwhile. And when the answer came."""
+    """The facts of an engine, None if it ended meanwhile; and when its answer came."""
     from ipyparallel import error
 
     try:
@@ -178,13 +179,13 @@ def _facts(number: int, result: Any) -> tuple[dict[str, Any] | None, int]:
 
 
 def refuse_unlike(number: int, facts: dict[str, Any]) -> None:
-    """Raise BadLaunch if an engine, by what it said of itself, cannot run the notebook's code."""
+    """Raise BadLaunch if an engine's versions are not those of the notebook."""
     own = {"Python": ".".join(map(str, sys.version_info[:2]))}
     own |= {package: metadata.version(package) for package in PACKAGES}
-    there = facts["versions"]
+    versions = facts["versions"]
     for name, version in own.items():
-        if _public(there.get(name)) != _public(version):
-            has = f"{name} {there[name]}" if name in there else f"no {name}"
+        if _public(versions.get(name)) != _public(version):
+            has = f"{name} {versions[name]}" if name in versions else f"no {name}"
             raise BadLaunch(
                 f"engine {number} on host {facts['host']} has {has}, and the notebook {name} "
                 f"{version}. Functions and tensors travel between them: install the same version."
@@ -192,7 +193,7 @@ def refuse_unlike(number: int, facts: dict[str, Any]) -> None:
 
 
 def _public(version: str | None) -> str | None:
-    """A version without what tells builds apart: 2.13.0 of 2.13.0+cpu."""
+    """A version without the name of its build: 2.13.0 for 2.13.0+cpu."""
     return None if version is None else version.partition("+")[0]
 
 
@@ -201,7 +202,7 @@ def choose(
 ) -> list[Engine]:
     """An engine for each rank: `nprocs` on each of `nnodes` hosts, in the order of their engines.
 
-    If there are fewer hosts, one with engines enough for all stands for several machines.
+    If there are fewer hosts, one that has engines for all ranks stands for several machines.
     """
     by_host: dict[str, list[Engine]] = {}
     for engine in sorted(engines, key=lambda engine: engine.id):

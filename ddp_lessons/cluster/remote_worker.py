@@ -1,7 +1,7 @@
-"""The ranks on a cluster's engines as the notebook sees them: asking for news, passing signals on.
+"""A rank on a cluster's engine as the notebook sees it: polls the engine and sends it signals.
 
-Runs in the parent. What an engine does with it is in `engine.py`. All of it goes through the
-channels of the ipyparallel client that the learner connected.
+Runs in the parent, called by worker_group.py; `engine.py` is the other side. Everything goes
+through the channels of the ipyparallel client that the learner connected.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ddp_lessons.processes.base import UNKNOWN_EXIT, Worker
 from ddp_lessons.wire.records import ENGINE, ErrorRecord, Span
 from ddp_lessons.wire.task import RankInfo
 
-SHORTEST, LONGEST = 0.2, 0.5  # seconds that an engine waits for something to tell
-SILENT = 5.0  # seconds without an answer after which to ask the controller
-RETRIES = 5  # of a question that failed, in a row
+SHORTEST, LONGEST = 0.2, 0.5  # seconds that an engine waits for news before it replies
+SILENT = 5.0  # seconds without a reply after which to ask the controller
+RETRIES = 5  # polls in a row that may fail
 
 
 _ENDED = (
@@ -49,13 +49,13 @@ _SILENT = (
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine of a cluster, and what it said of itself."""
+    """An engine of a cluster, and the facts that it reported."""
 
     id: int
     host: str
-    machine: str  # its host, apart from containers on the same host
+    machine: str  # its host; differs between containers on the same host
     clock: str
-    ahead_ns: int  # of the notebook's clock, about
+    ahead_ns: int  # how far its clock is ahead of the notebook's, about
     address: str | None  # of its host, for other hosts
 
     def __str__(self) -> str:
@@ -72,8 +72,8 @@ class RemoteWorker(Worker):
         self.began_ns += engine.ahead_ns
         self.out_of_memory: bool | None = None
         self.pid: int | None = None
-        self.asked: Any = None  # the question on its way, an AsyncResult
-        self.asked_at = 0.0
+        self.pending: Any = None  # the AsyncResult of the poll that is on its way
+        self._polled_at = 0.0
         self._client = client
         self._run = run
         self._asked_to_start = False
@@ -91,9 +91,9 @@ class RemoteWorker(Worker):
         return self._asked_to_start and self.exitcode is None
 
     def call(self, name: str, *args: Any) -> Any:
-        """Have the engine call one of its functions; the result to come.
+        """Have the engine call one of its functions; return the AsyncResult.
 
-        None if there is no such engine any more, or no connection to it.
+        None if the engine has ended, or there is no connection to it.
         """
         try:
             return self._client[self.engine.id].apply_async(RemoteCall(name), self._run, *args)
@@ -104,38 +104,38 @@ class RemoteWorker(Worker):
         return None
 
     def start(self, order: StartRequest) -> Any:
-        """Ask for the process; the result to come."""
+        """Ask the engine to start the process; return the AsyncResult."""
         self._asked_to_start = True
         return self.call("start", order)
 
     def ask(self) -> None:
-        """Send a question, unless one is on its way."""
-        if self.asked is not None:
+        """Send a poll, unless one is on its way."""
+        if self.pending is not None:
             return
         self._on_their_way, self._signals = tuple(self._signals), []
-        question = PollRequest(
+        request = PollRequest(
             self._patience(), self._heard, self._on_their_way, self._note_activity
         )
-        self.asked = self.call("news", question)
-        self.asked_at, self._note_activity = time.monotonic(), False
+        self.pending = self.call("news", request)
+        self._polled_at, self._note_activity = time.monotonic(), False
 
     def _patience(self) -> float:
-        """The longer nothing moves, the longer it may take until the next question is sent."""
+        """Seconds that the engine may take to reply: the more, the longer nothing has moved."""
         return min(LONGEST, max(SHORTEST, (time.monotonic() - self.moved_at) / 10))
 
     def is_silent(self) -> bool:
-        """True if it has not answered for long: that is no engine's way while it is idle."""
-        return self.asked is not None and time.monotonic() - self.asked_at > SILENT
+        """True if the engine has not replied for longer than an idle one ever takes."""
+        return self.pending is not None and time.monotonic() - self._polled_at > SILENT
 
     def hear(self) -> None:
-        """Take in the answer, if it has come."""
-        if self.asked is None or not self.asked.done():
+        """Take in the reply, if it has come."""
+        if self.pending is None or not self.pending.done():
             return
         from ipyparallel import error
 
-        asked, self.asked = self.asked, None
+        pending, self.pending = self.pending, None
         try:
-            news = asked.result(timeout=0)
+            news = pending.result(timeout=0)
         except error.IPythonError as failure:  # the engine ended; the task was aborted; ...
             self._not_answered(failure)
         else:
@@ -172,7 +172,7 @@ class RemoteWorker(Worker):
             self.moved_at = time.monotonic()
 
     def lose(self, what: str, why: str) -> None:
-        """Count it as ended, since nobody can tell any more how it does."""
+        """Count the rank as ended, since it cannot be known any more how it ends."""
         if self.exitcode is None:
             self.exitcode = UNKNOWN_EXIT
             self.ended_ns = self.ended_ns or time.perf_counter_ns() + self.engine.ahead_ns
@@ -181,7 +181,7 @@ class RemoteWorker(Worker):
                 self.lost = ErrorRecord(ENGINE, f"{what}\n{why}", ())
 
     def lose_controller(self) -> None:
-        """Count it as ended, since the cluster's controller is gone."""
+        """Count the rank as ended, since the cluster's controller is gone."""
         self.lose("the cluster's controller does not answer", _CLOSED)
 
     def give_up(self) -> None:
@@ -203,7 +203,7 @@ class RemoteWorker(Worker):
         self._signals.append(Signal(number, group=True))
 
     def shift(self, by_ns: int) -> None:
-        """Bring all times to another clock, which is `by_ns` ahead of its own."""
+        """Put all times on another clock, which is `by_ns` ahead of the rank's own."""
         self.began_ns += by_ns
         self.started_ns = None if self.started_ns is None else self.started_ns + by_ns
         self.ended_ns = None if self.ended_ns is None else self.ended_ns + by_ns

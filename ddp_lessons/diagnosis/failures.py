@@ -262,7 +262,7 @@ def _node(run: RunRecord, there: list[RankResult], first: RankResult) -> Verdict
 
 
 def last_call(run: RunRecord, rank: RankResult) -> list[str]:
-    """The last call of a dead rank: the tape stays readable."""
+    """The last call of a dead rank: its span buffer stays readable."""
     calls = Calls.of(run)
     made = calls.of_rank[rank.rank]
     if not made:

@@ -1,6 +1,6 @@
-"""Asynchronous work: from the call that starts it to its end, and who waits for it.
+"""Records asynchronous work: the call that issues it, the work until it is done, and each wait.
 
-Runs in workers, called by collectives.py.
+Runs in workers. collectives.py calls it; install.py wraps `Work.wait` with `waiting`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
 
-# What NCCL may do as a group of calls: its handle then has a future that is a null pointer, and to
-# ask anything of that ends the process (endCoalescing in ProcessGroupNCCL.cpp makes none).
+# Calls that NCCL may coalesce. The future of their handle is then a null pointer, and using it ends
+# the process (endCoalescing in ProcessGroupNCCL.cpp makes none).
 NULL_FUTURES = ("isend", "irecv", "all_gather", "reduce_scatter")
 
 
 class AsyncWork:
     """Asynchronous work between its issue and its end.
 
-    `on` is the GPU in whose stream the work is done, if it is (cuda_events.py).
+    `on` is the GPU whose stream does the work, if one does (cuda_events.py).
     """
 
     def __init__(
@@ -48,25 +48,25 @@ class AsyncWork:
         """Watch the work that a call returned."""
         if work is None or isinstance(work, int):
             # The call failed, this rank is not in the group, or the stream of a GPU does the work
-            # of a call that returns no handle: recv gives back who sent.
+            # of a call that returns no handle: recv returns the sender's rank.
             self.done()
             return
-        _flights.setdefault(work, []).append(self)
+        _in_flight.setdefault(work, []).append(self)
         if self._stopwatch is not None and self.facts.op in NULL_FUTURES:
-            return  # it ends when it is waited for
+            return  # its span ends when it is waited for
         get_future = getattr(work, "get_future", None)
         try:
-            # The coalesced calls return a Future at once.
+            # Coalesced calls return a Future instead of a Work.
             future = get_future() if callable(get_future) else work
         except (RuntimeError, NotImplementedError):
-            return  # gloo has none for reduce_scatter, isend and irecv: it ends when waited for
+            return  # gloo has none for reduce_scatter, isend, irecv: the span ends when waited for
         if callable(getattr(future, "add_done_callback", None)):
             future.add_done_callback(self.done)
-        else:  # torch has only noted the call, as one of those that it will coalesce
+        else:  # torch has only queued the call, to coalesce it with others
             self.done()
 
     def arrived(self, work: Any, waiting: Slot) -> None:
-        """It was waited for. Of a recv from any rank it is known only now who sent."""
+        """Note that a wait returned. The sender of a recv from any rank is known only now."""
         if self.facts.op == "irecv" and self.facts.peer < 0 and self.group is not None:
             source = self.group.ranks[work._source_rank()]
             seq = received(self.recorder, self.group, source, self._slot, waiting)
@@ -81,15 +81,15 @@ class AsyncWork:
             self._stopwatch.stop()
 
 
-# By the handles that calls returned; one of NCCL's may stand for a whole batch.
-_flights: weakref.WeakKeyDictionary[Any, list[AsyncWork]] = weakref.WeakKeyDictionary()
+# By the handle that the call returned; one of NCCL's may stand for a whole batch.
+_in_flight: weakref.WeakKeyDictionary[Any, list[AsyncWork]] = weakref.WeakKeyDictionary()
 
 
 def received(recorder: Recorder, group: Group, source: int, *slots: Slot) -> int:
-    """Number a recv from any rank, now that it is known who sent; return the number."""
+    """Number a recv from any rank, now that its sender is known; return the number."""
     seq = group.next((source, recorder.rank))
     for slot in slots:
-        recorder.tape.match(slot, seq, source)
+        recorder.buffer.match(slot, seq, source)
     return seq
 
 
@@ -103,8 +103,8 @@ def issued(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Call a function that only starts the work, and follow that."""
-    flight = AsyncWork(recorder, t0_ns, facts, group, on)
+    """Call a function that only issues work; record the call, and the work until it is done."""
+    issued_work = AsyncWork(recorder, t0_ns, facts, group, on)
     slot = recorder.begin(Kind.ISSUE, facts.op or "work", t0_ns, facts)
     work = None
     thread = get_ident()
@@ -113,35 +113,35 @@ def issued(
         work = function(*args, **kwargs)
         return work
     except BaseException:
-        recorder.tape.fail(slot)
+        recorder.buffer.fail(slot)
         raise
     finally:
         recording.inside.remove(thread)
-        flight.carry(work)
+        issued_work.carry(work)
         recorder.end(slot)
 
 
 def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
-    """`Work.wait` that says how long it was waited for, and that the work is done."""
+    """Wrap `Work.wait`: record the wait, and that the work is done."""
 
     @functools.wraps(wait)
     def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
         recorder = recording._recorder
-        if recorder is None or get_ident() in recording.inside:  # each synchronous call waits so
+        if recorder is None or get_ident() in recording.inside:  # synchronous calls wait inside
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"))
-        flights = _flights.get(self, [])
+        works = _in_flight.get(self, [])
         site = recorder.sites.of(sys._getframe(1))
-        facts = (flights[0].facts if flights else NO_FACTS)._replace(site=site)
+        facts = (works[0].facts if works else NO_FACTS)._replace(site=site)
         name = f"wait for {facts.op or 'work'}"
         slot = recorder.begin(Kind.WAIT, name, time.perf_counter_ns(), facts)
         try:
             result = wait(self, *args, **kwargs)
-            for flight in flights:
-                flight.arrived(self, slot)
+            for work in works:
+                work.arrived(self, slot)
             return result
         except BaseException:
-            recorder.tape.fail(slot)
+            recorder.buffer.fail(slot)
             raise
         finally:
             recorder.end(slot)

@@ -1,6 +1,6 @@
-"""The gradient buckets of a DDP model's backward: which is which, in flight, and waited for.
+"""Records the gradient buckets of a DDP model's backward: their numbers, flight, and the wait.
 
-Runs in workers, for whatever sees DDP send them: ddp_traffic.py, and the hooks of ddp_buckets.py.
+Runs in workers. ddp_traffic.py and the hooks of ddp_buckets.py call it when DDP sends a bucket.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ddp_lessons.wire.span_buffer import CallFacts, Slot
 
 
 class Backward:
-    """The buckets in flight, and whether backward has nothing left but to wait for them."""
+    """The buckets in flight, and the open span of backward's wait for them."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
         self._lock = threading.Lock()
         self._in_flight: set[Slot] = set()
         self._waiting: Slot = 0  # the open span, if there is one
-        recorder.at_end.append(self.all_arrived)  # a backward that failed waits no longer
+        recorder.at_end.append(self.all_arrived)  # ends what a failed backward left open
 
     def begin(self, index: int, buffer: Any, facts: CallFacts, t0_ns: int) -> Callable[[], None]:
-        """A bucket is handed over. Call what this returns when its gradients are there.
+        """Note that DDP sends a bucket. Call the returned function when its gradients arrived.
 
-        Without an `index` it is something else that backward waits for with its buckets.
+        Index -1 is the map of unused parameters, for which backward waits like for a bucket.
         """
         name, lane = (f"bucket {index}", "buckets") if index >= 0 else ("unused parameters", "comm")
         on = cuda_events.of(buffer) if groups.any_streamed else None
@@ -44,19 +44,19 @@ class Backward:
         return functools.partial(self._end, slot)
 
     def all_handed_over(self) -> None:
-        """After the last bucket, backward has only to wait for those that are in flight."""
+        """Note that DDP has sent the last bucket: from now on backward only waits."""
         with self._lock:
             if self._in_flight:
                 now_ns = time.perf_counter_ns()
                 self._waiting = self._recorder.begin(Kind.WAIT, WAIT_FOR_BUCKETS, now_ns)
 
     def all_arrived(self) -> None:
-        """Backward goes on: its buckets are there, though that may not have been told yet."""
+        """Note that backward goes on: its buckets have arrived, even if a callback is late."""
         for slot in list(self._in_flight):
             self._end(slot)
 
     def _end(self, slot: Slot) -> None:
-        """A bucket's gradients are there, or it failed. Called from a thread of the backend."""
+        """Note that a bucket arrived, or failed. Called from a thread of the backend."""
         with self._lock:
             if slot not in self._in_flight:
                 return
@@ -77,7 +77,7 @@ class Turns:
 
     def next(self, elements: int) -> tuple[int, bool]:
         """The index of a bucket of so many elements, and whether it is the last of its backward."""
-        if elements > self._left:  # the backward before this one was broken off
+        if elements > self._left:  # the backward before this one was aborted
             self._index, self._left = 0, self._elements
         index = self._index
         self._index, self._left = index + 1, self._left - elements

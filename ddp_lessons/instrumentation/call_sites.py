@@ -1,6 +1,7 @@
-"""The learner's line that makes a call of torch.distributed. Runs in workers.
+"""Finds the learner's line that makes a call of torch.distributed.
 
-Looking it up takes a fraction of a microsecond: what is known of a place in the code is kept.
+Runs in workers, called for each recorded call. A lookup takes a fraction of a microsecond, because
+the result is cached by place in the code.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ _MOST = 10_000  # places kept; code that is made in a loop must not fill the mem
 
 
 class _Place(NamedTuple):
-    code: CodeType  # kept, so that its id stays its own
+    code: CodeType  # kept, so that no other code object gets its id
     owner: Owner
     site: str
 
 
 class Sites:
-    """The lines of one process's calls. `home` is the installed package that counts as its own."""
+    """The lines of one process's calls. The package `home` counts as the learner's."""
 
     def __init__(self, home: str | None = None) -> None:
         self.on_file: Callable[[str], None] = _nothing  # called with the file of each new line
@@ -33,11 +34,11 @@ class Sites:
     def of(self, frame: FrameType | None) -> str | None:
         """The innermost of the learner's own lines at or above `frame`.
 
-        Without any, it is the innermost line of an installed package; None if there is none, too.
+        Without any, the innermost line of an installed package; without that, None.
         """
         of_package = None
         while frame is not None:
-            # By id, as the hash of a code object reads all of it.
+            # By id, because hashing a code object reads all of it.
             key = id(frame.f_code), frame.f_lasti
             place = self._known.get(key)
             if place is None:
@@ -60,11 +61,11 @@ class Sites:
 
 
 def _nothing(filename: str) -> None:
-    """Nobody wants to know."""
+    """Do nothing: the default of `Sites.on_file`."""
 
 
 def _site(frame: FrameType) -> str:
-    """`FILE:LINE`; where nobody has the text of the file, `FILE in FUNCTION:LINE`."""
+    """`FILE:LINE`, or `FILE in FUNCTION:LINE` if the text of the file is not known."""
     code = frame.f_code
     name = code.co_filename
     made_up = name in MADE_UP or (name.startswith("<") and name not in linecache.cache)
@@ -72,5 +73,5 @@ def _site(frame: FrameType) -> str:
 
 
 def is_in(site: str | None, frame: FrameType) -> bool:
-    """True if the learner's line is the one at which `frame` is, and not in a caller of it."""
+    """True if the learner's line is in `frame` itself, and not in a caller of it."""
     return site == _site(frame)

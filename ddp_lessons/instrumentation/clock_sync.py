@@ -1,9 +1,9 @@
-"""Clocks of several machines made one: by how much each is behind rank 0's.
+"""Measures by how much the clock of each machine is behind rank 0's.
 
-Runs in workers, when they join the process group. `time.perf_counter_ns` counts from another
-moment on every machine. Rank 0 sends a rank of each other clock small messages to and fro, through
-the store by which the ranks met. The answer of the quickest exchange was read near its middle, and
-certainly within it.
+Runs in workers, called by process_groups.py when they join. `time.perf_counter_ns` counts from
+another moment on every machine. Rank 0 exchanges small messages with one rank of each other clock,
+through the store of the group. The other rank reads its clock within the exchange, near its middle;
+so the quickest exchange gives the offset, and its length bounds the error.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ EXCHANGES = 20  # with each clock; the quickest counts
 
 
 def against_rank_zero() -> Clock | None:
-    """Compare the own clock with rank 0's. All ranks of the default group must call it.
+    """Compare this rank's clock with rank 0's. All ranks of the default group must call it.
 
-    Returns None if they do not within 10 seconds, as where some ranks do not record.
+    Returns None if they do not within 10 seconds, for example because some ranks do not record.
     """
     import torch.distributed as dist
 
@@ -41,7 +41,7 @@ def _measured(store: Any, rank: int, world_size: int) -> Clock:
         ids = [store.get(f"id/{other}").decode() for other in range(world_size)]
         store.set("ids", json.dumps(ids))
     ids = json.loads(store.get("ids"))
-    first = ids.index(own)  # one rank answers for all of its clock
+    first = ids.index(own)  # one rank answers for all that share its clock
     if rank == 0:
         for other in _firsts(ids)[1:]:
             store.set(f"clock/{other}", json.dumps(_exchange(store, other)))
@@ -56,14 +56,14 @@ def _firsts(ids: Sequence[str]) -> list[int]:
 
 
 def _exchange(store: Any, other: int) -> tuple[int, int]:
-    """Rank 0's part; by how many ns the other clock is behind, and within how many that is true."""
+    """Rank 0's part: by how many ns the other clock is behind, and the error in ns."""
     tries = []
     for number in range(EXCHANGES):
         before_ns = time.perf_counter_ns()
         store.set(f"ask/{other}/{number}", "")
-        there_ns = int(store.get(f"answer/{other}/{number}"))
+        other_ns = int(store.get(f"answer/{other}/{number}"))
         after_ns = time.perf_counter_ns()
-        tries.append((after_ns - before_ns, (before_ns + after_ns) // 2 - there_ns))
+        tries.append((after_ns - before_ns, (before_ns + after_ns) // 2 - other_ns))
     took_ns, behind_ns = min(tries)
     return behind_ns, took_ns // 2
 

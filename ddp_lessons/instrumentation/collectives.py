@@ -1,15 +1,15 @@
-"""The calls of torch.distributed mark themselves: each becomes spans with group, number and bytes.
+"""Wraps torch.distributed's public functions, so that every call is recorded as spans.
 
-Runs in workers. The public functions are replaced where learners import them from, before the
-learner's function is unpickled; without a recorder the replacements only call. A call's spans:
+Runs in workers. install.py replaces the functions where learners import them from, before the
+learner's function is unpickled; without a recorder the wrappers only call through. A call's spans:
 
     sync           comm on the thread's lane
     asynchronous   issue on the thread's lane, comm on lane "comm" until it is done, and
                    wait on the lane of the thread that waits for it
     NCCL           issue on the thread's lane, comm on lane "cuda" with the device's times
 
-`seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective. What DDP
-calls in C++ counts, too (ddp_traffic.py); functional collectives are not seen.
+`seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective. Calls that
+DDP makes in C++ count, too (ddp_traffic.py); functional collectives are not recorded.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from ddp_lessons.wire.ops import ISSUED
 from ddp_lessons.wire.records import Kind
 from ddp_lessons.wire.span_buffer import CallFacts
 
-MOST_PLANS = 10_000  # kept; code that is made in a loop must not fill the memory
+MOST_PLANS = 10_000  # kept; code that is generated in a loop must not fill the memory
 
 
 class Plan(NamedTuple):
-    """What a call in the default group writes when the same line makes it again.
+    """Cached record of a call site: the fields that do not change when the same line calls again.
 
-    Forgotten when groups are made or left.
+    For calls in the default group. Dropped when groups are made or left.
     """
 
     tail: bytes
     group: Group
-    code: CodeType  # kept, so that its id stays its own
+    code: CodeType  # kept, so that no other code object gets its id
 
 
 def stepped(optimizer: Any, *_: Any) -> None:
-    """After each step of an optimizer: progress, and perhaps the end of a training step."""
+    """Note progress after an optimizer's step, which may end a training step."""
     if (recorder := recording.current()) is not None:
         recorder.optimizer_stepped(optimizer)
 
@@ -61,8 +61,8 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
 
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        # A rank that has waited for others has cold caches, so each function that is called on the
-        # way takes half a microsecond and more. Hence few of them, and what is planned before.
+        # After a wait a rank's caches are cold, and each Python call here takes half a microsecond
+        # or more. So this path makes few calls, and takes the record from a plan.
         recorder = recording._recorder
         thread = get_ident()
         if recorder is None or thread in inside:
@@ -79,20 +79,20 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         if plan is None:
             return unplanned(recorder, t0_ns, frame, key, args, kwargs)
         tail, group, _ = plan
-        tape = recorder.tape
+        buffer = recorder.buffer
         seq = next(group.collectives)
-        slot = tape.write(tail, t0_ns, recorder.step, seq)
+        slot = buffer.write(tail, t0_ns, recorder.step, seq)
         inside.add(thread)
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            tape.fail(slot)
+            buffer.fail(slot)
             if isinstance(error, Exception):
                 group.take_back(seq)
             raise
         finally:
             inside.remove(thread)
-            tape.end(slot, perf_counter_ns())
+            buffer.end(slot, perf_counter_ns())
 
     def unplanned(
         recorder: Recorder, t0_ns: int, frame: FrameType, key: Any, args: Args, kwargs: Kwargs
@@ -117,7 +117,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
                     async_work.received(recorder, group, result, slot)
                 return result
             except BaseException:
-                recorder.tape.fail(slot)
+                recorder.buffer.fail(slot)
                 raise
             finally:
                 inside.remove(thread)
@@ -132,9 +132,9 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
 def _plan(
     recorder: Recorder, key: Any, group: Group | None, facts: CallFacts, code: CodeType
 ) -> None:
-    """Keep what a synchronous call will write when the same line makes it again."""
+    """Cache the record of a synchronous call, for when the same line makes it again."""
     if group is not None and not group.streamed and len(recorder.plans) < MOST_PLANS:
-        tail = recorder.tape.tail(recorder.lane(), Kind.COMM, facts.op or "", facts)
+        tail = recorder.buffer.tail(recorder.lane(), Kind.COMM, facts.op or "", facts)
         recorder.plans[key] = Plan(tail, group, code)
 
 
@@ -157,13 +157,13 @@ def batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             works = function(p2p_op_list)
             return works
         except Exception:
-            for flight in reversed(started):
-                calls[flight.facts.op].take_back(flight.group, flight.facts, recorder.rank)
+            for issued in reversed(started):
+                calls[issued.facts.op].take_back(issued.group, issued.facts, recorder.rank)
             raise
         finally:
             inside.remove(thread)
-            for place, flight in enumerate(started):  # NCCL returns one work for all of them
-                flight.carry(works[min(place, len(works) - 1)] if works else None)
+            for place, issued in enumerate(started):  # NCCL returns one work for all of them
+                issued.carry(works[min(place, len(works) - 1)] if works else None)
             recorder.end(slot)
 
     def _start(recorder: Recorder, t0_ns: int, op: Any, site: str | None) -> AsyncWork:

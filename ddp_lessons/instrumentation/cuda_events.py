@@ -1,8 +1,9 @@
-"""Times on the GPU, of collectives whose calls return before the work is done.
+"""Measures on the GPU the collectives whose calls return before the work is done.
 
-Runs in workers, and only where a group uses NCCL. There a call merely puts work into a stream of
-the device: its own span is marked "issue", and CUDA events around the work say when it was done.
-A span of the device begins when the tensors were ready and ends when the stream goes on.
+Runs in workers, called by async_work.py and backward.py, and only where a group uses NCCL. There a
+call only puts work into a stream of the device: its own span is marked "issue", and CUDA events
+around the work tell when it was done. A span on the device begins when the tensors were ready and
+ends when the stream goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ddp_lessons.instrumentation.torch_api import STREAMED
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import CallFacts, Slot, SpanWriter
 
-PATIENCE = 1.0  # seconds that the device has to finish when the function has ended
+PATIENCE = 1.0  # seconds that the device has to finish after the function has ended
 PAUSE = 0.001  # seconds between two looks at it
 
 
@@ -37,7 +38,7 @@ def backends_of(process_group: Any) -> list[str]:
 def of(tensor: Any) -> Any:
     """The CUDA device of a tensor, or of the first in a list; None for anything else.
 
-    None also while a CUDA graph is captured: its work is done later, and may be done often.
+    None also while a CUDA graph is captured: its work runs later, perhaps many times.
     """
     first = tensor[0] if isinstance(tensor, list | tuple) and tensor else tensor
     if not getattr(first, "is_cuda", False):
@@ -48,10 +49,10 @@ def of(tensor: Any) -> Any:
 
 
 class Stopwatch:
-    """A span on the device: begins now, in the current stream, and `stop` ends it in the one then.
+    """A span on the device, from now in the current stream to `stop` in the stream current then.
 
-    It is open on the tape until its times are known, so that a rank that hangs or is killed shows
-    what its device was at.
+    It stays open in the span buffer until its times are known, so that a rank that hangs or is
+    killed shows what its device was doing.
     """
 
     def __init__(
@@ -64,16 +65,16 @@ class Stopwatch:
         self._stopped = False
 
     def stop(self) -> None:
-        """Note the end, once; it is written when the device has come there."""
+        """Note the end, once; it is written when the device gets there."""
         if not self._stopped:
             self._stopped = True
             self._clock.keep(self._recorder, self._slot, self._start, self._clock.mark())
 
 
 class _Pending(NamedTuple):
-    """A span of which the device has not been asked for its times, and its two events."""
+    """A span whose times are not read yet, and its two events."""
 
-    tape: SpanWriter
+    buffer: SpanWriter
     slot: Slot
     start: Any
     stop: Any
@@ -82,8 +83,8 @@ class _Pending(NamedTuple):
 class DeviceClock:
     """One device's events on the clock of the host, `time.perf_counter_ns`.
 
-    A device that has failed reports that at each call from then on. It is the learner's to see, at
-    a line of their own: here it only ends the measuring.
+    A device that has failed raises at each later call. The learner should see that at a line of
+    their own: here it only ends the measuring.
     """
 
     def __init__(self, device: Any) -> None:
@@ -119,17 +120,17 @@ class DeviceClock:
         if self.flush not in recorder.at_end:
             recorder.at_end.append(self.flush)
         with self._lock:
-            self._pending.append(_Pending(recorder.tape, slot, start, stop))
+            self._pending.append(_Pending(recorder.buffer, slot, start, stop))
         self.write()
 
     def flush(self) -> None:
-        """Write what is left, waiting a little: work that hangs must not keep the rank's error."""
+        """Write what is left, waiting at most `PATIENCE`: hung work must not hold up an error."""
         deadline = time.monotonic() + PATIENCE
         while self.write() and time.monotonic() < deadline:
             time.sleep(PAUSE)
 
     def write(self) -> bool:
-        """Write the spans that have ended; True if others have not, and may."""
+        """Write the spans that have ended; True if others may still end."""
         with self._lock:
             try:
                 while self._pending and self._pending[0].stop.query():
@@ -140,10 +141,10 @@ class DeviceClock:
 
     def _write(self, span: _Pending) -> None:
         t0_ns, t1_ns = self._ns(span.start), self._ns(span.stop)
-        span.tape.began(span.slot, t0_ns)
-        span.tape.end(span.slot, max(t0_ns + 1, t1_ns))
-        # An event tells the time since another in a float of 24 bits: that must not be long ago.
-        # The start, because the next may start before this one ends.
+        span.buffer.began(span.slot, t0_ns)
+        span.buffer.end(span.slot, max(t0_ns + 1, t1_ns))
+        # elapsed_time is a float of 24 bits, so the reference event must be recent. It is the
+        # start, because the next span may start before this one ends.
         self._zero, self._zero_ns = span.start, t0_ns
 
     def _ns(self, event: Any) -> int:
@@ -151,7 +152,7 @@ class DeviceClock:
 
 
 def _now(device: Any) -> tuple[Any, int]:
-    """An event that has just happened, and when: in an idle stream, so it waits for no work."""
+    """An event that has just happened, and its time; in an idle stream, so it waits for no work."""
     import torch
 
     event = torch.cuda.Event(enable_timing=True)

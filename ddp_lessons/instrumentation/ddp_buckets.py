@@ -1,8 +1,8 @@
-"""`watch_ddp`: DDP's gradient buckets are recorded, also where a communication hook sends them.
+"""`watch_ddp`: records DDP's gradient buckets where NCCL or a communication hook sends them.
 
-Runs in workers; elsewhere it does nothing. A model without a hook records its buckets by itself
-(ddp_traffic.py), except with NCCL: there a hook of ours does exactly what DDP does without one. A
-learner's own hook is registered within one of ours, which writes down when.
+The learner's function calls it in workers; elsewhere it records nothing. With gloo and no hook,
+ddp_traffic.py records the buckets anyway. With NCCL `watch_ddp` registers a hook that does exactly
+what DDP does without one. It wraps a learner's own hook in one that records each bucket.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def _refuse_nonsense(model: Any) -> None:
 
 
 def _recorded(backward: Backward, model: Any, hook: Hook | None) -> Hook:
-    """The hook to register: the learner's, or DDP's own doing, between two notes of the time."""
+    """The hook to register: it records each bucket, and runs `hook` or does what DDP would do."""
     run = _as_ddp_does(model) if hook is None else _facts_of(hook)
 
-    # DDP looks for a parameter of this name, and at its annotation.
+    # DDP wants a parameter of this name, and checks its annotation.
     def recorded(state, bucket):  # type: ignore[no-untyped-def]
         return run(backward, state, bucket)
 
@@ -98,7 +98,7 @@ def _as_ddp_does(model: Any) -> Callable[[Backward, Any, Any], Any]:
     process_group = model.process_group
     group = groups.of(process_group)
     assert group is not None
-    mean = 1.0 / dist.get_world_size(process_group)  # DDP multiplies; dividing rounds otherwise
+    mean = 1.0 / dist.get_world_size(process_group)  # DDP multiplies; division rounds differently
 
     def all_reduce(backward: Backward, _: Any, bucket: Any) -> Any:
         t0_ns = time.perf_counter_ns()
@@ -125,7 +125,7 @@ def _facts_of(hook: Hook) -> Callable[[Backward, Any, Any], Any]:
         facts = CallFacts(nbytes=bucket.buffer().nbytes, bucket=bucket.index())
         end = backward.begin(bucket.index(), bucket.buffer(), facts, t0_ns)
         future = hook(state, bucket)
-        if hasattr(future, "add_done_callback"):  # else DDP says what is wrong
+        if hasattr(future, "add_done_callback"):  # else DDP raises an error
             future.add_done_callback(lambda _: end())
         if bucket.is_last():
             backward.all_handed_over()

@@ -1,12 +1,12 @@
-"""What DistributedDataParallel sends by itself, recorded: buckets, buffers and its own checks.
+"""Records what DistributedDataParallel sends by itself: buckets, buffers and its own checks.
 
-Runs in workers. DDP communicates in C++, where no wrapper of a public function sees it. A model's
-reducer therefore gets a process group of ours, which hands every call on to the real one and
-writes down when. DDP sees no communication hook, and its arithmetic stays the same to the last bit.
-Two functions in C++, which wait by themselves, are wrapped as the public ones are.
+Runs in workers; install.py puts it in place. DDP communicates in C++, where no wrapped public
+function sees it. So a model's reducer gets a process group of ours, which passes every call on to
+the real one and records it. DDP sees no communication hook, and its arithmetic stays the same to
+the last bit. Two C++ functions that wait by themselves are wrapped like the public ones.
 
-Not seen is what other backends than gloo do for DDP (but see `watch_ddp`), and what a learner's own
-hook does other than by the public functions.
+Not recorded: DDP with backends other than gloo (but see `watch_ddp`), and what a learner's own hook
+sends other than by public functions.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from ddp_lessons.wire.span_buffer import CallFacts
 
 def record_ddp() -> None:
     """Have all models that this process will wrap in DDP record what they send."""
-    # Not __init__ itself: what that warns of should name the learner's line, not one of ours.
+    # Not __init__ itself: its warnings should name the learner's line, not one of ours.
     DistributedDataParallel._ddp_init_helper = _keeping(DistributedDataParallel._ddp_init_helper)
-    # With `join`, a rank that has run out of data calls the group as the others' reducers do.
+    # With `join`, a rank that has run out of data makes the same calls as the others' reducers.
     unused = DistributedDataParallel._match_unused_params_allreduce
     DistributedDataParallel._match_unused_params_allreduce = _by_recorded_group(unused)
     _wrap("_verify_params_across_processes", "DistributedDataParallel")
@@ -48,10 +48,10 @@ def is_recorded(model: Any) -> bool:
 
 
 def release_groups(recorder: Recorder) -> None:
-    """Give up the groups of DDP models at a script's end, before the interpreter shuts down.
+    """Release the groups of DDP models at a script's end, before the interpreter shuts down.
 
-    A thread of gloo that wants the interpreter's lock after that ends the process with SIGABRT. The
-    reducers' shares go first, so that none of them is the last.
+    A thread of gloo that wants the GIL after that ends the process with SIGABRT. The reducers'
+    references go first, so that none of them is the last.
     """
     for model in filter(None, (known() for known in recorder.models)):
         for part in ("reducer", "logger"):  # the logger shares the reducer
@@ -63,11 +63,11 @@ def release_groups(recorder: Recorder) -> None:
 def _keeping(help_init: Callable[..., None]) -> Callable[..., None]:
     """Wrap `_ddp_init_helper`, which makes the reducer: record its calls, and keep its group.
 
-    The reducer, in C++, owns a share of its group. If the model is freed after
-    destroy_process_group, as at the end of most functions, that share is the last: the group's
-    destructor waits for gloo's threads while it holds the interpreter's lock, which such a thread
-    may want. Plain torch 2.13 hung so in 7 of 40 runs (pytorch issue 56297). A share of ours keeps
-    the reducer's from being the last, and is given up without the lock.
+    The reducer, in C++, owns a reference to its group. If the model is freed after
+    destroy_process_group, as at the end of most functions, that reference is the last: the group's
+    destructor waits for gloo's threads while it holds the GIL, which such a thread may want. Plain
+    torch 2.13 hung this way in 7 of 40 runs (pytorch issue 56297). A reference of ours keeps the
+    reducer's from being the last, and is released without the GIL.
     """
     made_by_recorded_group = _by_recorded_group(help_init)
 
@@ -77,7 +77,7 @@ def _keeping(help_init: Callable[..., None]) -> Callable[..., None]:
             recorder.groups.append(self.process_group)
             recorder.models.append(weakref.ref(self))
             group = groups.of(self.process_group)
-            # NCCL's work goes on in a stream of the GPU; what waits for it there is not known here.
+            # NCCL works in a stream of the GPU; what waits for it there is not visible from here.
             if group is not None and set(cuda_events.backends_of(self.process_group)) == {"gloo"}:
                 elements = sum(parameter.numel() for parameter in parameters)
                 recorder.groups.append(RecordedGroup(self, group, recorder, elements))
@@ -87,7 +87,7 @@ def _keeping(help_init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _by_recorded_group(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a method of DDP that uses the model's group: it uses the one that records."""
+    """Wrap a method of DDP so that it uses the group that records instead of the model's."""
 
     @functools.wraps(method)
     def by_recorded_group(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,10 +112,10 @@ def _group_of(model: Any) -> RecordedGroup | None:
 
 
 class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
-    """A process group as the reducer of one model sees it: `real`, with its calls written down.
+    """The process group that one model's reducer uses: passes calls on to `real` and records them.
 
-    What is not overridden here goes to the same backends without being recorded. C++ keeps its own
-    half of the object; ours must live as long, or nothing is recorded any more.
+    Methods that are not overridden here use the same backends unrecorded. C++ keeps only its half
+    of the object; the Python half must live as long, or nothing more is recorded.
     """
 
     def __init__(self, model: Any, group: Group, recorder: Recorder, elements: int) -> None:
@@ -136,7 +136,7 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
         return str(self.real.name())
 
     def allreduce(self, tensors: Any, *options: Any) -> Any:
-        """Add up a bucket of gradients, or find out which parameters any rank has used.
+        """Sum a bucket of gradients, or find out which parameters any rank has used.
 
         C++ calls it with a list of one tensor and options, Python with the tensor alone.
         """
@@ -165,7 +165,7 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
         facts = self._facts(recorder, "broadcast", tensors[0], options.rootRank)
         with recorder.call("order of buckets", t0_ns, facts):
             work = self.real.broadcast(tensors, options)
-            work.wait()  # here, where the end is seen
+            work.wait()  # here, so that the span ends with it
         return work
 
     def _facts(
@@ -175,23 +175,23 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
 
 
 def _when_reducer_is_done(call: Callable[[], None]) -> None:
-    """Call when the reducer has waited for all buckets, at the end of the backward that goes on.
+    """Call when the reducer has waited for all buckets, at the end of the running backward.
 
-    What tells that a bucket has come is another thread, which may get to it late. The reducer is
-    about to queue its own end; what is queued when the engine comes to ours comes after that.
+    The buckets' own callbacks run in another thread, perhaps late. The reducer is about to queue
+    its final callback; a callback that ours queues when it runs comes after that.
     """
     engine = torch.autograd.Variable._execution_engine
-    if torch._C._current_graph_task_id() >= 0:  # not so for a rank that has joined
+    if torch._C._current_graph_task_id() >= 0:  # a rank in `join` runs no backward
         engine.queue_callback(lambda: engine.queue_callback(call))
 
 
 def _are_gradients(piece: torch.Tensor) -> bool:
-    """Not the map of used parameters, which is of whole numbers."""
+    """True for gradients; False for the map of used parameters, which holds integers."""
     return bool(piece.is_floating_point() or piece.is_complex())
 
 
 def _handed_over(call: Callable[[], Any], end: Callable[[], None]) -> Any:
-    """Start work by `call` and return it; `end` is called when it is done or has failed."""
+    """Start work by `call` and return it; call `end` when it is done or has failed."""
     try:
         work = call()
     except BaseException:
@@ -205,7 +205,7 @@ def _handed_over(call: Callable[[], Any], end: Callable[[], None]) -> Any:
 
 
 def _wrap(name: str, op: str) -> None:
-    """Record a function of C++ that returns when its communication is done."""
+    """Wrap a C++ function that returns when its communication is done, to record it."""
     function = getattr(dist, name)
 
     @functools.wraps(function)
@@ -230,7 +230,7 @@ def _wrap(name: str, op: str) -> None:
 def _facts(
     recorder: Recorder, group: Group, op: str, tensor: Any, root: int | None, frame: FrameType
 ) -> CallFacts:
-    """What the span of a call says; the call counts from here. `root` is a rank in the group."""
+    """The facts of a call, which gets its number here. `root` is a rank in the group."""
     nbytes, look = describe_tensors(tensor)
     peer = -1 if root is None else group.ranks[root]
     site = recorder.sites.of(frame)

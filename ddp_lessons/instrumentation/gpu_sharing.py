@@ -1,4 +1,7 @@
-"""Refuses NCCL where ranks would share a GPU. Runs in workers, before they join a group."""
+"""Refuses NCCL where ranks would share a GPU.
+
+Runs in workers; process_groups.py calls it before they join or make a group.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ SHARED_ALLOWED = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL 2.31 and newer: ranks may 
 
 
 def before_joining(recorder: Recorder, backend: Any, world_size: Any) -> None:
-    """Called before init_process_group with what was passed to it; -1 is the world of launch."""
+    """Check the arguments of init_process_group; a world size of -1 means all launched ranks."""
     known = isinstance(world_size, int) and world_size > 0
     _refuse_shared_gpu(recorder, backend, range(world_size) if known else None)
 
 
 def before_new_group(recorder: Recorder, ranks: Any, backend: Any) -> None:
-    """Called before new_group with what was passed; without a backend it takes the world's."""
+    """Check the arguments of new_group; without a backend it uses the default group's."""
     if backend is not None:
         _refuse_shared_gpu(recorder, backend, ranks)
 
@@ -30,9 +33,9 @@ def before_new_group(recorder: Recorder, ranks: Any, backend: Any) -> None:
 def _refuse_shared_gpu(recorder: Recorder, backend: Any, ranks: Iterable[int] | None) -> None:
     """Raise DistBackendError where NCCL would find two of `ranks`, or of all, on one GPU.
 
-    NCCL itself says so only in the first collective, and until then some ranks may wait for others.
-    A rank that has chosen GPUs of its own by CUDA_VISIBLE_DEVICES is left to NCCL: it alone sees
-    which ranks meet on one.
+    NCCL itself raises only in the first collective, and until then some ranks may wait for others.
+    A rank that has set CUDA_VISIBLE_DEVICES itself is left to NCCL, which alone sees whether ranks
+    share a GPU then.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES") != recorder.visible_devices:
         return
@@ -55,21 +58,21 @@ def wants_nccl(backend: Any) -> bool:
 def on_this_machine(environment: Mapping[str, str], ranks: Iterable[int] | None = None) -> int:
     """How many of `ranks`, or of all, run on this machine; 0 if the variables do not tell.
 
-    Where the ranks meet on the loopback address they all do, also those of a second "machine".
+    If the master address is loopback they all do, also those of a second "machine".
     """
     try:
-        world_size, mine = int(environment["WORLD_SIZE"]), int(environment["GROUP_RANK"])
+        world_size, group_rank = int(environment["WORLD_SIZE"]), int(environment["GROUP_RANK"])
         each = int(environment["LOCAL_WORLD_SIZE"])
     except (KeyError, ValueError):
         return 0
     chosen = set(range(world_size) if ranks is None else ranks)
     if environment.get("MASTER_ADDR") in LOOPBACK_NAMES:
         return len(chosen)
-    return len(chosen.intersection(range(mine * each, (mine + 1) * each)))
+    return len(chosen.intersection(range(group_rank * each, (group_rank + 1) * each)))
 
 
 def shared_gpu(ranks: int, gpus: int) -> str:
-    """Why NCCL will not do for so many ranks on so many GPUs; "" if it will, or nobody knows.
+    """Why NCCL cannot serve so many ranks on so many GPUs; "" if it can, or that is unknown.
 
     Without any GPU torch's own error is clear.
     """

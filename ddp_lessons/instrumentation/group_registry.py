@@ -1,7 +1,7 @@
-"""The process groups of a worker by name, and the number of each call in them.
+"""Names the process groups of a worker, and numbers the calls in each.
 
-Runs in workers, for what records calls. A group has the same name on all its ranks, and equal
-(name, number) on two ranks is the same collective.
+Runs in workers, used by all modules that record calls. A group has the same name on all its ranks,
+and equal (name, number) on two ranks is the same collective.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from ddp_lessons.instrumentation import cuda_events, recording
 from ddp_lessons.wire.ops import OWN_WORLD
 
-LONGEST_DESCRIPTION = 50  # characters: the ranks after it must have room (span_buffer.LONGEST_NAME)
+LONGEST_DESCRIPTION = 50  # characters, to leave room for the ranks (span_buffer.LONGEST_NAME)
 
 
 class Group:
@@ -34,7 +34,7 @@ class Group:
         return next(self.collectives if pair is None else self.pairs[pair])
 
     def take_back(self, seq: int, pair: tuple[int, int] | None = None) -> None:
-        """Give the number again to the next call."""
+        """Give this number to the next call again."""
         if pair is None:
             self.collectives = itertools.count(seq)
         else:
@@ -51,11 +51,11 @@ class Groups:
         self.world: Group | None = None  # of the default group, while there is one
 
     def update_world(self) -> None:
-        """Look up the default group: it was made, or may have been left."""
+        """Look up the default group again, after groups were made or left."""
         self.world = self.of(default_group())
 
     def of(self, group: Any) -> Group | None:
-        """The record of a process group; None if it is none, or this rank is not in it."""
+        """The record of a process group; None if `group` is no group that this rank is in."""
         known = self._known.get(id(group))
         return known if known is not None and known.process_group() is group else self._add(group)
 
@@ -97,9 +97,9 @@ def _ranges(ranks: Sequence[int]) -> str:
 
 
 def _own_world() -> str | None:
-    """What tells that the default group's ranks are not those that were started; None if they are.
+    """The name of a default group that does not hold just the ranks that were started; else None.
 
-    They are not where three ranks were started, say, and two of them join with world_size=2.
+    Such a group arises when, say, three ranks were started and two of them join with world_size=2.
     """
     import torch.distributed as dist
 

@@ -1,6 +1,7 @@
 """Puts recording in place: wraps the public functions of torch.distributed, and DDP's own calls.
 
-Runs in workers and, before it forks any, in the forkserver.
+worker/main.py and worker/torchrun.py call it in ranks; worker/preload.py calls it in the forkserver
+before that forks any.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ddp_lessons.wire.ops import COLLECTIVES, MAKES_GROUP, RECVS, SENDS
 
 
 def install(recorder: Recorder) -> None:
-    """Make `recorder` this process's, and see to it that torch.distributed is wrapped."""
+    """Wrap torch.distributed, and make `recorder` the recorder of this process."""
     wrap_torch()
     recording.use(recorder)
 
@@ -25,7 +26,8 @@ def install(recorder: Recorder) -> None:
 def wrap_torch() -> None:
     """Wrap the public calls of torch.distributed, once in a process.
 
-    The forkserver does it for all workers that it forks; without a recorder the wrappers only call.
+    The forkserver does it for all workers that it forks; without a recorder the wrappers only call
+    through.
     """
     import torch.distributed as dist
     from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -59,7 +61,7 @@ def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., 
 
 
 def replace_in(names: dict[str, Any]) -> None:
-    """Replace what a script has imported by name before us, from torch.distributed."""
+    """Replace functions that a script imported by name from torch.distributed before us."""
     import torch.distributed as dist
 
     for name, function in list(names.items()):

@@ -1,9 +1,8 @@
-"""The calls that make and end process groups mark themselves, and what is done beside them.
+"""Wraps the calls that make and end process groups: records them, and checks and waits around them.
 
-Runs in workers; collectives.py puts these wrappers in the place of the public functions. Before
-ranks join, NCCL is refused where they would share a GPU and rank 0's store is awaited; after it,
-the others are, and the clocks of several machines are compared. Without a recorder the wrappers
-only call.
+Runs in workers; install.py replaces the public functions with these wrappers. Before a rank joins,
+they refuse NCCL on a shared GPU and wait for rank 0's store; after it, they compare the clocks of
+several machines and wait for the other ranks. Without a recorder they only call through.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from ddp_lessons.wire.span_buffer import CallFacts
 
 
 def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap init_process_group: wait for rank 0's store, then compare the clocks."""
+    """Wrap init_process_group: check and wait before it, compare clocks and wait after it."""
 
     @functools.wraps(function)
     def join(
@@ -60,7 +59,7 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Name a group as soon as it is made: all members make their groups in the same order."""
+    """Wrap new_group and its like: name the group at once, as all ranks do in the same order."""
 
     @functools.wraps(function)
     def new_group(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +77,7 @@ def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap destroy_process_group: older torch must not free the group, see torch_api."""
+    """Wrap destroy_process_group: with older torch, keep the group from being freed (torch_api)."""
     if leaving_is_safe():
         return recorded(name, function)
 
@@ -94,7 +93,7 @@ def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def setting_a_timeout(_: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap set_timeout: the calls that follow will give up by themselves."""
+    """Wrap set_timeout: tell the parent that later calls give up by themselves."""
 
     @functools.wraps(function)
     def set_timeout(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +127,7 @@ def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scope(recorder: Recorder, name: str, args: Args, kwargs: Kwargs) -> str | None:
-    """None if all ranks take part in the call; else what tells that some do not, or may not."""
+    """None if all ranks make the call; else the subgroup's name, or SOME_RANKS if some may not."""
     if name == "destroy_process_group":
         return _subgroup(args, kwargs)
     if name == "init_process_group":

@@ -1,7 +1,7 @@
-"""What torch.profiler saw of the communication, on the same clock: ``launch(..., profile=True)``.
+"""Adds torch.profiler's events of communication, on the same clock: ``launch(..., profile=True)``.
 
-Runs in workers. The calls that collectives.py records say when the learner's code was in a
-collective; the profiler says when a thread of gloo, or a kernel of NCCL, was at work for it.
+Runs in workers, called by worker/main.py. collectives.py records when the learner's code was in a
+collective; the profiler records when a thread of gloo, or a kernel of NCCL, worked for it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ NCCL_KERNELS = ("ncclDevKernel", "ncclKernel")
 
 
 def start(recorder: Recorder) -> None:
-    """Profile from now on; what belongs to communication is written when the worker is done."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it prints on stderr what it does
+    """Profile from now on; when the worker is done, write the events of communication as spans."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it logs to stderr
     import torch
     from torch.profiler import ProfilerActivity, profile
 
@@ -38,7 +38,7 @@ def start(recorder: Recorder) -> None:
         for lane, name, t0_ns, t1_ns in _communication(profiler.profiler.kineto_results):
             facts = CallFacts(name.partition(":")[2] or name.partition("(")[0])
             begin_ns, end_ns = t0_ns - offset_ns, t1_ns - offset_ns
-            recorder.tape.begin(lane, Kind.COMM, name, begin_ns, end_ns, facts=facts)
+            recorder.buffer.begin(lane, Kind.COMM, name, begin_ns, end_ns, facts=facts)
 
     recorder.at_end.append(write)
 

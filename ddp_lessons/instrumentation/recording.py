@@ -1,8 +1,8 @@
-"""Spans: what a worker did when. Runs in workers; does nothing anywhere else.
+"""Records spans: what a worker did when. Runs in workers; does nothing anywhere else.
 
-`span` marks work by hand and `steps` the steps of a training loop. In a launched worker the calls
-of torch.distributed mark themselves (collectives.py), and so does what DDP sends (ddp_traffic.py).
-All of them write on the worker's tape (span_buffer.py) through its one `Recorder`.
+Learners mark work with `span`, and the steps of a training loop with `steps`. collectives.py
+records the calls of torch.distributed, ddp_traffic.py what DDP sends. All of them write through the
+worker's one `Recorder` into its span buffer (wire/span_buffer.py).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ T = TypeVar("T")
 
 
 class Recorder:
-    """Writes one worker's spans on its tape; knows its threads and its training step."""
+    """Writes one worker's spans into its buffer; knows its threads and its training step."""
 
     def __init__(
         self,
         rank: int,
-        tape: SpanWriter,
+        buffer: SpanWriter,
         send: Callable[[Message], None],
         *,
         world_size: int,
@@ -40,19 +40,19 @@ class Recorder:
         home: str | None = None,
     ) -> None:
         self.rank = rank
-        self.world_size = world_size  # of all ranks that were started, with this one
+        self.world_size = world_size  # the number of ranks that were started
         self.sites = Sites(home)
-        self.tape = tape
+        self.buffer = buffer
         self.send = send
         self.host_of_rank_zero = host_of_rank_zero
         self.one_clock = one_clock  # all ranks are known to read the same clock
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0
         self.groups: list[Any] = []  # not to be freed: process_groups.leaving, ddp_traffic
-        self.models: list[Callable[[], Any]] = []  # weak references to those
-        self.at_end: list[Callable[[], None]] = []  # what is still to be written, when all is over
+        self.models: list[Callable[[], Any]] = []  # weak references to their DDP models
+        self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
-        self._told: timedelta | None = None
+        self._sent_timeout: timedelta | None = None
         self._step_t0_ns = 0
         self._in_steps = False
         self._stepping: int | None = None  # id of the optimizer whose steps are the training's
@@ -61,52 +61,52 @@ class Recorder:
     def begin(
         self, kind: str, name: str, t0_ns: int, facts: CallFacts = NO_FACTS, lane: str = ""
     ) -> Slot:
-        """Note that something begins."""
+        """Begin a span, now open, on `lane` or the calling thread's lane."""
         if not self._step_t0_ns:
             self._step_t0_ns = t0_ns
         lane = lane or self._lanes.get(get_ident()) or self.lane()
-        return self.tape.begin(lane, kind, name, t0_ns, 0, self.step, facts)
+        return self.buffer.begin(lane, kind, name, t0_ns, 0, self.step, facts)
 
     def end(self, slot: Slot) -> None:
-        """Note that it ended, now."""
-        self.tape.end(slot, time.perf_counter_ns())
+        """End a span now."""
+        self.buffer.end(slot, time.perf_counter_ns())
 
     @contextmanager
     def call(self, name: str, t0_ns: int, facts: CallFacts) -> Iterator[None]:
-        """Record a call that returns when it is done, and nothing that it calls itself."""
+        """Record a call that returns when it is done, and none of the calls within it."""
         thread = get_ident()
         slot = self.begin(Kind.COMM, name, t0_ns, facts)
         inside.add(thread)
         try:
             yield
         except BaseException:
-            self.tape.fail(slot)
+            self.buffer.fail(slot)
             raise
         finally:
             inside.remove(thread)
             self.end(slot)
 
     def lane(self) -> str:
-        """Where the calling thread's spans belong: "main", or "thread 1" and so on."""
+        """The lane of the calling thread: "main", or "thread 1" and so on."""
         return self._lanes.setdefault(get_ident(), f"thread {len(self._lanes)}")
 
     def begin_step(self, t0_ns: int) -> Slot:
         """Begin a step that `steps` counts."""
         self._in_steps = True
-        return self.tape.begin(Lane.STEPS, Kind.MARK, f"step {self.step}", t0_ns, step=self.step)
+        return self.buffer.begin(Lane.STEPS, Kind.MARK, f"step {self.step}", t0_ns, step=self.step)
 
     def end_step(self, slot: Slot, t1_ns: int) -> None:
-        """End it; the next step begins no sooner."""
-        self.tape.end(slot, t1_ns)
+        """End a step that `steps` counts."""
+        self.buffer.end(slot, t1_ns)
         self.step += 1
         self._in_steps = False
 
     def optimizer_stepped(self, optimizer: Any) -> None:
-        """Progress; and the end of a training step, unless `steps` counts them.
+        """Note progress, and end a training step unless `steps` counts them.
 
-        Where several optimizers take turns, the steps of the first one count.
+        If several optimizers take turns, only the steps of the first one count.
         """
-        self.tape.moved()
+        self.buffer.moved()
         if self._stepping is None:
             self._stepping = id(optimizer)
         if self._in_steps or self._stepping != id(optimizer):
@@ -118,8 +118,8 @@ class Recorder:
 
     def gives_up(self, timeout: timedelta | None) -> None:
         """Tell the parent that a call will give up by itself, if it has a timeout."""
-        if timeout is not None and timeout != self._told:
-            self._told = timeout
+        if timeout is not None and timeout != self._sent_timeout:
+            self._sent_timeout = timeout
             self.send(GivesUp(timeout.total_seconds()))
 
     def compare_clock(self, clock: Clock | None) -> None:
@@ -128,13 +128,13 @@ class Recorder:
             self.send(clock)
 
     def joined(self) -> None:
-        """A group was made or left: no call is as before, and no training step has begun."""
+        """Drop the plans after a group was made or left; the first step begins no sooner."""
         self.plans.clear()
         if self.step == 0:
             self._step_t0_ns = 0
 
     def close(self) -> None:
-        """Write what was left for the end."""
+        """Write what is left."""
         for write in self.at_end:
             write()
 
@@ -144,7 +144,7 @@ _recorder: Recorder | None = None  # this process's one recorder; None outside w
 
 
 def use(recorder: Recorder | None) -> None:
-    """Make `recorder` this process's."""
+    """Make `recorder` the recorder of this process."""
     global _recorder
     _recorder = recorder
 
@@ -168,7 +168,7 @@ def in_worker() -> bool:
     return _recorder is not None
 
 
-# A DataLoader's worker must not write on our tape.
+# A DataLoader's worker must not write into the rank's span buffer.
 os.register_at_fork(after_in_child=lambda: use(None))
 
 
@@ -203,7 +203,7 @@ class span:
 def steps(batches: Iterable[T]) -> Iterator[T]:
     """Iterate over `batches` and mark each turn of the loop as one training step.
 
-    ``for images, labels in steps(loader): ...``. Fetching the batch counts to its step, and is
+    ``for images, labels in steps(loader): ...``. Fetching the batch belongs to its step, and is
     marked as data. Without this, each step of an optimizer ends a training step. Outside a
     launched worker it only iterates.
     """
@@ -219,7 +219,7 @@ def steps(batches: Iterable[T]) -> Iterator[T]:
             yield batch
             continue
         t1_ns = time.perf_counter_ns()
-        recorder.tape.begin(recorder.lane(), Kind.DATA, "next batch", t0_ns, t1_ns, recorder.step)
+        recorder.buffer.begin(recorder.lane(), Kind.DATA, "next batch", t0_ns, t1_ns, recorder.step)
         slot = recorder.begin_step(t0_ns)
         try:
             yield batch

@@ -1,4 +1,8 @@
-"""A free port without a race (parent); meeting there, neither late nor too briefly (worker)."""
+"""Connects ranks to rank 0's store on time, on loopback only, and keeps them until all have joined.
+
+Runs in workers. worker/main.py puts `meet_apart` and `listen_on_loopback` in place;
+process_groups.py calls the rest when a rank joins.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,12 @@ from urllib.parse import urlparse
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.system.host import LOOPBACK, LOOPBACK_NAMES
 
-_BACKLOG = 2048  # ranks that may knock at once; as torch's own
+_BACKLOG = 2048  # connections that may wait at once, as in torch's own store
 PATIENCE = timedelta(seconds=10)  # for a rank that does not take part
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.016  # seconds between two knocks
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.016  # seconds between two attempts to connect
 _OLD_STORE = 2.0  # seconds that the store of an earlier group may take to end, unless it is kept
-_connections: list[socket.socket] = []  # of this process, to the store where it met the others
-_uses = itertools.count()  # of this process: each time under names of its own
+_connections: list[socket.socket] = []  # of this process, to the stores by which it joined
+_uses = itertools.count()  # numbers the uses of the store, so that each has its own keys
 
 
 def await_store(
@@ -33,10 +37,10 @@ def await_store(
     """Wait until rank 0's store listens, at most `timeout` seconds.
 
     torch's own client pauses 0.25 s and more after a refused connection, so that a rank a
-    millisecond early joins a quarter of a second late. And where ranks join again, one that is
-    ahead would meet the others in their last store, which then ends. This changes when a rank
-    connects, never to what. It is for stores on this machine, or on the host where launch() has put
-    rank 0. Any other way to rendezvous (file://, a store by hand, another host) returns at once.
+    millisecond early joins a quarter of a second late. And when ranks join again, one that is ahead
+    would connect to the last store, which is about to end. This changes when a rank connects, never
+    to what. It waits for stores on this machine, or on the host where launch() has put rank 0; for
+    any other rendezvous (file://, a store by hand, another host) it returns at once.
     """
     address = _store_address(init_method, known_host)
     if rank <= 0 or address is None:
@@ -50,11 +54,11 @@ def await_store(
 
 
 def meet_apart() -> None:
-    """Have this rank meet the others under other names each time that it joins again.
+    """Prefix the store's keys anew at each join, so that a rank never reads stale addresses.
 
-    Who keeps a group or a DDP model keeps the store, too, and with it the addresses by which the
-    ranks found each other. torch uses the same names again: a rank that is ahead finds the old
-    address of another, and joining fails ("Connection refused"). The first time nothing changes.
+    A group or a DDP model that is kept keeps the store, too, and with it the addresses by which the
+    ranks found each other. torch uses the same keys again: a rank that is ahead finds the old
+    address of another, and joining fails ("Connection refused"). The first join gets no prefix.
     """
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
@@ -78,8 +82,8 @@ def meet_apart() -> None:
 def listen_on_loopback() -> None:
     """Have rank 0's store listen on 127.0.0.1 alone, where that is the address of env:// or tcp://.
 
-    torch's store listens on all addresses of the machine, and does not ask who comes. Any other
-    address, and a store made by hand, are left as they are.
+    torch's store listens on all addresses of the machine, and accepts anybody. Any other address,
+    and a store made by hand, are left as they are.
     """
     if not torch_api.store_takes_a_socket():
         return
@@ -89,7 +93,7 @@ def listen_on_loopback() -> None:
     @functools.wraps(make)
     def on_loopback(*args: Any, **options: Any) -> Any:
         if options.get("is_master") and options["host_name"] == LOOPBACK and options["port"]:
-            # Where the port is taken, torch says so, or shares a store of this process.
+            # If the port is taken, torch says so, or shares a store of this process.
             with contextlib.suppress(OSError):
                 options["master_listen_fd"] = _listener(options["port"])
         return make(*args, **options)
@@ -108,16 +112,16 @@ def _listener(port: int) -> int:
 
 @contextlib.contextmanager
 def store_of_the_group(purpose: str) -> Iterator[Any]:
-    """The store by which the ranks met, under names of its own, and with less patience.
+    """The store of the default group, under keys of its own and with a timeout of `PATIENCE`.
 
-    In it, a rank that does not take part makes the others raise RuntimeError.
+    A rank that does not take part makes the others raise RuntimeError.
     """
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _get_default_store
 
-    met = _get_default_store()
-    before = met.timeout
-    store = dist.PrefixStore(f"ddp_lessons/{purpose}/{next(_uses)}", met)
+    default = _get_default_store()
+    before = default.timeout
+    store = dist.PrefixStore(f"ddp_lessons/{purpose}/{next(_uses)}", default)
     store.set_timeout(PATIENCE)
     try:
         yield store
@@ -128,10 +132,10 @@ def store_of_the_group(purpose: str) -> Iterator[Any]:
 def await_others() -> None:
     """Return once all ranks have joined, so that none leaves while others are still joining.
 
-    gloo connects each rank to each. One that has all its connections may end while two others
-    still connect, and these fail then: "Connection closed by peer" (1 in 100 runs on a busy
-    machine, where a function hardly does more than join). Rank 0, which holds the store, goes last.
-    torch has such a barrier, too, for TORCH_DIST_INIT_BARRIER=1; there, rank 0 may be the first.
+    gloo connects every two ranks. A rank that has all its connections may end while two others
+    still connect, which then fail: "Connection closed by peer" (1 in 100 runs on a busy machine,
+    for a function that hardly does more than join). Rank 0, which holds the store, leaves last.
+    With torch's own barrier, TORCH_DIST_INIT_BARRIER=1, rank 0 may leave first.
     """
     import torch.distributed as dist
 
@@ -175,7 +179,7 @@ def _store_address(init_method: str | None, known_host: str) -> tuple[str, int] 
 
 
 def _knock(address: tuple[str, int]) -> bool:
-    """Whether the store listens. The connection is kept: its end is that of the store."""
+    """Whether the store listens. Keeps the connection, which closes when the store ends."""
     try:
         _connections.append(socket.create_connection(address, timeout=1.0))
     except OSError:
@@ -184,7 +188,7 @@ def _knock(address: tuple[str, int]) -> bool:
 
 
 def _leave_last_store() -> None:
-    """Wait until the store of the last time is gone; a while only, for somebody may keep it."""
+    """Wait until the store of the last join is gone, but not long, as something may keep it."""
     while _connections:
         with _connections.pop() as last:
             select.select([last], [], [], _OLD_STORE)

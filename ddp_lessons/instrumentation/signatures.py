@@ -1,6 +1,6 @@
-"""The public calls of torch.distributed: which there are, and how to read their arguments.
+"""Reads the arguments of torch.distributed's public calls: tensor, group, peer, async_op.
 
-Runs in workers, for collectives.py; the names also serve the notebook's side.
+Runs in workers, called by collectives.py, process_groups.py and ddp_traffic.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ddp_lessons.wire.span_buffer import CallFacts
 
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
-_MOST = 4096  # looks kept; shapes that never repeat must not fill the memory
+_MOST = 4096  # descriptions kept; shapes that never repeat must not fill the memory
 _known: dict[Any, tuple[int, str]] = {}
 
 UNKNOWN = (-1, None)
-SAYS_NOTHING = {"op"}  # arguments of which no span tells
+SAYS_NOTHING = {"op"}  # arguments that no span records
 
 
 def argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
@@ -30,7 +30,7 @@ def argument(args: Args, kwargs: Kwargs, place: int, name: str) -> Any:
 
 
 def describe_tensors(tensors: Any) -> tuple[int, str | None]:
-    """The bytes and the look of a tensor, or of a list of them; (-1, None) for anything else."""
+    """The bytes, and dtype and shape as text, of a tensor or of a list; else (-1, None)."""
     try:
         kind = tensors.shape, tensors.dtype
         known = _known.get(kind)
@@ -66,8 +66,8 @@ class Signature:
         self.always_asynchronous = name in ISSUED
         self.of_objects = "object" in name
         self.timeout_place = places.get("timeout")
-        # With so many arguments by place, and others that say nothing, a synchronous call in the
-        # default group is given by its line and its tensor. (Never where a peer is named.)
+        # With so many positional arguments and no keyword but SAYS_NOTHING's, a synchronous call in
+        # the default group is determined by its line and its tensor. (Never if it names a peer.)
         self.fewest = self.tensor_place + 1
         self.most = 0 if self.peer else min(self.group_place, self.async_place)
 
@@ -77,7 +77,7 @@ class Signature:
         return self.always_asynchronous or bool(kwargs.get("async_op"))
 
     def group(self, args: Args, kwargs: Kwargs) -> Group | None:
-        """The group in which it is called; None if this rank is not in it."""
+        """The group of the call; None if this rank is not in it."""
         process_group = argument(args, kwargs, self.group_place, "group")
         if process_group is None:
             return groups.world or groups.of(default_group())
@@ -86,7 +86,7 @@ class Signature:
     def facts(
         self, group: Group | None, args: Args, kwargs: Kwargs, rank: int, site: str | None
     ) -> CallFacts:
-        """What the spans of this call say. It counts from here."""
+        """The facts that the spans of a call record. The call gets its number here."""
         nbytes, tensor = describe_tensors(argument(args, kwargs, self.tensor_place, self.tensor))
         if group is None:
             return CallFacts(self.name, nbytes=nbytes, tensor=tensor, site=site)
@@ -100,15 +100,15 @@ class Signature:
         return CallFacts(self.name, group.name, seq, nbytes, -1, peer, tensor, site)
 
     def take_back(self, group: Group | None, facts: CallFacts, rank: int) -> None:
-        """It failed and does not count: it has not met the others, or broken the group for good.
+        """Free the number of a failed call, which met no other rank or broke the group for good.
 
-        Only a call of objects may meet the others and then fail to unpickle what they sent.
+        Only an object collective may meet the others and then fail to unpickle what they sent.
         """
         if group is not None and facts.seq >= 0 and not self.of_objects:
             group.take_back(facts.seq, self._pair(rank, facts.peer) if self.pairwise else None)
 
     def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> Any:
-        """The GPU in whose stream the work will be done; None if the call does it itself."""
+        """The GPU whose stream will do the work; None if the call does it itself."""
         if group is None or not group.streamed:
             return None
         return cuda_events.of(argument(args, kwargs, self.tensor_place, self.tensor))

@@ -1,10 +1,10 @@
-"""What differs between the releases of torch, from 2.6 on, that this package supports: all of it.
+"""All differences between the releases of torch, from 2.6 on, that matter to this package.
 
-Whoever meets a torch that lacks or adds something writes it down here.
-tests/instrumentation/test_torch_api.py holds each entry against the torch that is installed.
-Imports no torch.
+Runs in workers, called by the modules that depend on a release. If a release lacks or adds
+something, write it down here; tests/instrumentation/test_torch_api.py checks each entry against the
+installed torch. Importing this module imports no torch.
 
-What else changed, and needs nothing of us: `torchrun` takes a free port on one machine from 2.12
+Other changes, which need no code here: `torchrun` takes a free port on one machine from 2.12
 on, as `--standalone` does. DDP's `broadcast_buffers` became `forward_sync_buffers` in 2.13, and the
 old name warns. In 2.15 "nccl" is a new implementation, which is "nccl2" in 2.14; the old one is
 "nccl-legacy" there, or TORCH_DIST_USE_NCCL2=0.
@@ -16,15 +16,15 @@ from collections.abc import Callable
 from typing import Any
 
 OLDEST = (2, 6)
-# Before this release, destroy_process_group may hang: it frees the group while it holds the
-# interpreter's lock, and gloo's threads, for which that waits, may want it. Plain torch 2.6 and 2.7
-# hung in 11 and 15 of 60 runs that did one all_reduce and left; 2.9 in none.
+# Before this release, destroy_process_group may hang: it frees the group while it holds the GIL,
+# and that waits for gloo's threads, which may want the GIL. Plain torch 2.6 and 2.7 hung in 11 and
+# 15 of 60 runs that did one all_reduce and left; 2.9 in none.
 LEAVING_IS_SAFE = (2, 9)
 # From this release on (2.8 was not tried), the store takes a socket that listens already, also with
 # libuv, its default.
 STORE_TAKES_A_SOCKET = (2, 9)
 
-# Public functions of torch.distributed that not every release has: the first that does.
+# Public functions of torch.distributed that not every release has, with the first that does.
 SINCE = {
     "all_gather_single": (2, 13),
     "gather_into_tensor": (2, 14),

@@ -11,7 +11,7 @@
                               ▼
               Run (run.py) ─► printed by rank, explained (diagnose.py), drawn (plots/)
 
-Runs in the parent, in the thread of the cell.
+Runs in the parent, in the thread of the cell that calls it.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def launch(
 
     Each rank is a fresh operating-system process that sees the variables torchrun sets: RANK,
     LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR, MASTER_PORT and
-    OMP_NUM_THREADS. The function joins the process group itself; nothing does it in secret.
-    A rank ends as a script does: when its function has returned, its threads (but daemons) have
+    OMP_NUM_THREADS. The function joins the process group itself; `launch` does not do it.
+    A rank ends as a script does: when its function has returned, its threads (except daemons) have
     ended and its atexit handlers have run. `timeout` holds until then.
 
     Parameters
@@ -86,18 +86,19 @@ def launch(
         Environment variables on top of the present ones and torchrun's.
     timeout : float or None
         Seconds without progress on any rank after which the run is given up as hung. Progress is a
-        line printed, or a span, a collective or a step of an optimizer that ends. A run that moves
-        is never cut short; but a loop or a call that takes longer and shows none of these is. None:
-        never. That no rank can go on any more, by their calls, is said in seconds in any case.
+        line printed, or the end of a span, a collective or a step of an optimizer. A run that makes
+        progress is never given up; one in which a loop or a call shows none of these for longer is.
+        None sets no limit. If the ranks' calls prove that none can go on, the run ends within
+        seconds in any case.
     check : bool
         Raise an error if a rank fails. False returns the same record instead.
     profile : bool
         Run the function under torch.profiler and add what it saw of communication: when gloo's
         threads (lane "gloo") or NCCL's kernels (lane "nccl") were at work. It costs time and
-        memory. If the function uses the profiler itself, that one counts, and this is missing.
+        memory. If the function uses the profiler itself, these events are missing.
     start_method : {"forkserver", "spawn"}, optional
-        How processes start. forkserver is fast, and the default on Linux; spawn works everywhere,
-        and is taken where a variable that is only read when a process starts, such as
+        How processes start. forkserver is fast, and the default on Linux; spawn works everywhere.
+        `launch` uses spawn if a variable that is only read when a process starts, such as
         TORCH_CPP_LOG_LEVEL or PYTHONHASHSEED, has changed since the forkserver was started.
     cluster : ipyparallel.Client, optional
         Run the ranks on the engines of an ipyparallel cluster, one on each, `nprocs` on each of
@@ -112,7 +113,7 @@ def launch(
     Raises
     ------
     BadLaunch
-        The arguments make no sense, or memory does not carry so many ranks; nothing was started.
+        The arguments make no sense, or so many ranks do not fit in memory; nothing was started.
     CannotSend
         The function, an argument or a return value cannot be pickled.
     WorkerFailed, WorkerDied, WorkersHung
@@ -173,7 +174,7 @@ def _carry_out(
         group.end()
         run = _record(packed, group, hung_after=hung_after)
     _show_output(run)
-    if interrupts.count:  # when it had ended
+    if interrupts.count:  # Stop was pressed when the run had ended
         print("Stopped.")
     return run
 

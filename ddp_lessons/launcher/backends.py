@@ -1,6 +1,7 @@
-"""Which backend suits a number of ranks. Runs in the parent.
+"""`recommend_backend`: which backend suits a number of ranks.
 
-A rank is asked what it sees, so that the notebook's kernel never touches CUDA.
+Runs in the parent, called by learners. It launches a rank that looks for GPUs, so that the
+notebook's kernel never touches CUDA.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The panel that a cell shows while a run of over a second goes on; gone when the run has ended.
+"""The panel that a cell shows while a run takes longer than a second; removed when the run ends.
 
-Runs in the parent, in the thread of the cell. Off outside notebooks and where DDP_LESSONS_LIVE=0,
-which is set when notebooks are stored or tested: there a panel would only be noise. Off, too, where
-`hidden` says that there is no cell to show it.
+Runs in the parent, in the thread of the cell; launcher/api.py creates it, the watchdog updates it.
+It is off outside notebooks, where DDP_LESSONS_LIVE=0 (set when notebooks are stored or tested), and
+where `hidden` is set because there is no cell to show it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ddp_lessons.system.notebook import is_live
 
 FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
 MOST = 120  # characters of a line
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, of which HTML knows nothing
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, which HTML does not know
 hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 

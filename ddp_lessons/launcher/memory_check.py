@@ -1,7 +1,7 @@
-"""How many ranks the memory of this machine carries.
+"""Refuses more ranks than fit in the memory of this machine.
 
-Runs in the parent: `launch` asks before it starts ranks, `ddp-lessons doctor` tells. Within a
-container, as on Binder, its limits count, not the machine's memory.
+Runs in the parent: `launch` checks before it starts ranks, `ddp-lessons doctor` reports it. Within
+a container, as on Binder, its limits count, not the machine's memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ddp_lessons.text import count
 class Needs(NamedTuple):
     """Bytes of memory of its own that a rank takes. Measured with torch 2.13 on Linux."""
 
-    least: int  # to join a group and leave it: 14 MB forked, 145 MB with an interpreter of its own
+    least: int  # to join a group and leave it: 14 MB forked, 145 MB as a new interpreter
     usual: int  # to train a small model with DDP
 
 
@@ -29,7 +29,7 @@ def check(ranks: int, start_method: str) -> str:
     Raises
     ------
     BadLaunch
-        They need more memory than is left, whatever they do.
+        The ranks need more memory than is left, whatever they do.
     """
     available, needs = available_memory(), NEEDS[start_method]
     if ranks * needs.usual <= available:

@@ -1,7 +1,7 @@
-"""Watching the ranks of a run from the parent: pump their pipes, see who is stuck, stop them.
+"""Watches the ranks of a run: reads their pipes, notices failures and hangs, stops them.
 
-`Watch` works in the cell's own thread until every process has ended. It decides only *that* a run
-has failed or hangs; `diagnose.py` says why.
+launcher/api.py runs the `Watchdog` in the parent, in the cell's own thread, until every process has
+ended. It decides only *that* a run has failed or hangs; `diagnose.py` says why.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ddp_lessons.wire import stacks
 from ddp_lessons.wire.messages import STACK_SIGNAL
 
 START = 120.0  # seconds that a new process may take until it calls the function
-TICK = 0.1  # seconds between two looks at the clock
+TICK = 0.1  # seconds between two checks of the clock
 GRACE = 1.0  # seconds that the others get after the first failure
 QUIET = 1.0  # seconds without progress after which to ask whether anything can still move
-LOOKING = 5  # times as long as that takes is waited before it is asked again
-FROZEN = 2.0  # seconds in which this thread did nothing: with it, all was frozen
+LOOKING = 5  # times the duration of that check pass before the next one
+FROZEN = 2.0  # seconds in which this thread did not run: then everything was frozen
 SUSPECT = 5.0  # seconds without progress after which the panel says so
 
 Ladder = Sequence[tuple[signal.Signals, float]]  # signals, and the seconds each is given
@@ -31,9 +31,9 @@ AFTER_INTERRUPT: Ladder = ((signal.SIGINT, 2.0), *AFTER_FAILURE)
 
 
 class Watchdog:
-    """The watch over the ranks of one run.
+    """Watches the ranks of one run.
 
-    `on_tick` is called about ten times a second, with what is suspected: "" mostly.
+    It calls `on_tick` about ten times a second, with its suspicion as text, "" mostly.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Watchdog:
     def until_ended(self, timeout: float) -> float | None:
         """Watch until every process has ended, then return None.
 
-        After the first failure the others are stopped. Returns the seconds without progress if the
-        run was given up as hung: after `timeout`, or sooner where nothing can move any more. Where
-        all was frozen for a while, as in a paused container, the timeout begins anew. Raises
-        KeyboardInterrupt; then all are still to be stopped.
+        After the first failure it stops the others. Returns the seconds without progress if the
+        run was given up as hung: after `timeout`, or sooner if nothing can move any more. After a
+        freeze of everything, as in a paused container, the timeout begins anew. Raises
+        KeyboardInterrupt; then the caller must stop the ranks.
         """
         failed_at: float | None = None
         look_at = 0.0
@@ -127,23 +127,23 @@ class Watchdog:
 
     def take_stacks(self) -> None:
         """Have every rank print its Python stack, also those that are blocked in C++."""
-        asked = [worker for worker in self.alive if worker.started_ns is not None]
-        for worker in asked:
+        workers = [worker for worker in self.alive if worker.started_ns is not None]
+        for worker in workers:
             worker.stack_text = ""
             worker.send_signal(STACK_SIGNAL)
         deadline = time.monotonic() + self._group.stack_wait
         seen, since = "", time.monotonic()
         while time.monotonic() < deadline and not self._interrupts.hurry:
             self.pump(0.01)
-            text = "".join(worker.stack_text for worker in asked)
+            text = "".join(worker.stack_text for worker in workers)
             if text != seen:
                 seen, since = text, time.monotonic()
-            answered = all(worker.stack_text or not worker.alive for worker in asked)
+            answered = all(worker.stack_text or not worker.alive for worker in workers)
             if answered and time.monotonic() - since > self._group.settle:
                 return
 
     def _give_up(self) -> None:
-        """Stop a run that hangs, once it is known of each rank whether it is busy."""
+        """Stop a run that hangs, once the activity of each rank is known."""
         self._note_activity()
         deadline = time.monotonic() + 2 * CPU_SAMPLE_SECONDS
         while any(w.activity is None for w in self.alive) and time.monotonic() < deadline:
@@ -158,12 +158,12 @@ class Watchdog:
     def _nothing_can_move(self, timeout: float) -> bool:
         """True if every rank waits in a call of torch.distributed that can never return.
 
-        Proof are the ranks' recorded calls alone (`Calls.stuck_for_good`): a rank that has ended
-        meets nobody, nor do ranks that wait for each other in a ring. What else is seen of the
-        ranks only speaks against it, in case a call was made of which there is no record: they
-        compute, or would if they had a processor; data is on the way; a thread may call something.
-        For that they are asked where they are, which may disturb: so only if all else is proven.
-        Where a call gives up by itself before our timeout, that is the learner's to see.
+        Only the ranks' recorded calls can prove it (`Calls.stuck_for_good`): a rank that has ended
+        meets nobody, nor do ranks that wait for each other in a ring. Everything else can only
+        speak against it, in case a call was not recorded: a rank computes, or waits for a
+        processor; data is on the way; a thread may call something. To see the threads, the ranks
+        are asked for their stacks, which may disturb them, so this comes last. If a call gives up
+        by itself before our timeout, the learner should see that instead.
         """
         waiting = self.alive
         if any(w.started_ns is None for w in waiting):
@@ -184,13 +184,13 @@ class Watchdog:
 
 
 class _Sleep:
-    """How long this thread has neither run nor had reason to: it waits a tenth of a second only."""
+    """Measures how long this thread did not run; by itself it waits only a tenth of a second."""
 
     def __init__(self) -> None:
         self._looked, self._ran = time.monotonic(), time.thread_time()
 
     def seconds(self) -> float:
-        """The seconds since the last time that this was asked in which the thread did not run."""
+        """The seconds since the last call in which the thread did not run."""
         now, ran = time.monotonic(), time.thread_time()
         slept = (now - self._looked) - (ran - self._ran)
         self._looked, self._ran = now, ran

@@ -1,1 +1,1 @@
-"""Starting, reading and ending the processes of ranks. Runs in the parent and in engines."""
+"""Starts, reads and ends the processes of ranks. Runs in the parent and in engines."""

@@ -1,7 +1,7 @@
-"""One rank as its parent sees it, wherever its process runs, and all ranks of one run together.
+"""One rank as its parent sees it, and all ranks of a run: the base classes.
 
-Runs in the parent. `local.py` has the ranks of this machine, the package `cluster` those on the
-engines of a cluster.
+Runs in the parent, used by launcher/. local.py implements them for the ranks of this machine, the
+package `cluster` for those on the engines of a cluster.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from ddp_lessons.wire.messages import (
 from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
 from ddp_lessons.wire.task import RankInfo, Task
 
-UNKNOWN_EXIT = 255  # what multiprocessing makes of a forkserver that no longer answers
-CPU_SAMPLE_SECONDS = 0.4  # seconds, at least, over which use of the processor is measured
+UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
+CPU_SAMPLE_SECONDS = 0.4  # least time over which use of the processor is measured
 CHANNELS = MESSAGES, OUTPUT, STACKS = range(3)  # the pipes that come from a rank
 
 
@@ -54,12 +54,12 @@ class Worker(ABC):
         self.outcome: Returned | Raised | Unsendable | None = None
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
-        self.lost: ErrorRecord | None = None  # why nobody can tell how it ended
+        self.lost: ErrorRecord | None = None  # why it is unknown how it ended
         self.stopped = False  # the parent ended it
-        self.told_when_stopped = False  # its outcome came after that
-        self.activity: Activity | None = None  # what it did when it was stopped
-        self.queued = False  # when last noted, it stood in the queue for a processor for long
-        self.sending = False  # when last noted, data of its was on the way to another rank
+        self.outcome_after_stop = False  # its outcome came after the parent began to end it
+        self.activity: Activity | None = None  # what it did when last noted
+        self.queued = False  # when last noted, its threads had waited long for a processor
+        self.sending = False  # when last noted, its data was on the way to another rank
         self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
         self._decoder = Decoder()
 
@@ -74,13 +74,13 @@ class Worker(ABC):
 
     @property
     def failed(self) -> bool:
-        """True if the rank raised, died or returned what cannot be sent; not if it was stopped."""
+        """True if the rank raised, died or returned an unpicklable value; not if it was stopped."""
         if isinstance(self.outcome, Raised | Unsendable):
             return True
         return self.exitcode is not None and self.outcome is None and not self.stopped
 
     def take(self, channel: int, data: bytes) -> None:
-        """Take in what came through a pipe."""
+        """Take in data from a pipe."""
         if channel == STACKS:
             self.stack_text += data.decode("utf-8", errors="backslashreplace")
             return
@@ -92,15 +92,15 @@ class Worker(ABC):
 
     @abstractmethod
     def spans(self) -> Sequence[Span]:
-        """What is on its tape."""
+        """The spans in its buffer."""
 
     @abstractmethod
     def dropped(self) -> int:
-        """How many spans the tape did not keep."""
+        """How many spans the buffer did not keep."""
 
     @abstractmethod
     def note_activity(self) -> None:
-        """See whether the rank uses a processor, waits for one, or has data on the way."""
+        """Note whether the rank uses a processor, waits for one, or has data on the way."""
 
     @abstractmethod
     def send_signal(self, number: int) -> None:
@@ -111,10 +111,10 @@ class Worker(ABC):
         """Send a signal to the rank and its children, which share its process group."""
 
     def give_up(self) -> None:  # noqa: B027
-        """Count it as ended, where it may be that it never answers."""
+        """Count the rank as ended, if it may never answer."""
 
     def result(self, packed: Task, *, hung: bool) -> RankResult:
-        """What came of the rank, which has ended; `hung` if its run was given up for that."""
+        """The result of the rank, which has ended; `hung` if its run was given up as hung."""
         assert self.exitcode is not None
         assert self.ended_ns is not None
         status: Status = "stopped" if self.stopped else "died"
@@ -125,12 +125,12 @@ class Worker(ABC):
                 status, value, error = _loaded(data)
                 if self.stopped and status == "returned":
                     kept = stacks.what_keeps(self.stack_text, threads, packed.home)
-                    if kept is None and hung and not self.told_when_stopped:
+                    if kept is None and hung and not self.outcome_after_stop:
                         kept = stacks.Keeper(stacks.PROCESS, ())
                 if kept is not None:
                     status, stack = "stopped", kept.frames
             case Raised(_, record, _, data):
-                status = "raised" if not self.told_when_stopped else "stopped"
+                status = "raised" if not self.outcome_after_stop else "stopped"
                 error, exception = record, _exception(data)
             case Unsendable(_, type_name, reason):
                 status, error = "unsendable", ErrorRecord(type_name, reason, ())
@@ -169,7 +169,7 @@ class Worker(ABC):
                     self.clock = message
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):
                     self.outcome = message
-                    self.told_when_stopped = self.stopped
+                    self.outcome_after_stop = self.stopped
                     self.ended_ns = t_ns
 
 
@@ -208,7 +208,7 @@ class WorkerGroup(ABC):
 
     workers: Sequence[Worker]
     stack_wait = 0.5  # seconds that a rank has to print its stack
-    settle = 0.03  # seconds of silence after which a stack is taken to be complete
+    settle = 0.03  # seconds without new text after which a stack counts as complete
 
     def __init__(self) -> None:
         self.begin_ns = time.perf_counter_ns()
@@ -238,16 +238,16 @@ class WorkerGroup(ABC):
         """Take in what the ranks sent, waiting at most `seconds` for something to come."""
 
     def spans(self) -> list[Sequence[Span]]:
-        """What is on the ranks' tapes now, by rank."""
+        """The spans in the ranks' buffers now, by rank."""
         return [worker.spans() for worker in self.workers]
 
     @abstractmethod
     def out_of_memory(self) -> bool | None:
-        """Whether a system killed a process meanwhile for want of memory; None if unknown."""
+        """Whether a system ran out of memory and killed a process meanwhile; None if unknown."""
 
     def end(self) -> None:  # noqa: B027
-        """All ranks have ended: bring what is known of them to one clock, the notebook's."""
+        """Put all times on the notebook's clock. Called once all ranks have ended."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back what the run held."""
+        """Release what the run held."""

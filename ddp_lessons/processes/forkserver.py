@@ -1,11 +1,11 @@
-"""The one piece of state of the package: its forkservers.
+"""The package's only module-level state: its forkservers.
 
-Runs in the parent. A forkserver is a process that forks workers; it ends with the parent, however
-that ends. The warm one has torch imported and forks a worker in milliseconds (`preload.py` says
-what it imports). The bare one forks processes that become new interpreters at once, for the start
-method "spawn". Both adopt what their ranks leave behind. They are multiprocessing's, but of our
-own: the one that the library shares may have been started by the learner's code, and what that
-leaves behind is not ours to end.
+Runs in the parent, called by local.py. A forkserver is a process that forks workers; it ends with
+the parent, however that ends. The warm one has torch imported (`preload.py`) and forks a worker in
+milliseconds. The bare one forks processes that become new interpreters at once, for the start
+method "spawn". Both adopt the processes that their ranks leave behind. They are multiprocessing's,
+but not the one that the library shares: the learner's code may have started that, and its leftover
+processes are not ours to end.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 # What a forkserver imports.
 WARM, BARE = "ddp_lessons.worker.preload", "ddp_lessons.worker.preload_bare"
 
-# Variables that Python, the C library or torch read once, when a process starts. A worker forked
-# from a process that started with other values would not obey them.
+# Prefixes of variables that Python, the C library or torch read once, when a process starts. A
+# worker forked from a process that started with other values would ignore them.
 READ_AT_START = (
     "PYTHON",
     "LD_",
@@ -47,7 +47,7 @@ READ_AT_START = (
 # Importing scikit-learn sets these; they matter only to a process that has not loaded OpenMP yet.
 SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes (unix(7), sun_path)
-# What this process lacks, whatever the forkserver does.
+# Shortages of this process itself, which a new forkserver would not cure.
 OURS_TO_BEAR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
@@ -84,7 +84,7 @@ class Forkserver:
             before = self.pid
             _own_temporary_folder()  # even if it runs: it may end before the library looks
             resource_tracker.ensure_running()  # first, because starting it unblocks the interrupt
-            # Until it has a session of its own (preload.py), the notebook's interrupt would end it.
+            # Until preload_bare.py gives it its own session, the notebook's interrupt would end it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 self._server.ensure_running()
@@ -94,7 +94,7 @@ class Forkserver:
                 self.environment = dict(os.environ)
 
     def start(self, popen: Callable[[Any], Forked]) -> Forked:
-        """Have `popen` start a rank, given the forkserver. Raises OSError or EOFError if it does.
+        """Have `popen` start a rank by the forkserver. Raises what `popen` does: OSError, EOFError.
 
         If the forkserver does not answer, it is started anew, once.
         """
@@ -113,10 +113,10 @@ class Forkserver:
         return started
 
     def end_orphans(self) -> None:
-        """End what its dead ranks have left behind: its children that are no ranks.
+        """End the processes that dead ranks left behind: its children that are no ranks.
 
-        While another run of this process goes on (from another thread), its ranks may have children
-        of their own there; then the run that ends last does the work.
+        While another run of this process goes on (from another thread), some of them may belong to
+        its live ranks; then the run that ends last does the work.
         """
         with self._lock:
             self._ranks = {rank for rank in self._ranks if not reaper.has_ended(rank)}
@@ -124,7 +124,7 @@ class Forkserver:
                 reaper.end_all_children_of(self.pid)
 
     def forget(self) -> None:
-        """In a forked copy of its owner: let go of it, so that it ends when its owner does."""
+        """In a forked copy of its owner: close its pipe, so that it ends when its owner does."""
         if (descriptor := self._server._forkserver_alive_fd) is not None:
             os.close(descriptor)
 
@@ -154,7 +154,7 @@ def server(imports: str = WARM) -> Forkserver:
 
 
 def end_orphans() -> None:
-    """End what dead ranks have left behind, however they were started."""
+    """End the processes that dead ranks left behind, however the ranks were started."""
     with _changing:
         ours = [one for one in _servers.values() if one.owner == os.getpid()]
     for one in ours:
@@ -167,8 +167,8 @@ _IMPORTED_BY = os.getpid()
 def _own_temporary_folder() -> None:
     """Give multiprocessing a folder of this process's own for the forkserver's socket.
 
-    A child inherits its parent's, which would go with the child's forkserver. Somebody may have
-    removed it. And the path of a socket must be short.
+    A child inherits its parent's folder, which would be removed with the child's forkserver.
+    Somebody may have removed the folder. And the path of a socket must be short.
     """
     config: dict[str, Any] = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
     if multiprocessing.parent_process() is not None or os.getpid() != _IMPORTED_BY:
@@ -193,7 +193,7 @@ def warm_in_kernel() -> None:
 
 
 def warm() -> None:
-    """Start the warm forkserver if it does not run; it imports torch while we go on."""
+    """Start the warm forkserver if it does not run; it imports torch in the background."""
     server().ensure_running()
 
 
@@ -206,7 +206,7 @@ def environment_is_current(environment: Mapping[str, str]) -> bool:
 
 
 def start_method(overrides: Mapping[str, str]) -> str:
-    """How to start ranks that see the present variables, with `overrides` on top."""
+    """The start method for ranks that see the present variables, with `overrides` on top."""
     method = default_start_method()
     return (
         "spawn"

@@ -1,6 +1,7 @@
-"""The ranks of this machine: starting their processes, reading their pipes, ending them.
+"""The ranks of this machine: starts their processes, reads their pipes, ends them.
 
-Runs in the parent, and in the engines of a cluster, which do the same for their rank.
+Runs in the parent, called by launcher/; and in the engines of a cluster (cluster/engine.py), each
+for its one rank.
 """
 
 from __future__ import annotations
@@ -42,20 +43,20 @@ FORKSERVER_ENDED = ErrorRecord(
     "The next launch starts a new one.",
     (),
 )
-NEW_PYTHON = 30.0  # seconds that one may take to import torch
+NEW_PYTHON = 30.0  # seconds that a new Python may take to import torch
 CHUNK = 1 << 16  # bytes read from a pipe at once
-EVERY = 0.1  # seconds between two looks at all ranks
+EVERY = 0.1  # seconds between two checks of all ranks
 CONNECTED = ("01", "08")  # states of a TCP socket: ESTABLISHED, CLOSE_WAIT (tcp_states.h)
 PACKET = 1500  # bytes
-BUSY = 0.1  # share of the time noted: a rank that uses more of the processor computes
+BUSY = 0.1  # of the sampled time: a rank that uses the processor for more of it is busy
 
 
 class WorkerProcess(Worker):
-    """A rank whose process this one has started."""
+    """A rank whose process this process has started."""
 
-    def __init__(self, place: RankInfo, tapes: SpanBuffers) -> None:
+    def __init__(self, place: RankInfo, buffers: SpanBuffers) -> None:
         super().__init__(place)
-        self.tapes = tapes
+        self.buffers = buffers
         self.forkserver: int | None = None  # its process id
         self._progress = 0
         self._noted: tuple[float, float, float] | None = None  # when; seconds used and queued
@@ -77,22 +78,22 @@ class WorkerProcess(Worker):
         args: Sequence[Argument | PackedArgument],
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Start the process. Raises CannotSend, and starts nothing, if an argument can't travel.
+        """Start the process. Raises CannotSend, and starts nothing, if an argument won't pickle.
 
-        `check` is called before, and now and then while that takes time; it may raise.
+        `check` is called before, and now and then while the start takes time; it may raise.
         """
         from ddp_lessons.processes.rank_process import Forked, Replaced, Spawned
         from ddp_lessons.worker.main import run_rank
 
         check()
-        self.tapes.prepare(self.rank)
+        self.buffers.prepare(self.rank)
         pipes = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
         readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
         try:
             context: Any = multiprocessing.get_context(method)
             process = context.Process(
                 target=run_rank,
-                args=(task, self.place, tuple(args), *writers, self.tapes.sendable()),
+                args=(task, self.place, tuple(args), *writers, self.buffers.sendable()),
                 name=f"rank {self.rank}",
                 daemon=False,  # a daemon could not have children, such as a DataLoader's workers
             )
@@ -140,16 +141,16 @@ class WorkerProcess(Worker):
         reader.close()
         return False
 
-    def look_at_tape(self) -> None:
-        """See whether the rank has finished anything since the last time."""
-        progress = self.tapes.progress(self.rank)
+    def note_progress(self) -> None:
+        """Note whether the rank has finished anything since the last call."""
+        progress = self.buffers.progress(self.rank)
         if progress != self._progress:
             self._progress, self.moved_at = progress, time.monotonic()
 
     def poll(self) -> bool:
-        """See whether the process has ended; True at the moment when it has.
+        """See whether the process has ended; True once, when it has.
 
-        What it wrote before is taken in, and what it left of children is killed with its group.
+        Then take in what it wrote before, and kill the children that it left in its group.
         """
         if not self.alive or (code := self._process.poll()) is None:
             return False
@@ -159,7 +160,7 @@ class WorkerProcess(Worker):
             and self.exitcode == UNKNOWN_EXIT
             and reaper.ends_soon(self.forkserver)
         ):
-            # Nobody is left to tell how the rank ended, or whether it did.
+            # Without the forkserver it is unknown how the rank ended, or whether it did.
             self.lost = FORKSERVER_ENDED if self.outcome is None else None
             self.send_signal(signal.SIGKILL)
         self.signal_group(signal.SIGKILL)
@@ -200,7 +201,7 @@ class WorkerProcess(Worker):
 
     def send_signal(self, number: int) -> None:
         if number == STACK_SIGNAL and not catches(self.pid, number):
-            return  # the rank has become another program, by exec, which this would end
+            return  # the rank has become another program, by exec, which the signal would end
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -209,7 +210,7 @@ class WorkerProcess(Worker):
             os.killpg(self.pid, number)
 
     def close(self) -> None:
-        """Give back the file descriptors. The process must have ended."""
+        """Close the file descriptors. The process must have ended."""
         for reader in self.readers:
             reader.close()
         self._channels.clear()
@@ -217,14 +218,14 @@ class WorkerProcess(Worker):
             self._process.close()
 
     def spans(self) -> list[Span]:
-        return self.tapes.spans(self.rank)
+        return self.buffers.spans(self.rank)
 
     def dropped(self) -> int:
-        return self.tapes.dropped(self.rank)
+        return self.buffers.dropped(self.rank)
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal (proc(5), SigCgt); True if it cannot be told."""
+    """Whether a process has a handler for a signal (proc(5), SigCgt); True if that is unknown."""
     with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status:
         for line in status:
             if line.startswith("SigCgt:"):
@@ -235,9 +236,9 @@ def catches(pid: int, number: int) -> bool:
 def has_unsent_data(pid: int) -> bool:
     """Whether a process wrote data to TCP sockets that the other side has not received (Linux).
 
-    The kernel keeps it in the socket's send queue until then: proc_net_tcp, `tx_queue`. A packet or
-    less does not count. It is soon there, but its receipt may come later: where rank 0 asks its
-    store every 10 ms whether the others have joined, there is always some answer without one.
+    The kernel keeps it in the socket's send queue until then: proc_net_tcp, `tx_queue`. One packet
+    or less does not count: it arrives soon, but may be acknowledged later. While rank 0 asks its
+    store every 10 ms whether the others have joined, some answer is always unacknowledged.
     """
     inodes = set()
     for file in glob.iglob(f"/proc/{pid}/fd/*"):
@@ -253,7 +254,7 @@ def has_unsent_data(pid: int) -> bool:
 
 
 def queued_seconds(pid: int) -> float:
-    """How long a process's threads have stood ready to run without a processor (Linux; else 0).
+    """How long a process's threads have waited for a processor, ready to run (Linux; else 0).
 
     The second number of /proc/PID/task/TID/schedstat (kernel documentation, sched-stats).
     """
@@ -280,19 +281,19 @@ class Pump:
         for source in ready:
             if source in sources:
                 sources[source].read(source)
-        # A child that a spawned rank forked keeps its sentinel open: look at all now and then.
+        # A child forked by a spawned rank keeps the rank's sentinel open: poll all now and then.
         everyone = time.monotonic() - self._polled > EVERY
         for worker in alive if everyone else [ends[s] for s in ready if s in ends]:
             worker.poll()
         if everyone:
             for worker in alive:
                 if worker.alive:
-                    worker.look_at_tape()
+                    worker.note_progress()
             self._polled = time.monotonic()
 
 
 def _why_not_started(error: OSError | EOFError) -> str:
-    """What to do about it; where the error does not tell, what a new process of Python says."""
+    """What to do about it; where the error does not tell, why a new Python process fails."""
     if getattr(error, "errno", None) in forkserver.OURS_TO_BEAR:
         return "Use fewer ranks, or raise the limit (ulimit -a)."
     command = [sys.executable, "-c", "import multiprocessing.forkserver, cloudpickle, numpy, torch"]
@@ -309,7 +310,7 @@ def _why_not_started(error: OSError | EOFError) -> str:
 
 
 class LocalWorkerGroup(WorkerGroup):
-    """Ranks of this machine, which processes started by `start_method` run."""
+    """Ranks of this machine, whose processes are started by `start_method`."""
 
     def __init__(self, places: Sequence[RankInfo], start_method: str) -> None:
         super().__init__()
@@ -318,7 +319,7 @@ class LocalWorkerGroup(WorkerGroup):
         with contextlib.ExitStack() as stack:
             self._port = stack.enter_context(reserve_port())
             try:
-                tapes = stack.enter_context(contextlib.closing(SpanBuffers(len(places))))
+                buffers = stack.enter_context(contextlib.closing(SpanBuffers(len(places))))
             except OSError as error:
                 raise LaunchError(
                     "the memory in which ranks note what they do cannot be had for "
@@ -327,7 +328,7 @@ class LocalWorkerGroup(WorkerGroup):
                     "ranks."
                 ) from error
             self._held = stack.pop_all()
-        self.workers: Sequence[WorkerProcess] = [WorkerProcess(place, tapes) for place in places]
+        self.workers: Sequence[WorkerProcess] = [WorkerProcess(place, buffers) for place in places]
         self._pump = Pump(self.workers)
 
     def start(

@@ -1,7 +1,7 @@
-"""What one rank wrote to its stdout and stderr, kept in the parent within fixed bounds.
+"""What one rank wrote to its stdout and stderr, kept within fixed bounds.
 
-The parent feeds raw bytes from the rank's pipe. The first and the last part are kept, because the
-first lines say what the worker did and the last ones why it failed; the middle is only counted.
+Runs in the parent; base.py feeds the bytes from the rank's pipe. The buffer keeps the first part,
+which says what the worker did, and the last, which says why it failed; it only counts the middle.
 """
 
 from __future__ import annotations

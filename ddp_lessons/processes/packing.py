@@ -1,8 +1,8 @@
-"""Makes what travels to the ranks: pickles of the function and its arguments. Runs in the parent.
+"""Pickles the function and its arguments for the ranks.
 
-The function goes by cloudpickle, so it may come from a cell. The arguments may in addition be what
-`torch.multiprocessing.spawn` can pass: queues, locks, events, tensors in shared memory. What cannot
-travel is named in the error.
+Runs in the parent, called by launcher/api.py and the worker groups. cloudpickle also takes
+functions from a cell. The arguments may in addition be what `torch.multiprocessing.spawn` can pass:
+queues, locks, events, tensors in shared memory. The error names what cannot be pickled.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _why_not_function(fn: Callable[..., Any], error: Exception) -> str:
 
 
 def _used_by(fn: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """What a function drags along: (description, value) of its variables, self and defaults."""
+    """What is pickled with a function: (description, value) of variables, self and defaults."""
     used: list[tuple[str, Any]] = []
     owner = getattr(fn, "__self__", None)
     if owner is not None:

@@ -1,12 +1,12 @@
-"""Starting the process of a rank: forked by a forkserver, or a new interpreter.
+"""Starts the process of a rank: forked by a forkserver, or a new interpreter.
 
-Runs in the parent, for local.py. It is multiprocessing's way, one level below `Process.start`,
-which would show others more than is good for them. So a rank does not run the main script again, as
-functions travel by value; the variables of its interpreter are set in the rank only; and it is none
-of the `multiprocessing.active_children()` that the learner's code may wait for.
+Runs in the parent, called by local.py. It uses multiprocessing one level below `Process.start`,
+whose side effects reach other code. So a rank does not run the main script again, because functions
+are pickled by value; the variables of a new interpreter are set in the rank only; and the rank is
+none of the `multiprocessing.active_children()` that the learner's code may wait for.
 
-Where there is a forkserver, a new interpreter starts in a process that it forked, too: then what
-the rank leaves behind has somebody who adopts it.
+On Linux a new interpreter, too, starts in a process that a forkserver forked, which then adopts
+what the rank leaves behind.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from typing import Any
 
 from ddp_lessons.system import reaper
 
-NEEDED = 8  # descriptors for the moment of starting a rank
+NEEDED = 8  # descriptors that are open for a moment while a rank starts
 PATIENCE = 120.0  # seconds that the forkserver may take, which first imports torch
-PAUSE = 0.1  # seconds between two looks whether it still runs
-GO_ON = (  # after multiprocessing's forkserver._serve_one and spawn.spawn_main
+PAUSE = 0.1  # seconds between two checks whether it still runs
+GO_ON = (  # modelled on multiprocessing's forkserver._serve_one and spawn.spawn_main
     "import sys; from multiprocessing import forkserver, resource_tracker, spawn; "
     "forkserver._forkserver._inherited_fds = {received}; "
     "resource_tracker._resource_tracker._fd = {tracker}; "
@@ -47,7 +47,7 @@ GO_ON = (  # after multiprocessing's forkserver._serve_one and spawn.spawn_main
 )
 _close_fds: Any = util.close_fds  # type: ignore[attr-defined]
 _interpreter_flags: Any = util._args_from_interpreter_flags  # type: ignore[attr-defined]
-ENV = "/usr/bin/env"  # starts a program with more variables, as the same process
+ENV = "/usr/bin/env"  # becomes a program, by exec, with more variables
 
 
 class Forked(popen_forkserver.Popen):
@@ -64,7 +64,7 @@ class Forked(popen_forkserver.Popen):
         data = self._data(process)
         _make_sure_of_descriptors()
         self.sentinel, data_w = self._server.connect_to_new_process(self._fds)
-        # By the other end of this pipe the rank sees that its parent has ended.
+        # The rank holds the other end of this pipe, and so notices when its parent ends.
         parent_w = os.dup(data_w)
         self.finalizer = util.Finalize(self, _close_fds, (parent_w, self.sentinel))
         try:
@@ -86,9 +86,9 @@ class Forked(popen_forkserver.Popen):
         return _pickled(self, process)
 
     def _await_forkserver(self, descriptor: int, *, for_writing: bool) -> None:
-        """Wait for a pipe. Raises OSError if the forkserver does not go on.
+        """Wait for a pipe. Raises OSError if the forkserver has ended or does not answer.
 
-        A suspended one is killed: nothing comes of it, and its place is free for another.
+        A forkserver that does not answer, or is suspended, is killed, so that a new one can start.
         """
         waiting = [descriptor]
         deadline = time.monotonic() + PATIENCE
@@ -108,15 +108,15 @@ class Forked(popen_forkserver.Popen):
                 raise OSError(f"the forkserver did not answer for {PATIENCE:g} s")
 
     def poll(self, flag: int = os.WNOHANG) -> int | None:
-        """The exit code, or None. Two threads that read it at once would each get a part."""
+        """The exit code, or None. The lock keeps two threads from each reading a part of it."""
         with self._polling:
             return super().poll(flag)
 
 
 class Replaced(Forked):
-    """A rank's process: forked by a forkserver, where it becomes a new interpreter.
+    """A rank's process: forked by a forkserver, then a new interpreter by exec.
 
-    That has `variables` besides those of this process, and none of those of the forkserver.
+    It has this process's variables and `variables`, and none of the forkserver's.
     """
 
     def __init__(
@@ -139,13 +139,13 @@ class Replaced(Forked):
 
 
 class _Becomes:
-    """What a forkserver's child runs, in place of a process object of multiprocessing's."""
+    """What a forkserver's child runs in place of multiprocessing's process object."""
 
     def __init__(self, data: bytes, command: list[str], environment: dict[str, str]) -> None:
         self._data, self._command, self._environment = data, command, environment
 
     def _bootstrap(self, parent_sentinel: int) -> int:
-        """Become a new interpreter, which goes on with what this process was given."""
+        """Become a new interpreter, which runs the process object that this process was sent."""
         with tempfile.TemporaryFile() as file:
             file.write(self._data)
             file.seek(0)
@@ -156,13 +156,13 @@ class _Becomes:
             program = GO_ON.format(
                 received=received, tracker=tracker, data=file.fileno(), parent=parent_sentinel
             )
-            os.chdir("/")  # the first modules come from Python, not from files beside the notebook
+            os.chdir("/")  # import Python's own modules first, not files beside the notebook
             command = [*self._command, "-c", program, "--multiprocessing-fork"]
             os.execve(command[0], command, self._environment)
 
 
 class Spawned(popen_spawn_posix.Popen):
-    """A rank's process where there is no forkserver: a new interpreter with more `variables`."""
+    """A rank's process where there is no forkserver: a new interpreter with `variables` added."""
 
     _fds: list[int]
 
@@ -181,7 +181,7 @@ class Spawned(popen_spawn_posix.Popen):
             if self._variables:
                 command = [ENV, *(f"{n}={v}" for n, v in self._variables.items()), *command]
             passed = [*self._fds, child_r, child_w]
-            # Until it has a session of its own, the notebook's interrupt would end it.
+            # Until it has its own session, the notebook's interrupt would end it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 self.pid = util.spawnv_passfds(os.fsencode(command[0]), command, passed)
@@ -196,7 +196,7 @@ class Spawned(popen_spawn_posix.Popen):
 
 
 def _make_sure_of_descriptors() -> None:
-    """Raise OSError if too few files can be opened: multiprocessing leaves some open then."""
+    """Raise OSError if too few files can be opened, as multiprocessing would leave some open."""
     with contextlib.ExitStack() as stack:
         for _ in range(NEEDED // 2):
             _pipe(stack)

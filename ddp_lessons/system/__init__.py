@@ -1,1 +1,1 @@
-"""What the system and the notebook give: processes, memory, hosts, interrupts."""
+"""Helpers for the operating system and the notebook: processes, memory, hosts, interrupts."""

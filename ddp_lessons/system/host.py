@@ -1,4 +1,7 @@
-"""What a host is for others: its clock, its ports, and how they reach it."""
+"""Facts about this host: its clock, a free port, the address by which other hosts reach it.
+
+Parents, engines and ranks call it.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from collections.abc import Iterator
 LOOPBACK = "127.0.0.1"
 LOOPBACK_NAMES = (LOOPBACK, "localhost", "::1")
 LOOPBACK_INTERFACE = {"linux": "lo", "darwin": "lo0"}  # by sys.platform
-ANYWHERE = "192.0.2.1"  # an address for documentation (RFC 5737): the way to it is the default one
+ANYWHERE = "192.0.2.1"  # for documentation (RFC 5737): packets to it take the default route
 _PORT = 9  # nothing is sent there
 
 
 def network_id() -> str:
-    """What tells this process's network from others of the same machine, such as a container's."""
+    """The id of this process's network, as a container may have its own on the same machine."""
     try:
         return os.readlink("/proc/self/ns/net")
     except OSError:  # not Linux
@@ -24,25 +27,25 @@ def network_id() -> str:
 
 
 def own_address(towards: str | None) -> str | None:
-    """The own address of this host on the way to another one; None if it is connected to none.
+    """The address of this host on the route to another one; None if it has no network.
 
-    Where the way to it stays inside this machine, it is the address on the way to anywhere.
+    If that route stays inside this machine, the address on the default route.
     """
     for target in (towards, ANYWHERE):
-        found = _source(target) if target else None
-        if found is not None and not _is_loopback(found):
-            return found
+        address = _source(target) if target else None
+        if address is not None and not _is_loopback(address):
+            return address
     import psutil
 
     up = psutil.net_if_stats()
     return next(
-        (own for network_id, own in _addresses() if network_id in up and up[network_id].isup), None
+        (own for interface, own in _addresses() if interface in up and up[interface].isup), None
     )
 
 
 def interface_of(address: str) -> str | None:
     """The name of the network interface that holds an address of this host."""
-    return next((network_id for network_id, own in _addresses() if own == address), None)
+    return next((interface for interface, own in _addresses() if own == address), None)
 
 
 def _source(target: str) -> str | None:
@@ -50,7 +53,7 @@ def _source(target: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((target, _PORT))
-        except OSError:  # no way there, or no such host
+        except OSError:  # no route to it, or no such host
             return None
         return str(probe.getsockname()[0])
 
@@ -59,10 +62,10 @@ def _addresses() -> Iterator[tuple[str, str]]:
     """The interfaces, except loopback, and their IPv4 addresses."""
     import psutil
 
-    for network_id, addresses in psutil.net_if_addrs().items():
+    for interface, addresses in psutil.net_if_addrs().items():
         for one in addresses:
             if one.family == socket.AF_INET and not _is_loopback(one.address):
-                yield network_id, one.address
+                yield interface, one.address
 
 
 def _is_loopback(address: str) -> bool:
@@ -70,7 +73,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def clock_id() -> str:
-    """What tells this process's clock from others: the boot of the system, and its time namespace.
+    """The id of this process's clock: the boot of the system, and the time namespace.
 
     Containers of one machine share a clock (time_namespaces(7)).
     """

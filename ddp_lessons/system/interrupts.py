@@ -1,7 +1,7 @@
-"""A notebook's interrupts during a launch: counted, and heeded where nothing is half done.
+"""Counts a notebook's interrupts during a launch, and raises them only where that is safe.
 
-In the parent, in the thread of the cell. A KeyboardInterrupt that comes just anywhere could leave a
-process behind of which nobody knows, or the output of the ranks unseen.
+Runs in the parent, in the thread of the cell, used by launcher/. A KeyboardInterrupt at an
+arbitrary line could leave an unknown process behind, or lose the output of the ranks.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ class Interrupts:
 
     @property
     def hurry(self) -> bool:
-        """Somebody has pressed Stop again: there is no patience left."""
+        """True if Stop was pressed more than once: end the ranks without waiting."""
         return self.count > 1
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if there was an interrupt; or what the learner's handler raised.
 
-        Called where the launch can be stopped.
+        Call it where the launch can be stopped.
         """
         if self.count:
             raise self._raised or KeyboardInterrupt
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. One of the learner's own decides for itself what to do."""
+        """The signal handler. It calls the learner's own, if there is one, which decides."""
         if self._is_pythons_or_ours(self._before):
             self.count += 1
         if self._before is signal.default_int_handler:
@@ -48,7 +48,7 @@ class Interrupts:
             self._raised = error
 
     def _is_pythons_or_ours(self, handler: Any) -> bool:
-        """Not the learner's: Python's, a notebook's in an async cell, that of a launch around."""
+        """True for Python's handler, a notebook's in an async cell, and an outer launch's."""
         return (
             handler is signal.default_int_handler
             or isinstance(getattr(handler, "__self__", None), Interrupts)

@@ -1,6 +1,7 @@
-"""Memory: how much can still be used, whom the kernel ends first when it runs out, and that it did.
+"""Memory: how much is left, which process the OOM killer takes first, how often it has killed.
 
-Within a container, as on Binder, its limits count, not the machine's memory.
+Parents and engines ask; ranks offer themselves to the OOM killer. Within a container, as on Binder,
+its limits count, not the machine's memory.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ _COUNTS = ("/proc/vmstat", "/sys/fs/cgroup/memory.events")  # of the machine, of
 
 
 class _Files(NamedTuple):
-    """Where a version of Linux's control groups tells about memory."""
+    """The files in which a version of Linux's control groups reports memory."""
 
     root: Path
     limit: str
     usage: str
-    cache: str  # the line of memory.stat with what is given up before memory runs out
+    cache: str  # the line of memory.stat that counts what the kernel can still reclaim
 
 
 _VERSION_1 = _Files(
@@ -34,22 +35,22 @@ _GROUPS = Path("/proc/self/cgroup")
 
 
 def prefer_as_oom_victim() -> None:
-    """Have the kernel end this process first when memory runs out, not the notebook's (proc(5))."""
+    """Have the kernel kill this process before the notebook's if memory runs out (proc(5))."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:  # not Linux
         file.write(_FIRST_TO_END)
 
 
 def kills() -> int | None:
-    """How many it has killed so far; None where that cannot be read.
+    """How often the kernel has killed for want of memory so far; None if that cannot be read.
 
-    The counts overlap and stand for no number of processes: compare two readings.
+    The counts overlap, so the sum is no number of processes: compare two readings.
     """
-    found = []
+    counts = []
     for path in _COUNTS:
         with contextlib.suppress(OSError), open(path) as file:
             lines = (line.split() for line in file)
-            found += [int(words[1]) for words in lines if words[0] == "oom_kill"]
-    return sum(found) if found else None
+            counts += [int(words[1]) for words in lines if words[0] == "oom_kill"]
+    return sum(counts) if counts else None
 
 
 def available_memory() -> int:
@@ -72,7 +73,7 @@ def _left_within_limits(total: int) -> Iterator[int]:
 
 
 def _left(files: _Files, path: str, total: int) -> Iterator[int]:
-    """From the process's own group up to the root, where a container sees its own."""
+    """What each group leaves, from the process's own up to the root, which may be a container's."""
     own = files.root / path.lstrip("/")
     for group in (own, *own.parents):
         if group.is_relative_to(files.root):

@@ -1,4 +1,4 @@
-"""Whether this process is a notebook's kernel, and whether somebody looks at it."""
+"""Whether this process is a notebook's kernel, and whether a person is watching it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def in_kernel() -> bool:
 
 
 def is_live() -> bool:
-    """True in a kernel that somebody looks at; not if it runs to store a notebook, or to test it.
+    """True in a kernel that a person watches; False if it runs to store or test a notebook.
 
     There the environment variable DDP_LESSONS_LIVE is 0.
     """

@@ -1,12 +1,13 @@
-"""Ending what a rank left behind outside its own process group: children that called setsid.
+"""Ends what a rank left behind outside its own process group: children that called setsid.
 
-Linux hands the orphans of a dead rank to its nearest ancestor that asked for them: the forkserver
-asks (`preload_bare.py`). So after a run, its children are ranks that still live, and orphans. Where
-there is no forkserver, or no /proc, only a rank's own process group is ended.
+Parents, engines and forkservers call it. Linux hands the orphans of a dead rank to the nearest
+ancestor that asked for them: the forkserver asks (`preload_bare.py`). So after a run, the
+forkserver's children are ranks that still live, and orphans. Without a forkserver, or without
+/proc, only a rank's own process group is ended.
 
-One kind of orphan is not killed: torch_shm_manager, which torch starts where tensors are shared
-with the strategy "file_system". It alone knows the names of the shared memory, removes it when the
-last of the processes that use it is gone, and ends 2 s later. A signal would end it before that.
+One kind of orphan is not killed: torch_shm_manager, which torch starts if tensors are shared with
+the strategy "file_system". It alone knows the names of the shared memory, removes it when the last
+process that uses it is gone, and ends 2 s later. A signal would end it before that.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _MANAGER_ENDS = 10.0  # seconds that it may take after its 2, on a busy machine
 
 
 def adopt_orphans() -> None:
-    """Make this process the parent of what its descendants leave behind (prctl(2))."""
+    """Make this process the parent of the orphans of its descendants (prctl(2))."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -56,9 +57,9 @@ def _listening_path(descriptor: int) -> str | None:
 
 
 def remove_after(parent: int, path: str) -> None:
-    """Remove a socket's file; and if the parent process is gone, all of the folder that it made.
+    """Remove a socket's file; if the parent process is gone, remove the folder that it made.
 
-    A parent that was killed could not. One that lives keeps other sockets there.
+    A killed parent could not remove its folder. A live one keeps other sockets there.
     """
     with contextlib.suppress(OSError):
         os.unlink(path)
@@ -67,7 +68,7 @@ def remove_after(parent: int, path: str) -> None:
 
 
 def parent_of(pid: int) -> int | None:
-    """The process id of a process's parent; None if it cannot be told."""
+    """The process id of a process's parent; None if it is unknown."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return int(file.read().rpartition(")")[2].split()[1])
@@ -76,12 +77,12 @@ def parent_of(pid: int) -> int | None:
 
 
 def has_ended(pid: int) -> bool:
-    """True if the process is gone, or only waits to be reaped."""
+    """True if the process is gone, or is a zombie."""
     return (_state_of(pid) or "X") in "ZX"
 
 
 def _state_of(pid: int) -> str | None:
-    """A letter for what the process does (proc(5)); None if there is none."""
+    """The letter for the process's state (proc(5)); None if there is no such process."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0]
@@ -103,7 +104,7 @@ def is_suspended(pid: int) -> bool:
 
 
 def kill_and_wait(pid: int) -> None:
-    """End a child of this process, if it has not ended, and return when it has."""
+    """Kill a child of this process, if it has not ended, and return when it has."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     while not has_ended(pid):
@@ -111,9 +112,9 @@ def kill_and_wait(pid: int) -> None:
 
 
 def end_all_children_of(pid: int) -> None:
-    """End the children of a process, and those that become its children by that.
+    """Kill the children of a process, and their children, which it then adopts.
 
-    Shared memory is left to its managers, whose end is awaited.
+    Managers of shared memory are not killed; this waits for them to end.
     """
     for _ in range(_ROUNDS):
         if not end_children_of(pid):
@@ -144,7 +145,7 @@ def _children_of(pid: int) -> set[int]:
 
 
 def _is_manager(pid: int) -> bool:
-    """Whether it frees torch's shared memory; no longer where it only waits to be reaped."""
+    """Whether the process is a torch_shm_manager, and not a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             name, _, rest = file.read().partition("(")[2].rpartition(")")

@@ -1,7 +1,7 @@
-"""Reading files that somebody else may have made: only regular ones, and only so much of them.
+"""Reads files that somebody else may have made: only regular files, and only up to a size.
 
-Opening a FIFO waits for a writer, reading /dev/zero never ends, and opening a device may do
-something. Used where a script is recorded and where records are read.
+Opening a FIFO waits for a writer, reading /dev/zero never ends, and opening a device may have side
+effects. Ranks under torchrun read source files with it, the parent reads their records.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-MOST_SOURCE = 1 << 24  # bytes of a file of Python
+MOST_SOURCE = 1 << 24  # bytes of a source file
 
 
 @contextlib.contextmanager
@@ -25,7 +25,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[int]:
         raise ValueError("is no regular file")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was exchanged just now
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced just now
             raise ValueError("is no regular file")
         yield descriptor
     finally:

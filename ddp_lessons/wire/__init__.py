@@ -1,1 +1,1 @@
-"""What travels between a rank and its parent. Used by both; imports no torch."""
+"""Data that a rank and its parent exchange. Both processes import it; it imports no torch."""

@@ -1,9 +1,10 @@
-"""The facts that a rank of a script wrote down (torchrun.py), read back as from a stranger.
+"""Reads the facts that a rank under torchrun wrote down (worker/torchrun.py).
 
-Runs in the parent, for recorded_run.py. A folder may come from anybody, be cut off or half
-overwritten: every fact is checked for its type and size before it is used, and an error says in
-which file. Files that a record names are told apart: the lines of one are shown only if it is the
-one that ran, or is installed here. The others keep their names, marked so that nobody opens them.
+Runs in the parent, called by recorded_run.py. The folder may come from anybody, and its files may
+be truncated or half overwritten. So every fact is checked for type and size before it is used, and
+each error names its file. Facts also name source files: the lines of one are shown only if the
+file here is the one that ran, or is installed here. The names of the others are marked, so that
+nobody opens them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from ddp_lessons.system import regular_files
 from ddp_lessons.wire import owners
 from ddp_lessons.wire.records import ErrorRecord, Frame
 
-MOST_BYTES = 1 << 22  # of a file of facts, or of a stack
-MOST_FILES = 1000  # whose content is noted
+MOST_BYTES = 1 << 22  # of a file of facts or stacks
+MOST_FILES = 1000  # source files whose digests are read
 LARGEST = (1 << 63) - 1
 LONGEST_PATH = 4096  # characters
-MOST_CAUSES = 100  # exceptions that are kept of those that led to one
+MOST_CAUSES = 100  # exceptions kept of a chain
 DEEPEST_GROUP = 20
-SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records have not
+SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records lack
 
 
 class Fields:
-    """The fields of one fact. All raise ValueError where one is missing or of another type."""
+    """The fields of one fact. Each method raises ValueError if one is missing or mistyped."""
 
     def __init__(self, data: Any) -> None:
         if not isinstance(data, dict):
@@ -45,7 +46,7 @@ class Fields:
         return value
 
     def text(self, name: str) -> str:
-        """A text; what UTF-8 cannot say in it is replaced."""
+        """A string; characters that UTF-8 cannot encode are replaced."""
         value = self.data.get(name)
         if not isinstance(value, str):
             raise ValueError(f"is damaged: {name!r} is no text")
@@ -59,27 +60,27 @@ class Fields:
         return text
 
     def each(self, name: str) -> Iterator[Fields]:
-        """The members of a list; none where it is not there, as in an older record."""
+        """The members of a list; none if the record lacks the list, as an older one may."""
         value = self.data.get(name, [])
         if not isinstance(value, list):
             raise ValueError(f"is damaged: {name!r} is no list")
         return map(Fields, value)
 
     def within(self, name: str) -> Fields | None:
-        """The fields of what is named; None where it is not there."""
+        """The fields of a nested fact; None if there is none."""
         value = self.data.get(name)
         return None if value is None else Fields(value)
 
 
 class Sources:
-    """The files that a rank's record names. `digests`: SHA-256 of those that it ran, by name."""
+    """The source files that a rank's record names. `digests`: SHA-256 of those it ran, by name."""
 
     def __init__(self, digests: Mapping[str, str]) -> None:
         self._digests = digests
         self.name = functools.cache(self._name)
 
     def _name(self, filename: str) -> str:
-        """The name of a file; marked as recorded if its lines must not be shown from here."""
+        """The name of a file, marked as recorded unless its lines here may be shown."""
         ran = self._digests.get(filename)
         if ran is not None and ran == regular_files.digest(filename):
             return filename
@@ -88,7 +89,7 @@ class Sources:
 
 @contextmanager
 def of_file(file: Path) -> Iterator[None]:
-    """Have errors say in which file they are: all are ValueErrors then."""
+    """Turn an OSError or ValueError of the block into a ValueError that names the file."""
     try:
         yield
     except OSError as error:
@@ -99,34 +100,34 @@ def of_file(file: Path) -> Iterator[None]:
 
 def parse(data: bytes) -> tuple[Fields, Sources]:
     """The facts of a rank by their names, and the files that it ran."""
-    found: dict[str, Any] = {}
-    noted: list[Fields] = []
+    facts: dict[str, Any] = {}
+    files: list[Fields] = []
     for line in _before_zeros(data).decode(errors="replace").split("\n"):
         try:
             fact = json.loads(line)
         except (ValueError, RecursionError):
-            break  # the last line of a rank that was killed while it wrote it
+            break  # the last line: the rank was killed while it wrote it
         if not isinstance(fact, dict):
             raise ValueError("is damaged: a line is no fact")
         if "file" in fact:
-            noted.append(Fields(fact["file"]))
-        found.update(fact)
-    first = itertools.islice(noted, MOST_FILES)
-    return Fields(found), Sources({file.path("name"): file.text("sha256") for file in first})
+            files.append(Fields(fact["file"]))
+        facts.update(fact)
+    first = itertools.islice(files, MOST_FILES)
+    return Fields(facts), Sources({file.path("name"): file.text("sha256") for file in first})
 
 
-def told(data: bytes) -> str:
+def stack_text(data: bytes) -> str:
     """What faulthandler printed into a file."""
     return _before_zeros(data).decode(errors="replace")
 
 
 def _before_zeros(data: bytes) -> bytes:
-    """What was written, without the room that was reserved for more."""
+    """The data without the zeros that reserve room after it."""
     return data.partition(b"\0")[0]
 
 
 def error(raised: Fields, sources: Sources, depth: int = 0) -> ErrorRecord:
-    """An exception with the latest of those that led to it, and the parts of groups."""
+    """An exception with its latest causes and, if it is a group, its parts."""
     if depth > DEEPEST_GROUP:
         raise ValueError("is damaged: groups of exceptions in groups without end")
     chain = [raised]

@@ -1,8 +1,8 @@
-"""What travels from a worker to the parent, and how it is framed on the pipe.
+"""The messages that a worker sends to its parent, and how they are framed on the pipe.
 
 Both processes import this module. A worker calls `encode` and writes; the parent feeds what it
-read to a `Decoder` and gets whole messages back. One direction, one message type per fact. That a
-worker died needs no message: its pipes close.
+read to a `Decoder` and gets whole messages back. Messages go one way, one type per fact. A worker
+that dies sends none: its pipes close.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from ddp_lessons.wire.records import ErrorRecord
 
 _LENGTH = struct.Struct("<Q")
-# Asks a worker for its Python stack. Where there are real-time signals it is one of them, as the
-# others are the learner's; and not the last, which valgrind takes for itself.
+# The parent sends it to ask a worker for its Python stack. A real-time signal where there are any,
+# because the learner may use the others; not the last one, which valgrind uses.
 STACK_SIGNAL: int = signal.SIGRTMAX - 1 if hasattr(signal, "SIGRTMAX") else signal.SIGUSR1
 
 
@@ -54,8 +54,8 @@ class Clock:
 class Returned:
     """The function returned; `value` is its pickle.
 
-    The process ends only after `threads`, those of the learner's that still run: their names by
-    their identifiers.
+    `threads` are the learner's threads that still run, their names by identifier: the process waits
+    for them before it ends.
     """
 
     t_ns: int
@@ -105,7 +105,7 @@ class Decoder:
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 return
-            # The bytes come from a worker of this run over a private pipe: DESIGN, Security.
+            # Safe to unpickle: the bytes come from a worker of this run, over a private pipe.
             body = bytes(memoryview(self._buffer)[_LENGTH.size : end])
             del self._buffer[:end]
             yield pickle.loads(body)

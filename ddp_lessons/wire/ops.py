@@ -1,9 +1,9 @@
-"""What calls and groups are called in spans: the functions of torch.distributed, and DDP's own.
+"""The names of calls and groups in spans: torch.distributed's functions, and DDP's own calls.
 
-Used by both processes.
+Ranks record spans under these names; the parent finds and explains them by the same names.
 """
 
-# The public functions, and the parameter whose bytes count as one rank's piece.
+# The public functions, each with the parameter whose bytes are recorded as one rank's piece.
 COLLECTIVES = {
     "all_gather": "tensor",
     "all_gather_coalesced": "input_tensor_list",
@@ -33,26 +33,26 @@ SENDS = {"send": "tensor", "isend": "tensor", "send_object_list": ""}
 RECVS = {"recv": "tensor", "irecv": "tensor", "recv_object_list": ""}
 ISSUED = ("irecv", "isend")  # they return before the work is done
 
-# The root has what the others get, or gets what they have.
+# The root sends to all other ranks, or receives from them.
 FROM_ROOT = ("broadcast", "broadcast_object_list", "scatter", "scatter_object_list")
 TO_ROOT = ("gather", "gather_into_tensor", "gather_object", "gather_single", "reduce")
 
-# All ranks must pass as much data of the same type, or the call fails or mixes up the numbers.
+# All ranks must pass equally many elements of the same type, or the call fails or mixes them up.
 LIKE = (
     "all_gather", "all_gather_into_tensor", "all_gather_single", "all_reduce", "broadcast",
     "gather", "gather_into_tensor", "gather_single", "reduce", "reduce_scatter",
     "reduce_scatter_single", "reduce_scatter_tensor",
 )  # fmt: skip
 
-# In which each rank exchanges data with the root only; in which the root's data is passed on.
+# DIRECT: each rank exchanges data with the root only. BY_TREE: ranks pass the root's data on.
 DIRECT = ("gather", "gather_into_tensor", "gather_single", "scatter")
 BY_TREE = ("broadcast", "broadcast_object_list", "scatter_object_list")
 
 MAKES_GROUP = ("new_group", "split_group", "shrink_group")
 JOINING = ("init_process_group", *MAKES_GROUP)
 GROUP_CALLS = (*JOINING, "destroy_process_group")
-SOME_RANKS = "some ranks"  # the group of a call that need not be made by all
-OWN_WORLD = "own world of rank"  # in the name of a group: it is not known which ranks are in it
+SOME_RANKS = "some ranks"  # the group of a call that not every rank needs to make
+OWN_WORLD = "own world of rank"  # in the name of a group whose ranks are unknown
 
-DDP_CALLS = {"backward", "DistributedDataParallel"}  # in which DDP makes its own collectives
+DDP_CALLS = {"backward", "DistributedDataParallel"}  # within them DDP makes its own collectives
 WAIT_FOR_BUCKETS = "wait for buckets"  # the name of the span in which backward only waits

@@ -1,8 +1,8 @@
-"""Whose code a file holds: the learner's, an installed package's, or Python's, torch's or ours.
+"""Decides whose code a file holds: the learner's, a package's, or Python's, torch's or ours.
 
-Explanations show the learner's lines, and whether a thread may be the learner's decides whether a
-run is taken to hang. So what cannot be told to be somebody else's is the learner's. Used in both
-processes; imports no torch.
+Explanations show the learner's lines, and a run counts as hung only if no thread of the learner's
+can go on. So a file of unknown owner counts as the learner's. Ranks use it to find call sites, the
+parent to read stacks; it imports no torch.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from enum import StrEnum
 from typing import Any
 
 _HERE = os.path.realpath(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
-# Of any host: an engine's paths are not those of the notebook.
+# These match paths of any host, because an engine's differ from the notebook's.
 _IN_PACKAGE = re.compile(r"^(?P<root>.*/(?:site|dist)-packages/)(?P<name>[^/]+?)(?:\.py)?(?:/|$)")
 _IN_STDLIB = re.compile(r"^.*/lib(?:64)?/python3\.\d+t?/")
-# What libraries name the code that they make.
+# File names that libraries give to the code that they generate.
 _GENERATED = (
     "<frozen ", "<attrs generated ", "<decorator-gen-", "<eval_with_key>", "<__array_function__ ",
 )  # fmt: skip
@@ -43,10 +43,10 @@ _NOT_A_HOME = ("torch", "functorch", "torchgen", "ddp_lessons")
 
 
 class Owner(StrEnum):
-    """Whose code a frame is in: the learner's, an installed package's, or what runs it.
+    """Whose code a frame is in.
 
-    A library is Python's own, torch or this package. What cannot be told to be one of the others is
-    the learner's.
+    LIBRARY is Python, torch or this package, PACKAGE any other installed package, and LEARNER all
+    the rest.
     """
 
     LEARNER = "learner"
@@ -56,7 +56,7 @@ class Owner(StrEnum):
 
 @functools.lru_cache(4096)
 def owner_of(filename: str, home: str | None = None) -> Owner:
-    """Whose file it is; that of the package `home` is the learner's. See Owner."""
+    """The owner of a file. Files of the installed package `home` count as the learner's."""
     filename = unmarked(filename)
     if not filename or filename.startswith(_GENERATED):
         return Owner.LIBRARY
@@ -74,7 +74,7 @@ def owner_of(filename: str, home: str | None = None) -> Owner:
 
 
 def recorded(filename: str) -> str:
-    """A file's name, marked as one from a record, of which nothing is to be read here."""
+    """The name of a file from a record, marked so that nobody reads a file of that name here."""
     return f"{_RECORDED}{filename}{_RECORDED_END}"
 
 
@@ -86,7 +86,7 @@ def unmarked(filename: str) -> str:
 
 
 def is_installed_here(filename: str) -> bool:
-    """Whether a file is Python's own, or was installed here: anybody may see what is in it."""
+    """Whether a file belongs to Python or to a package installed here: its lines are public."""
     path = os.path.realpath(filename)
     return path.endswith(".py") and path.startswith((_HERE, _torch(), STDLIB, *ROOTS))
 
@@ -109,7 +109,7 @@ def is_at_home(filename: str, home: str | None) -> bool:
 
 
 def _package_of(filename: str) -> str | None:
-    """The installed package, or module, that holds a file: what its path has first."""
+    """The installed package or module that holds a file: what follows site-packages in its path."""
     path = os.path.realpath(filename)
     for root in ROOTS:
         if path.startswith(root):
@@ -128,7 +128,7 @@ def is_stdlib(filename: str) -> bool:
 
 @functools.cache
 def _torch() -> str:
-    """The folder of torch, which is not imported for that."""
+    """The folder of torch, found without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return _HERE

@@ -1,10 +1,9 @@
-"""Pickles of functions, arguments and values: cloudpickle's, with the code's file names kept.
+"""Pickles functions, arguments and values with cloudpickle, but keeps the file names of code.
 
-Used wherever this package pickles, in both directions. cloudpickle 3.1.3 and newer send code
-without the name of its file, by which tracebacks, stacks and recorded calls find the learner's
-line. Here every code object, also one nested in another, travels with its name. Code that no file
-holds (a cell below `%%time`, `python -c`) gets the name under which its text is kept, if that is
-known (unfiled.py).
+The parent and the workers pickle with it. cloudpickle 3.1.3 and newer drop the file name of a code
+object; tracebacks, stacks and recorded calls need it to find the learner's line. Here every code
+object keeps it, also one nested in another. Code without a file (a cell below `%%time`,
+`python -c`) gets the name under which linecache has its text, if unfiled.py finds that.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ def _reduce(code: types.CodeType) -> tuple[Any, ...]:
 
 
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle's pickler, for code whose lines are to be found again."""
+    """cloudpickle's pickler, except that code keeps its file name and first line."""
 
-    # If cloudpickle has another way of its own, names are lost: doctor sees that.
+    # If cloudpickle reduces code in another way, names are lost; `ddp-lessons doctor` reports that.
     dispatch_table: ClassVar = ChainMap(
         {types.CodeType: _reduce} if _reduce_code else {}, cloudpickle.Pickler.dispatch_table
     )
@@ -46,7 +45,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
 def dumps(value: Any, pickler: type[Pickler] = Pickler) -> bytes:
     """The pickle of a value. `pickle.loads` reads it where this package can be imported."""
     if (main := sys.modules.get("__mp_main__")) is not None:
-        cloudpickle.register_pickle_by_value(main)  # a child's name for the script; ranks lack it
+        cloudpickle.register_pickle_by_value(main)  # the script, in a child; ranks cannot import it
     buffer = io.BytesIO()
     pickler(buffer).dump(value)
     return buffer.getvalue()

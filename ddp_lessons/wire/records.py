@@ -1,4 +1,4 @@
-"""What is known of a rank, as plain data: spans, stack frames, errors. Used by both processes."""
+"""Plain data about a rank: spans, stack frames, errors. Workers make it, the parent reads it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Lane(StrEnum):
-    """Whose time a span is of; threads besides the main one have lanes "thread 1" and so on."""
+    """The row of the timeline that a span is on; more threads are on "thread 1" and so on."""
 
     PROCESS = "process"
     MAIN = "main"
@@ -20,11 +20,11 @@ class Lane(StrEnum):
     NCCL = "nccl"
     CUDA = "cuda"
 
-    __repr__ = str.__repr__  # a printed span shows what is compared: 'main'
+    __repr__ = str.__repr__  # a printed span shows 'main', as one would compare it
 
 
 class Kind(StrEnum):
-    """What a span is; stored by their order (span_buffer.py)."""
+    """What a span shows. span_buffer.py stores a kind as its position here."""
 
     COMPUTE = "compute"
     ISSUE = "issue"
@@ -36,7 +36,7 @@ class Kind(StrEnum):
     __repr__ = str.__repr__
 
 
-IN_FLIGHT = (Lane.COMM, Lane.BUCKETS)  # where it is chance whether one span holds another
+IN_FLIGHT = (Lane.COMM, Lane.BUCKETS)  # lanes whose spans overlap by chance, without nesting
 PROFILED = (Lane.GLOO, Lane.NCCL)  # what torch.profiler saw of the same communication
 NOT_OF_A_THREAD = (Lane.PROCESS, Lane.STEPS, *IN_FLIGHT, *PROFILED, Lane.CUDA)
 
@@ -76,7 +76,8 @@ class Span(NamedTuple):
     peer : int or None
         The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
     tensor : str or None
-        The dtype and shape of the call's tensor: "float32 (2, 3)"; of a list, "2 x " its first's.
+        The dtype and shape of the call's tensor: "float32 (2, 3)"; of a list of two, "2 x float32
+        (2, 3)" with those of the first.
     site : str or None
         The learner's line that made the call: its file, a colon and the line's number.
     failed : bool
@@ -151,5 +152,5 @@ class ErrorRecord:
         return line if len(line) <= MOST_SUMMARY else f"{line[:MOST_SUMMARY]}..."
 
 
-# The types of error records that no rank made: what had started it was gone.
+# `type_name` of the errors that the parent makes when the process that started a rank is gone.
 FORKSERVER, ENGINE = "ForkserverEnded", "EngineLost"

@@ -1,4 +1,4 @@
-"""The folder in which the ranks of a script are recorded: what is in it. Used by both processes."""
+"""Constants of the folder in which ranks under torchrun record. Writer and reader import them."""
 
-VARIABLE = "DDP_LESSONS_RECORD"  # the variable of the environment that names the folder
-VERSION = 2  # of its files
+VARIABLE = "DDP_LESSONS_RECORD"  # the environment variable that names the folder
+VERSION = 2  # of the format of its files

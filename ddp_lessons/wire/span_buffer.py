@@ -1,18 +1,20 @@
-"""The tape: shared memory in which a rank writes its spans while it works, read by the parent.
+"""The span buffer: shared memory into which a rank writes its spans, and which the parent reads.
 
-Nothing is sent and nobody is woken, so writing costs under a microsecond; and what is written stays
-readable when the rank is killed, with the call that it was in still open. One file in memory
-serves all ranks of a run, a region for each:
+Writing costs under a microsecond, because the rank sends nothing and wakes nobody. Spans stay
+readable when the rank is killed, and the call that it was in stays open. One file in memory serves
+all ranks of a run, a region for each:
 
     head: progress, spans dropped, bytes of text
     text: every name once, as its length and UTF-8
     spans: RECORD by RECORD; t0_ns is 0 where nothing is written yet
 
-The file is sparse. A rank that wrote where the system has no room for a page would be ended by
-SIGBUS, so room is reserved piece by piece before it is used; where there is none left, later spans
-are dropped and counted, as on a full tape. Readers map nothing: they would be ended, too.
+The file is sparse. A rank that wrote to a page for which the system has no room would die of
+SIGBUS, so it reserves room piece by piece before it uses it. If none is left, it drops and counts
+later spans, as when the buffer is full. Readers use pread and map nothing, because SIGBUS could
+end them, too.
 
-Imported by both processes: `SpanBuffers` is the parent's side, `Tape` the worker's.
+Imported by both processes: the worker writes with `SpanWriter`, the parent reads with
+`SpanBuffers`; recorded_run.py reads a .tape file of a script with `read_file`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from typing import Any, NamedTuple
 from ddp_lessons.wire.records import Kind, Lane, Span
 
 MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
-SPARE = 64  # records beyond them for what is open: a hang is seen also on a full tape
+SPARE = 64  # extra slots for open spans, so that a hang stays visible when the buffer is full
 LONGEST_NAME = 200  # bytes
 KINDS = {kind.value: number for number, kind in enumerate(Kind)}
 
@@ -42,7 +44,7 @@ _T1, _STEP, _SEQ = 1, 2, 3  # words of it
 # nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
 _TAIL = struct.Struct("=qiiIIIIIIBBxxxxxx")
 RECORD = struct.Struct(_HEAD + _TAIL.format[1:])
-_PEER_NUMBER, _GROUP, _SITE = 6, 9, 12  # places in a record that is read
+_PEER_NUMBER, _GROUP, _SITE = 6, 9, 12  # positions in an unpacked record
 _TAIL_START = RECORD.size - _TAIL.size
 _INT = struct.Struct("=i")
 _PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
@@ -63,7 +65,7 @@ Slot = int  # the first byte of a span in the region; 0 if it was not kept
 
 
 class CallFacts(NamedTuple):
-    """What a span says of a collective; None and -1 stand for unknown. See records.Span."""
+    """The facts of a call that its span records; None and -1 mean unknown. See records.Span."""
 
     op: str | None = None
     group: str | None = None
@@ -79,7 +81,7 @@ NO_FACTS = CallFacts()
 
 
 def prepare(descriptor: int, number: int = 0) -> None:
-    """Reserve room in a region for its head, and for what is open even if no more can be had.
+    """Reserve a region's head and its slots for open spans, which must work when room runs out.
 
     Raises OSError.
     """
@@ -89,7 +91,7 @@ def prepare(descriptor: int, number: int = 0) -> None:
 
 
 def reserve(descriptor: int, start: int, end: int) -> None:
-    """Have the system set room aside for these bytes, where nothing is written yet.
+    """Have the system allocate these bytes of the file, where nothing is written yet.
 
     Raises OSError if there is none: the disk, the memory or the user's quota is full.
     """
@@ -112,9 +114,9 @@ class SpanWriter:
         self._file = Connection(os.dup(descriptor))  # see SpanBuffers.sendable
         self._identity = identity(descriptor)
         self._memory = mmap.mmap(descriptor, REGION, offset=self._base)
-        self._words = memoryview(self._memory).cast("q")  # quicker to write than packed
+        self._words = memoryview(self._memory).cast("q")  # faster to write than struct.pack_into
         self._lock = threading.Lock()
-        self._slots = iter(range(0))  # what is left of the reserved ones; next() is atomic
+        self._slots = iter(range(0))  # the reserved ones that are left; next() is atomic
         self._slots_end = _SPANS_START
         self._text_end = _TEXT_PIECE
         self._full = False  # there is no room for more
@@ -134,14 +136,14 @@ class SpanWriter:
         step: int = -1,
         facts: CallFacts = NO_FACTS,
     ) -> Slot:
-        """Write a span that goes on, or has ended where `t1_ns` is given."""
+        """Write a span and return its slot; it is open unless `t1_ns` is given."""
         slot = self.write(self.tail(lane, kind, name, facts), t0_ns, step, facts.seq)
         if t1_ns:
             self.end(slot, t1_ns)
         return slot
 
     def tail(self, lane: str, kind: str, name: str, facts: CallFacts) -> bytes:
-        """The part of a record that stays the same when the call is made again."""
+        """Pack the part of a record that is the same each time that a line makes a call."""
         op, group, _, nbytes, bucket, peer, tensor, site = facts
         numbers = self._numbers
         try:
@@ -154,18 +156,18 @@ class SpanWriter:
         return _TAIL.pack(nbytes, bucket, peer, *texts, KINDS[kind], 0)
 
     def write(self, tail: bytes, t0_ns: int, step: int, seq: int) -> Slot:
-        """Write a span that goes on, with a tail made before."""
+        """Write an open span, whose `tail` was packed before, and return its slot."""
         slot = next(self._slots, 0) or self._slot_in_new_piece() or self._spare_slot()
         if slot:
             self._memory[slot + _TAIL_START : slot + RECORD.size] = tail
             words, place = self._words, slot >> 3
             words[place + _STEP] = step
             words[place + _SEQ] = seq
-            words[place] = t0_ns  # at last: a record without it is none
+            words[place] = t0_ns  # last, because a record without it does not count
         return slot
 
     def began(self, slot: Slot, t0_ns: int) -> None:
-        """Correct when a span began, where that is known only later."""
+        """Correct the time at which a span began, known only now."""
         if slot:
             self._words[slot >> 3] = t0_ns
 
@@ -180,30 +182,30 @@ class SpanWriter:
                 self._give_back(slot)
 
     def fail(self, slot: Slot) -> None:
-        """Note that the call raised; `end` comes after it."""
+        """Note that the call raised; call `end` after it."""
         if slot:
             self._memory[slot + _FAILED] = 1
 
     def match(self, slot: Slot, seq: int, peer: int) -> None:
-        """Note what a recv has met, which it did not know when it began."""
+        """Note the number and the sender of a recv from any rank, known only now."""
         if slot:
             self._words[(slot >> 3) + _SEQ] = seq
             _INT.pack_into(self._memory, slot + _PEER, peer)
 
     def moved(self) -> None:
-        """Note that the rank goes on, where no span shows it."""
+        """Note progress that no span shows."""
         self._progress += 1
         self._words[_PROGRESS] = self._progress
 
     def _give_back(self, slot: Slot) -> None:
-        """Free a spare record: only what is open may stay there."""
+        """Free a spare slot, which only an open span may hold; its span counts as dropped."""
         with self._lock:
             self._memory[slot : slot + RECORD.size] = bytes(RECORD.size)
             self._spare.append(slot)
             self._drop()
 
     def _slot_in_new_piece(self) -> Slot:
-        """A slot for which room is reserved now, with that for the next ones; 0 without room."""
+        """Reserve the next piece and return a slot in it; 0 if there is no room."""
         start = self._slots_end
         piece = min(max(start - _SPANS_START, _FIRST_PIECE), _LARGEST_PIECE)
         end = min(start + piece, _SPARE_START)
@@ -216,12 +218,12 @@ class SpanWriter:
         return next(self._slots, 0) or self._slot_in_new_piece()
 
     def _has_room(self, start: int, end: int) -> bool:
-        """Reserve these bytes of the region. Not under the lock: it may take long."""
+        """Reserve these bytes of the region; False without room. Too slow to hold the lock."""
         if self._full:
             return False
         try:
             file = self._file.fileno()
-            if identity(file) != self._identity:  # closed by os.closerange, say, and used again
+            if identity(file) != self._identity:  # os.closerange closed it, say; now another's
                 raise OSError(errno.EBADF, "its file was closed")
             reserve(file, self._base + start, self._base + end)
         except OSError as error:
@@ -230,10 +232,10 @@ class SpanWriter:
         return True
 
     def _stop(self, error: OSError) -> None:
-        """Record nothing more but what is open, and say so, once."""
+        """Record only open spans from now on, and say so, once."""
         with self._lock:
-            told, self._full = self._full, True
-        if not told:
+            was_full, self._full = self._full, True
+        if not was_full:
             say(f"rank {self._rank} is recorded no further: {error.strerror}")
 
     def _spare_slot(self) -> Slot:
@@ -248,7 +250,7 @@ class SpanWriter:
         self._words[_DROPPED] = self._dropped
 
     def _add(self, text: str | None) -> int:
-        """The number of a text, which is written on the tape when it first occurs."""
+        """The number of a text; writes the text when it first occurs. 0 without room."""
         data = str(text).encode("utf-8", errors="replace")[:LONGEST_NAME]
         while True:
             with self._lock:
@@ -271,7 +273,7 @@ class SpanWriter:
 
 
 class SpanReader:
-    """One rank's region as others read it, also while it is written."""
+    """Reads one rank's region, also while the rank writes it."""
 
     def __init__(self, descriptor: int, base: int, rank: int) -> None:
         self._file = descriptor
@@ -287,13 +289,13 @@ class SpanReader:
         return self._word(_DROPPED)
 
     def spans(self) -> list[Span]:
-        """The spans in the order in which they began; `t1_ns` None: never ended."""
+        """The spans in the order in which they began; `t1_ns` is None if one never ended."""
         records, texts = self.read()
         return _spans(self._rank, records, texts, texts)
 
     def read(self) -> tuple[list[Record], list[str | None]]:
-        """The records, and the texts to which they refer by their numbers."""
-        records = self._records()  # before the texts, which only become more
+        """The records, and the texts to which they refer by number."""
+        records = self._records()  # before the texts, which are only ever added
         return records, self._texts()
 
     def _word(self, place: int) -> int:
@@ -334,7 +336,7 @@ class SpanReader:
 
 
 class SpanBuffers:
-    """The tapes of all ranks of a run, in memory; a reader for each by its rank.
+    """The span buffers of all ranks of a run, in one file in memory; the parent holds and reads it.
 
     Raises OSError if there is no room for them.
     """
@@ -348,19 +350,18 @@ class SpanBuffers:
             raise
 
     def prepare(self, rank: int) -> None:
-        """Reserve what a rank's tape needs to begin with. Raises OSError."""
+        """Reserve what a rank's buffer needs at the start. Raises OSError."""
         prepare(self._file, rank)
 
     def sendable(self) -> Connection:
-        """The file, as something that multiprocessing passes on to a new process.
+        """The file's descriptor in a Connection, which multiprocessing can pass to a new process.
 
-        It is no pipe: a Connection is only what the library can carry a descriptor in. It closes
-        its descriptor when it is let go.
+        It is no pipe. The Connection closes the descriptor when it is garbage-collected.
         """
         return Connection(os.dup(self._file))
 
     def of(self, rank: int) -> SpanReader:
-        """The reader of one rank's tape."""
+        """The reader of one rank's buffer."""
         return SpanReader(self._file, rank * REGION, rank)
 
     def progress(self, rank: int) -> int:
@@ -372,11 +373,11 @@ class SpanBuffers:
         return self.of(rank).dropped()
 
     def spans(self, rank: int) -> list[Span]:
-        """The spans of a rank in the order in which they began; `t1_ns` None: never ended."""
+        """The spans of a rank in the order in which they began; see SpanReader.spans."""
         return self.of(rank).spans()
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         os.close(self._file)
 
 
@@ -387,14 +388,14 @@ def read_file(
     check_group: Callable[[str], None],
     site_of: Callable[[str], str],
 ) -> tuple[list[Span], int]:
-    """The spans on a tape that is a file of its own, and how many were not kept.
+    """The spans in a .tape file, and how many were not kept.
 
-    `highest` is the highest rank. `check_group` is called with the name of each group, `site_of`
-    tells how each site is to be called. Raises ValueError if it is no whole tape, or none that a
-    rank has written.
+    `highest` is the highest rank. `check_group` is called with the name of each group; `site_of`
+    maps each site to the name to show. Raises ValueError if the file is not a whole span buffer, or
+    not one that a rank has written.
     """
     if os.fstat(descriptor).st_size != REGION:
-        raise ValueError(f"is no whole tape: it has not {REGION:,} bytes")
+        raise ValueError(f"is not a whole span buffer: it has not {REGION:,} bytes")
     reader = SpanReader(descriptor, 0, rank)
     try:
         records, texts = reader.read()
@@ -414,15 +415,15 @@ def read_file(
 
 
 def say(text: str) -> None:
-    """Write a line on stderr, which may be a file on the same full disk: then it is lost."""
+    """Write a line to stderr; it is lost if stderr is a file on the same full disk."""
     with contextlib.suppress(OSError):
         os.write(2, f"ddp_lessons: {text}\n".encode(errors="replace"))
 
 
 def identity(descriptor: int) -> tuple[int, int]:
-    """What tells an open file from others. Raises OSError if the descriptor is closed."""
-    found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino
+    """The device and inode of an open file. Raises OSError if the descriptor is closed."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def _spans(
@@ -431,7 +432,7 @@ def _spans(
     texts: list[str | None],
     sites: list[str | None],
 ) -> list[Span]:
-    """The records as spans, by when they began."""
+    """The records as spans, in the order in which they began."""
     return sorted(_each(rank, records, texts, sites), key=lambda span: span.t0_ns)
 
 
@@ -441,7 +442,7 @@ def _each(
     texts: list[str | None],
     sites: list[str | None],
 ) -> Iterator[Span]:
-    """The records as spans. What comes after the last step that is marked belongs to none."""
+    """The records as spans. Spans after the last marked step belong to no step."""
     kinds = list(KINDS)
     steps = sum(texts[record[10]] == Lane.STEPS for record in records)
     for (
@@ -472,7 +473,7 @@ def _known(number: int) -> Any:
 
 
 def _memory_file() -> int:
-    """The descriptor of a file that is nowhere in the file system."""
+    """The descriptor of a file without a name in the file system."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("ddp_lessons")
     with tempfile.TemporaryFile() as file:

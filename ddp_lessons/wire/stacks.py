@@ -1,7 +1,7 @@
-"""Stacks and tracebacks as a learner should read them: their own lines first, marked.
+"""Reads stacks and tracebacks, and shows them to learners: their own lines, marked.
 
-Used in the parent; workers describe their exceptions with it. Frames run from the learner's
-function (first) to where it was (last).
+The parent parses and renders with it; workers describe their exceptions with it. Frames run from
+the learner's function (first) to the innermost call (last).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ddp_lessons.wire.records import ErrorRecord, Frame
 from ddp_lessons.wire.unfiled import MADE_UP
 
 MOST_TEXT = 20_000  # characters kept of an exception's message
-MOST_BEFORE = 5  # exceptions kept at either end of a chain of them
+MOST_BEFORE = 5  # exceptions kept at either end of a chain
 MOST_PARTS = 5  # exceptions kept of a group
 MOST_ERRORS = 50  # exceptions kept of all chains and groups together, about
 MOST_FRAMES = 5  # of the learner's, shown at either end
 MOST_DUMPED = 100  # frames of a thread, the innermost, that faulthandler prints
-# What keeps a rank that has returned, other than threads.
+# Names for what keeps a rank from ending after its function returned, besides threads.
 HANDLER, CHILD, PROCESS = "an atexit handler", "a child process", "its process"
 CONTEXT = 1  # lines shown before and after the marked one
 
@@ -36,7 +36,7 @@ _THREAD = re.compile(r"(?:Current t|T)hread 0x(?P<ident>[0-9a-f]+)")
 _ESCAPE = re.compile(r"\\x[0-9a-f]{2}|\\u[0-9a-f]{4}|\\U[0-9a-f]{8}")
 _DDP = "DistributedDataParallel"
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# Folders of what stands between the learner's function and torch.
+# Folders of our code that runs between the learner's function and torch.
 _INFRASTRUCTURE = tuple(
     os.path.join(_PACKAGE, folder, "") for folder in ("instrumentation", "worker")
 )
@@ -47,7 +47,7 @@ _RENDEZVOUS = os.path.join(_PACKAGE, "instrumentation", "rendezvous.py")
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
 
 
-# Threads of Python's own that only wait for work: of a pool without any, of queues and pools.
+# Functions in which Python's own threads only wait for work: an idle pool's; queues' and pools'.
 _IDLE_POOL = "_worker"
 _IDLE_HELPERS = ("_feed", "_handle_workers", "_handle_tasks", "_handle_results", "_monitor")
 
@@ -60,7 +60,7 @@ class Position(NamedTuple):
 
 
 def is_infrastructure(filename: str) -> bool:
-    """True for the files of this package that stand between a learner's call and torch's code."""
+    """True for the files of this package that run between a learner's call and torch's code."""
     return filename.startswith(_INFRASTRUCTURE)
 
 
@@ -71,11 +71,11 @@ def parse(
     script: bool = False,
     name: Callable[[str], str] = str,
 ) -> tuple[Frame, ...]:
-    """Where a rank is, from what faulthandler printed: the stack of the learner's function.
+    """The stack of the learner's function, from what faulthandler printed.
 
-    If that only waits for another thread of the learner's, it is that thread's. `home` is the
-    installed package that holds the function, if one does. With `script=True` it is the stack of a
-    script, from its first line on; `name` says what to call a file.
+    If the function only waits for another thread of the learner's, it is that thread's stack.
+    `home` is the installed package that holds the function, if one does. `script=True` gives the
+    stack of a script, from its first line on; `name` maps each file name to the one to show.
     """
     threads = _threads(dump, home, name)
     main = _own_part(threads[-1]) if script else _main(threads)
@@ -87,25 +87,25 @@ def parse(
 
 
 class Keeper(NamedTuple):
-    """What keeps a process from ending whose function has returned, and where it is."""
+    """What keeps a process from ending after its function returned, and its stack."""
 
     name: str
     frames: tuple[Frame, ...]
 
 
 def what_keeps(dump: str, threads: Mapping[int, str], home: str | None = None) -> Keeper | None:
-    """What a rank waits for that has returned, from what faulthandler printed; None if nothing.
+    """What keeps a rank whose function returned, from what faulthandler printed; None if nothing.
 
-    `threads` are the names of those that it may wait for, by their identifiers.
+    `threads` are the names of the threads that it may wait for, by their identifiers.
     """
     of_thread = {ident: frames for ident, frames in _identified(dump, home) if frames}
     waits_in = [f.function for frames in of_thread.values() for f in frames if _is_worker(f)]
     if "wait_for_threads" in waits_in:
-        found = {threads[ident]: frames for ident, frames in of_thread.items() if ident in threads}
-        if not found:
+        waiting = {threads[ident]: of_thread[ident] for ident in of_thread if ident in threads}
+        if not waiting:
             return Keeper("a thread that began later", ())
-        names = sorted(found)
-        first = found[names[0]]
+        names = sorted(waiting)
+        first = waiting[names[0]]
         what = agree(names, "thread", "threads")
         return Keeper(f"{what} {listed(map(repr, names))}", _own_part(first) or tuple(first))
     if "run_exit_handlers" in waits_in:
@@ -116,10 +116,10 @@ def what_keeps(dump: str, threads: Mapping[int, str], home: str | None = None) -
 
 
 def all_wait_for_others(dump: str) -> bool:
-    """True if all threads that may be the learner's wait in torch.distributed.
+    """True if all threads that may be the learner's wait in torch.distributed, or for such a one.
 
-    Or for one that does. Not the learner's is only what runs Python's own code, torch's and ours;
-    and even a thread of Python's own, such as a `threading.Timer`, may be about to call something.
+    A thread that runs only torch's code or ours is not the learner's. One that runs only Python's,
+    such as a `threading.Timer`, may still be about to call the learner's code.
     """
     threads = _threads(dump)
     if any(_may_call_something(thread) for thread in threads):
@@ -130,7 +130,7 @@ def all_wait_for_others(dump: str) -> bool:
 
 
 def _may_call_something(frames: Sequence[Frame]) -> bool:
-    """Whether a thread runs Python's own code only, and not to wait for what others hand over."""
+    """Whether a thread runs only Python's own code, other than that of an idle pool or a queue."""
     return (
         bool(frames)
         and all(is_stdlib(frame.filename) for frame in frames)
@@ -140,18 +140,18 @@ def _may_call_something(frames: Sequence[Frame]) -> bool:
 
 
 def _main(threads: Sequence[Sequence[Frame]]) -> tuple[Frame, ...]:
-    """The frames of the learner's function, from its first on."""
+    """The frames of the learner's function, from its first line on; none if no thread runs it."""
     for frames in reversed(threads):
         started = [i for i, frame in enumerate(frames) if frame.filename == _WORKER]
         if started:
             return tuple(frames[started[-1] + 1 :]) or (frames[started[-1]],)
         if frames is threads[-1] and len(frames) >= MOST_DUMPED:
-            return tuple(frames)  # the main thread comes last, and its outermost frames are cut off
+            return tuple(frames)  # the main thread comes last; its outermost frames are left out
     return ()
 
 
 def _own_part(frames: Sequence[Frame]) -> tuple[Frame, ...]:
-    """A thread's frames from the first on that may be the learner's; none if it has none."""
+    """A thread's frames, from the first that may be the learner's on; none if it has none."""
     own = _not_of_libraries(frames)
     return tuple(frames[own[0] :]) if own else ()
 
@@ -179,14 +179,14 @@ def _threads(
 def _identified(
     dump: str, home: str | None, name: Callable[[str], str] = str
 ) -> list[tuple[int, list[Frame]]]:
-    """The identifier of every thread (0 if it is not told), and its frames."""
-    found = []
+    """The identifier of every thread (0 if it was not printed), and its frames."""
+    threads = []
     for thread in re.split(r"\n(?=(?:Current t|T)hread 0x)", _unescaped(dump)):
         lines = [_FRAME.match(line) for line in thread.splitlines()]
         head = _THREAD.match(thread)
         ident = int(head["ident"], 16) if head else 0
-        found.append((ident, [_frame(line, home, name) for line in lines[::-1] if line]))
-    return found
+        threads.append((ident, [_frame(line, home, name) for line in lines[::-1] if line]))
+    return threads
 
 
 def _is_worker(frame: Frame) -> bool:
@@ -204,12 +204,12 @@ def _frame(line: re.Match[str], home: str | None, name: Callable[[str], str]) ->
 
 
 def _unescaped(dump: str) -> str:
-    """What faulthandler printed, with the characters beyond ASCII that it escapes."""
+    """The text of faulthandler, which escapes characters beyond ASCII, with them restored."""
     return _ESCAPE.sub(lambda m: chr(int(m[0][2:], 16)), dump)
 
 
 def position(frames: Sequence[Frame]) -> Position:
-    """Where a stack or traceback stands, in the learner's terms."""
+    """The learner's line in a stack or traceback, and the call that it waits in."""
     own = _own(frames)
     below = frames[own[-1] + 1 :] if own else frames
     call = next((name for frame in below if (name := _call_of(frame))), None)
@@ -219,7 +219,7 @@ def position(frames: Sequence[Frame]) -> Position:
 
 
 def _own(frames: Sequence[Frame]) -> list[int]:
-    """The places of the learner's frames; where there are none, of those of installed packages."""
+    """The indices of the learner's frames; if there are none, of installed packages' frames."""
     owners = [_owner(frame) for frame in frames]
     wanted = Owner.LEARNER if Owner.LEARNER in owners else Owner.PACKAGE
     return [i for i, owner in enumerate(owners) if owner is wanted]
@@ -244,7 +244,7 @@ def is_cell(filename: str) -> bool:
 
 
 def place_name(filename: str) -> str:
-    """`Cell In[3]` for a cell, else the path, shortened to what tells it apart."""
+    """`Cell In[3]` for a cell, else the path, relative to site-packages or the directory."""
     shell = _shell()
     if shell is not None and unmarked(filename) == filename:
         named = shell.compile.format_code_name(filename)
@@ -264,10 +264,10 @@ def line_name(frame: Frame) -> str:
 
 
 def describe(error: BaseException, home: str | None = None) -> ErrorRecord:
-    """The exception as plain data: with those before it and in it, without frames of this package.
+    """The exception as plain data, with its causes and parts, without frames of this package.
 
-    However many there are, the record stays small. `home` is the installed package that holds the
-    launched function, if one does.
+    The record stays small, however many exceptions there are. `home` is the installed package that
+    holds the launched function, if one does.
     """
     return _record(error, home, MOST_ERRORS, set())
 
@@ -278,7 +278,7 @@ def text_of(error: BaseException) -> str:
 
 
 def _record(error: BaseException, home: str | None, room: int, seen: set[int]) -> ErrorRecord:
-    """An exception, with about `room` others at most: those before it, and in groups."""
+    """An exception, with about `room` others at most: its causes, and the parts of groups."""
     chain = _chain(error, seen)
     ends = max(1, min(MOST_BEFORE, room // 2))
     left_out = max(0, len(chain) - 2 * ends)
@@ -296,7 +296,7 @@ def _record(error: BaseException, home: str | None, room: int, seen: set[int]) -
 
 
 def _chain(error: BaseException, seen: set[int]) -> list[BaseException]:
-    """The exception and those before it, newest first; they may go round in a circle."""
+    """The exception and its causes, newest first; a circle of causes ends where it closes."""
     chain = [error]
     while True:
         seen.add(id(error))
@@ -309,7 +309,7 @@ def _chain(error: BaseException, seen: set[int]) -> list[BaseException]:
 
 
 def _one(error: BaseException, home: str | None, room: int, seen: set[int]) -> ErrorRecord:
-    """An exception without those before it, with about `room` of those in it."""
+    """An exception without its causes; if it is a group, with about `room` of its parts."""
     alone = _alone(error)
     parts = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     kept = parts[: max(0, min(MOST_PARTS, room))]
@@ -333,13 +333,13 @@ def _one(error: BaseException, home: str | None, room: int, seen: set[int]) -> E
 
 
 def _alone(error: BaseException) -> traceback.TracebackException:
-    """The standard library's description of one exception.
+    """The standard library's description of one exception, without its causes and parts.
 
-    Given a set of those that it has seen, it leaves the others to its caller: there may be
-    thousands, and groups in groups so deep that it would meet Python's limit of recursion.
+    `_seen` keeps it from following them: there may be thousands, or groups nested so deep that it
+    would exceed Python's recursion limit.
     """
     alone = traceback.TracebackException(type(error), error, error.__traceback__, _seen=set())
-    alone.exceptions = None  # Python 3.13 asks for it
+    alone.exceptions = None  # Python 3.13 reads it
     return alone
 
 
@@ -356,7 +356,7 @@ def _type_name(error: traceback.TracebackException) -> str:
 
 
 def render(error: ErrorRecord) -> str:
-    """An exception, those before it and those in it, with the learner's lines marked."""
+    """An exception with its causes and parts, as text with the learner's lines marked."""
     lines = [*render_frames(error.frames), error.text]
     for number, part in enumerate(error.parts, 1):
         lines += ["", f"Part {number} of {len(error.parts) + error.parts_left_out}:"]
@@ -421,7 +421,7 @@ def _source(filename: str, lineno: int) -> str:
 
 
 def _line(filename: str, lineno: int) -> str:
-    """A line's text. Under a made-up name there may be the text of something else: Python 3.13."""
+    """A line's text; "" under a made-up name, where Python 3.13 may keep the text of other code."""
     return "" if filename in MADE_UP else linecache.getline(filename, lineno)
 
 

@@ -1,6 +1,7 @@
-"""What travels from the parent to a worker: the function, its arguments, and where it runs.
+"""What the parent sends to a worker: the function, its arguments, and the rank's place.
 
-Both processes import this module; it starts nothing and imports no torch. packing.py makes it.
+Both processes import this module; it starts nothing and imports no torch. processes/packing.py
+makes a `Task`, worker/main.py carries it out.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ class MasterAddress:
 class Task:
     """What all ranks of a run have in common.
 
-    `function` is the pickle of `(fn, anchor)`, see `pack`. A rank's variables are `environment`,
-    then those of its place, then `overrides`, the learner's own. `sources` maps the file names of
-    cells to their text, so that a traceback made in the worker shows the cell's own lines.
-    `home` is the installed package that holds the function, if one does: its lines are the
+    `function` is the pickle of `(fn, anchor)`, see `packing.pack`. A rank's variables are
+    `environment`, then those of its place, then `overrides`, the learner's own. `sources` maps the
+    file names of cells to their text, so that a traceback made in the worker shows the cell's own
+    lines. `home` is the installed package that holds the function, if one does: its lines are the
     learner's. `one_clock` is true where all ranks run on one machine.
     """
 
@@ -75,23 +76,21 @@ class Task:
     cwd: str = ""
     path: list[str] = field(default_factory=list)
 
-    def here(self, meeting: MasterAddress) -> Task:
-        """The same task for ranks that this process starts: with its present state."""
-        return replace(
-            self, environment=_environment(meeting), cwd=os.getcwd(), path=list(sys.path)
-        )
+    def here(self, master: MasterAddress) -> Task:
+        """The task with this process's environment, directory and path, for ranks it starts."""
+        return replace(self, environment=_environment(master), cwd=os.getcwd(), path=list(sys.path))
 
 
-def _environment(meeting: MasterAddress) -> dict[str, str]:
-    """The present variables, and those that torchrun sets alike for all ranks."""
-    common = {"MASTER_ADDR": meeting.address, "MASTER_PORT": str(meeting.port)}
-    if meeting.interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+def _environment(master: MasterAddress) -> dict[str, str]:
+    """The variables of this process, and those that torchrun sets alike for all ranks."""
+    common = {"MASTER_ADDR": master.address, "MASTER_PORT": str(master.port)}
+    if master.interface and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Without it gloo looks up the host's name and may bind to an outside address.
-        common["GLOO_SOCKET_IFNAME"] = meeting.interface
-    if meeting.interface not in (None, *LOOPBACK_INTERFACE.values()) and (
+        common["GLOO_SOCKET_IFNAME"] = master.interface
+    if master.interface not in (None, *LOOPBACK_INTERFACE.values()) and (
         "NCCL_SOCKET_IFNAME" not in os.environ
     ):
-        common["NCCL_SOCKET_IFNAME"] = str(meeting.interface)
+        common["NCCL_SOCKET_IFNAME"] = str(master.interface)
     if sys.platform == "linux" and "RES_OPTIONS" not in os.environ:
         # torch's store looks up the name of every peer, which for ::ffff:127.0.0.1 asks the name
         # server: one that does not answer would cost each rank 10 s (resolv.conf(5)).
@@ -103,9 +102,10 @@ def _environment(meeting: MasterAddress) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PackedArgument:
-    """An argument that arrived in a worker, not loaded yet.
+    """An argument that arrived in a worker, still pickled.
 
-    Loading may import the learner's modules: it waits until the worker is like a fresh process.
+    Unpickling may import the learner's modules, so it waits until the worker is like a fresh
+    process.
     """
 
     data: bytes

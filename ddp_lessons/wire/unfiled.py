@@ -1,10 +1,10 @@
-"""The text of code that no file holds: what stands below a cell's magic or after `python -c`.
+"""Finds the text of code without a file: code below a cell's magic, or after `python -c`.
 
 IPython compiles a cell below `%%time`, `%%timeit` or `%%prun` under a made-up name such as
-"<timed exec>", Python what follows `-c` under "<string>", and neither keeps its text. The session's
-inputs and the command line still have it. A code object is taken to come from one of these texts
-only if compiling the text gives the same code again, so that no wrong line is ever shown. Runs in
-the parent.
+"<timed exec>", Python the code after `-c` under "<string>", and neither keeps the text. The
+session's inputs and the command line still have it. A text counts as that of a code object only if
+compiling it gives the same code, so that no wrong line is ever shown. Called by pickling.py; only
+the parent has such texts.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class Text(NamedTuple):
 def place_of(code: CodeType) -> tuple[str, int]:
     """The name under which `linecache` has the text of some code, and the code's first line there.
 
-    The text of code with a made-up name is put there if it is found, under a name of its own.
-    Otherwise these are the code's own name and line.
+    If code has a made-up name and its text is found, this puts the text into linecache under a name
+    of its own. Otherwise it returns the code's own name and line.
     """
     if code.co_filename in MADE_UP:
         for text in (*_of_session(), *_of_command()):
             if _gives(text, code):
                 lines = text.whole.splitlines(keepends=True)
-                # As IPython keeps cells: without a time of change, so that it stays.
+                # Without a modification time, as IPython does for cells: so linecache keeps it.
                 linecache.cache[text.name] = len(text.whole), None, lines, text.name
                 return text.name, code.co_firstlineno + text.before
     return code.co_filename, code.co_firstlineno
 
 
 def _of_session() -> Iterator[Text]:
-    """What stands below or behind magics in the inputs of an IPython session, newest first."""
+    """The code below or behind magics in the inputs of an IPython session, newest first."""
     ipython = sys.modules.get("IPython")
     shell: Any = ipython.get_ipython() if ipython else None
     history = getattr(shell, "history_manager", None)
@@ -65,7 +65,7 @@ def _of_session() -> Iterator[Text]:
 
 
 def _of_command() -> Iterator[Text]:
-    """What follows `-c` on the command line."""
+    """The code after `-c` on the command line."""
     if sys.argv[:1] != ["-c"]:
         return
     options = [n for n, a in enumerate(sys.orig_argv) if re.fullmatch(r"-[a-zA-Z]*c", a)]
@@ -78,7 +78,7 @@ def _gives(text: Text, code: CodeType) -> bool:
     """Whether compiling the text gives this code object."""
     try:
         tree = ast.parse(text.source)
-        if code.co_filename == TIMEIT:  # which makes a function of it
+        if code.co_filename == TIMEIT:  # %timeit puts the code into a function
             inner = ast.parse("def inner(): pass")
             inner.body[0].body = tree.body or inner.body[0].body  # type: ignore[attr-defined]
             tree = inner
@@ -101,7 +101,7 @@ def _same(one: CodeType, other: CodeType) -> bool:
 
 
 def _signs(code: CodeType) -> tuple[Any, ...]:
-    """What tells a code object from others; constants with their types, for 1 equals True."""
+    """The features that tell code objects apart; constants with their types, for 1 equals True."""
     constants = [
         c.co_name if isinstance(c, CodeType) else (type(c), repr(c)) for c in code.co_consts
     ]

@@ -1,1 +1,1 @@
-"""The life of a rank, in its own process; and what the forkservers import."""
+"""The life of a rank in its own process, and the modules that the forkservers import."""

@@ -1,7 +1,8 @@
 """The life of one rank, in its own process: become a fresh process, run the function, report.
 
-Imported only in workers and, as a preload, in the forkserver. It must start nothing when it is
-imported, and it imports torch only once the environment is the learner's.
+processes/local.py starts a worker with `run_rank`; the forkserver imports this module beforehand.
+It must start nothing when it is imported, and it imports torch only once the environment is the
+learner's.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def run_rank(
     messages: Connection,
     output: Connection,
     stacks: Connection,
-    tape: Connection,
+    buffers: Connection,
 ) -> None:
     """Run one rank; the process exits with the code that it would have had as a script."""
     os.setsid()  # the notebook's interrupt reaches this rank only through the parent
-    # What starts it may ignore interrupts, or hold them back: it takes them from here on.
+    # Its starter may ignore or block interrupts; the rank takes them from here on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     _die_with_parent()
@@ -71,17 +72,17 @@ def run_rank(
     faulthandler.register(STACK_SIGNAL, file=stacks.fileno(), all_threads=True, chain=False)
     _become_fresh(task, place)
     send = _Sender(messages)
-    own_tape = SpanWriter(tape.fileno(), place.rank)
+    buffer = SpanWriter(buffers.fileno(), place.rank)
     recorder = recording.Recorder(
         place.rank,
-        own_tape,
+        buffer,
         send,
         world_size=place.world_size,
         one_clock=task.one_clock,
         host_of_rank_zero=task.environment["MASTER_ADDR"],
         home=task.home,
     )
-    tape.close()
+    buffers.close()
     gc.disable()  # a new interpreter imports torch now: a sixth quicker without looking for garbage
     install(recorder)
     gc.enable()
@@ -96,9 +97,9 @@ def run_rank(
     if "TORCHINDUCTOR_CACHE_DIR" not in {**task.environment, **task.overrides}:
         remove_unused_cache()
     for group in recorder.groups:
-        # A group that the interpreter frees while it shuts down may wait for ever: let it leak.
+        # A group that the interpreter frees while it shuts down may wait forever: let it leak.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-    # Python takes the handler away while it shuts down: then the signal would kill.
+    # Python removes the handler while it shuts down; then the signal would kill the rank.
     signal.pthread_sigmask(signal.SIG_BLOCK, {STACK_SIGNAL})
     sys.exit(code)
 
@@ -129,7 +130,7 @@ class _Sender:
 
     def __call__(self, message: Message) -> None:
         if os.getpid() != self._pid:
-            return  # a forked child that goes on in the learner's function is not the rank
+            return  # in a forked child that runs on in the learner's function: it is not the rank
         data = memoryview(encode(message))
         with self._lock:
             while data:
@@ -137,7 +138,7 @@ class _Sender:
 
 
 def _die_with_parent() -> None:
-    """Have this rank and its children end at once when the parent process ends, however it does.
+    """Have this rank and its children end at once when the parent ends, in whatever way.
 
     The pipe to the parent closes then. Linux can turn that into a signal for the whole process
     group (fcntl(2), F_SETOWN and F_SETSIG): no thread is needed, and a rank that is stuck in C++
@@ -151,7 +152,7 @@ def _die_with_parent() -> None:
         fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
         flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
         fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
-        if select.select([sentinel], [], [], 0)[0]:  # it ended before the line above
+        if select.select([sentinel], [], [], 0)[0]:  # the parent ended before the line above
             os.killpg(0, signal.SIGKILL)
     else:
         threading.Thread(target=_kill_group_after, args=(sentinel,), daemon=True).start()
@@ -185,13 +186,13 @@ def _line_writer(descriptor: int) -> TextIO:
 
 
 def _become_fresh(task: Task, place: RankInfo) -> None:
-    """Take on the parent's present state; give back what a fork shares and a start would not."""
+    """Take on the parent's present state; undo what a fork inherits and a fresh start would not."""
     os.environ.clear()
     os.environ.update({**task.environment, **place.variables(), **task.overrides})
     os.chdir(task.cwd)
     sys.path[:] = task.path
-    # Python takes a cached module for current if size and second of change agree: the second of
-    # two quick edits would go unseen. Without a cache from here, it takes effect.
+    # Python trusts a cached module if the source's size and second of change agree, so it would
+    # miss the second of two quick edits. A rank therefore writes no cache.
     sys.dont_write_bytecode = True
     sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
     for name, text in task.sources.items():
@@ -207,9 +208,9 @@ def _become_fresh(task: Task, place: RankInfo) -> None:
 
 
 def _drop_exit_handlers() -> None:
-    """Leave to the forkserver what is to be done at its end, with all that it has imported.
+    """Drop the exit handlers inherited from the forkserver, which runs them itself.
 
-    Only what the standard library does at the end of every process is done here, too.
+    Keep those that the standard library runs at the end of every process.
     """
     atexit._clear()
     for inherited in weakref.finalize._registry:  # type: ignore[attr-defined]
@@ -220,7 +221,7 @@ def _drop_exit_handlers() -> None:
 
 
 def _refresh_torch() -> None:
-    """Read again what torch read when the forkserver imported it: variables, and a random seed."""
+    """Renew what torch read when the forkserver imported it: variables, and a random seed."""
     import torch
     import torch.distributed as dist
 
@@ -235,7 +236,7 @@ def _refresh_torch() -> None:
 def _carry_out(
     task: Task, rank: int, args: tuple[PackedArgument, ...], recorder: recording.Recorder
 ) -> int:
-    """Call the function and send what came of it; the exit code of the process."""
+    """Call the function, send its outcome, and return the exit code of the process."""
     called = False
     try:
         fn = _unpack(task)
@@ -290,7 +291,7 @@ def _threads() -> dict[int, str]:
 
 
 def _exit_code(error: BaseException) -> int:
-    """What the interpreter would exit with (documentation of sys.exit)."""
+    """The code with which the interpreter would exit (documentation of sys.exit)."""
     if not isinstance(error, SystemExit):
         return 1
     if error.code is None:

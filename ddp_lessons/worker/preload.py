@@ -1,4 +1,4 @@
-"""What the forkserver imports once, so that no forked worker has to.
+"""Imports torch in the warm forkserver once, so that no forked worker has to.
 
 Runs in the forkserver process only. It must leave no extra thread, no CUDA context and no drawn
 random number behind, because every worker is a copy of this process.
@@ -24,8 +24,8 @@ with ending_with_parent():
 
     from ddp_lessons.worker.main import remove_unused_cache
 
-    # The first DistributedDataParallel() imports torch._dynamo: 1.3 s and 113 MB a rank if every
-    # worker did it for itself. There is no public name that loads it.
+    # The first DistributedDataParallel() imports torch._dynamo, which would take each worker 1.3 s
+    # and 113 MB. There is no public name that loads it.
     _had_cache = "TORCHINDUCTOR_CACHE_DIR" in os.environ
     if not _had_cache:
         atexit.register(remove_unused_cache)  # the parent may end meanwhile
@@ -47,7 +47,7 @@ if not _had_cache:
     remove_unused_cache()
     atexit.unregister(remove_unused_cache)  # the ranks' folders are the ranks'
 
-# What lives now is never garbage: collecting it would copy shared pages in every worker.
+# The objects that live now are no garbage; scanning them would copy shared pages in each worker.
 gc.collect()
 gc.freeze()
 gc.enable()

@@ -1,7 +1,7 @@
-"""What a forkserver sets up when it starts, whatever else it imports.
+"""Sets up a forkserver process when it starts: its session, interrupts, orphans and sockets.
 
-Runs in the forkserver process only, and must not import torch: the forkserver from which new
-interpreters start needs none, and so is ready in a moment.
+Runs in both forkservers: the bare one imports only this module, the warm one imports preload.py,
+which imports it. It must not import torch, so that the bare forkserver is ready in a moment.
 """
 
 import atexit
@@ -22,25 +22,26 @@ os.setsid()
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Whatever a rank leaves behind becomes this process's, and ends when it ends, at the latest.
+# This process adopts the processes that ranks leave behind; they end with it at the latest.
 adopt_orphans()
 atexit.register(end_children_of, os.getpid())
 # multiprocessing's own socket lies in a temporary folder, which a killed kernel cannot remove.
 for path in listening_paths():
     atexit.register(remove_after, os.getppid(), path)
 warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")
-# multiprocessing closes standard input now and opens the null device: at descriptor 0, if that is
-# what it closes. Else every worker would have a descriptor more.
+# multiprocessing closes sys.stdin next and opens the null device, which gets descriptor 0 only if
+# that is what it closed. Else every worker would have one descriptor more.
 sys.stdin = open(0)
 
-LOOK = 0.2  # seconds between two looks whether the parent lives
+LOOK = 0.2  # seconds between two checks whether the parent lives
 
 
 @contextlib.contextmanager
 def ending_with_parent() -> Iterator[None]:
     """End this process as soon as its parent ends, also in the middle of imports.
 
-    A forkserver looks by itself only when all is imported, which takes seconds on a busy machine.
+    multiprocessing's forkserver checks only after its imports, which take seconds on a busy
+    machine.
     """
     parent, over = os.getppid(), threading.Event()
 

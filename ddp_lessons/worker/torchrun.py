@@ -1,20 +1,20 @@
-"""Recording in a script: under torchrun, each rank writes what it does when into a folder.
+"""Records the ranks of a script: under torchrun, each rank writes what it does into a folder.
 
 Runs in every process that torchrun (or anything else that sets RANK) starts, if the environment
-variable DDP_LESSONS_RECORD names a folder. `import ddp_lessons` begins it; nothing in the script
-changes, but that a rank ends with torchrun, also where that is killed. A rank has three files in
-the folder, which carry the time at which it began:
+variable DDP_LESSONS_RECORD names a folder; `import ddp_lessons` calls `begin`. The script behaves
+as before, except that its ranks end with torchrun, even if that is killed. A rank has three files
+in the folder, named after the time at which it began:
 
-    rank_0.TIME.tape     its spans, written through shared memory: they survive a killed process
-    rank_0.TIME.jsonl    a fact a line: how it began, its clock against rank 0's, how it ended
-    rank_0.TIME.stack    where it was when SIGTERM told it to end, as torchrun does when others fail
+    rank_0.TIME.tape     its span buffer, in shared memory: it survives a killed process
+    rank_0.TIME.jsonl    one fact a line: how it began, its clock against rank 0's, how it ended
+    rank_0.TIME.stack    its stack when SIGTERM told it to end, as torchrun does when others fail
 
-Each has room reserved for what matters most, as zeros, which a rank takes away when it ends by
-itself: on a full disk the training goes on, the record is short, and how it ended is in it still.
-(Who cuts a tape that is being written ends its rank: SIGBUS. To see that, each span would need a
-call of the system.)
+A rank reserves room in each for what matters most, filled with zeros, and cuts them off when it
+ends by itself. So on a full disk the training goes on, and the record is short but still says how
+the rank ended. (Truncating a .tape file while a rank writes to it ends the rank by SIGBUS; checking
+for that would take a system call per span.)
 
-`recorded_run.py` reads them, on this machine or on another one to which they were copied.
+`recorded_run.py` reads the files, on this machine or on another one to which they were copied.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from ddp_lessons.wire.stacks import describe
 
 KINDS = ("jsonl", "tape", "stack")
 _ROOM = 1 << 16  # bytes reserved in the files of facts and of the stack
-_OWNER = "DDP_LESSONS_RECORDED_BY"  # the process that records; what it starts sees it
+_OWNER = "DDP_LESSONS_RECORDED_BY"  # id of the process that records; its children inherit this
 
 
 def begin() -> None:
@@ -63,12 +63,12 @@ def begin() -> None:
         say(f"nothing is recorded, {VARIABLE}: {error}")
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        reaper.end_with_parent()  # an agent that is killed leaves its ranks to themselves
+        reaper.end_with_parent()  # else the ranks would outlive an agent that is killed
     _Script(began, files)
 
 
 def _is_rank() -> bool:
-    """False in kernels, in launchers, and in what a rank starts, which inherits its variables."""
+    """False in kernels, launchers, and children of a rank, which inherit its variables."""
     return os.environ.get("RANK", "").isdecimal() and _OWNER not in os.environ
 
 
@@ -78,28 +78,28 @@ def _number(variable: str, default: int = 0) -> int:
 
 
 class Files(NamedTuple):
-    """A rank's files: descriptors, and its tape."""
+    """A rank's files: two descriptors, and the writer of its span buffer."""
 
     facts: int
-    tape: SpanWriter
+    buffer: SpanWriter
     stack: int
 
 
 def _made(folder: Path, rank: int, epoch_ns: int) -> Files:
-    """The files of a rank, new and empty. Raises OSError, and then leaves none."""
+    """Create the files of a rank. Raises OSError, and then leaves none."""
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as undo:
-        facts, tape, stack = (
+        facts, buffer, stack = (
             _new(folder / f"rank_{rank}.{epoch_ns}.{kind}", undo) for kind in KINDS
         )
-        fcntl.flock(facts, fcntl.LOCK_EX)  # tells that we are alive
-        os.ftruncate(tape, REGION)
-        prepare(tape)
+        fcntl.flock(facts, fcntl.LOCK_EX)  # shows readers that this rank is alive
+        os.ftruncate(buffer, REGION)
+        prepare(buffer)
         for file in (facts, stack):
             reserve(file, 0, _ROOM)
-        files = Files(facts, SpanWriter(tape, rank, 0), stack)
+        files = Files(facts, SpanWriter(buffer, rank, 0), stack)
         undo.pop_all()
-    os.close(tape)
+    os.close(buffer)
     return files
 
 
@@ -121,7 +121,7 @@ class _Script:
         self._pid = os.getpid()
         self._recorder = recording.Recorder(
             began["rank"],
-            files.tape,
+            files.buffer,
             self._on_message,
             world_size=began["world_size"],
             one_clock=False,
@@ -129,7 +129,8 @@ class _Script:
         self._write(began=began)
         self._noted: set[str] = set()
         self._recorder.sites.on_file = self._note_file
-        # Python's own handlers do not run in a rank that waits in C. Then the signal does its work.
+        # Unlike a Python handler, this one runs in a rank that waits in C. `chain` passes the
+        # signal on, so that it then ends the rank.
         faulthandler.register(signal.SIGTERM, file=files.stack, all_threads=True, chain=True)
         os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
         install(self._recorder)
@@ -142,7 +143,7 @@ class _Script:
         atexit.register(self._on_exit)
 
     def _write(self, **fact: Any) -> None:
-        """Add a line. One that does not fit on the disk is the last that is tried."""
+        """Append a line. Once one does not fit on the disk, write no more."""
         if os.getpid() != self._pid or not self._whole:  # a forked child has our file, too
             return
         data = json.dumps(fact).encode() + b"\n"
@@ -163,9 +164,9 @@ class _Script:
             return False
 
     def _note_file(self, name: str) -> None:
-        """Note what a file of the learner's holds, so that its lines may be shown where it lies.
+        """Note the digest of a file of the learner's.
 
-        `load_run` shows no line of a file that is another one, or was changed since.
+        `load_run` shows lines only of files with that digest: not of others, or changed ones.
         """
         if name not in self._noted and owner_of(name) is not Owner.LIBRARY:
             self._noted.add(name)
@@ -194,7 +195,7 @@ class _Script:
     def _on_exit(self) -> None:
         if os.getpid() != self._pid:
             return
-        # An interrupt that came on the way to the hook above keeps it from being called.
+        # If an interrupt comes just before the hook above, Python does not call the hook.
         error = getattr(sys, "last_value", None)
         if error is not None:
             self._note_error(error)
@@ -204,7 +205,7 @@ class _Script:
         ddp_traffic.release_groups(self._recorder)
 
     def _give_room_back(self) -> None:
-        """Take away the zeros. What SIGTERM makes faulthandler print from now on comes after it."""
+        """Cut off the zeros; if SIGTERM comes now, faulthandler still appends its stack."""
         with contextlib.suppress(OSError):
             if self._has(self._facts):
                 os.ftruncate(self._facts, self._written)
@@ -213,7 +214,7 @@ class _Script:
 
 
 def _files_of(error: ErrorRecord) -> Iterator[str]:
-    """The files of all frames of an exception and of those before it."""
+    """The files of all frames of an exception and of its causes."""
     before: ErrorRecord | None = error
     while before is not None:
         yield from dict.fromkeys(frame.filename for frame in before.frames)

@@ -1,4 +1,4 @@
-"""launch() on engines of two hosts with clocks of their own: namespaces of this machine."""
+"""launch() on engines of two hosts with different clocks: namespaces of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.hosts import two_hosts
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("hosts")]
 
 AHEAD = 5000  # seconds, of the second host's clock
-# A notebook on the first host, with the controller and two engines; it tells how to connect more.
+# A notebook on the first host, with the controller and two engines; it prints how to connect more.
 NOTEBOOK = """
 import json, os, sys
 import ipyparallel, torch, torch.distributed as dist
@@ -98,7 +98,7 @@ def test_ranks_by_host_on_one_clock(tmp_path: Path) -> None:
         assert variables["LOCAL_WORLD_SIZE"] == "2"
         assert variables["GLOO_SOCKET_IFNAME"] in ("veth1", "veth2")
         assert variables["NCCL_SOCKET_IFNAME"] == variables["GLOO_SOCKET_IFNAME"]
-    for spans in met:  # nobody leaves a barrier before the last has come
+    for spans in met:  # no rank leaves a barrier before the last has come
         assert len(spans) == 4
         assert max(t0 for _, t0, _ in spans) <= min(t1 for *_, t1 in spans)
     for began_ns, started_ns, ended_ns in ranks:

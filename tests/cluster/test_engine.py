@@ -1,4 +1,4 @@
-"""An engine's part in a run, without a cluster: start, news, signals, the lease, the end."""
+"""An engine's part in a run, without a cluster: start, polls, signals, the lease, the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RUN = "a run"
 
 
 def on_an_engine(body: Callable[[], Any]) -> Any:
-    """Call the body as an engine would carry out a task: within its event loop."""
+    """Call the body as an engine does a task: within its event loop."""
 
     async def main() -> Any:
         try:
@@ -48,7 +48,7 @@ def order(fn: Callable[..., Any], *args: Any) -> StartRequest:
 
 
 def until(wanted: Callable[[PollReply], bool], heard: int = 0, **question: Any) -> PollReply:
-    """Ask until an answer is as wanted; acknowledge none of them."""
+    """Poll until a reply is as wanted, without acknowledging any."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         news = engine.news(RUN, PollRequest(1.0, heard, **question))
@@ -145,7 +145,7 @@ def test_the_end_of_a_run_ends_the_rank_and_gives_the_port_back() -> None:
             "127.0.0.1",
             host.LOOPBACK_INTERFACE[sys.platform],
         )
-        pid, began_ns = engine.start(RUN, order(wait)._replace(meeting=meeting))
+        pid, began_ns = engine.start(RUN, order(wait)._replace(master=meeting))
         assert began_ns <= time.perf_counter_ns()
         return pid
 
@@ -169,7 +169,7 @@ def test_the_state_of_an_engine_holds_for_its_rank(
         return through(until(ended), MESSAGES)
 
     asked = order(look)
-    assert asked.task.environment == {}  # the notebook's variables stay on its own machine
+    assert asked.task.environment == {}  # the notebook's variables are not sent
     monkeypatch.setenv("LESSON_E", "engine")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "lib"))

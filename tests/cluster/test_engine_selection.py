@@ -1,4 +1,4 @@
-"""Which engines of a cluster carry out a run: by host, and only what fits the notebook."""
+"""Engines are chosen by host, and only those with the notebook's versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""launch() on the engines of a real ipyparallel cluster: the same contracts as on this machine."""
+"""launch() on the engines of a real ipyparallel cluster does the same as on this machine."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_errors_are_raised_with_their_cause(client: Any) -> None:
     assert isinstance(caught.value.__cause__, ValueError)
 
 
-def test_a_rank_that_computes_for_ever_is_told_by_the_timeout(client: Any) -> None:
+def test_a_rank_that_computes_forever_is_told_by_the_timeout(client: Any) -> None:
     def spin(rank: int) -> None:
         while rank == 0:
             pass
@@ -217,7 +217,7 @@ def test_stop_ends_the_ranks(
     ):
         launch(writes_its_pid, (str(tmp_path),), nprocs=3, cluster=client)
     assert "Stopped." in capsys.readouterr().out
-    all_end(tmp_path, 3)  # what starts ranks may yet have to reap one
+    all_end(tmp_path, 3)  # the forkserver may still have to reap a rank
     assert launch(average, (10,), 4, cluster=client).ok
 
 
@@ -278,7 +278,7 @@ def test_without_ipyparallel_it_is_said_what_to_install() -> None:
     assert "BadLaunch" in done.stderr
 
 
-def meets_for_ever(rank: int, directory: str) -> None:
+def meets_forever(rank: int, directory: str) -> None:
     join()
     write_pid(rank, directory)
     while True:
@@ -293,7 +293,7 @@ def test_an_engine_that_is_killed_is_named_and_takes_its_rank_along(
     pid = cluster.pid(number)
     view = cluster.client[[0, 1, number]]
     with as_soon_as(all_have_begun(tmp_path, 3), lambda: os.kill(pid, signal.SIGKILL)):
-        run = launch(meets_for_ever, (str(tmp_path),), 3, check=False, cluster=view)
+        run = launch(meets_forever, (str(tmp_path),), 3, check=False, cluster=view)
     assert run.verdict is not None
     assert (run.verdict.kind, run.verdict.ranks) == ("engine lost", (2,))
     assert f"engine {number}" in run.verdict.title
@@ -387,7 +387,7 @@ def test_another_clients_task_only_delays(cluster: Cluster, tmp_path: Path) -> N
     other = ipyparallel.Client(cluster.connection_file)
     given: list[Any] = []
 
-    def give() -> None:  # longer than the lease that engines have by now
+    def give() -> None:  # longer than the lease
         given.append(other[1].apply_async(time.sleep, 2.5))
 
     cluster.shorten_leases()

@@ -115,9 +115,9 @@ def made(tmp_path: Path) -> Maker:
         lines = [{"began": began}, *({name: value} for name, value in facts.items())]
         base.with_suffix(".7.jsonl").write_text("".join(json.dumps(f) + "\n" for f in lines) + more)
         base.with_suffix(".7.stack").write_text(told)
-        with open(base.with_suffix(".7.tape"), "w+b") as tape:
-            tape.truncate(REGION)
-            writer = SpanWriter(tape.fileno(), 0, 0)
+        with open(base.with_suffix(".7.tape"), "w+b") as file:
+            file.truncate(REGION)
+            writer = SpanWriter(file.fileno(), 0, 0)
             writer.begin(
                 "main", "comm", "barrier", 10, facts=CallFacts("barrier", "world", 0, site=site)
             )
@@ -228,12 +228,12 @@ def test_a_file_that_shrinks_while_it_is_read_ends_nobody(
 ) -> None:
     for file in raised.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tape,) = tmp_path.glob("rank_1.*.tape")
+    (span_file,) = tmp_path.glob("rank_1.*.tape")
     read = os.pread
 
     def shrink(descriptor: int, size: int, at: int) -> bytes:
-        if os.fstat(descriptor).st_ino == tape.stat().st_ino:
-            os.truncate(tape, 100)
+        if os.fstat(descriptor).st_ino == span_file.stat().st_ino:
+            os.truncate(span_file, 100)
         return read(descriptor, size, at)
 
     monkeypatch.setattr(os, "pread", shrink)

@@ -18,7 +18,7 @@ from tests.support.disks import on_small_disk
 
 pytestmark = pytest.mark.system
 
-KILOBYTES = 1024  # for two ranks, whose whole tapes would take 36 MB
+KILOBYTES = 1024  # for two ranks, whose whole span buffers would take 36 MB
 HEAD = """
     import os, resource, shutil, signal, sys
     from pathlib import Path
@@ -251,7 +251,7 @@ def launched(folder: Path, *prefix: str) -> str:
     return done.stdout
 
 
-def test_a_launch_without_room_for_its_tapes_is_refused(tmp_path: Path) -> None:
+def test_a_launch_without_room_for_its_span_buffers_is_refused(tmp_path: Path) -> None:
     text = launched(tmp_path, "sh", "-c", 'ulimit -f 1000; exec "$@"', "sh")
     assert "LaunchError: the memory in which ranks note what they do cannot be had" in text
     assert "File too large" in text

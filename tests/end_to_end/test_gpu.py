@@ -301,7 +301,7 @@ def test_who_waits_for_whom_is_seen_on_the_device() -> None:
 
 
 @needs_two
-def test_what_hangs_on_the_device_is_open_on_the_tape() -> None:
+def test_what_hangs_on_the_device_is_open_in_the_span_buffer() -> None:
     def work(rank: int) -> None:
         device = join("nccl")
         x = torch.ones(1000, device=device)

@@ -1,4 +1,4 @@
-"""Asynchronous work: it ends once, however it is waited for, or never; no rank breaks by it."""
+"""Spans of asynchronous work end once, however it is waited for, or stay open."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def marks(run: Run, rank: int = 0) -> list[Span]:
-    """What one rank recorded of calls, but for joining and leaving."""
+    """The spans of one rank's calls, except for joining and leaving."""
     return [s for s in run.ranks[rank].spans if s.lane != "process" and s.op not in GROUP_CALLS]
 
 
@@ -54,7 +54,7 @@ def test_work_that_nobody_waits_for_breaks_nothing(leaves: bool) -> None:
 
 
 def test_nor_where_the_interpreter_shuts_down() -> None:
-    """With its group left: else the abort is plain torch's, whose work outlives the interpreter."""
+    """The group is destroyed first; else plain torch aborts, as its work outlives Python."""
     for _ in range(2):
         run = launch(never_waits, args=(True,), start_method="spawn", check=False)
         assert [rank.exitcode for rank in run.ranks] == [0, 0]

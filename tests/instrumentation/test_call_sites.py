@@ -1,4 +1,4 @@
-"""The learner's line that makes a call, and what the call's tensor looks like."""
+"""The learner's line that makes a call, and the dtype and shape of the call's tensor."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def here() -> str | None:
 
 def test_the_line_of_the_caller() -> None:
     found = [here() for _ in range(2)]
-    assert found[0] == found[1]  # the second comes from what is known
+    assert found[0] == found[1]  # the second comes from the cache
     filename, line = split_site(str(found[0]))
     assert filename == HERE
     assert open(HERE).readlines()[line - 1].strip().startswith("found = [here()")

@@ -1,4 +1,4 @@
-"""Clocks of several machines made one: real stores, threads and ranks; other clocks are shifted."""
+"""Clocks of several machines are compared, by real stores and ranks whose clocks are shifted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOUR_NS = 3_600_000_000_000
 
 
 class Clocks(threading.local):
-    """The clock of each thread: so many ns ahead of this machine's."""
+    """A clock for each thread, some ns ahead of this machine's."""
 
     ahead_ns = 0
 
@@ -36,7 +36,7 @@ class Clocks(threading.local):
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, *ahead_ns: int) -> list[Clock]:
-    """What every rank finds; each is a thread with a clock that is so far ahead."""
+    """What every rank measures; each is a thread whose clock is `ahead_ns` ahead."""
     shifted, store = Clocks(), dist.HashStore()
     store.set_timeout(timedelta(seconds=30))
     monkeypatch.setattr(clock_sync, "time", shifted)
@@ -51,7 +51,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, *ahead_ns: int) -> list[Clock]:
 
 
 def holds(clock: Clock, ahead_ns: int) -> bool:
-    """Whether what was measured is as near to the truth as it claims."""
+    """Whether the measured offset is within its claimed error."""
     return abs(clock.behind_ns + ahead_ns) <= clock.within_ns
 
 
@@ -78,7 +78,7 @@ def test_one_rank_answers_for_all_of_its_clock(monkeypatch: pytest.MonkeyPatch) 
 
 
 def joins(rank: int, ahead_ns: int) -> Any:
-    """A rank whose clock is ahead, through the store by which the ranks met."""
+    """Measure as a rank whose clock is ahead, through the store of the group."""
     now = SimpleNamespace(perf_counter_ns=lambda: time.perf_counter_ns() + ahead_ns)
     vars(clock_sync).update(time=now, clock_id=lambda: f"clock {ahead_ns}")
     dist.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""Every public call of torch.distributed marks itself, once, with what it was."""
+"""Every public call of torch.distributed is recorded once, with its facts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def pieces() -> list[torch.Tensor]:
     return [torch.zeros(6), torch.zeros(6)]
 
 
-# The call of rank r, and the bytes and the root that it should be recorded with.
+# The call of rank r, and the bytes and the root that its span should have.
 CALLS: dict[str, tuple[Callable[[int, Any], Any], int | None, int | None]] = {
     "all_reduce": (lambda r, o: dist.all_reduce(x(), **o), BYTES, None),
     "broadcast": (lambda r, o: dist.broadcast(x(), 1, **o), BYTES, 1),
@@ -119,7 +119,7 @@ def skip_without(name: str) -> None:
 
 
 def marks(run: Run, rank: int = 0) -> list[Span]:
-    """What one rank recorded of calls, but for joining and leaving."""
+    """The spans of one rank's calls, except for joining and leaving."""
     return [s for s in run.ranks[rank].spans if s.op not in (None, *GROUP_CALLS)]
 
 
@@ -173,7 +173,7 @@ def test_a_collective_is_as_long_as_its_wait() -> None:
     for barrier, (began, ended) in zip((early, late), run.values, strict=True):
         assert barrier.t1_ns is not None
         assert began <= barrier.t0_ns < barrier.t1_ns <= ended
-        assert barrier.t1_ns >= late.t0_ns  # nobody leaves before the last has come
+        assert barrier.t1_ns >= late.t0_ns  # no rank leaves before the last has come
     assert (early.t1_ns or 0) - early.t0_ns > (late.t1_ns or 0) - late.t0_ns
 
 
@@ -247,7 +247,7 @@ def test_a_call_that_gloo_does_not_have_is_recorded_as_failed(name: str) -> None
     assert (mark.op, mark.failed, mark.peer, mark.nbytes) == (name, True, 0, BYTES)
 
 
-# The same call in all the ways to write it: the root by global rank or by place in the group.
+# All ways to write the same call: the root by global rank or by place in the group.
 WAYS: dict[str, Callable[[int, Any, Any], Any]] = {
     "by position": lambda r, t, g: dist.broadcast(t, 3, g, False),
     "by name": lambda r, t, g: dist.broadcast(async_op=False, group=g, src=3, tensor=t),
@@ -313,7 +313,7 @@ def test_results_are_those_of_plain_torch() -> None:
 
     run = launch(work)
     assert run.values == [[True] * 3] * 2
-    assert len(marks(run)) == 3  # the plain ones are not seen
+    assert len(marks(run)) == 3  # plain torch's calls are not recorded
 
 
 def test_all_calls_keep_their_names_signatures_and_documentation() -> None:
@@ -404,7 +404,7 @@ def test_what_autograd_and_functional_collectives_call() -> None:
 
     run = launch(work)
     assert run.values[0] == (2.0, 2.0)
-    assert [s.op for s in marks(run)] == ["all_reduce"] * 2  # forward and backward; not C++'s own
+    assert [s.op for s in marks(run)] == ["all_reduce"] * 2  # forward, backward; none from C++
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -551,7 +551,7 @@ def test_a_rank_outside_a_group_is_no_part_of_it() -> None:
 
 
 class Forgetful(dict[Any, Any]):
-    """Keeps nothing: every call is recorded as if its line made it for the first time."""
+    """Keeps no plans, so each call is recorded as if its line made it for the first time."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
@@ -579,9 +579,9 @@ def lines_that_call_again(rank: int, forgetful: bool) -> list[int]:
         for operation in (dist.ReduceOp.SUM, dist.ReduceOp.MAX)[: 2 - rank]:
             try:
                 dist.all_reduce(tensor.cfloat(), operation)
-            except ValueError:  # there is no greatest of complex numbers: rank 0 alone fails
+            except ValueError:  # complex numbers have no maximum: only rank 0 fails
                 failed += 1
-        in_library["reduce"](tensor)  # the line that calls is the same, the learner's is not
+        in_library["reduce"](tensor)  # the calling line is the same, the learner's line is not
         in_library["reduce"](tensor)
 
     def in_a_thread() -> None:
@@ -716,7 +716,7 @@ def test_one_work_for_a_whole_batch_ends_all_of_it() -> None:
 
 
 def drawn(rank: int, seed: int) -> None:
-    """A random program: all ranks draw the same calls, and each its own pauses."""
+    """A random program: all ranks draw the same calls, but each rank its own pauses."""
     dist.init_process_group("gloo")
     teams = [[0, 1, 2, 3], [0, 1], [2, 3], [0, 2, 3]]
     groups = [dist.new_group(team) for team in teams]
@@ -766,7 +766,7 @@ def test_the_first_step_begins_after_groups_were_made() -> None:
         for _ in range(2):
             dist.new_group([0, 1])
             for _ in range(2):
-                dist.all_reduce(parameter.grad)  # no first time in the second turn
+                dist.all_reduce(parameter.grad)  # in the second turn, this line has called before
         optimizer.step()
         dist.destroy_process_group()
 
@@ -803,7 +803,7 @@ def shares_given_up(rank: int) -> tuple[bool, bool, bool]:
     model(torch.ones(1, 4)).sum().backward()
     recorder = recording.current()
     assert recorder is not None
-    kept = (len(recorder.groups), len(recorder.models)) == (2, 1)  # the group, and what DDP sees
+    kept = (len(recorder.groups), len(recorder.models)) == (2, 1)  # the group, and DDP's wrapper
     dist.destroy_process_group()
     ddp_traffic.release_groups(recorder)
     return kept, hasattr(model, "reducer"), bool(recorder.groups or recorder.models)

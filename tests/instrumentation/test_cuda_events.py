@@ -1,9 +1,8 @@
-"""What is done with the times of the device, with events of a device made up here.
+"""Spans on the device, with events of a simulated device.
 
-That CUDA's own events behave so is tested where there is a GPU, in tests/end_to_end/test_gpu.py.
-What CUDA can do that no test there can ask for, such as failing or hanging, is tested only here.
-And ranks on CPUs that take gloo for NCCL go the way that NCCL's calls will go, as far as Python is
-concerned.
+tests/end_to_end/test_gpu.py tests on a GPU that CUDA's own events behave this way. Failures and
+hangs of the device, which no test can cause there, are tested only here. And ranks on CPUs that
+take gloo for NCCL run the Python code of NCCL's calls.
 """
 
 from __future__ import annotations
@@ -78,15 +77,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
 
 
 @pytest.fixture
-def tapes() -> Iterator[SpanBuffers]:
-    tapes = SpanBuffers(1)
-    yield tapes
-    tapes.close()
+def buffers() -> Iterator[SpanBuffers]:
+    buffers = SpanBuffers(1)
+    yield buffers
+    buffers.close()
 
 
 @pytest.fixture
-def recorder(tapes: SpanBuffers) -> Recorder:
-    with tapes.sendable() as connection:
+def recorder(buffers: SpanBuffers) -> Recorder:
+    with buffers.sendable() as connection:
         return Recorder(0, SpanWriter(connection.fileno(), 0), lambda _: None, world_size=1)
 
 
@@ -99,7 +98,7 @@ def lengths_ms(spans: list[Span]) -> list[float | None]:
 
 
 def test_a_span_has_the_times_of_the_device(
-    gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
     before_ns = time.perf_counter_ns()
     first = watch(recorder)
@@ -109,50 +108,52 @@ def test_a_span_has_the_times_of_the_device(
     second = watch(recorder)
     gpu.now += 3.0
     second.stop()
-    spans = tapes.spans(0)
+    spans = buffers.spans(0)
     assert lengths_ms(spans) == [2.0, 3.0]
     assert {s.lane for s in spans} == {"cuda"}
     assert spans[1].t0_ns - spans[0].t0_ns == 7_000_000
     assert spans[0].t0_ns >= before_ns
 
 
-def test_spans_that_overlap(gpu: Gpu, recorder: Recorder, tapes: SpanBuffers) -> None:
+def test_spans_that_overlap(gpu: Gpu, recorder: Recorder, buffers: SpanBuffers) -> None:
     first, second = watch(recorder, "a"), watch(recorder, "b")
     gpu.now += 4.0
     first.stop()
     gpu.now += 1.0
     second.stop()
-    spans = tapes.spans(0)
+    spans = buffers.spans(0)
     assert sorted(lengths_ms(spans)) == [4.0, 5.0]  # type: ignore[type-var]
     assert spans[0].t0_ns == spans[1].t0_ns
 
 
 def test_it_is_open_until_the_device_is_there(
-    gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
     gpu.done = 0.5
     stopwatch = watch(recorder)
     gpu.now += 2.0
     stopwatch.stop()
     stopwatch.stop()
-    assert lengths_ms(tapes.spans(0)) == [None]
+    assert lengths_ms(buffers.spans(0)) == [None]
     gpu.done = 2.0
     recorder.close()
-    assert lengths_ms(tapes.spans(0)) == [2.0]
+    assert lengths_ms(buffers.spans(0)) == [2.0]
 
 
-def test_a_device_that_hangs_keeps_nobody(gpu: Gpu, recorder: Recorder, tapes: SpanBuffers) -> None:
+def test_a_device_that_hangs_keeps_nobody(
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
+) -> None:
     gpu.done = 0.5
     stopwatch = watch(recorder)
     gpu.now += 2.0
     stopwatch.stop()
     recorder.close()  # would not return
-    assert lengths_ms(tapes.spans(0)) == [None]
+    assert lengths_ms(buffers.spans(0)) == [None]
 
 
 @pytest.mark.parametrize("fails_at", ["clock", "start", "stop", "query"])
 def test_a_device_that_fails_raises_nothing_here(
-    fails_at: str, gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    fails_at: str, gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
     if fails_at == "query":
         gpu.done = -1.0
@@ -165,19 +166,19 @@ def test_a_device_that_fails_raises_nothing_here(
     stopwatch.stop()
     gpu.failed = True
     recorder.close()
-    assert lengths_ms(tapes.spans(0))[-1] is None
+    assert lengths_ms(buffers.spans(0))[-1] is None
 
 
 def test_the_clock_is_read_anew_all_the_time(
-    gpu: Gpu, recorder: Recorder, tapes: SpanBuffers
+    gpu: Gpu, recorder: Recorder, buffers: SpanBuffers
 ) -> None:
-    """A float of 24 bits counts no microseconds in an hour of milliseconds."""
+    """A float of 24 bits cannot hold an hour in milliseconds to the microsecond."""
     for _ in range(50):
         stopwatch = watch(recorder)
         gpu.now += 1.0
         stopwatch.stop()
         gpu.now += 99.0
-    spans = tapes.spans(0)
+    spans = buffers.spans(0)
     assert spans[-1].t0_ns - spans[0].t0_ns == 49 * 100_000_000
 
 
@@ -192,7 +193,7 @@ def test_cpu_tensors_are_on_no_device() -> None:
 
 
 class HostEvent:
-    """An event of a device that has done all it was told as soon as it was told."""
+    """An event of a device that does all work at once."""
 
     def __init__(self, enable_timing: bool) -> None:
         self._at = 0.0
@@ -260,7 +261,7 @@ def test_every_call_has_its_time_on_the_device(called: Run) -> None:
             ("isend", 0),
             ("irecv", 0),
             (last, 1),
-            ("all_gather", 3),  # the barrier was 2: it is no work of a stream for its caller
+            ("all_gather", 3),  # number 2 was the barrier, for which the caller waits on the host
         ]
         assert all(s.t1_ns is not None for s in spans)
     (first,) = [share for share in called.waits() if (share.rank, share.seq) == (0, 0)][:1]

@@ -40,7 +40,7 @@ def train(
     steps: int = 20,
     **options: Any,
 ) -> torch.Tensor:
-    """The weights after so many steps; with `late`, rank 1 sleeps so many seconds in each."""
+    """Train and return the weights; rank 1 sleeps `late` seconds in each step."""
     dist.init_process_group("gloo")
     model = DistributedDataParallel(network(), bucket_cap_mb=0.03, **options)
     if watched:

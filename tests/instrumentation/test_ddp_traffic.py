@@ -1,4 +1,4 @@
-"""DDP sends much by itself: it is on the record, and no bit of a training changes for that."""
+"""All that DDP itself sends is recorded, and the weights stay the same to the last bit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Branches(nn.Module):  # type: ignore[misc]
 
 
 def train(rank: int, seen: bool, options: dict[str, Any], how: str = "") -> list[torch.Tensor]:
-    """The weights and buffers after some steps. If not `seen`, all is as without this package."""
+    """The weights and buffers after some steps; without `seen`, as without this package."""
     if not seen:
         recording.use(None)
     dist.init_process_group("gloo")
@@ -94,7 +94,7 @@ def test_the_weights_are_those_of_plain_ddp(options: dict[str, Any], how: str) -
 
 
 def numbered(run: Run, rank: int) -> list[tuple[int | None, str | None, int | None]]:
-    """The calls of a rank that others must meet."""
+    """The calls of a rank that the others must make, too."""
     kinds = [s for s in run.ranks[rank].spans if s.kind == "comm" and s.seq is not None]
     return sorted({(s.seq, s.op, s.nbytes) for s in kinds}, key=lambda call: call[0] or 0)
 
@@ -125,7 +125,7 @@ def test_an_ordinary_training_loop_is_on_the_record() -> None:
     )
     check = ("DistributedDataParallel", "DistributedDataParallel", None)
     order = ("order of buckets", "broadcast", None)
-    # To begin with there is one bucket: DDP orders them after the first backward.
+    # The first backward has one bucket; DDP arranges the buckets after it.
     assert calls(run, 0) == [check, buffers, buffers, buckets[0]]
     assert calls(run, 1) == [order, order, buffers, *buckets]
     assert calls(run, 2) == [buffers, *buckets]
@@ -154,7 +154,7 @@ def test_buckets_are_numbered_anew_after_a_backward_that_was_broken_off() -> Non
     assert [turns.next(n) for n in (3, 3, 4)] == whole
     assert turns.next(3) == (0, False)
     assert turns.next(3) == (1, False)
-    assert turns.next(9) == (0, False)  # more than is left: it is another backward's
+    assert turns.next(9) == (0, False)  # more than is left, so it belongs to another backward
 
 
 def fails_in_forward(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Process groups by name: the same on all members, whatever was made, left and made again."""
+"""Groups have the same name on all members, also after groups were left and made again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def seen(run: Run, rank: int = 0) -> list[tuple[str | None, int | None]]:
-    """The group and number of every call of a rank, but for joining and leaving."""
+    """The group and number of every call of a rank, except for joining and leaving."""
     spans = run.ranks[rank].spans
     return [(s.group, s.seq) for s in spans if s.op not in (None, *GROUP_CALLS)]
 
@@ -92,7 +92,7 @@ def test_a_world_that_is_left_and_joined_again(tmp_path: Path) -> None:
 
 
 def test_worlds_of_fewer_ranks_than_were_started_are_not_taken_for_one(tmp_path: Path) -> None:
-    """It is not known which ranks are in them, so nothing is said of who met whom."""
+    """Their ranks are unknown, so their calls are not matched with each other."""
 
     def work(rank: int) -> None:
         pair, place = divmod(rank, 2)
@@ -142,7 +142,7 @@ def test_groups_of_a_mesh() -> None:
 def test_what_is_no_group_or_no_more_gets_torch_s_own_answer() -> None:
     def work(rank: int) -> list[str]:
         dist.init_process_group("gloo")
-        new = torch.distributed.distributed_c10d._new_group_with_tag  # it names no group
+        new = torch.distributed.distributed_c10d._new_group_with_tag  # our wrapper never sees it
         never_named, named = new([0, 1], pg_tag="one"), dist.new_group([0, 1])
         for group in (never_named, named):
             dist.destroy_process_group(group)

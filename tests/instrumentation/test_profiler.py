@@ -1,4 +1,4 @@
-"""`launch(..., profile=True)`: what torch.profiler saw lies within what the calls recorded."""
+"""`launch(..., profile=True)`: torch.profiler's events lie within the recorded calls."""
 
 from __future__ import annotations
 

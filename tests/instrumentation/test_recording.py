@@ -1,4 +1,4 @@
-"""What is marked by hand: spans, in one thread or several, and none in children of a rank."""
+"""Spans marked by hand are recorded in one thread or several, but not in a rank's children."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A port that nobody else can take, and ranks that are not late at it."""
+"""No other process can take the reserved port, and ranks join at it without delay."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_rank_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def arrive(rank: int) -> tuple[int, int]:
-    """When this rank was connected to the others, and when init_process_group returned, in ns."""
+    """When this rank had connected to the others, and when init_process_group returned, in ns."""
     connect, connected_ns = distributed_c10d._new_process_group_helper, 0
 
     def connect_late(*args: Any, **kwargs: Any) -> Any:
@@ -192,7 +192,7 @@ def listening() -> list[str]:
 
 
 def joins(rank: int, address: str) -> list[list[str]]:
-    """Where this rank listens while it is in a group, each of three times."""
+    """Join three times; the addresses on which this rank listens each time."""
     found = []
     for _ in range(3):
         dist.init_process_group("gloo", address, rank=rank, world_size=2)

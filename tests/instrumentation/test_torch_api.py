@@ -1,4 +1,4 @@
-"""Each entry of the table of what differs between releases, held against the installed torch."""
+"""Each entry of the table of differences between releases fits the installed torch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_releases(version: str, release: tuple[int, int]) -> None:
     assert torch_api.release(version) == release
 
 
-# For whom nobody checks that all ranks pass the same: each says why.
+# Collectives that are not in LIKE, each with the reason.
 MAY_DIFFER = {
     "all_gather_coalesced": "a list",
     "all_gather_object": "objects",
@@ -74,7 +74,7 @@ def test_every_nccl_is_streamed(name: str) -> None:
 @pytest.mark.ranks
 @pytest.mark.skipif(torch_api.public("set_timeout") is None, reason="torch is older")
 def test_a_timeout_that_is_set_later_is_the_learners_own() -> None:
-    """launch leaves the learner's own timeout to run out: the ranks may catch it."""
+    """launch lets the learner's own timeout expire, because the ranks may catch the error."""
 
     def work(rank: int) -> str:
         dist.init_process_group("gloo")

@@ -1,4 +1,4 @@
-"""launch() from a plain process: values, places, environment, bad arguments, what cannot travel."""
+"""launch() from a plain process: values, places, environment, bad and unpicklable arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ddp_lessons import BadLaunch, CannotSend, launch, span
 
 pytestmark = pytest.mark.ranks
 
-# As functions of a notebook cell do, those of this file travel by value.
+# Pickle the functions of this file by value, like those of a notebook cell.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
@@ -364,7 +364,7 @@ def test_init_methods_of_the_learners_own(tmp_path: Path) -> None:
 def test_joining_early_costs_no_quarter_second() -> None:
     def join(rank: int) -> float:
         if rank == 0:
-            time.sleep(0.15)  # rank 1 knocks before the store is there
+            time.sleep(0.15)  # rank 1 tries to connect before the store listens
         dist.init_process_group("gloo")
         now = time.perf_counter()
         dist.destroy_process_group()
@@ -375,7 +375,7 @@ def test_joining_early_costs_no_quarter_second() -> None:
     late, early = join_spans[0], join_spans[1]
     assert late.t1_ns is not None
     assert early.t1_ns is not None
-    # Both leave together: the early rank is not asleep when the store opens.
+    # Both return together, so the early rank was not asleep when the store opened.
     assert abs(late.t1_ns - early.t1_ns) < 0.1e9
 
 

@@ -1,8 +1,8 @@
-"""Which backend is recommended, and the refusal of NCCL on a shared GPU, before NCCL is reached.
+"""recommend_backend, and the refusal of NCCL on a shared GPU before NCCL starts.
 
-The rule is a pure function of counts and is tested as such. Its wiring is tested in real workers in
-which `torch.cuda.device_count` is made to say that there are GPUs; tests/end_to_end/test_gpu.py has
-the rest.
+The rules are pure functions of counts, and tested as such. Their use is tested in real workers in
+which `torch.cuda.device_count` is patched to report GPUs; tests/end_to_end/test_gpu.py tests the
+rest on a GPU.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ TWO_OF_TWO = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1"}
 @pytest.mark.parametrize(
     ("address", "ranks", "here"),
     [
-        ("127.0.0.1", None, 4),  # two "machines" of launch are one
+        ("127.0.0.1", None, 4),  # launch's two "machines" are this one
         ("10.0.0.1", None, 2),
         ("10.0.0.1", [0, 2, 3], 2),
         ("10.0.0.1", [0, 1], 0),

@@ -1,4 +1,4 @@
-"""How many ranks the memory carries: told before they start, and the notebook outlives them."""
+"""launch refuses ranks that do not fit in memory; if memory runs out, the notebook survives."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_tightest_limit_on_the_way_up_counts(
 
 
 def within(limit: int, script: str) -> tuple[int, str, int]:
-    """What a program within a limit returned and printed, and how many of its were killed."""
+    """Run a program within a limit; its exit code, its output, and the number of kills."""
     with confined.Confined(limit) as group:
         process = group.start([sys.executable, "-c", textwrap.dedent(script)])
         text, _ = process.communicate(timeout=100)

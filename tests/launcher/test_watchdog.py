@@ -1,7 +1,7 @@
-"""Healthy runs in which for seconds nothing seems to move: none may be given up as hung.
+"""Healthy runs in which nothing seems to move for seconds are not given up as hung.
 
-Ranks that hardly get a processor, data on a slow network, a bucket held back: each was once judged
-a standstill after one to ten seconds. And hangs beside them are still told soon.
+Ranks that hardly get a processor, data on a slow network, a bucket held back: each was once taken
+for a hang after one to ten seconds. Real hangs are still reported soon.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 from ddp_lessons import launch
 """
-# An ordinary training; one rank has more to do, and on one core all wait for it for long.
+# An ordinary training in which one rank has more to do; on one core the others wait long.
 UNEVEN = """
 def train(rank):
     dist.init_process_group("gloo")
@@ -55,7 +55,7 @@ def train(rank):
     return "done"
 print(launch(train, nprocs=12).values == ["done"] * 12)
 """
-# DDP sends for seconds, and who has done with that is in another call already.
+# DDP sends for seconds; a rank that has finished that is already in another call.
 SLOW_DDP = """
 def train(rank):
     dist.init_process_group("gloo")
@@ -68,7 +68,7 @@ def train(rank):
     return "done"
 print(launch(train, nprocs=3).values == ["done"] * 3)
 """
-# A rank has returned, and the others exchange data in a group of their own.
+# One rank has returned; the others exchange data in a group without it.
 SLOW_SUBGROUP = """
 def work(rank):
     dist.init_process_group("gloo")
@@ -97,7 +97,7 @@ def test_ranks_that_hardly_get_a_processor() -> None:
 @pytest.mark.parametrize(("script", "rate"), [(SLOW_DDP, "20mbit"), (SLOW_SUBGROUP, "10mbit")])
 def test_data_on_a_slow_network(script: str, rate: str) -> None:
     skip_where_not_allowed()
-    # Packets of the usual size: those of lo are too large for such a limit.
+    # Use packets of the usual size, as those of lo are too large for the limit.
     slow = (
         "ip link set lo up mtu 1500 && "
         f"tc qdisc add dev lo root tbf rate {rate} burst 32kbit latency 400ms && "
@@ -172,7 +172,7 @@ print(launch(work, timeout=5).values == ["done"] * 2)
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="tells a session's processes apart by Linux")
 def test_a_pause_of_everything_is_no_hang() -> None:
-    """As by `docker pause`: for longer than the timeout no process runs, also not the parent."""
+    """As by `docker pause`: no process runs for longer than the timeout, not even the parent."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", HEAD + FROZEN]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as parent:
@@ -203,7 +203,7 @@ def test_without_a_limit_only_proof_ends_a_run() -> None:
 
 
 def test_a_broadcast_returns_where_gloo_has_passed_it_on() -> None:
-    """Ranks 3 and 5 get it from the root, so that it is no hang if rank 2 waits for them."""
+    """Ranks 3 and 5 get it from the root, so rank 2, which waits for them, does not hang."""
 
     def work(rank: int) -> float:
         dist.init_process_group("gloo")
@@ -258,7 +258,7 @@ def spin(stop: Callable[[], bool]) -> None:
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
 def test_time_in_the_queue_for_a_processor_is_seen() -> None:
-    """Six processes on one core: each stands in the queue for five sixths of the time."""
+    """Six processes on one core: each waits for it for five sixths of the time."""
     context = multiprocessing.get_context("fork")
     ended = context.Event()
     spinners = [context.Process(target=spin, args=(ended.is_set,)) for _ in range(6)]

@@ -1,4 +1,4 @@
-"""Starting ranks goes on working, whatever becomes of the forkserver, and wherever one launches."""
+"""Ranks can be started whatever happens to the forkserver, and from any process or thread."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def ident(rank: int) -> int:
 
 
 def running(method: str = "forkserver") -> forkserver.Forkserver:
-    """The one that runs; the warm one has just started ranks."""
+    """The running forkserver; the warm one has just started ranks."""
     if method == "forkserver":
         assert launch(ident).values == [0, 1]
     found = forkserver.server(forkserver.WARM if method == "forkserver" else forkserver.BARE)
@@ -117,9 +117,9 @@ FEW_FILES = """
 @linux
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_no_more_open_files_than_allowed(method: str) -> None:
-    """So many ranks cannot be started: that is said, nothing is left open, and fewer can be.
+    """Too many ranks for the open files allowed: the error says so, and fewer ranks still start.
 
-    Whichever file it is that cannot be opened.
+    Nothing is left open, whichever file cannot be opened.
     """
     script = textwrap.dedent(FEW_FILES.format(method=method))
     command = [sys.executable, "-c", script]
@@ -129,7 +129,7 @@ def test_no_more_open_files_than_allowed(method: str) -> None:
 
 
 def test_launching_in_a_forked_child() -> None:
-    """As in a Pool, whose processes are daemons; and afterwards here, where the folder still is."""
+    """As in a Pool, whose processes are daemons. Afterwards this process can still launch."""
     running()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(in_forked_child) == [0, 1]
@@ -171,7 +171,7 @@ def mine(rank: int, n: int) -> tuple[int, str | None]:
 
 
 def test_launches_side_by_side_from_threads() -> None:
-    """Each gets its own ranks, values and variables; the process's variables never change."""
+    """Each launch has its own ranks, values and variables; this process's variables stay."""
     running()
     wrong: list[Any] = []
     seen: collections.Counter[Any] = collections.Counter()
@@ -209,7 +209,7 @@ def test_variables_reach_a_new_interpreter_and_nobody_else() -> None:
 
 @linux
 def test_what_the_learners_own_forkserver_left_is_the_learners(tmp_path: Path) -> None:
-    """A process called "rank 0" and a daemon of it outlive the run beside them."""
+    """A learner's process called "rank 0", and its daemon, outlive a run beside them."""
     script = tmp_path / "own.py"
     script.write_text(textwrap.dedent(OWN_FORKSERVER))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)

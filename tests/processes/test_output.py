@@ -1,4 +1,4 @@
-"""A rank's output within bounds: first and last lines whole, and the rest counted to the byte."""
+"""A rank's output is bounded: first and last lines stay whole, the rest is counted exactly."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from ddp_lessons.wire.span_buffer import RECORD
 MEMORY = 512 << 20  # bytes of address space beyond what the imports take
 SECONDS = 20  # of the processor; and at most so many times as long in all, on a busy machine
 BUSY = 5
-WRITTEN = 1 << 20  # where the spans of a tape begin
+WRITTEN = 1 << 20  # where the spans in a .tape file begin
 HUGE = 1 << 40
 WRONG: tuple[Any, ...] = (
     None, True, -1, 0.5, float("nan"), 1e308, 10**9, 1 << 62, 1 << 70, "", "x" * 100_000,
@@ -58,7 +58,7 @@ def random_bytes(file: Path, chance: random.Random) -> None:
     file.write_bytes(chance.randbytes(min(file.stat().st_size, 2 * WRITTEN)))
 
 
-def random_tape(file: Path, chance: random.Random) -> None:
+def random_buffer(file: Path, chance: random.Random) -> None:
     size = file.stat().st_size
     file.write_bytes(chance.randbytes(min(size, 2 * WRITTEN)))
     os.truncate(file, size)
@@ -119,7 +119,7 @@ ANY: tuple[Damage, ...] = (
 )  # fmt: skip
 DAMAGES: dict[str, tuple[Damage, ...]] = {
     ".jsonl": (*ANY, many_lists, *[wrong_field] * 16),
-    ".tape": (*ANY, random_tape, *[flipped] * 16),
+    ".tape": (*ANY, random_buffer, *[flipped] * 16),
     ".stack": ANY,
 }
 

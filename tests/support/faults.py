@@ -122,7 +122,7 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
 
 
 def note_the_time() -> None:
-    """Say when the fault happens: on the tape, and to whoever asks for a file."""
+    """Say when the fault happens: in the span buffer, and in the file that NOTE names."""
     with span(MARK):
         pass
     if path := os.environ.get(NOTE):

@@ -1,4 +1,4 @@
-"""Stop is pressed once or often, at whatever moment: all ranks end, and the cell says so."""
+"""However often and whenever Stop is pressed, all ranks end, and the cell says so."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.kernels import Kernel
 
 @pytest.fixture
 def handler() -> Iterator[list[str]]:
-    """The learner's own handler, and what it wrote down."""
+    """Install a handler of the learner's; yield the list of what it notes."""
     written: list[str] = []
     before = signal.signal(signal.SIGINT, lambda *_: written.append("mine"))
     yield written
@@ -33,7 +33,7 @@ def press(times: int = 1) -> None:
 
 
 def counted(times: int, asks: bool, error: Exception | None = None) -> Interrupts:
-    """Press so many times in a block, which then asks whether it was interrupted, or fails."""
+    """Press Stop `times` times in a `counted` block, which then calls `check` or raises `error`."""
     with Interrupts().counted() as interrupts:
         interrupts.check()
         press(times)
@@ -138,7 +138,7 @@ launch(work)
     assert cell.error == "KeyboardInterrupt"
     assert cell.stdout.startswith("[rank 0] begun\n[rank 1] begun\nStopped.\nrank 0 stopped at ")
     assert cell.stdout.count("Stopped.") == 1
-    # Pressed once more, when it was over: wherever the kernel was then. (Not `join`: when that is
+    # The last press may come after the run, wherever the kernel is then. (No `join`: if that is
     # interrupted, Python 3.11 takes the thread for ended.)
     while kernel.run("over.wait(); print('over')").stdout != "over\n":
         pass

@@ -1,4 +1,4 @@
-"""What the kernel says of kills for want of memory."""
+"""The counts of processes that the OOM killer ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process leaves behind outside its group: adopted by who asked, found, and ended."""
+"""Orphans outside a process's group are adopted by the ancestor that asked, found, and ended."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def wait_until(condition):
 
 
 def in_subprocess(body: str) -> Any:
-    """What `body` prints as JSON, run in a process that may adopt and kill."""
+    """Run `body` in a process that may adopt and kill; return the JSON that it prints."""
     script = LEAVE_BEHIND + textwrap.dedent(body)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -119,7 +119,7 @@ def test_a_process_that_is_suspended_and_killed() -> None:
     kill_and_wait(child.pid)
     assert has_ended(child.pid)
     child.wait()
-    kill_and_wait(child.pid)  # there is nothing to do
+    kill_and_wait(child.pid)  # it has ended already
     assert not is_suspended(child.pid)
 
 
@@ -169,7 +169,7 @@ def test_has_ended() -> None:
     child = subprocess.Popen(["sleep", "68"])
     assert not has_ended(child.pid)
     child.kill()
-    wait_until(lambda: has_ended(child.pid))  # a zombie now: nobody has waited for it
+    wait_until(lambda: has_ended(child.pid))  # it is a zombie until somebody waits for it
     assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
     child.wait()
     assert has_ended(child.pid)

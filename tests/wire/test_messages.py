@@ -1,4 +1,4 @@
-"""What travels on a worker's pipe: framed whole, in pieces or several at once; errors in a line."""
+"""A worker's messages arrive whole, in pieces or several at once; errors in one line."""
 
 from __future__ import annotations
 

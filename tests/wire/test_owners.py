@@ -1,4 +1,4 @@
-"""Whose code a file holds, by its path; of this host and of others."""
+"""The owner of a file by its path, on this host and on others."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from ddp_lessons.wire.owners import Owner, home_of, owner_of
         ("/home/me/train.py", Owner.LEARNER),
         ("<string>", Owner.LEARNER),
         ("<timed exec>", Owner.LEARNER),
-        ("<dynamic-code>", Owner.LEARNER),  # of cloudpickle
+        ("<dynamic-code>", Owner.LEARNER),  # made by cloudpickle
         ("train.py", Owner.LEARNER),
         (pytest.__file__, Owner.PACKAGE),
-        ("/opt/env/lib/python3.12/site-packages/trainer/loop.py", Owner.PACKAGE),  # of another host
+        ("/opt/env/lib/python3.12/site-packages/trainer/loop.py", Owner.PACKAGE),  # on another host
         ("/usr/lib/python3/dist-packages/trainer.py", Owner.PACKAGE),
         (json.__file__, Owner.LIBRARY),
         ("/opt/env/lib/python3.12/threading.py", Owner.LIBRARY),

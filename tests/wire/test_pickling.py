@@ -1,4 +1,4 @@
-"""Code keeps its file names on the way to a rank and back, whatever cloudpickle does with them."""
+"""Code keeps its file names on the way to a rank and back, whatever cloudpickle does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.kernels import Cell, Kernel
 
 pytestmark = pytest.mark.system
 
-# In a kernel: what cloudpickle 3.1.3 does, whichever version is installed.
+# Makes a kernel's cloudpickle do what 3.1.3 does, whichever version is installed.
 TAKE_NAMES_AWAY = """
 import types
 from ddp_lessons.wire import pickling
@@ -31,7 +31,7 @@ def without_names(code):
 pickling._reduce_code = without_names
 assert "<dynamic-code>" in without_names((lambda: 0).__code__)[1]
 """
-# As if names were lost on a way on which nothing of ours lies.
+# Makes names get lost outside our own pickler.
 LOSE_NAMES = """
 from ddp_lessons.wire import unfiled
 unfiled.place_of = lambda code: ("<lost>", code.co_firstlineno)
@@ -236,7 +236,7 @@ def test_names_that_are_lost_leave_function_and_line(kernel: Kernel) -> None:
     assert not kernel.run(LOSE_NAMES).error
     cell = kernel.run(HANG)
     assert cell.error_name == "WorkersHung"
-    assert cell.seconds < 10  # with the start of the ranks; not the 30 s of the timeout
+    assert cell.seconds < 10  # including the start of the ranks; the timeout is 30 s
     assert "rank 0 waits in barrier: <lost>, line 6, in work" in cell.error
     cell = kernel.run(f"{FAILURES['function']}\nlaunch(work, nprocs=1)")
     assert "<lost>, line 2, in work" in cell.error
@@ -277,7 +277,7 @@ def test_nothing_else_of_the_code_changes() -> None:
 
 
 def _by_value(function: Any) -> Any:
-    """The same function as one that no module has under its name."""
+    """The same function, under a name that its module lacks, so that it is pickled by value."""
     made = types.FunctionType(
         function.__code__, {}, function.__name__, function.__defaults__, function.__closure__
     )

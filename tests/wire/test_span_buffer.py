@@ -1,4 +1,4 @@
-"""The tape: what is written is read, also when much, odd or cut off."""
+"""The span buffer: readers get what a rank wrote, also if it was much, odd or killed meanwhile."""
 
 from __future__ import annotations
 
@@ -21,58 +21,58 @@ from ddp_lessons.wire.span_buffer import (
 
 
 @pytest.fixture
-def tapes() -> Iterator[SpanBuffers]:
-    with closing(SpanBuffers(2)) as tapes:
-        yield tapes
+def buffers() -> Iterator[SpanBuffers]:
+    with closing(SpanBuffers(2)) as buffers:
+        yield buffers
 
 
-def writer(tapes: SpanBuffers, rank: int = 0) -> SpanWriter:
-    connection = tapes.sendable()
+def writer(buffers: SpanBuffers, rank: int = 0) -> SpanWriter:
+    connection = buffers.sendable()
     try:
         return SpanWriter(connection.fileno(), rank)
     finally:
         connection.close()
 
 
-def test_all_facts_of_a_span_come_back(tapes: SpanBuffers) -> None:
+def test_all_facts_of_a_span_come_back(buffers: SpanBuffers) -> None:
     facts = CallFacts(
         "all_reduce", "rows: ranks 0 1", 7, 2**40, 3, 1, "float32 (2, 3)", "cell.py:4"
     )
-    writer(tapes, 1).begin("comm", "comm", "all_reduce", 100, 250, 0, facts)
-    writer(tapes, 0).begin("main", "compute", "forward", 5)
-    (reduced,) = tapes.spans(1)
+    writer(buffers, 1).begin("comm", "comm", "all_reduce", 100, 250, 0, facts)
+    writer(buffers, 0).begin("main", "compute", "forward", 5)
+    (reduced,) = buffers.spans(1)
     assert reduced[:7] == (1, "comm", "comm", "all_reduce", 100, 250, None)
     assert reduced[7:] == (*facts, False)
-    (forward,) = tapes.spans(0)
+    (forward,) = buffers.spans(0)
     assert forward[:6] == (0, "main", "compute", "forward", 5, None)
     assert set(forward[6:-1]) == {None}
 
 
-def test_a_span_is_open_until_it_ends(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
-    slot = mine.begin("main", "comm", "barrier", 10)
-    assert tapes.spans(0)[0].t1_ns is None
-    assert tapes.progress(0) == 0
-    mine.end(slot, 20)
-    assert tapes.spans(0)[0].t1_ns == 20
-    assert tapes.progress(0) == 1
-    mine.moved()
-    assert tapes.progress(0) == 2
+def test_a_span_is_open_until_it_ends(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    slot = buffer.begin("main", "comm", "barrier", 10)
+    assert buffers.spans(0)[0].t1_ns is None
+    assert buffers.progress(0) == 0
+    buffer.end(slot, 20)
+    assert buffers.spans(0)[0].t1_ns == 20
+    assert buffers.progress(0) == 1
+    buffer.moved()
+    assert buffers.progress(0) == 2
 
 
-def test_spans_come_in_the_order_of_time(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
+def test_spans_come_in_the_order_of_time(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
     for t0 in (30, 10, 20):
-        mine.begin("main", "compute", str(t0), t0, t0 + 5)
-    assert [s.t0_ns for s in tapes.spans(0)] == [10, 20, 30]
+        buffer.begin("main", "compute", str(t0), t0, t0 + 5)
+    assert [s.t0_ns for s in buffers.spans(0)] == [10, 20, 30]
 
 
-def test_steps_that_were_marked_count(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
-    mine.begin("steps", "mark", "step 0", 10, 20, 0)
-    mine.begin("main", "compute", "in it", 12, 15, 0)
-    mine.begin("main", "compute", "after it", 22, 25, 1)
-    assert [(s.name, s.step) for s in tapes.spans(0)] == [
+def test_steps_that_were_marked_count(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    buffer.begin("steps", "mark", "step 0", 10, 20, 0)
+    buffer.begin("main", "compute", "in it", 12, 15, 0)
+    buffer.begin("main", "compute", "after it", 22, 25, 1)
+    assert [(s.name, s.step) for s in buffers.spans(0)] == [
         ("step 0", 0),
         ("in it", 0),
         ("after it", None),
@@ -80,50 +80,50 @@ def test_steps_that_were_marked_count(tapes: SpanBuffers) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "é" * 300, "\udcff broken", "🐢" * 90, "a\nb\0c"])
-def test_odd_names(tapes: SpanBuffers, name: str) -> None:
-    mine = writer(tapes)
-    mine.begin("main", "compute", name, 10, 20)
-    mine.begin("main", "compute", "next", 30, 40)
-    odd, following = tapes.spans(0)
+def test_odd_names(buffers: SpanBuffers, name: str) -> None:
+    buffer = writer(buffers)
+    buffer.begin("main", "compute", name, 10, 20)
+    buffer.begin("main", "compute", "next", 30, 40)
+    odd, following = buffers.spans(0)
     assert following.name == "next"
     readable = name.encode(errors="replace").decode()
     assert readable.startswith(odd.name)
     assert len(odd.name.encode()) == min(LONGEST_NAME, len(readable.encode()))
 
 
-def test_a_long_name_is_cut_between_two_characters(tapes: SpanBuffers) -> None:
-    writer(tapes).begin("main", "compute", "€" * 100, 10, 20)
-    assert tapes.spans(0)[0].name == "€" * (LONGEST_NAME // 3)
+def test_a_long_name_is_cut_between_two_characters(buffers: SpanBuffers) -> None:
+    writer(buffers).begin("main", "compute", "€" * 100, 10, 20)
+    assert buffers.spans(0)[0].name == "€" * (LONGEST_NAME // 3)
 
 
-def test_what_a_recv_has_met_is_noted_later(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
+def test_what_a_recv_has_met_is_noted_later(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
     facts = CallFacts("recv", "world", -1, 2**40, 3)
-    slot = mine.begin("main", "comm", "recv", 10, step=0, facts=facts)
-    mine.match(slot, 7, 2)
-    mine.end(slot, 20)
-    mine.match(0, 8, 3)  # a span that was not kept
-    (recv,) = tapes.spans(0)
+    slot = buffer.begin("main", "comm", "recv", 10, step=0, facts=facts)
+    buffer.match(slot, 7, 2)
+    buffer.end(slot, 20)
+    buffer.match(0, 8, 3)  # a span that was not kept
+    (recv,) = buffers.spans(0)
     assert recv[:6] == (0, "main", "comm", "recv", 10, 20)
     assert recv[7:13] == ("recv", "world", 7, 2**40, 3, 2)
 
 
-def test_a_call_that_raised_is_marked(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
-    slot = mine.begin("main", "comm", "barrier", 10)
-    mine.fail(slot)
-    mine.end(slot, 20)
-    mine.fail(0)  # a span that was not kept
-    (barrier,) = tapes.spans(0)
+def test_a_call_that_raised_is_marked(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    slot = buffer.begin("main", "comm", "barrier", 10)
+    buffer.fail(slot)
+    buffer.end(slot, 20)
+    buffer.fail(0)  # a span that was not kept
+    (barrier,) = buffers.spans(0)
     assert (barrier.t1_ns, barrier.failed) == (20, True)
 
 
 @pytest.mark.ranks
-def test_names_beyond_the_room_for_them_are_admitted(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
+def test_names_beyond_the_room_for_them_are_admitted(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
     for number in range(20_000):
-        mine.begin("main", "compute", f"{number:0>100}", 10 + number, 11 + number)
-    spans = tapes.spans(0)
+        buffer.begin("main", "compute", f"{number:0>100}", 10 + number, 11 + number)
+    spans = buffers.spans(0)
     assert len(spans) == 20_000
     assert spans[0].name == "0" * 100
     assert spans[-1].name == "(name not kept)"
@@ -131,70 +131,74 @@ def test_names_beyond_the_room_for_them_are_admitted(tapes: SpanBuffers) -> None
 
 
 @pytest.mark.ranks
-def test_a_full_tape_counts_what_it_drops_and_still_shows_what_is_open(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
+def test_a_full_buffer_counts_what_it_drops_and_still_shows_what_is_open(
+    buffers: SpanBuffers,
+) -> None:
+    buffer = writer(buffers)
     for number in range(MOST_SPANS + 1000):
-        mine.end(mine.begin("main", "compute", "work", 1 + number), 2 + number)
-    assert (len(tapes.spans(0)), tapes.dropped(0)) == (MOST_SPANS, 1000)
-    assert tapes.progress(0) == MOST_SPANS + 1000
-    slot = mine.begin("main", "comm", "barrier", 10**9)
-    assert tapes.spans(0)[-1].name == "barrier"
-    mine.end(slot, 10**9 + 1)
-    assert tapes.spans(0)[-1].name == "work"
+        buffer.end(buffer.begin("main", "compute", "work", 1 + number), 2 + number)
+    assert (len(buffers.spans(0)), buffers.dropped(0)) == (MOST_SPANS, 1000)
+    assert buffers.progress(0) == MOST_SPANS + 1000
+    slot = buffer.begin("main", "comm", "barrier", 10**9)
+    assert buffers.spans(0)[-1].name == "barrier"
+    buffer.end(slot, 10**9 + 1)
+    assert buffers.spans(0)[-1].name == "work"
     for number in range(SPARE + 5):
-        mine.begin("comm", "comm", "all_reduce", 2 * 10**9 + number)
-    assert sum(s.t1_ns is None for s in tapes.spans(0)) == SPARE
-    assert tapes.dropped(0) == 1000 + 1 + 5
+        buffer.begin("comm", "comm", "all_reduce", 2 * 10**9 + number)
+    assert sum(s.t1_ns is None for s in buffers.spans(0)) == SPARE
+    assert buffers.dropped(0) == 1000 + 1 + 5
 
 
-def test_several_threads_write_at_once(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
+def test_several_threads_write_at_once(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
 
     def write(number: int) -> None:
         for n in range(2000):
-            mine.end(mine.begin(f"thread {number}", "compute", f"{number} {n % 50}", 1 + n), 2 + n)
+            buffer.end(
+                buffer.begin(f"thread {number}", "compute", f"{number} {n % 50}", 1 + n), 2 + n
+            )
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    spans = tapes.spans(0)
+    spans = buffers.spans(0)
     assert len(spans) == 8000
     assert all(s.name.split()[0] == s.lane.split()[1] for s in spans)
 
 
 @pytest.mark.system
-def test_what_a_killed_process_wrote_stays_readable(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
+def test_what_a_killed_process_wrote_stays_readable(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
     child = os.fork()
     if child == 0:
-        mine.begin("main", "compute", "before", 10, 20)
-        mine.begin("main", "comm", "barrier", 30)
+        buffer.begin("main", "compute", "before", 10, 20)
+        buffer.begin("main", "comm", "barrier", 30)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert [(s.name, s.t1_ns) for s in tapes.spans(0)] == [("before", 20), ("barrier", None)]
+    assert [(s.name, s.t1_ns) for s in buffers.spans(0)] == [("before", 20), ("barrier", None)]
 
 
 @pytest.mark.system
-def test_it_can_be_killed_and_read_at_any_moment(tapes: SpanBuffers) -> None:
-    mine = writer(tapes)
+def test_it_can_be_killed_and_read_at_any_moment(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
     child = os.fork()
     if child == 0:
         for number in range(1, MOST_SPANS):
-            mine.begin("main", "compute", f"span {number % 1000}", number, number + 1)
+            buffer.begin("main", "compute", f"span {number % 1000}", number, number + 1)
         os._exit(0)
     counts = [0]
     try:
         while counts[-1] < 20_000:
-            counts.append(len(tapes.spans(0)))
+            counts.append(len(buffers.spans(0)))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    *spans, last = tapes.spans(0)
+    *spans, last = buffers.spans(0)
     assert counts == sorted(counts)
     assert all((s.name, s.t1_ns) == (f"span {s.t0_ns % 1000}", s.t0_ns + 1) for s in spans)
-    assert last.name in (f"span {last.t0_ns % 1000}", "(name not kept)")  # perhaps half of it
+    assert last.name in (f"span {last.t0_ns % 1000}", "(name not kept)")  # it may be half written
 
 
 def test_it_takes_memory_only_where_it_is_written() -> None:
@@ -206,6 +210,6 @@ def test_it_takes_memory_only_where_it_is_written() -> None:
 
 def test_without_memfd_a_file_without_a_name_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    with closing(SpanBuffers(1)) as tapes:
-        writer(tapes).begin("main", "compute", "work", 1, 2)
-        assert [s.name for s in tapes.spans(0)] == ["work"]
+    with closing(SpanBuffers(1)) as buffers:
+        writer(buffers).begin("main", "compute", "work", 1, 2)
+        assert [s.name for s in buffers.spans(0)] == ["work"]

@@ -166,7 +166,7 @@ POOL = "/usr/lib/python3.11/concurrent/futures/thread.py"
         ((f"{THREADING}:wait", f"{THREADING}:run"), True),  # a Timer
         (("/opt/lib/python3.11/site-packages/helper/monitor.py:run", f"{THREADING}:run"), True),
         (("/home/me/train.py:later", f"{THREADING}:run"), True),
-        ((f"{POOL}:run", f"{POOL}:_worker", f"{THREADING}:run"), True),  # something written in C
+        ((f"{POOL}:run", f"{POOL}:_worker", f"{THREADING}:run"), True),  # runs a C function
         ((f"{POOL}:_worker", f"{THREADING}:run"), False),
         ((f"{THREADING}:wait", "/usr/lib/python3.11/multiprocessing/queues.py:_feed"), False),
         ((f"{TORCH}/../utils/data/_utils/pin_memory.py:do", f"{THREADING}:run"), False),
@@ -210,7 +210,7 @@ def parse(text):
 
 
 def rendered(function: str, argument: Any, directory: Path) -> list[str]:
-    """How an exception that went through a file of the learner's is shown, frame by frame."""
+    """The text of an exception raised through a learner's file, frame by frame."""
     path = directory / "learners.py"
     path.write_text(LEARNERS)
     functions = runpy.run_path(str(path))

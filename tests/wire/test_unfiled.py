@@ -1,7 +1,7 @@
 """Code without a file: below a magic, by exec, `-c`, stdin; and code in an installed package.
 
-Each is run for real, fails or hangs for real, and must be explained within seconds at the best line
-that exists.
+Each test runs such code until it fails or hangs; the message must come within seconds, with the
+best line that exists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.support.kernels import Cell, Kernel
 
 pytestmark = pytest.mark.system
 
-SOON = 3.0  # seconds from a hang to its verdict, the start of the ranks set apart
+SOON = 3.0  # seconds from a hang to its verdict, without the start of the ranks
 SKIPS = """
 def work(rank):
     dist.init_process_group("gloo")
@@ -47,7 +47,7 @@ def session() -> Iterator[Kernel]:
         yield kernel
 
 
-# %%capture runs what is below it as a cell of its own.
+# %%capture runs the code below it as a cell of its own.
 MAGICS = ["%%time", "%%timeit -n1 -r1", "%%prun -q", "%%capture"]
 
 
@@ -86,7 +86,7 @@ def test_a_failure_below_a_magic(session: Kernel, magic: str) -> None:
 
 @pytest.mark.xdist_group("unfiled")
 def test_the_text_of_another_cell_is_never_shown(session: Kernel) -> None:
-    """Two cells, both "<timed exec>", with the same lines but for what they do."""
+    """Two cells, both named "<timed exec>", whose lines differ only in what they do."""
     session.run(f"%%time\n{RAISES}old = work")
     session.run(f"%%time\n{RAISES.replace('17', '18')}new = work")
     assert "sample 18" in marked(session.run("launch(new)"))
@@ -151,7 +151,7 @@ def test_what_follows_c_on_the_command_line() -> None:
 
 @pytest.mark.alone
 def test_what_comes_on_stdin() -> None:
-    """Nobody keeps its text: the line says function and number."""
+    """Its text is not kept anywhere, so the message gives function and line number."""
     source = SCRIPT.format(define=DEFINE, soon=SOON)
     lines = ["", *source.splitlines()]
     text = told([sys.executable, "-"], input=source)

@@ -1,4 +1,4 @@
-"""How a rank ends whose function has returned: threads, then exit handlers. Real processes."""
+"""After its function returned, a rank waits for its threads, then runs its exit handlers."""
 
 from __future__ import annotations
 

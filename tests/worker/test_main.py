@@ -1,4 +1,4 @@
-"""Workers that misbehave, each with its promised outcome; and that a worker is a fresh process."""
+"""Workers that misbehave have the promised outcome, and every worker is a fresh process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def join_and_wait(rank: int) -> None:
-    """What the ranks do that do nothing wrong: wait for the others."""
+    """Do nothing wrong: join, and wait for the other ranks."""
     dist.init_process_group("gloo")
     dist.barrier()
 
@@ -442,7 +442,7 @@ DRAWS: dict[str, Any] = {
 
 
 def descriptors() -> list[str]:
-    """What each open file descriptor is, without the numbers that differ from run to run."""
+    """The kind of each open file descriptor, without numbers that differ between runs."""
     kinds = []
     for fd in os.listdir("/proc/self/fd"):
         try:

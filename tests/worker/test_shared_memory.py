@@ -1,4 +1,4 @@
-"""Nothing is left of memory that ranks share by name, however they end; real processes."""
+"""Shared memory with a name is removed, however the ranks end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signals are the learner's: asking ranks where they are takes none and disturbs no healthy run."""
+"""All signals stay the learner's: asking for stacks uses none, and disturbs no healthy run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LEARNERS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGHUP, signa
 
 
 def with_handlers(rank: int) -> list[int]:
-    """The signals that a handler of the learner's got."""
+    """The signals that a handler of the learner's received."""
     got: list[int] = []
     for number in LEARNERS:
         signal.signal(number, lambda number, _: got.append(number))
@@ -69,7 +69,7 @@ def test_a_hang_is_told_soon_beside_a_handler_that_prints(prepares: Any) -> None
 
 @linux
 def test_a_rank_that_has_become_another_program_goes_on() -> None:
-    """It has no handler any more, so that the signal would end it."""
+    """It has no handler any more, so the signal would end it."""
 
     def becomes(rank: int) -> str:
         if rank == 0:
@@ -120,7 +120,7 @@ def takes_interrupts(rank: int) -> bool:
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_a_rank_takes_interrupts_though_its_parent_ignores_them(method: str) -> None:
-    """As one in a shell's background does, or an engine while it starts a rank."""
+    """As a shell's background process does, or an engine while it starts a rank."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert launch(takes_interrupts, start_method=method).values == [True, True]

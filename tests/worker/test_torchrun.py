@@ -295,9 +295,9 @@ def test_a_record_of_another_version(recorded: Path, tmp_path: Path, text: str) 
 
 
 @pytest.mark.xdist_group("recorded")
-def test_a_tape_that_is_cut(recorded: Path, tmp_path: Path) -> None:
+def test_a_tape_file_that_is_truncated(recorded: Path, tmp_path: Path) -> None:
     facts_of(copied(recorded, tmp_path), 1).with_suffix(".tape").write_bytes(b"short")
-    with pytest.raises(ValueError, match="is no whole tape"):
+    with pytest.raises(ValueError, match="is not a whole span buffer"):
         load_run(tmp_path)
 
 

@@ -69,7 +69,7 @@ def kill_and_remove_its_folder(server: forkserver.Forkserver) -> None:
 
 
 def remove_its_socket(server: forkserver.Forkserver) -> None:
-    os.unlink(server._server._forkserver_address)
+    Path(server._server._forkserver_address).unlink(missing_ok=True)  # it went with the folder
 
 
 @linux

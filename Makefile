@@ -60,7 +60,7 @@ check: tools
 # Four at once even on two cores, as tests mostly wait. Tests of timing run alone afterwards.
 tests: tools
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder" --durations=10
-	$(PYTEST) -m alone --durations=10
+	$(PYTEST) -n 2 --dist loadgroup -m alone --durations=10
 
 quick: tools
 	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"

@@ -12,7 +12,7 @@ NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-w
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help lessons test quick check tests nbval nbval-lessons nbval-solutions binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room setup tools root
+.PHONY: help lessons test quick check tests nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room setup tools root
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
@@ -68,12 +68,13 @@ quick: tools
 binder: tools
 	$(PYTEST) -m binder
 
-# Two notebooks at once, each within the memory that we allow on Binder.
+# Four notebooks at once, each within the memory that we allow on Binder.
 nbval: tools
-	@$(MAKE) --no-print-directory -j2 nbval-lessons nbval-solutions
+	@$(MAKE) --no-print-directory -j$(JOBS) nbval-1 nbval-2 nbval-3 nbval-4
 
-nbval-lessons nbval-solutions: tools
-	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.support.confined 1500 $(PYTEST) $(NBVAL) $(if $(filter %solutions,$@),$(SOLUTIONS),$(LESSONS))
+nbval-1 nbval-2 nbval-3 nbval-4: tools
+	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.support.confined 1500 $(PYTEST) $(NBVAL) \
+		$(shell printf '%s\n' $(LESSONS) $(SOLUTIONS) | awk 'NR % 4 == $(@:nbval-%=%) % 4')
 
 notebooks: tools
 	$(BIN)/python -m tests.support.store_outputs $(RUN_HERE)

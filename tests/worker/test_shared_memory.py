@@ -25,6 +25,7 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [
     pytest.mark.ranks,
     pytest.mark.alone,  # other tests have memory there, too
+    pytest.mark.xdist_group("shared memory"),
     pytest.mark.skipif(sys.platform != "linux", reason="looks into /dev/shm"),
 ]
 

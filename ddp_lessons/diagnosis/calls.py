@@ -108,6 +108,8 @@ class Calls:
     def _sort_in(self, call: Call) -> None:
         if call.op in GROUP_CALLS:
             self._made[call.op, call.rank] += call.group is None
+        elif call.state == "failed" and call.seq is None:
+            return  # torch refused it: no other rank met it
         elif call.pairwise:
             self._pairs[call.group, _side(call), call.rank, call.peer] += not call.waits
         elif call.group is not None and call.seq is not None:

@@ -112,8 +112,8 @@ def issued(
     try:
         work = function(*args, **kwargs)
         return work
-    except BaseException:
-        recorder.buffer.fail(slot)
+    except BaseException as error:
+        recorder.fail(slot, error)
         raise
     finally:
         recording.inside.remove(thread)

@@ -86,7 +86,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         try:
             return function(*args, **kwargs)
         except BaseException as error:
-            buffer.fail(slot)
+            recorder.fail(slot, error, met=call.of_objects)
             if isinstance(error, Exception):
                 group.take_back(seq)
             raise
@@ -116,8 +116,8 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
                 if call.receives and facts.peer < 0 and group is not None:
                     async_work.received(recorder, group, result, slot)
                 return result
-            except BaseException:
-                recorder.buffer.fail(slot)
+            except BaseException as error:
+                recorder.fail(slot, error, met=call.of_objects)
                 raise
             finally:
                 inside.remove(thread)

@@ -7,13 +7,22 @@ before that forks any.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from ddp_lessons.instrumentation import async_work, collectives, process_groups, recording
+from ddp_lessons.instrumentation import (
+    async_work,
+    collectives,
+    process_groups,
+    recording,
+    rendezvous,
+)
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.instrumentation.torch_api import public
 from ddp_lessons.wire.ops import COLLECTIVES, MAKES_GROUP, RECVS, SENDS
+
+FUNCTIONAL = "torch.distributed._functional_collectives"
 
 
 def install(recorder: Recorder) -> None:
@@ -30,6 +39,7 @@ def wrap_torch() -> None:
     through.
     """
     import torch.distributed as dist
+    from torch.distributed import distributed_c10d
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     from ddp_lessons.instrumentation.ddp_traffic import record_ddp  # which imports torch
@@ -45,6 +55,7 @@ def wrap_torch() -> None:
         _replace(name, functools.partial(collectives.recorded, tensor=tensor))
     _replace("batch_isend_irecv", collectives.batched)
     dist.Work.wait = async_work.waiting(dist.Work.wait)
+    distributed_c10d.rendezvous = rendezvous.on_time(distributed_c10d.rendezvous)
 
 
 def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -58,6 +69,10 @@ def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., 
     for module in (dist, distributed_c10d):
         if getattr(module, name, None) is function:
             setattr(module, name, wrapped)
+    # torch.compile knows by this table, if it is made already, what to trace in a function's place.
+    remaps = getattr(sys.modules.get(FUNCTIONAL), "traceable_collective_remaps", {})
+    if function in remaps:
+        remaps[wrapped] = remaps[function]
 
 
 def replace_in(names: dict[str, Any]) -> None:

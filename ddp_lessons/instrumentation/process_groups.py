@@ -1,8 +1,9 @@
 """Wraps the calls that make and end process groups: records them, and checks and waits around them.
 
 Runs in workers; install.py replaces the public functions with these wrappers. Before a rank joins,
-they refuse NCCL on a shared GPU and wait for rank 0's store; after it, they compare the clocks of
-several machines and wait for the other ranks. Without a recorder they only call through.
+they refuse NCCL on a shared GPU; after it, they compare the clocks of several machines and wait for
+the other ranks. Arguments that torch refuses reach it as they are, and at once. Without a recorder
+they only call through.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 
 from ddp_lessons.instrumentation import clock_sync, gpu_sharing, recording
 from ddp_lessons.instrumentation.group_registry import groups
-from ddp_lessons.instrumentation.recording import Recorder
-from ddp_lessons.instrumentation.rendezvous import await_others, await_store, rank_of
+from ddp_lessons.instrumentation.recording import Recorder, seconds
+from ddp_lessons.instrumentation.rendezvous import await_others
 from ddp_lessons.instrumentation.signatures import Args, Kwargs, argument
 from ddp_lessons.instrumentation.torch_api import leaving_is_safe
 from ddp_lessons.wire.messages import Joining
@@ -26,28 +27,21 @@ from ddp_lessons.wire.span_buffer import CallFacts
 
 
 def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap init_process_group: check and wait before it, compare clocks and wait after it."""
+    """Wrap init_process_group: check before it, compare clocks and wait after it."""
+    import torch.distributed as dist
 
     @functools.wraps(function)
     def join(
         backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        timeout = kwargs.get("timeout", args[0] if args else None)
-        seconds = timeout.total_seconds() if timeout is not None else None
-        recorder = recording.current()
+        recorder = recording.current() if not dist.is_initialized() else None  # else torch raises
         if recorder is not None:
+            timeout = kwargs.get("timeout", args[0] if args else None)
             gpu_sharing.before_joining(recorder, backend, argument(args, kwargs, 1, "world_size"))
             if leaving_is_safe():
                 recorder.groups.clear()
             recorder.models.clear()
-            recorder.send(Joining(seconds))
-            if kwargs.get("store") is None:
-                await_store(
-                    init_method,
-                    rank_of(init_method, kwargs),
-                    seconds or 1800.0,
-                    recorder.host_of_rank_zero,
-                )
+            recorder.send(Joining(seconds(timeout)))
         function(backend, init_method, *args, **kwargs)
         if recorder is not None:
             clock = None if recorder.one_clock else clock_sync.against_rank_zero()

@@ -17,6 +17,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, TypeVar
 
+from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
 from ddp_lessons.wire.messages import Clock, GivesUp, Message
 from ddp_lessons.wire.records import Kind, Lane
@@ -52,7 +53,7 @@ class Recorder:
         self.models: list[Callable[[], Any]] = []  # weak references to their DDP models
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
-        self._sent_timeout: timedelta | None = None
+        self._sent_timeout: float | None = None  # seconds
         self._step_t0_ns = 0
         self._in_steps = False
         self._stepping: int | None = None  # id of the optimizer whose steps are the training's
@@ -71,6 +72,15 @@ class Recorder:
         """End a span now."""
         self.buffer.end(slot, time.perf_counter_ns())
 
+    def fail(self, slot: Slot, error: BaseException, *, met: bool = False) -> None:
+        """Note that a call raised. One that torch refused loses its number, unless it `met` others.
+
+        The call that another rank makes in its place has that number.
+        """
+        self.buffer.fail(slot)
+        if not met and torch_api.refused(error):
+            self.buffer.match(slot, -1, -1)
+
     @contextmanager
     def call(self, name: str, t0_ns: int, facts: CallFacts) -> Iterator[None]:
         """Record a call that returns when it is done, and none of the calls within it."""
@@ -79,8 +89,8 @@ class Recorder:
         inside.add(thread)
         try:
             yield
-        except BaseException:
-            self.buffer.fail(slot)
+        except BaseException as error:
+            self.fail(slot, error)
             raise
         finally:
             inside.remove(thread)
@@ -116,11 +126,12 @@ class Recorder:
         self.end_step(slot, now_ns)
         self._step_t0_ns = now_ns
 
-    def gives_up(self, timeout: timedelta | None) -> None:
+    def gives_up(self, timeout: Any) -> None:
         """Tell the parent that a call will give up by itself, if it has a timeout."""
-        if timeout is not None and timeout != self._sent_timeout:
-            self._sent_timeout = timeout
-            self.send(GivesUp(timeout.total_seconds()))
+        known = seconds(timeout)
+        if known is not None and known != self._sent_timeout:
+            self._sent_timeout = known
+            self.send(GivesUp(known))
 
     def compare_clock(self, clock: Clock | None) -> None:
         """Tell the parent how this rank's clock stands against rank 0's, if that is known."""
@@ -137,6 +148,11 @@ class Recorder:
         """Write what is left."""
         for write in self.at_end:
             write()
+
+
+def seconds(timeout: Any) -> float | None:
+    """The seconds of a timeout argument; None without one, or for one that torch refuses."""
+    return timeout.total_seconds() if isinstance(timeout, timedelta) else None
 
 
 inside: set[int] = set()  # idents of the threads that are in a recorded call

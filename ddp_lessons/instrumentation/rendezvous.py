@@ -1,7 +1,8 @@
 """Connects ranks to rank 0's store on time, on loopback only, and keeps them until all have joined.
 
-Runs in workers. worker/main.py puts `meet_apart` and `listen_on_loopback` in place;
-process_groups.py calls the rest when a rank joins.
+Runs in workers. install.py wraps torch's rendezvous with `on_time`, worker/main.py puts
+`meet_apart` and `listen_on_loopback` in place, and process_groups.py calls `await_others` when a
+rank has joined.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import select
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlparse
 
-from ddp_lessons.instrumentation import torch_api
+from ddp_lessons.instrumentation import recording, torch_api
 from ddp_lessons.system.host import LOOPBACK, LOOPBACK_NAMES
 
 _BACKLOG = 2048  # connections that may wait at once, as in torch's own store
@@ -51,6 +52,22 @@ def await_store(
     while not _knock(address) and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def on_time(rendezvous: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap torch's rendezvous, by which init_process_group finds the others: wait for the store.
+
+    torch calls it when it has checked all arguments.
+    """
+
+    @functools.wraps(rendezvous)
+    def wait_first(url: str, rank: int = -1, *args: Any, **kwargs: Any) -> Any:
+        if (recorder := recording.current()) is not None:
+            longest = recording.seconds(kwargs.get("timeout")) or 1800.0
+            await_store(url, rank_of(url, rank), longest, recorder.host_of_rank_zero)
+        return rendezvous(url, rank, *args, **kwargs)
+
+    return wait_first
 
 
 def meet_apart() -> None:
@@ -153,9 +170,8 @@ def await_others() -> None:
             store.set(f"gone/{rank}", "")
 
 
-def rank_of(init_method: str | None, options: dict[str, Any]) -> int:
+def rank_of(init_method: str | None, rank: Any) -> int:
     """The rank that this call of init_process_group joins as; -1 if that cannot be told."""
-    rank = options.get("rank", -1)
     if rank == -1 and init_method in (None, "env://"):
         rank = os.environ.get("RANK", "-1")
     try:

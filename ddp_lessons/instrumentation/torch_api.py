@@ -60,6 +60,13 @@ def store_takes_a_socket() -> bool:
     return release(torch.__version__) >= STORE_TAKES_A_SOCKET
 
 
+def refused(error: BaseException) -> bool:
+    """Whether a call raised before it sent anything, as torch found fault with its arguments."""
+    if isinstance(error, TypeError | ValueError | AssertionError):
+        return True
+    return isinstance(error, RuntimeError) and str(error).startswith("ProcessGroup")
+
+
 def public(name: str) -> Callable[..., Any] | None:
     """A public function of torch.distributed; None if this release does not have it."""
     from torch.distributed import distributed_c10d

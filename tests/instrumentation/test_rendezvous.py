@@ -151,14 +151,14 @@ def test_gives_up_after_its_timeout(port: int, monkeypatch: pytest.MonkeyPatch) 
 
 def test_rank_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    assert rank_of(None, {}) == 3
-    assert rank_of("env://", {"rank": 0}) == 0
-    assert rank_of("tcp://127.0.0.1:1", {"rank": 2}) == 2
-    assert rank_of("tcp://127.0.0.1:1", {}) == -1
+    assert rank_of(None, -1) == 3
+    assert rank_of("env://", 0) == 0
+    assert rank_of("tcp://127.0.0.1:1", 2) == 2
+    assert rank_of("tcp://127.0.0.1:1", -1) == -1
     monkeypatch.setenv("RANK", "three")
-    assert rank_of(None, {}) == -1
+    assert rank_of(None, -1) == -1
     monkeypatch.delenv("RANK")
-    assert rank_of(None, {}) == -1
+    assert rank_of(None, -1) == -1
 
 
 def arrive(rank: int) -> tuple[int, int]:

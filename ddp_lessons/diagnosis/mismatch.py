@@ -90,7 +90,7 @@ class Mismatch(NamedTuple):
         others = [call for call in self.calls if call.site != self.passed]
         return (
             f"{_who(callers)} {agree(callers, 'calls', 'call')} {callers[0].name} at "
-            f"{line_of(self.passed)}, which {_who(others)} {agree(others, 'passes', 'pass')} by"
+            f"{line_of(self.passed)}, which {_who(others)} skipped"
         )
 
     def lines(self) -> list[str]:

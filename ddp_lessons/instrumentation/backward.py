@@ -1,4 +1,4 @@
-"""Records the gradient buckets of a DDP model's backward: their numbers, flight, and the wait.
+"""Records a DDP model's gradient buckets: when each was in flight, and backward's wait for them.
 
 Runs in workers. ddp_traffic.py and the hooks of ddp_buckets.py call it when DDP sends a bucket.
 """

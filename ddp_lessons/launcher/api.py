@@ -1,15 +1,15 @@
 """`launch`: run a function on several ranks, each a fresh process, and return what came of it.
 
-     cell ── launch(fn) ──► Task: cloudpickle, environment, directory (task.py)
-                              │                       parent: this module, watchdog.py
+     cell ── launch(fn) ──► Task: cloudpickle, environment, directory (wire/task.py)
+                              │                       parent: here and watchdog.py
                               ▼
-              forkserver, warm: torch imported, no CUDA, no threads (preload.py)
+              forkserver, warm: torch imported, no CUDA, no threads (worker/preload.py)
                               │ fork x ranks
                               ▼                       child: worker/main.py
           become a fresh process ─► redirect fd 1 and 2 ─► fn(rank, *args), recorded
-                              │ three pipes a rank (processes/local.py, messages.py)
+                              │ three pipes a rank (processes/local.py)
                               ▼
-              Run (run.py) ─► printed by rank, explained (diagnose.py), drawn (plots/)
+              Run (run.py) ─► printed by rank, explained (diagnosis/), drawn (plots/)
 
 Runs in the parent, in the thread of the cell that calls it.
 """

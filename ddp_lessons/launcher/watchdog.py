@@ -1,7 +1,7 @@
 """Watches the ranks of a run: reads their pipes, notices failures and hangs, stops them.
 
 launcher/api.py runs the `Watchdog` in the parent, in the cell's own thread, until every process has
-ended. It decides only *that* a run has failed or hangs; `diagnose.py` says why.
+ended. It decides only *that* a run has failed or hangs; `diagnosis/diagnose.py` says why.
 """
 
 from __future__ import annotations

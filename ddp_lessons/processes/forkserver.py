@@ -1,11 +1,11 @@
-"""The package's only module-level state: its forkservers.
+"""Starts and keeps the two forkservers, processes that fork workers and end with the parent.
 
-Runs in the parent, called by local.py. A forkserver is a process that forks workers; it ends with
-the parent, however that ends. The warm one has torch imported (`preload.py`) and forks a worker in
-milliseconds. The bare one forks processes that become new interpreters at once, for the start
-method "spawn". Both adopt the processes that their ranks leave behind. They are multiprocessing's,
-but not the one that the library shares: the learner's code may have started that, and its leftover
-processes are not ours to end.
+Runs in the parent, called by local.py. The warm forkserver has torch imported (worker/preload.py)
+and forks a worker in milliseconds. The bare one forks processes that become new interpreters at
+once, for the start method "spawn". Both adopt the processes that their ranks leave behind. They are
+instances of multiprocessing's `ForkServer`, but not the one that the library shares: the learner's
+code may have started that, and its leftover processes are not ours to end. They are the package's
+only module-level state.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Runs in the parent, called by local.py. It uses multiprocessing one level below `Process.start`,
 whose side effects reach other code. So a rank does not run the main script again, because functions
-are pickled by value; the variables of a new interpreter are set in the rank only; and the rank is
-none of the `multiprocessing.active_children()` that the learner's code may wait for.
+are pickled by value; the variables of a new interpreter are set in the rank only; and the rank does
+not appear in `multiprocessing.active_children()`, for which the learner's code may wait.
 
 On Linux a new interpreter, too, starts in a process that a forkserver forked, which then adopts
 what the rank leaves behind.

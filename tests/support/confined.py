@@ -21,6 +21,8 @@ from typing import IO, Self
 
 import pytest
 
+from tests.support.allowed import REQUIRED
+
 _OWN = Path("/proc/self/cgroup")
 _ROOT = Path("/sys/fs/cgroup")
 _PAUSE = 0.05  # seconds between two looks
@@ -46,7 +48,7 @@ def why_not() -> str:
 
 def needed() -> pytest.MarkDecorator:
     """Skips a test where there can be no limit; DDP_LESSONS_LIMIT=required forbids that."""
-    reason = "" if os.environ.get("DDP_LESSONS_LIMIT") == "required" else why_not()
+    reason = "" if REQUIRED else why_not()
     return pytest.mark.skipif(bool(reason), reason=reason)
 
 
@@ -124,7 +126,7 @@ class Confined:
 
 def main(limit: str, *command: str) -> int:
     """Run a command with so many MB; its exit code."""
-    if os.environ.get("DDP_LESSONS_LIMIT") != "required" and (reason := why_not()):
+    if not REQUIRED and (reason := why_not()):
         print(f"{reason}: the limit of {limit} MB is not tried")
         os.execvp(command[0], command)
     with Confined(int(limit) << 20) as group:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests.support.allowed import cannot
 
 _MOUNT = 'mount -t tmpfs -o "size=$1" tmpfs "$2" && shift 2 && '
 
@@ -32,7 +32,7 @@ def on_small_disk(folder: Path, kilobytes: int, saved: Path) -> tuple[str, ...]:
 
 def _skip_where_not_allowed() -> None:
     if reason := _why_not():
-        pytest.skip(reason)
+        cannot(reason)
 
 
 @functools.cache

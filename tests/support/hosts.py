@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
-import pytest
+from tests.support.allowed import cannot
 
 NETWORK = "10.77.0"
 TOOLS = ("ip", "unshare")
@@ -76,16 +76,16 @@ def _ip(*arguments: str) -> str:
 def skip_where_not_allowed() -> None:
     """Skip the test where no namespaces can be made, saying why."""
     if sys.platform != "linux":
-        pytest.skip("network namespaces are Linux's")
+        cannot("network namespaces are Linux's")
     missing = [tool for tool in TOOLS if shutil.which(tool) is None]
     if missing:
-        pytest.skip(f"{missing[0]} is not installed")
+        cannot(f"{missing[0]} is not installed")
     probe = ["unshare", "--net", "--time", "--monotonic", "1", "--fork", "true"]
     tried = subprocess.run(probe, capture_output=True, text=True)
     if tried.returncode:
-        pytest.skip(f"namespaces are not allowed here: {tried.stderr.strip()}")
+        cannot(f"namespaces are not allowed here: {tried.stderr.strip()}")
     names = f"ddpl{os.getpid()}probe"
     tried = subprocess.run(["ip", "netns", "add", names], capture_output=True, text=True)
     if tried.returncode:
-        pytest.skip(f"network namespaces are not allowed here: {tried.stderr.strip()}")
+        cannot(f"network namespaces are not allowed here: {tried.stderr.strip()}")
     _ip("netns", "delete", names)

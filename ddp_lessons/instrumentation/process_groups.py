@@ -31,7 +31,7 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def join(
         backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> None:
         timeout = kwargs.get("timeout", args[0] if args else None)
         seconds = timeout.total_seconds() if timeout is not None else None
         recorder = recording.current()

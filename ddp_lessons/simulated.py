@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 
 class SimulatedLink:
@@ -40,7 +44,7 @@ class SimulatedLink:
         """How long the link takes for so many bytes, in seconds."""
         return self.latency + nbytes / self.bytes_per_second
 
-    def __call__(self, _: Any, bucket: Any) -> Any:
+    def __call__(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Start averaging the bucket; the Future completes when the link has carried it."""
         import torch
         import torch.distributed as dist
@@ -49,11 +53,16 @@ class SimulatedLink:
             self._cable = ThreadPoolExecutor(1, thread_name_prefix="simulated link")
         gradients = bucket.buffer().mul_(1.0 / dist.get_world_size())
         work = dist.all_reduce(gradients, async_op=True)
-        arrived = torch.futures.Future()
+        arrived: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         self._cable.submit(self._carry, work, gradients, arrived)
         return arrived
 
-    def _carry(self, work: Any, gradients: Any, arrived: Any) -> None:
+    def _carry(
+        self,
+        work: dist.Work,
+        gradients: torch.Tensor,
+        arrived: torch.futures.Future[torch.Tensor],
+    ) -> None:
         try:
             work.get_future().wait()
             time.sleep(self.seconds(gradients.nbytes))

@@ -23,7 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 TORCH_RUNS_ON = ("cuda", "xpu", "hpu")  # device types that torch.nn.SyncBatchNorm supports
 
 
-def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Module:
+def convert_sync_batchnorm(
+    model: nn.Module, process_group: dist.ProcessGroup | None = None
+) -> nn.Module:
     """Make every batch norm layer of a model a SyncBatchNorm, and print which kind.
 
     Layers on a GPU become `torch.nn.SyncBatchNorm`, others this module's `SyncBatchNorm`, which
@@ -61,7 +63,7 @@ def convert_sync_batchnorm(model: nn.Module, process_group: Any = None) -> nn.Mo
     return model
 
 
-def _refuse_nonsense(model: Any) -> None:
+def _refuse_nonsense(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert_sync_batchnorm needs a torch.nn.Module, got {type(model)}")
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -106,7 +108,9 @@ class SyncBatchNorm(_BatchNorm):  # type: ignore[misc]
     _check_input_dim = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
-    def __init__(self, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, process_group: dist.ProcessGroup | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.process_group = process_group
 
@@ -171,7 +175,12 @@ class _Normalize(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         exact = _exact(x)
         count, mean, var = combine(*_gathered(exact, group))
@@ -217,7 +226,7 @@ class _Normalize(torch.autograd.Function):  # type: ignore[misc]
         )
 
 
-def _gathered(x: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gathered(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
     """Count, means and sums of squared deviations of every rank, in double precision."""
     channels, count = x.size(1), x.numel() // x.size(1)
     mean = _sum(x) / max(count, 1)

@@ -94,7 +94,9 @@ def _is_setup(answer: Any) -> bool:
 
 
 @in_group
-def _logged(rank: int, global_loss: Callable[..., Any], counts: Sequence[int]) -> Any:
+def _logged(
+    rank: int, global_loss: Callable[[Tensor, int], Any], counts: Sequence[int]
+) -> tuple[Any, float, bool]:
     inputs, labels = share(rank, counts)
     loss = nn.functional.cross_entropy(new_layer()(inputs), labels)
     before = loss.item()

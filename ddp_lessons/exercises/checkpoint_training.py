@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -23,6 +23,9 @@ from torch.utils.data import DistributedSampler
 
 from ddp_lessons.exercises.framework import in_group
 from ddp_lessons.exercises.small_training import flat
+
+if TYPE_CHECKING:
+    from torch.optim.lr_scheduler import LRScheduler
 
 SAMPLES, BATCHES, EPOCHS = 24, 4, 3  # BATCHES of an epoch
 SAVED, CUT = (1, 2), (2, 1)  # all ranks save before this epoch and batch
@@ -94,7 +97,7 @@ def resume(rank: int, checkpoint: Any, folder: str) -> Facts:
     parts = _set_up(seed=7, rank=rank)
     place = _place(checkpoint().load(checkpoint_path(folder), *parts))
     facts = {"place": place, "end": None, **_seen(*parts)}
-    places: list[Any] = [None] * dist.get_world_size()
+    places: list[tuple[int, int] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(places, place)
     if places == [SAVED] * len(places):  # otherwise training would fail anyway
         for _, _, *samples in _batches(SAVED):
@@ -108,7 +111,9 @@ def checkpoint_path(folder: str) -> str:
     return os.path.join(folder, "checkpoints", "last.pt")
 
 
-def _set_up(seed: int, rank: int) -> tuple[Any, Any, Any]:
+def _set_up(
+    seed: int, rank: int
+) -> tuple[DistributedDataParallel, torch.optim.Optimizer, LRScheduler]:
     torch.manual_seed(seed)
     layers = nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 4)
     model = DistributedDataParallel(nn.Sequential(*layers))
@@ -119,7 +124,13 @@ def _set_up(seed: int, rank: int) -> tuple[Any, Any, Any]:
     return model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 4, gamma=0.5)
 
 
-def _step(model: Any, optimizer: Any, scheduler: Any, inputs: Tensor, labels: Tensor) -> None:
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    inputs: Tensor,
+    labels: Tensor,
+) -> None:
     optimizer.zero_grad()
     nn.functional.cross_entropy(model(inputs), labels).backward()
     optimizer.step()
@@ -146,7 +157,7 @@ def _place(returned: Any) -> tuple[int, int] | None:
     return epoch, batch
 
 
-def _seen(model: nn.Module, optimizer: Any, scheduler: Any) -> Facts:
+def _seen(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> Facts:
     momentum = [s["momentum_buffer"] for s in optimizer.state.values() if "momentum_buffer" in s]
     rate = float(optimizer.param_groups[0]["lr"])
     return {

@@ -24,7 +24,9 @@ MEANS: tuple[tuple[str, Sequence[Sequence[float]]], ...] = (
 
 
 @in_group
-def _mean_of(rank: int, mean_over_ranks: Callable[..., Any], rows: Any) -> tuple[Any, bool]:
+def _mean_of(
+    rank: int, mean_over_ranks: Callable[[torch.Tensor], Any], rows: Sequence[Sequence[float]]
+) -> tuple[Any, bool]:
     x = torch.tensor(rows[rank])
     before = x.clone()
     mean = plain(mean_over_ranks(x))
@@ -35,7 +37,7 @@ def _mean_of(rank: int, mean_over_ranks: Callable[..., Any], rows: Any) -> tuple
     "`all_reduce` works in place, and integers have no fractions. Give it a copy that has.",
     "`total = x.clone().float()`, all_reduce it, and divide by `dist.get_world_size()`.",
 )
-def check_mean_over_ranks(mean_over_ranks: Callable[..., Any]) -> str:
+def check_mean_over_ranks(mean_over_ranks: Callable[[torch.Tensor], Any]) -> str:
     """Check that `mean_over_ranks(x)` is the elementwise mean over ranks and keeps x unchanged."""
     for what, rows in MEANS:
         run = run_ranks(_mean_of, (mean_over_ranks, rows), nprocs=len(rows))
@@ -151,7 +153,9 @@ ANSWER = "answer"  # the span around the learner's function
 
 
 @in_group
-def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> tuple[Numbers, Numbers]:
+def _ring(
+    rank: int, ring_all_reduce: Callable[[torch.Tensor], object], length: int
+) -> tuple[Numbers, Numbers]:
     """The results of the learner's all_reduce and of `dist.all_reduce`."""
     x = torch.arange(length, dtype=torch.float32) + 100.0**rank
     same = x.clone()
@@ -167,7 +171,7 @@ def _ring(rank: int, ring_all_reduce: Callable[..., Any], length: int) -> tuple[
     "`isend` before `recv`, and `wait` after it. In the first n - 1 steps add what you got to your "
     "piece. Then pass on: in step s send piece r + 1 - s, and overwrite piece r - s.",
 )
-def check_ring_all_reduce(ring_all_reduce: Callable[..., Any]) -> str:
+def check_ring_all_reduce(ring_all_reduce: Callable[[torch.Tensor], object]) -> str:
     """Check `ring_all_reduce(x)`: sums in place, messages to neighbours only, few bytes."""
     for ranks, length in RINGS:
         run = run_ranks(_ring, (ring_all_reduce, length), nprocs=ranks, check=False)

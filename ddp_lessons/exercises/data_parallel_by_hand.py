@@ -185,7 +185,10 @@ def _judge_weighed(counts: tuple[int, ...], found: Tensor) -> None:
     judge(f"ranks with {', '.join(map(str, counts))} samples: ", mistakes)
 
 
-def _begun(rank: int, begin: Callable[..., Any], seed: int) -> tuple[list[float], list[float]]:
+Begin = Callable[[int, int, Callable[[], nn.Module]], Any]
+
+
+def _begun(rank: int, begin: Begin, seed: int) -> tuple[list[float], list[float]]:
     model = begin(rank, seed, lambda: nn.Linear(4, 4))
     return flat(model.parameters()).tolist(), torch.randn(8).tolist()
 
@@ -195,7 +198,7 @@ def _begun(rank: int, begin: Callable[..., Any], seed: int) -> tuple[list[float]
     "drawn later.",
     "`seed` for the model; `seed + rank` for what comes after it.",
 )
-def check_begin(begin: Callable[..., Any]) -> str:
+def check_begin(begin: Begin) -> str:
     """Check `begin(rank, seed, make_model)`: equal weights, different noise, reproducible."""
     runs = [run_ranks(_begun, (begin, seed), nprocs=3).values for seed in (0, 1, 0)]
     (weights, noise), (other_weights, other_noise), again = (

@@ -69,8 +69,13 @@ def check_name_straggler(name_straggler: Callable[[list[Share]], int]) -> str:
     return "right in all three runs: late always, late once, late in the last step only."
 
 
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+MicroBatches = list[tuple[Tensor, Tensor]]
+Accumulate = Callable[[DistributedDataParallel, LossFunction, MicroBatches], object]
+
+
 @in_group
-def _accumulated(rank: int, accumulate: Callable[..., Any], pieces: int) -> Tensor:
+def _accumulated(rank: int, accumulate: Accumulate, pieces: int) -> Tensor:
     model = watch_ddp(DistributedDataParallel(new_layer()))
     inputs, labels = (part[rank :: dist.get_world_size()] for part in samples())
     micro_batches = list(zip(inputs.chunk(pieces), labels.chunk(pieces), strict=True))
@@ -84,7 +89,7 @@ def _accumulated(rank: int, accumulate: Callable[..., Any], pieces: int) -> Tens
     "All but the last micro-batch, forward and backward, inside `no_sync()`; and each loss divided "
     "by their number, because gradients add up.",
 )
-def check_accumulate(accumulate: Callable[..., Any]) -> str:
+def check_accumulate(accumulate: Accumulate) -> str:
     """Check `accumulate(model, loss_fn, micro_batches)`: the right gradient, and one sync."""
     whole = new_layer()
     inputs, labels = samples()

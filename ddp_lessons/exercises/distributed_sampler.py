@@ -15,6 +15,7 @@ from ddp_lessons.exercises.numeric_answers import near, plain
 from ddp_lessons.text import count
 
 Shards = list[list[int]]  # by rank
+Train = Callable[["DistributedSampler[int]", "DataLoader[int]", int, int], Any]
 
 SHARDED = ((12, 4), (10, 3), (2, 3), (7, 1))  # samples, ranks
 EVALUATED = ((10, 3, (0, 2)), (1, 2, ()), (6, 1, (5,)), (5, 4, (4,)))  # and wrong samples
@@ -23,7 +24,9 @@ SHARED_BATCHES = ((64, 4), (66, 3), (4, 4), (8, 1))  # global batch, ranks
 IMPOSSIBLE_BATCHES = ((66, 4), (3, 4), (0, 2))
 
 
-def _loaded(rank: int, sampler: Any, total: int, drop_last: bool) -> tuple[int, list[int]]:
+def _loaded(
+    rank: int, sampler: Callable[..., Any], total: int, drop_last: bool
+) -> tuple[int, list[int]]:
     made = sampler(total, rank, _world_size(), drop_last)
     batches = DataLoader(range(total), batch_size=2, sampler=made) if total else ()
     return len(made), [int(index) for batch in batches for index in batch]
@@ -161,7 +164,7 @@ def _judge_accuracy(
     judge(seen, mistakes)
 
 
-def _trained(rank: int, train: Callable[..., Any], total: int, first: int, last: int) -> Any:
+def _trained(rank: int, train: Train, total: int, first: int, last: int) -> Any:
     sampler = DistributedSampler(range(total), _world_size(), rank)
     loader = DataLoader(range(total), batch_size=2, sampler=sampler)
     return train(sampler, loader, first, last)
@@ -172,7 +175,7 @@ def _trained(rank: int, train: Callable[..., Any], total: int, first: int, last:
     "each batch?",
     "Call `set_epoch(epoch)` before `for batch in loader`, once an epoch.",
 )
-def check_train(train: Callable[..., Any]) -> str:
+def check_train(train: Train) -> str:
     """Check `train(sampler, loader, first, last)`: each epoch is shuffled by its number."""
     for total, ranks, first, last in TRAINED:
         run = run_ranks(_trained, (train, total, first, last), nprocs=ranks)
@@ -212,7 +215,7 @@ def _judge_trained(what: str, values: list[Any], total: int, epochs: range) -> N
     judge(seen, mistakes)
 
 
-def _first_batch(rank: int, batch_size: Any, total: int) -> int:
+def _first_batch(rank: int, batch_size: int, total: int) -> int:
     sampler = DistributedSampler(range(total), _world_size(), rank)
     return len(next(iter(DataLoader(range(total), batch_size, sampler=sampler))))
 

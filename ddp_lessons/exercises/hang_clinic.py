@@ -252,11 +252,12 @@ def _judge_epochs(told: str, of_ranks: Losses, run: Run) -> None:
 
 
 Shape = tuple[int, int]
+AddUp = Callable[[torch.Tensor, dist.ProcessGroup, dist.ProcessGroup], Any]
 GRIDS: tuple[Shape, ...] = ((2, 2), (1, 2), (2, 1), (1, 1))  # rows and columns
 
 
 @in_group
-def _adds_up(rank: int, add_up: Callable[..., Any], shape: Shape, late: int) -> Any:
+def _adds_up(rank: int, add_up: AddUp, shape: Shape, late: int) -> tuple[float, ...] | str:
     height, width = shape
     grid = torch.arange(height * width).view(shape).tolist()
     rows = [dist.new_group(ranks) for ranks in grid]
@@ -273,7 +274,7 @@ def _adds_up(rank: int, add_up: Callable[..., Any], shape: Shape, late: int) -> 
     "All ranks take their row first, say. Then the rank that the others wait for is on its way.",
     "`all_reduce` writes its sum into the tensor that it gets: add up a copy, `x.clone()`.",
 )
-def check_add_up(add_up: Callable[..., Any]) -> str:
+def check_add_up(add_up: AddUp) -> str:
     """Check `add_up(x, row, column)` on real ranks in a grid, one of them late."""
     for shape in GRIDS:
         height, width = shape

@@ -20,7 +20,7 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def near(value: Any, target: float, tolerance: float = 1e-6) -> bool:
+def near(value: object, target: float, tolerance: float = 1e-6) -> bool:
     """Whether an answer is a number, and right up to rounding."""
     return isinstance(value, int | float) and abs(value - target) < tolerance
 

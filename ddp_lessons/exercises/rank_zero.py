@@ -16,6 +16,9 @@ from ddp_lessons.exercises.checkpoint_training import SAVED, Facts, resume, trai
 from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
 from ddp_lessons.text import count
 
+State = dict[str, Tensor]
+LoadAnywhere = Callable[[nn.Module, State], object]
+
 # A rank's state when it saves, and how a difference in it is described.
 PARTS = {
     "model": "other weights",
@@ -38,7 +41,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _load_each(_: int, load_anywhere: Callable[..., Any], wrapped: bool) -> tuple[str, ...]:
+def _load_each(_: int, load_anywhere: LoadAnywhere, wrapped: bool) -> tuple[str, ...]:
     """The first case in which loading failed: the model, the state's origin, what happened."""
     for name, make in MODELS.items():
         for origin, prefix in (("DDP", "module."), ("a plain model", "")):
@@ -60,7 +63,7 @@ def _filled(model: nn.Module) -> nn.Module:
     return model
 
 
-def _load(load: Callable[..., Any], model: nn.Module, state: Facts, wanted: Facts) -> str:
+def _load(load: LoadAnywhere, model: nn.Module, state: State, wanted: State) -> str:
     """What went wrong; "" for nothing."""
     try:
         load(model, state)
@@ -79,7 +82,7 @@ def _load(load: Callable[..., Any], model: nn.Module, state: Facts, wanted: Fact
     "If the state's keys are not those of `inner`, cut off the first seven letters of each: "
     '`key.removeprefix("module.")`.',
 )
-def check_load_anywhere(load_anywhere: Callable[[nn.Module, dict[str, Tensor]], None]) -> str:
+def check_load_anywhere(load_anywhere: LoadAnywhere) -> str:
     """Check `load_anywhere(model, state)` for plain and DDP models, with states of both."""
     plain = run_ranks(_load_each, (load_anywhere, False), nprocs=1)
     wrapped = run_ranks(in_group(_load_each), (load_anywhere, True))
@@ -243,7 +246,7 @@ def _judge_returned(ranks: list[Facts]) -> None:
         )
 
 
-def _told(place: Any) -> str:
+def _told(place: tuple[int, int] | None) -> str:
     return "no two numbers" if place is None else f"epoch {place[0]}, batch {place[1]}"
 
 
@@ -272,5 +275,5 @@ def _judge_killed(saved: list[Facts], run: Run) -> None:
         )
 
 
-def _same(a: Any, b: Any) -> bool:
+def _same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)

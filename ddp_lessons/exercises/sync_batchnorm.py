@@ -32,7 +32,9 @@ def _batches(counts: tuple[int, ...]) -> list[Tensor]:
 
 
 @in_group
-def _normalised(rank: int, normalise: Callable[..., Any], counts: tuple[int, ...]) -> Any:
+def _normalised(
+    rank: int, normalise: Callable[[Tensor, float], Any], counts: tuple[int, ...]
+) -> Any:
     return normalise(_batches(counts)[rank].clone(), EPS)
 
 
@@ -174,7 +176,9 @@ def _running(means: list[float]) -> float:
 
 
 @in_group
-def _prepared(rank: int, prepare: Callable[[nn.Module], Any]) -> tuple[str, bool, Any]:
+def _prepared(
+    rank: int, prepare: Callable[[nn.Module], Any]
+) -> tuple[str, bool, list[float] | None]:
     """The model's type, whether its norm is synchronised, and DDP's running means after a step."""
     torch.manual_seed(0)
     model = prepare(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)))

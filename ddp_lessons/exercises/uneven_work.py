@@ -19,6 +19,8 @@ from ddp_lessons.text import ranks_text
 
 Counts = tuple[int, ...]  # batches of each rank
 Batches = list[tuple[Tensor, Tensor]]
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+Train = Callable[[DistributedDataParallel, torch.optim.Optimizer, LossFunction, Batches], object]
 
 RATE = 0.1
 TRAINED: tuple[Counts, ...] = ((3, 4), (4, 3), (2, 2), (1, 3, 2), (3,), (0, 2))
@@ -42,7 +44,7 @@ def _layer() -> nn.Module:
 
 
 @in_group
-def _trained(rank: int, train: Callable[..., Any], counts: Counts) -> tuple[list[int], Tensor]:
+def _trained(rank: int, train: Train, counts: Counts) -> tuple[list[int], Tensor]:
     seen: list[int] = []
     batches, layer = _batches(rank, counts[rank]), _layer()
     known = [inputs.clone() for inputs, _ in batches]
@@ -82,7 +84,7 @@ def _expected(counts: Counts, steps: int, initial: bool = True, zeroed: bool = T
     "`with model.join():` around the loop is enough to use every batch.",
     "To trim instead, `all_reduce` the number of batches with `dist.ReduceOp.MIN` before the loop.",
 )
-def check_train(train: Callable[..., Any]) -> str:
+def check_train(train: Train) -> str:
     """Check `train(model, optimizer, loss_fn, batches)`: all finish together, with equal weights.
 
     Ranks may use every batch, or as many as the rank with the fewest has.

@@ -11,13 +11,17 @@ import time
 import weakref
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.instrumentation import cuda_events, recording
 from ddp_lessons.instrumentation.group_registry import Group
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 # Calls that NCCL may coalesce. The future of their handle is then a null pointer, and using it ends
 # the process (endCoalescing in ProcessGroupNCCL.cpp makes none).
@@ -31,7 +35,12 @@ class AsyncWork:
     """
 
     def __init__(
-        self, recorder: Recorder, t0_ns: int, facts: CallFacts, group: Group | None, on: Any = None
+        self,
+        recorder: Recorder,
+        t0_ns: int,
+        facts: CallFacts,
+        group: Group | None,
+        on: torch.device | None = None,
     ) -> None:
         self.recorder = recorder
         self.facts = facts
@@ -44,7 +53,7 @@ class AsyncWork:
         else:
             self._stopwatch = cuda_events.Stopwatch(recorder, on, name, facts)
 
-    def carry(self, work: Any) -> None:
+    def carry(self, work: dist.Work | torch.futures.Future[Any] | int | None) -> None:
         """Watch the work that a call returned."""
         if work is None or isinstance(work, int):
             # The call failed, this rank is not in the group, or the stream of a GPU does the work
@@ -65,7 +74,7 @@ class AsyncWork:
         else:  # torch has only queued the call, to coalesce it with others
             self.done()
 
-    def arrived(self, work: Any, waiting: Slot) -> None:
+    def arrived(self, work: dist.Work, waiting: Slot) -> None:
         """Note that a wait returned. The sender of a recv from any rank is known only now."""
         if self.facts.op == "irecv" and self.facts.peer < 0 and self.group is not None:
             source = self.group.ranks[work._source_rank()]
@@ -73,7 +82,7 @@ class AsyncWork:
             self.facts = self.facts._replace(seq=seq, peer=source)
         self.done()
 
-    def done(self, _: Any = None) -> None:
+    def done(self, _: object = None) -> None:
         """Note the end, once."""
         slot, self._slot = self._slot, 0
         self.recorder.end(slot)
@@ -82,7 +91,9 @@ class AsyncWork:
 
 
 # By the handle that the call returned; one of NCCL's may stand for a whole batch.
-_in_flight: weakref.WeakKeyDictionary[Any, list[AsyncWork]] = weakref.WeakKeyDictionary()
+_in_flight: weakref.WeakKeyDictionary[dist.Work | torch.futures.Future[Any], list[AsyncWork]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def received(recorder: Recorder, group: Group, source: int, *slots: Slot) -> int:
@@ -98,7 +109,7 @@ def issued(
     t0_ns: int,
     facts: CallFacts,
     group: Group | None,
-    on: Any,
+    on: torch.device | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -121,11 +132,11 @@ def issued(
         recorder.end(slot)
 
 
-def waiting(wait: Callable[..., Any]) -> Callable[..., Any]:
+def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
     """Wrap `Work.wait`: record the wait, and that the work is done."""
 
     @functools.wraps(wait)
-    def waited(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def waited(self: dist.Work, *args: Any, **kwargs: Any) -> bool:
         recorder = recording._recorder
         if recorder is None or get_ident() in recording.inside:  # synchronous calls wait inside
             return wait(self, *args, **kwargs)

@@ -9,7 +9,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ddp_lessons.instrumentation import cuda_events
 from ddp_lessons.instrumentation.group_registry import groups
@@ -17,6 +17,9 @@ from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
 from ddp_lessons.wire.records import Kind
 from ddp_lessons.wire.span_buffer import CallFacts, Slot
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Backward:
@@ -29,7 +32,9 @@ class Backward:
         self._waiting: Slot = 0  # the open span, if there is one
         recorder.at_end.append(self.all_arrived)  # ends what a failed backward left open
 
-    def begin(self, index: int, buffer: Any, facts: CallFacts, t0_ns: int) -> Callable[[], None]:
+    def begin(
+        self, index: int, buffer: torch.Tensor, facts: CallFacts, t0_ns: int
+    ) -> Callable[[], None]:
         """Note that DDP sends a bucket. Call the returned function when its gradients arrived.
 
         Index -1 is the map of unused parameters, for which backward waits like for a bucket.

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ddp_lessons.instrumentation.rendezvous import store_of_the_group
 from ddp_lessons.system.host import clock_id
 from ddp_lessons.wire.messages import Clock
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 EXCHANGES = 20  # with each clock; the quickest counts
 
@@ -34,7 +37,7 @@ def against_rank_zero() -> Clock | None:
         return None
 
 
-def _measured(store: Any, rank: int, world_size: int) -> Clock:
+def _measured(store: dist.Store, rank: int, world_size: int) -> Clock:
     own = clock_id()
     store.set(f"id/{rank}", own)
     if rank == 0:
@@ -55,7 +58,7 @@ def _firsts(ids: Sequence[str]) -> list[int]:
     return [rank for rank, name in enumerate(ids) if ids.index(name) == rank]
 
 
-def _exchange(store: Any, other: int) -> tuple[int, int]:
+def _exchange(store: dist.Store, other: int) -> tuple[int, int]:
     """Rank 0's part: by how many ns the other clock is behind, and the error in ns."""
     tries = []
     for number in range(EXCHANGES):
@@ -68,7 +71,7 @@ def _exchange(store: Any, other: int) -> tuple[int, int]:
     return behind_ns, took_ns // 2
 
 
-def _answer(store: Any, rank: int) -> None:
+def _answer(store: dist.Store, rank: int) -> None:
     for number in range(EXCHANGES):
         store.get(f"ask/{rank}/{number}")
         store.set(f"answer/{rank}/{number}", str(time.perf_counter_ns()))

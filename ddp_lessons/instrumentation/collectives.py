@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from threading import get_ident
 from time import perf_counter_ns
 from types import CodeType, FrameType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_lessons.instrumentation import async_work, call_sites, recording
 from ddp_lessons.instrumentation.async_work import AsyncWork
@@ -32,6 +32,12 @@ from ddp_lessons.wire.ops import ISSUED
 from ddp_lessons.wire.records import Kind
 from ddp_lessons.wire.span_buffer import CallFacts
 
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+# Function, line, shape, dtype and thread of a call.
+PlanKey = tuple[str, tuple[int, int], "torch.Size", "torch.dtype", int]
 MOST_PLANS = 10_000  # kept; code that is generated in a loop must not fill the memory
 
 
@@ -46,7 +52,7 @@ class Plan(NamedTuple):
     code: CodeType  # kept, so that no other code object gets its id
 
 
-def stepped(optimizer: Any, *_: Any) -> None:
+def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Note progress after an optimizer's step, which may end a training step."""
     if (recorder := recording.current()) is not None:
         recorder.optimizer_stepped(optimizer)
@@ -95,7 +101,12 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
             buffer.end(slot, perf_counter_ns())
 
     def unplanned(
-        recorder: Recorder, t0_ns: int, frame: FrameType, key: Any, args: Args, kwargs: Kwargs
+        recorder: Recorder,
+        t0_ns: int,
+        frame: FrameType,
+        key: PlanKey | None,
+        args: Args,
+        kwargs: Kwargs,
     ) -> Any:
         group = call.group(args, kwargs)
         site = recorder.sites.of(frame)
@@ -130,7 +141,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
 
 
 def _plan(
-    recorder: Recorder, key: Any, group: Group | None, facts: CallFacts, code: CodeType
+    recorder: Recorder, key: PlanKey, group: Group | None, facts: CallFacts, code: CodeType
 ) -> None:
     """Cache the record of a synchronous call, for when the same line makes it again."""
     if group is not None and not group.streamed and len(recorder.plans) < MOST_PLANS:
@@ -138,11 +149,13 @@ def _plan(
         recorder.plans[key] = Plan(tail, group, code)
 
 
-def batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def batched(
+    name: str, function: Callable[..., Sequence[dist.Work]]
+) -> Callable[..., Sequence[dist.Work]]:
     """Wrap batch_isend_irecv."""
 
     @functools.wraps(function)
-    def batched(p2p_op_list: Any) -> Any:
+    def batched(p2p_op_list: list[dist.P2POp]) -> Sequence[dist.Work]:
         recorder = recording.outermost()
         if recorder is None:
             return function(p2p_op_list)
@@ -150,7 +163,7 @@ def batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         site = recorder.sites.of(sys._getframe(1))
         slot = recorder.begin(Kind.ISSUE, name, t0_ns, CallFacts(name, site=site))
         started = [_start(recorder, t0_ns, op, site) for op in _p2p_ops(p2p_op_list)]
-        works: Sequence[Any] = ()
+        works: Sequence[dist.Work] = ()
         thread = get_ident()
         inside.add(thread)
         try:
@@ -166,7 +179,7 @@ def batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 issued.carry(works[min(place, len(works) - 1)] if works else None)
             recorder.end(slot)
 
-    def _start(recorder: Recorder, t0_ns: int, op: Any, site: str | None) -> AsyncWork:
+    def _start(recorder: Recorder, t0_ns: int, op: dist.P2POp, site: str | None) -> AsyncWork:
         call = calls[op.op.__name__]
         arguments = {"tensor": op.tensor, "group": op.group, call.peer: op.peer}
         group = call.group((), arguments)
@@ -182,7 +195,7 @@ def batched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return batched
 
 
-def _p2p_ops(ops: Any) -> Iterable[Any]:
+def _p2p_ops(ops: object) -> Iterable[dist.P2POp]:
     import torch.distributed as dist
 
     known = [op for op in ops if isinstance(op, dist.P2POp)] if isinstance(ops, list) else []

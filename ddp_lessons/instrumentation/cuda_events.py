@@ -11,23 +11,27 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.instrumentation.torch_api import STREAMED
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import CallFacts, Slot, SpanWriter
 
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
 PATIENCE = 1.0  # seconds that the device has to finish after the function has ended
 PAUSE = 0.001  # seconds between two looks at it
 
 
-def is_streamed(process_group: Any) -> bool:
+def is_streamed(process_group: dist.ProcessGroup) -> bool:
     """Whether the group's calls on CUDA tensors return before the work is done."""
     return any(backend in STREAMED for backend in backends_of(process_group))
 
 
-def backends_of(process_group: Any) -> list[str]:
+def backends_of(process_group: dist.ProcessGroup) -> list[str]:
     """The backends of a group, one for each kind of device: "gloo", "nccl"."""
     import torch.distributed as dist
 
@@ -35,7 +39,7 @@ def backends_of(process_group: Any) -> list[str]:
     return [part.rpartition(":")[2] for part in config.split(",")]
 
 
-def of(tensor: Any) -> Any:
+def of(tensor: Any) -> torch.device | None:
     """The CUDA device of a tensor, or of the first in a list; None for anything else.
 
     None also while a CUDA graph is captured: its work runs later, perhaps many times.
@@ -56,7 +60,12 @@ class Stopwatch:
     """
 
     def __init__(
-        self, recorder: Recorder, device: Any, name: str, facts: CallFacts, lane: str = Lane.CUDA
+        self,
+        recorder: Recorder,
+        device: torch.device,
+        name: str,
+        facts: CallFacts,
+        lane: str = Lane.CUDA,
     ) -> None:
         self._recorder = recorder
         self._clock = _clock_of(device)
@@ -76,8 +85,8 @@ class _Pending(NamedTuple):
 
     buffer: SpanWriter
     slot: Slot
-    start: Any
-    stop: Any
+    start: torch.cuda.Event
+    stop: torch.cuda.Event
 
 
 class DeviceClock:
@@ -87,19 +96,19 @@ class DeviceClock:
     their own: here it only ends the measuring.
     """
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pending: deque[_Pending] = deque()
         self._lock = threading.Lock()
         self._failed = False
-        self._zero: Any = None
+        self._zero: torch.cuda.Event  # set unless the device has failed
         self._zero_ns = 0
         try:
             self._zero, self._zero_ns = _now(device)
         except RuntimeError:
             self._failed = True
 
-    def mark(self) -> Any:
+    def mark(self) -> torch.cuda.Event | None:
         """An event in the current stream; None if the device has failed."""
         import torch
 
@@ -113,7 +122,13 @@ class DeviceClock:
             return None
         return event
 
-    def keep(self, recorder: Recorder, slot: Slot, start: Any, stop: Any) -> None:
+    def keep(
+        self,
+        recorder: Recorder,
+        slot: Slot,
+        start: torch.cuda.Event | None,
+        stop: torch.cuda.Event | None,
+    ) -> None:
         """Write the span when its events have happened, at the latest when the worker ends."""
         if self._failed:
             return
@@ -147,11 +162,11 @@ class DeviceClock:
         # start, because the next span may start before this one ends.
         self._zero, self._zero_ns = span.start, t0_ns
 
-    def _ns(self, event: Any) -> int:
+    def _ns(self, event: torch.cuda.Event) -> int:
         return self._zero_ns + int(self._zero.elapsed_time(event) * 1e6)
 
 
-def _now(device: Any) -> tuple[Any, int]:
+def _now(device: torch.device) -> tuple[torch.cuda.Event, int]:
     """An event that has just happened, and its time; in an idle stream, so it waits for no work."""
     import torch
 
@@ -161,10 +176,10 @@ def _now(device: Any) -> tuple[Any, int]:
     return event, time.perf_counter_ns()
 
 
-_clocks: dict[Any, DeviceClock] = {}
+_clocks: dict[torch.device, DeviceClock] = {}
 
 
-def _clock_of(device: Any) -> DeviceClock:
+def _clock_of(device: torch.device) -> DeviceClock:
     if device not in _clocks:
         _clocks[device] = DeviceClock(device)
     return _clocks[device]

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_lessons.instrumentation import recording
 from ddp_lessons.instrumentation.backward import Backward
 from ddp_lessons.instrumentation.group_registry import groups
 from ddp_lessons.wire.span_buffer import CallFacts
 
-Model = TypeVar("Model")
-Hook = Callable[[Any, Any], Any]
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+Model = TypeVar("Model", bound="DistributedDataParallel")
+Hook = Callable[[Any, "dist.GradBucket"], "torch.futures.Future[torch.Tensor]"]
+RecordedHook = Callable[[Backward, Any, "dist.GradBucket"], "torch.futures.Future[torch.Tensor]"]
 
 
 def watch_ddp(model: Model, hook: Hook | None = None, state: Any = None) -> Model:
@@ -53,19 +59,19 @@ def watch_ddp(model: Model, hook: Hook | None = None, state: Any = None) -> Mode
     _refuse_nonsense(model)
     recorder = recording.current()
     if recorder is not None and (hook is not None or not _records_by_itself(model)):
-        model.register_comm_hook(state, _recorded(Backward(recorder), model, hook))  # type: ignore[attr-defined]
+        model.register_comm_hook(state, _recorded(Backward(recorder), model, hook))
     elif hook is not None:
-        model.register_comm_hook(state, hook)  # type: ignore[attr-defined]
+        model.register_comm_hook(state, hook)
     return model
 
 
-def _records_by_itself(model: Any) -> bool:
+def _records_by_itself(model: DistributedDataParallel) -> bool:
     from ddp_lessons.instrumentation import ddp_traffic
 
     return ddp_traffic.is_recorded(model)
 
 
-def _refuse_nonsense(model: Any) -> None:
+def _refuse_nonsense(model: object) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     if not isinstance(model, DistributedDataParallel):
@@ -80,7 +86,7 @@ def _refuse_nonsense(model: Any) -> None:
         )
 
 
-def _recorded(backward: Backward, model: Any, hook: Hook | None) -> Hook:
+def _recorded(backward: Backward, model: DistributedDataParallel, hook: Hook | None) -> Hook:
     """The hook to register: it records each bucket, and runs `hook` or does what DDP would do."""
     run = _as_ddp_does(model) if hook is None else _facts_of(hook)
 
@@ -92,7 +98,7 @@ def _recorded(backward: Backward, model: Any, hook: Hook | None) -> Hook:
     return recorded
 
 
-def _as_ddp_does(model: Any) -> Callable[[Backward, Any, Any], Any]:
+def _as_ddp_does(model: DistributedDataParallel) -> RecordedHook:
     import torch.distributed as dist
 
     process_group = model.process_group
@@ -100,13 +106,15 @@ def _as_ddp_does(model: Any) -> Callable[[Backward, Any, Any], Any]:
     assert group is not None
     mean = 1.0 / dist.get_world_size(process_group)  # DDP multiplies; division rounds differently
 
-    def all_reduce(backward: Backward, _: Any, bucket: Any) -> Any:
+    def all_reduce(
+        backward: Backward, _: object, bucket: dist.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
         t0_ns = time.perf_counter_ns()
         gradients = bucket.buffer()
         facts = CallFacts("all_reduce", group.name, group.next(), gradients.nbytes, bucket.index())
         end = backward.begin(bucket.index(), bucket.buffer(), facts, t0_ns)
 
-        def done(future: Any) -> Any:
+        def done(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
             end()
             return future.value()[0]
 
@@ -119,8 +127,10 @@ def _as_ddp_does(model: Any) -> Callable[[Backward, Any, Any], Any]:
     return all_reduce
 
 
-def _facts_of(hook: Hook) -> Callable[[Backward, Any, Any], Any]:
-    def run(backward: Backward, state: Any, bucket: Any) -> Any:
+def _facts_of(hook: Hook) -> RecordedHook:
+    def run(
+        backward: Backward, state: Any, bucket: dist.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
         t0_ns = time.perf_counter_ns()
         facts = CallFacts(nbytes=bucket.buffer().nbytes, bucket=bucket.index())
         end = backward.begin(bucket.index(), bucket.buffer(), facts, t0_ns)

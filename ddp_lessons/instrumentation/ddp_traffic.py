@@ -15,7 +15,7 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -42,7 +42,7 @@ def record_ddp() -> None:
     _wrap("_broadcast_coalesced", "broadcast")
 
 
-def is_recorded(model: Any) -> bool:
+def is_recorded(model: DistributedDataParallel) -> bool:
     """Whether the buckets of a DDP model are recorded without a communication hook."""
     return _group_of(model) is not None
 
@@ -72,7 +72,12 @@ def _keeping(help_init: Callable[..., None]) -> Callable[..., None]:
     made_by_recorded_group = _by_recorded_group(help_init)
 
     @functools.wraps(help_init)
-    def help_init_and_keep(self: Any, parameters: Any, *args: Any, **kwargs: Any) -> None:
+    def help_init_and_keep(
+        self: DistributedDataParallel,
+        parameters: Iterable[torch.nn.Parameter],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         if (recorder := recording.current()) is not None:
             recorder.groups.append(self.process_group)
             recorder.models.append(weakref.ref(self))
@@ -90,7 +95,7 @@ def _by_recorded_group(method: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a method of DDP so that it uses the group that records instead of the model's."""
 
     @functools.wraps(method)
-    def by_recorded_group(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def by_recorded_group(self: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
         recorded = _group_of(self)
         if recorded is None:
             return method(self, *args, **kwargs)
@@ -103,7 +108,7 @@ def _by_recorded_group(method: Callable[..., Any]) -> Callable[..., Any]:
     return by_recorded_group
 
 
-def _group_of(model: Any) -> RecordedGroup | None:
+def _group_of(model: DistributedDataParallel) -> RecordedGroup | None:
     recorder = recording.current()
     for group in recorder.groups if recorder is not None else ():
         if isinstance(group, RecordedGroup) and group.model() is model:
@@ -118,7 +123,9 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
     of the object; the Python half must live as long, or nothing more is recorded.
     """
 
-    def __init__(self, model: Any, group: Group, recorder: Recorder, elements: int) -> None:
+    def __init__(
+        self, model: DistributedDataParallel, group: Group, recorder: Recorder, elements: int
+    ) -> None:
         self.real = real = model.process_group
         super().__init__(real.rank(), real.size())
         gloo = dist.ProcessGroup.BackendType.GLOO
@@ -135,7 +142,9 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
         """The name that DDP writes in its logging data."""
         return str(self.real.name())
 
-    def allreduce(self, tensors: Any, *options: Any) -> Any:
+    def allreduce(
+        self, tensors: torch.Tensor | list[torch.Tensor], *options: dist.AllreduceOptions
+    ) -> dist.Work:
         """Sum a bucket of gradients, or find out which parameters any rank has used.
 
         C++ calls it with a list of one tensor and options, Python with the tensor alone.
@@ -156,7 +165,7 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
             _when_reducer_is_done(self._backward.all_arrived)
         return work
 
-    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> Any:
+    def broadcast(self, tensors: list[torch.Tensor], options: dist.BroadcastOptions) -> dist.Work:
         """Rank 0 tells the others how it orders its buckets; the reducer waits for that."""
         t0_ns = time.perf_counter_ns()
         recorder = recording.outermost()
@@ -190,7 +199,7 @@ def _are_gradients(piece: torch.Tensor) -> bool:
     return bool(piece.is_floating_point() or piece.is_complex())
 
 
-def _handed_over(call: Callable[[], Any], end: Callable[[], None]) -> Any:
+def _handed_over(call: Callable[[], dist.Work], end: Callable[[], None]) -> dist.Work:
     """Start work by `call` and return it; call `end` when it is done or has failed."""
     try:
         work = call()
@@ -228,7 +237,12 @@ def _wrap(name: str, op: str) -> None:
 
 
 def _facts(
-    recorder: Recorder, group: Group, op: str, tensor: Any, root: int | None, frame: FrameType
+    recorder: Recorder,
+    group: Group,
+    op: str,
+    tensor: torch.Tensor | list[torch.Tensor] | None,
+    root: int | None,
+    frame: FrameType,
 ) -> CallFacts:
     """The facts of a call, which gets its number here. `root` is a rank in the group."""
     nbytes, look = describe_tensors(tensor)

@@ -18,19 +18,21 @@ CARRIES = "gloo carries CUDA tensors through the CPU"
 SHARED_ALLOWED = "NCCL_MULTI_RANK_GPU_ENABLE"  # NCCL 2.31 and newer: ranks may share a GPU
 
 
-def before_joining(recorder: Recorder, backend: Any, world_size: Any) -> None:
+def before_joining(recorder: Recorder, backend: str | None, world_size: Any) -> None:
     """Check the arguments of init_process_group; a world size of -1 means all launched ranks."""
     known = isinstance(world_size, int) and world_size > 0
     _refuse_shared_gpu(recorder, backend, range(world_size) if known else None)
 
 
-def before_new_group(recorder: Recorder, ranks: Any, backend: Any) -> None:
+def before_new_group(recorder: Recorder, ranks: Iterable[int] | None, backend: str | None) -> None:
     """Check the arguments of new_group; without a backend it uses the default group's."""
     if backend is not None:
         _refuse_shared_gpu(recorder, backend, ranks)
 
 
-def _refuse_shared_gpu(recorder: Recorder, backend: Any, ranks: Iterable[int] | None) -> None:
+def _refuse_shared_gpu(
+    recorder: Recorder, backend: str | None, ranks: Iterable[int] | None
+) -> None:
     """Raise DistBackendError where NCCL would find two of `ranks`, or of all, on one GPU.
 
     NCCL itself raises only in the first collective, and until then some ranks may wait for others.
@@ -49,7 +51,7 @@ def _refuse_shared_gpu(recorder: Recorder, backend: Any, ranks: Iterable[int] | 
         raise dist.DistBackendError(text)
 
 
-def wants_nccl(backend: Any) -> bool:
+def wants_nccl(backend: str | None) -> bool:
     """Whether CUDA tensors will go through NCCL; by default (None) they do."""
     names = str(backend or "cuda:nccl").lower().split(",")  # such as "cpu:gloo,cuda:nccl"
     return any(name.rpartition(":")[2].strip() in NCCL for name in names)

@@ -10,10 +10,13 @@ import itertools
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ddp_lessons.instrumentation import cuda_events, recording
 from ddp_lessons.wire.ops import OWN_WORLD
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 LONGEST_DESCRIPTION = 50  # characters, to leave room for the ranks (span_buffer.LONGEST_NAME)
 
@@ -21,7 +24,9 @@ LONGEST_DESCRIPTION = 50  # characters, to leave room for the ranks (span_buffer
 class Group:
     """What the recorder knows of one process group: its name, and how many calls it has seen."""
 
-    def __init__(self, process_group: Callable[[], Any], name: str, ranks: Sequence[int]) -> None:
+    def __init__(
+        self, process_group: Callable[[], dist.ProcessGroup | None], name: str, ranks: Sequence[int]
+    ) -> None:
         self.process_group = process_group  # a weak reference
         self.name = name
         self.ranks = ranks
@@ -54,12 +59,12 @@ class Groups:
         """Look up the default group again, after groups were made or left."""
         self.world = self.of(default_group())
 
-    def of(self, group: Any) -> Group | None:
+    def of(self, group: object) -> Group | None:
         """The record of a process group; None if `group` is no group that this rank is in."""
         known = self._known.get(id(group))
         return known if known is not None and known.process_group() is group else self._add(group)
 
-    def _add(self, group: Any) -> Group | None:
+    def _add(self, group: object) -> Group | None:
         import torch.distributed as dist
 
         if not isinstance(group, dist.ProcessGroup):
@@ -112,7 +117,7 @@ def _own_world() -> str | None:
     return f"{OWN_WORLD} {recorder.rank}"
 
 
-def default_group() -> Any:
+def default_group() -> dist.ProcessGroup | None:
     """The group that a call without `group` means; None before there is one."""
     import torch.distributed as dist
 

@@ -33,7 +33,7 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def join(
         backend: str | None = None, init_method: str | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> None:
         recorder = recording.current() if not dist.is_initialized() else None  # else torch raises
         if recorder is not None:
             timeout = kwargs.get("timeout", args[0] if args else None)

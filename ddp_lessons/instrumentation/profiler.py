@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import CallFacts
+
+if TYPE_CHECKING:
+    from torch.autograd import _ProfilerResult
 
 GLOO = "gloo:"
 # Kernels on the device. (Their calls, "nccl:all_reduce", are copied there as annotations.)
@@ -57,7 +60,7 @@ def _clock_offset() -> int:
     return min(tries)[1]
 
 
-def _communication(results: Any) -> Iterator[tuple[str, str, int, int]]:
+def _communication(results: _ProfilerResult) -> Iterator[tuple[str, str, int, int]]:
     """Lane, name, begin and end of the events of gloo's threads and NCCL's kernels; epoch ns."""
     for event in results.events():
         name = event.name()

@@ -15,13 +15,18 @@ from contextlib import contextmanager
 from datetime import timedelta
 from threading import get_ident
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
 from ddp_lessons.wire.messages import Clock, GivesUp, Message
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -49,8 +54,8 @@ class Recorder:
         self.one_clock = one_clock  # all ranks are known to read the same clock
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0
-        self.groups: list[Any] = []  # not to be freed: process_groups.leaving, ddp_traffic
-        self.models: list[Callable[[], Any]] = []  # weak references to their DDP models
+        self.groups: list[dist.ProcessGroup] = []  # not freed: process_groups.leaving, ddp_traffic
+        self.models: list[Callable[[], DistributedDataParallel | None]] = []  # weak references
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
         self._sent_timeout: float | None = None  # seconds
@@ -111,7 +116,7 @@ class Recorder:
         self.step += 1
         self._in_steps = False
 
-    def optimizer_stepped(self, optimizer: Any) -> None:
+    def optimizer_stepped(self, optimizer: torch.optim.Optimizer) -> None:
         """Note progress, and end a training step unless `steps` counts them.
 
         If several optimizers take turns, only the steps of the first one count.

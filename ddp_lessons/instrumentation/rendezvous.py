@@ -18,11 +18,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from ddp_lessons.instrumentation import recording, torch_api
 from ddp_lessons.system.host import LOOPBACK, LOOPBACK_NAMES
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 _BACKLOG = 2048  # connections that may wait at once, as in torch's own store
 PATIENCE = timedelta(seconds=10)  # for a rank that does not take part
@@ -84,7 +87,7 @@ def meet_apart() -> None:
     times: Counter[tuple[str, int]] = Counter()  # by address
 
     @functools.wraps(rendezvous)
-    def apart(*args: Any, **kwargs: Any) -> Iterator[Any]:
+    def apart(*args: Any, **kwargs: Any) -> Iterator[tuple[dist.Store, int, int]]:
         for store, rank, world_size in rendezvous(*args, **kwargs):
             if isinstance(store, dist.TCPStore):
                 address = store.host, store.port
@@ -108,7 +111,7 @@ def listen_on_loopback() -> None:
     make = module.TCPStore
 
     @functools.wraps(make)
-    def on_loopback(*args: Any, **options: Any) -> Any:
+    def on_loopback(*args: Any, **options: Any) -> dist.TCPStore:
         if options.get("is_master") and options["host_name"] == LOOPBACK and options["port"]:
             # If the port is taken, torch says so, or shares a store of this process.
             with contextlib.suppress(OSError):
@@ -128,7 +131,7 @@ def _listener(port: int) -> int:
 
 
 @contextlib.contextmanager
-def store_of_the_group(purpose: str) -> Iterator[Any]:
+def store_of_the_group(purpose: str) -> Iterator[dist.Store]:
     """The store of the default group, under keys of its own and with a timeout of `PATIENCE`.
 
     A rank that does not take part makes the others raise RuntimeError.

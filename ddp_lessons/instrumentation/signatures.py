@@ -8,17 +8,20 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.instrumentation import cuda_events
 from ddp_lessons.instrumentation.group_registry import Group, default_group, groups
 from ddp_lessons.wire.ops import ISSUED, RECVS, SENDS
 from ddp_lessons.wire.span_buffer import CallFacts
 
+if TYPE_CHECKING:
+    import torch
+
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 _MOST = 4096  # descriptions kept; shapes that never repeat must not fill the memory
-_known: dict[Any, tuple[int, str]] = {}
+_known: dict[tuple[torch.Size, torch.dtype], tuple[int, str]] = {}
 
 UNKNOWN = (-1, None)
 SAYS_NOTHING = {"op"}  # arguments that no span records
@@ -107,7 +110,7 @@ class Signature:
         if group is not None and facts.seq >= 0 and not self.of_objects:
             group.take_back(facts.seq, self._pair(rank, facts.peer) if self.pairwise else None)
 
-    def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> Any:
+    def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> torch.device | None:
         """The GPU whose stream will do the work; None if the call does it itself."""
         if group is None or not group.streamed:
             return None

@@ -13,10 +13,13 @@ import time
 from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ddp_lessons.processes.base import Worker
 from ddp_lessons.system.notebook import is_live
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
 
 FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
 MOST = 120  # characters of a line
@@ -30,7 +33,7 @@ class Panel:
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._workers = workers
         self._due = time.monotonic() + FIRST_AFTER
-        self._handle: Any = None
+        self._handle: DisplayHandle | None = None
         self._on = is_live() and not hidden.get()
 
     def __enter__(self) -> Panel:

@@ -11,15 +11,18 @@ from __future__ import annotations
 import html
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from matplotlib.figure import Figure
 
 from ddp_lessons.system.notebook import in_kernel, is_live
 
+if TYPE_CHECKING:
+    from matplotlib.figure import SubFigure
 
-def text(figure: Any) -> str:
+
+def text(figure: Figure | SubFigure) -> str:
     """The alternative text of a figure: its left-hand titles."""
     return "; ".join(filter(None, (axes.get_title("left") for axes in figure.axes)))
 

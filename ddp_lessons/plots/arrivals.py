@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from ddp_lessons.run import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
 
 MOST_COLUMNS = 120
 MOST_NUMBERS = 12  # most columns for which numbers are written
@@ -59,7 +61,7 @@ def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     return ax
 
 
-def _columns(run: Run) -> tuple[list[Any], list[int], str]:
+def _columns(run: Run) -> tuple[Sequence[Sequence[float] | np.ndarray], list[int], str]:
     """Each column's lateness in ms, `(ranks,)`, NaN for absent ranks; their numbers; their kind."""
     found = run.arrivals()
     if not found:
@@ -72,7 +74,7 @@ def _columns(run: Run) -> tuple[list[Any], list[int], str]:
     return [_mean(rows) for rows in by_step], steps, "step"
 
 
-def _mean(rows: Any) -> Any:
+def _mean(rows: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:
     """The mean over rows without NaN values; NaN where all are NaN."""
     values = np.array(rows, dtype=float)
     there = ~np.isnan(values)
@@ -81,14 +83,14 @@ def _mean(rows: Any) -> Any:
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
-def _mark_last(ax: Axes, late: Any) -> None:
+def _mark_last(ax: Axes, late: np.ndarray) -> None:
     columns = [c for c in range(late.shape[1]) if not np.isnan(late[:, c]).all()]
     last = [int(np.nanargmax(late[:, c])) for c in columns]
     right = [c + 0.33 for c in columns] if late.shape[1] <= MOST_NUMBERS else columns
     ax.scatter(right, last, s=14, color=style.ORANGE, edgecolor=style.INK, linewidth=0.6, zorder=3)
 
 
-def _write_numbers(ax: Axes, late: Any, image: Any) -> None:
+def _write_numbers(ax: Axes, late: np.ndarray, image: AxesImage) -> None:
     for (rank, column), ms in np.ndenumerate(late):
         if not np.isnan(ms):
             text = f"{ms:.0f}" if ms >= 9.5 else f"{ms:.1f}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -80,7 +80,7 @@ def _draw(ax: Axes, run: Run, link: Link, number: int, label: str) -> None:
     ax.plot(sizes, fit, line, color=colour, linewidth=1.8, label=label, marker=None)
 
 
-def _xy(points: Sequence[tuple[int, float]]) -> tuple[Any, Any]:
+def _xy(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     return [n for n, _ in points], [t for _, t in points]
 
 

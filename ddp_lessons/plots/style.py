@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from matplotlib.axes import Axes
+    from matplotlib.backend_bases import RendererBase
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
+    from matplotlib.typing import ColorType
 
     from ddp_lessons.results import RankResult
     from ddp_lessons.run import Run
@@ -157,13 +159,13 @@ def fitting(texts: Sequence[str], points: float, size: float) -> str:
     return next(fits, "")
 
 
-def ink_on(fill: Any) -> str:
+def ink_on(fill: ColorType) -> str:
     """White or dark, whichever has more contrast on a colour (WCAG 2.2, contrast ratio)."""
     light = luminance(fill)
     return "white" if 1.05 / (light + 0.05) > (light + 0.05) / (luminance(INK) + 0.05) else INK
 
 
-def luminance(colour: Any) -> float:
+def luminance(colour: ColorType) -> float:
     """The relative luminance of a colour, from 0 to 1 (WCAG 2.2)."""
     linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour))
     return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
@@ -207,6 +209,6 @@ class FittingText(Text):
         points = self._width * points_per_unit(self._in)
         self.set_text(fitting(self._texts, points, self._size))
 
-    def draw(self, renderer: Any) -> None:
+    def draw(self, renderer: RendererBase) -> None:
         self._choose()
         super().draw(renderer)

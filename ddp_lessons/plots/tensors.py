@@ -11,6 +11,7 @@ from ddp_lessons.plots import style
 from ddp_lessons.plots.docstrings import documented
 
 if TYPE_CHECKING:
+    import torch
     from matplotlib.axes import Axes
 
 # One colour a rank, dark to light so that they differ in grey print; hatched from the fifth on.
@@ -22,7 +23,7 @@ ARROW = 1.6  # cells between before and after
 WIDTH, HEIGHT = 0.92, 0.78  # of a cell
 FONT = 9
 
-Tensors = Sequence[Any]
+Tensors = Sequence["torch.Tensor | Sequence[torch.Tensor | float] | float | None"]
 Look = dict[str, Any]
 
 

@@ -195,7 +195,7 @@ def _draw_means(ax: Axes, run: Run, held: Sequence[Segment], window: Window) -> 
                 ax.fill_between(x, y1, y2, step="post", **LOOKS[kind])
 
 
-def _parts(intervals: Iterable[tuple[int, int]], edges: Any) -> Any:
+def _parts(intervals: Iterable[tuple[int, int]], edges: np.ndarray) -> np.ndarray:
     """The fraction of each column that the intervals cover, `(COLUMNS,)`."""
     covered = np.zeros(len(edges))
     for begin, end in intervals:

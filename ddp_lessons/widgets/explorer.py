@@ -10,7 +10,7 @@ import base64
 import contextlib
 import html
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
@@ -26,7 +26,9 @@ from ddp_lessons.plots import alt_text
 from ddp_lessons.system.notebook import is_live
 
 if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
     from matplotlib.axes import Axes
+    from tornado.ioloop import IOLoop
 
     from ddp_lessons.run import Run
 
@@ -80,7 +82,7 @@ class Explorer:
         self._start, self._draw = start, draw
         self._draws_failures = draws_failures
         self._due = False
-        self._picture: Any = None  # its display handle
+        self._picture: DisplayHandle | None = None
         self._failure = ipywidgets.HTML()
         box = ipywidgets.Box(
             list(self.controls.values()), layout={"flex_flow": "row wrap", "max_width": "60em"}
@@ -109,7 +111,7 @@ class Explorer:
         if self._picture is None:  # reserves the place in this cell for later plots
             self._picture = display({"text/plain": ""}, raw=True, display_id=True)
 
-    def _moved(self, _: Any) -> None:
+    def _moved(self, _: object) -> None:
         # A frontend's message may arrive in another thread; ranks are launched in the main one.
         kernel = getattr(get_ipython(), "kernel", None)
         if kernel is None:
@@ -117,7 +119,7 @@ class Explorer:
         else:
             kernel.io_loop.add_callback(self._redraw_soon, kernel.io_loop)
 
-    def _redraw_soon(self, loop: Any) -> None:
+    def _redraw_soon(self, loop: IOLoop) -> None:
         if not self._due:
             self._due = True
             loop.call_later(SOON, self._redraw_now)
@@ -179,7 +181,7 @@ def whole(label: str, value: int, low: int, high: int, step: int = 1) -> ipywidg
     )
 
 
-def one_of(label: str, options: Any, value: Any) -> ipywidgets.Dropdown:
+def one_of(label: str, options: Collection[object], value: object) -> ipywidgets.Dropdown:
     """A choice from a list."""
     return ipywidgets.Dropdown(
         options=options, value=value, description=label, style=LABEL, layout=LAYOUT

@@ -70,7 +70,10 @@ def explore(train: Callable[..., tuple[list[float], torch.Tensor]], steps: int =
 
 
 def _train(
-    train: Callable[..., Any], path: str, kill_at: int | None, keys: Any = EVERYTHING
+    train: Callable[..., tuple[list[float], torch.Tensor]],
+    path: str,
+    kill_at: int | None,
+    keys: frozenset[str] = EVERYTHING,
 ) -> Run:
     run = run_ranks(train, (path, kill_at, keys), RANKS)
     if kill_at is None:

@@ -7,6 +7,7 @@ what DDP does without one. It wraps a learner's own hook in one that records eac
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,8 +62,17 @@ def watch_ddp(model: Model, hook: Hook | None = None, state: Any = None) -> Mode
     if recorder is not None and (hook is not None or not _records_by_itself(model)):
         model.register_comm_hook(state, _recorded(Backward(recorder), model, hook))
     elif hook is not None:
-        model.register_comm_hook(state, hook)
+        model.register_comm_hook(state, hook if inspect.isfunction(hook) else _function(hook))
     return model
+
+
+def _function(hook: Hook) -> Hook:
+    """A function that calls a hook of another kind; DDP reads a hook's name and its annotations."""
+
+    def call(state, bucket):  # type: ignore[no-untyped-def]
+        return hook(state, bucket)
+
+    return call
 
 
 def _records_by_itself(model: DistributedDataParallel) -> bool:

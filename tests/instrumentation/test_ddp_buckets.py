@@ -232,12 +232,16 @@ OUTSIDE = """
 import os, torch, torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from ddp_lessons import watch_ddp
+from ddp_lessons.simulated import SimulatedLink
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 DDP = torch.nn.parallel.DistributedDataParallel
 model = watch_ddp(DDP(torch.nn.Linear(2, 2)))
 print(len(model._comm_hooks))
 model = watch_ddp(DDP(torch.nn.Linear(2, 2)), default_hooks.allreduce_hook)
 print(model._comm_hooks[0][0].__name__)
+model = watch_ddp(DDP(torch.nn.Linear(2, 2)), SimulatedLink(100))
+model(torch.ones(3, 2)).sum().backward()
+print(*model.module.bias.grad.tolist())
 dist.destroy_process_group()
 """
 
@@ -249,4 +253,4 @@ def test_outside_a_worker_only_the_learners_hook_is_registered(tmp_path: Path) -
         text=True,
         env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
     )
-    assert done.stdout.split() == ["0", "allreduce_hook"], done.stderr
+    assert done.stdout.split() == ["0", "allreduce_hook", "3.0", "3.0"], done.stderr

@@ -92,7 +92,47 @@ ON_GPU = (
     'With launch(..., env={"CUDA_LAUNCH_BLOCKING": "1"}) each call waits for the GPU, so the '
     "traceback ends at the right line."
 )
-BACKENDS = {  # error texts of torch, CUDA and NCCL, and what to try
+NO_GPU = (
+    "torch can use no GPU here. Keep model and tensors on the CPU: no .cuda(), no "
+    "torch.cuda.set_device, and DDP(model) without device_ids."
+)
+REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
+    "is not part of group": (
+        "src= and dst= are ranks of the world, also in a subgroup. group_src= and group_dst= count "
+        "within the group."
+    ),
+    "trying to initialize the default process group twice": (
+        "A rank joins once. Ask dist.is_initialized() first, or leave with "
+        "dist.destroy_process_group()."
+    ),
+    "Default process group has not been initialized": (
+        "Every rank calls dist.init_process_group before it communicates, and communicates no more "
+        "after dist.destroy_process_group."
+    ),
+    "Expected timeout argument to be of type datetime.timedelta": (
+        "Give the time as timeout=datetime.timedelta(seconds=...)."
+    ),
+    "EADDRINUSE": (
+        "Another process listens on this port. Leave MASTER_PORT to launch(), which takes a free "
+        "one for every run."
+    ),
+    "SyncBatchNorm expected input tensor to be on": (
+        "torch's SyncBatchNorm needs a GPU. ddp_lessons.syncbn.convert_sync_batchnorm(model) makes "
+        "one that computes the same on the CPU."
+    ),
+    "Expected more than 1 value per channel when training": (
+        "BatchNorm needs at least two values of each channel on every rank. A last batch of one "
+        "sample is the usual reason: drop_last=True."
+    ),
+    "DataLoader worker (pid": (
+        "A worker of the DataLoader died. With num_workers=0 the dataset's own error shows; if "
+        "memory ran out, use fewer workers."
+    ),
+    "Torch not compiled with CUDA enabled": NO_GPU,
+    "'torch._C' has no attribute '_cuda_": NO_GPU,
+    "No CUDA GPUs are available": NO_GPU,
+    "Found no NVIDIA driver": NO_GPU,
+    "device_ids and output_device arguments only work with": NO_GPU,
     "doesn't have NCCL built in": NO_NCCL,
     "no GPUs found": NO_NCCL,
     "Duplicate GPU detected : ": ONE_GPU,

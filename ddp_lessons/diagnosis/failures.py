@@ -121,7 +121,7 @@ def _advice(run: RunRecord, cause: RankResult) -> str:
         return f"launch() calls {run.name}(rank, *args): does it take these arguments?"
     if any(text in cause.error.text for text in _NO_MEMORY):
         return "Memory ran out: use smaller tensors or batches, or fewer ranks."
-    return next((what for text, what in advice.BACKENDS.items() if text in cause.error.text), "")
+    return next((what for text, what in advice.REMEDIES.items() if text in cause.error.text), "")
 
 
 def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:

@@ -7,7 +7,7 @@ why do the ranks that came wait for each other?
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from ddp_lessons.diagnosis import advice, mismatch, rank_state
 from ddp_lessons.diagnosis.calls import Call, Calls
@@ -51,10 +51,10 @@ def explain(run: RunRecord) -> Verdict:
 def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
     """The verdict where gloo aborted ranks because they received data of another size."""
     hang = _Hang(run)
-    verdict = hang.verdict()
-    if verdict.kind in ("tensor mismatch", "skipped collective", "different collectives"):
+    if (verdict := hang.mismatched()) is not None:
         return verdict
     # Some calls are not recorded, so any rank may be wrong.
+    verdict = hang.verdict()
     return Verdict(
         "different collectives",
         tuple(range(run.world_size)),
@@ -134,7 +134,19 @@ class _Hang(Standstill):
             if call.group is not None and call.seq is not None and not call.pairwise:
                 last[call.group] = max(call.seq, last.get(call.group, 0))
         if not last and any(position(rank).call in DDP_CALLS for rank in self.waiting):
-            last = {group: max(numbers) for group, numbers in self.calls.met.items()}
+            last = self._latest()
+        return self._first(last)
+
+    def mismatched(self) -> Verdict | None:
+        """The verdict on the first mismatch in any group, wherever the ranks are by now."""
+        parting = self._first(self._latest())
+        return None if parting is None else self._parted(parting)
+
+    def _latest(self) -> dict[str, int]:
+        return {group: max(numbers) for group, numbers in self.calls.met.items() if numbers}
+
+    def _first(self, last: Mapping[str, int]) -> Mismatch | None:
+        """The first mismatch in groups, each up to a number."""
         found = [mismatch.first(self.calls, group, until) for group, until in last.items()]
         return min(
             (p for p in found if p is not None),

@@ -114,6 +114,25 @@ def test_tensors_of_another_size() -> None:
     assert "rank 1 calls all_reduce with float32 (3,): " in run.explain()
 
 
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tensors_of_other_bytes_where_a_rank_has_returned(odd: int, ranks: int) -> None:
+    """The rank with more bytes is done with what it got; gloo aborts those that got too much."""
+
+    def work(rank: int) -> Any:
+        dist.init_process_group("gloo")
+        x = torch.tensor(3) if rank == odd else torch.tensor(2.0)
+        dist.all_reduce(x)
+        dist.destroy_process_group()
+        return x.item()
+
+    for _ in range(3):  # who ends how is chance
+        run = launch(work, nprocs=ranks, check=False)
+        assert kind(run) == ("tensor mismatch", (0, 1) if ranks == 2 else (odd,))
+        assert source(run) == "dist.all_reduce(x)"
+        assert f"int64 () on rank {odd}" in run.explain()
+
+
 def test_calls_that_changed_places_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     def work(rank: int) -> tuple[float, float]:
         dist.init_process_group("gloo")

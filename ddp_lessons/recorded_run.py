@@ -26,7 +26,7 @@ from ddp_lessons.text import agree, count, ranks_text
 from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
-from ddp_lessons.wire.records import Frame, Kind, Lane, Span, split_site
+from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, split_site
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
@@ -86,6 +86,7 @@ class RankFiles:
     dropped: int
     told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
+    handling: tuple[str, ErrorRecord] | None = None
 
     @property
     def rank(self) -> int:
@@ -138,12 +139,17 @@ def _read(file: Path) -> RankFiles:
         alive = _is_held(opened)
         found, sources = facts.parse(regular_files.read(opened, facts.MOST_BYTES))
         began = _began(found, file)
-        clock, raised, ended = map(found.within, ("clock", "raised", "ended"))
+        clock, raised, ended, handled = map(found.within, ("clock", "raised", "ended", "handling"))
         behind_ns = clock.number("behind_ns", -facts.LARGEST) if clock else 0
         last = raised or ended
         ended_ns = last.number("t_ns", began["t_ns"]) if last else None
         if raised:
             facts.error(raised, sources)  # parsed here so that an error names this file
+        handling = (
+            (_site(handled.text("site"), sources), facts.error(handled, sources))
+            if handled
+            else None
+        )
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -159,7 +165,7 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources,
+        sources, handling,
     )  # fmt: skip
 
 
@@ -285,6 +291,7 @@ def _result(record: RankFiles) -> RankResult:
         group_rank=int(record.began["group_rank"]),
         host=str(record.began["host"]),
         pid=int(record.began["pid"]) if record.alive else None,
+        handling=record.handling,
     )
 
 

@@ -80,6 +80,9 @@ class RankResult:
         The name of its machine; None for this one.
     pid : int or None
         The process id of a rank that still ran when its record was read.
+    handling : tuple of str and ErrorRecord, or None
+        The line of the last call of torch.distributed that it made in an `except` block, and the
+        exception that was handled there.
     began_ns : int
         `time.perf_counter_ns()` when its process was requested.
     started_ns : int or None
@@ -106,6 +109,7 @@ class RankResult:
     group_rank: int = 0
     host: str | None = None
     pid: int | None = None
+    handling: tuple[str, ErrorRecord] | None = None
 
     @property
     def seconds(self) -> float:

@@ -13,6 +13,10 @@ MISSING = (
     "A collective returns only when every rank of its group has called it. Look for the `if`, the "
     "early `return` or the exception that keeps the missing rank from calling it."
 )
+HANDLED = (
+    "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
+    "or have the ranks agree what to do, by an all_reduce of a flag in every step."
+)
 JOINING = (
     "init_process_group returns when every rank has called it. Look for the `if`, the early "
     "`return` or the long work before it that keeps the missing rank away."

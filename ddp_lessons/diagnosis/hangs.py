@@ -162,6 +162,8 @@ class _Hang(Standstill):
         against = advice.ORDER if parting.why == "order" else advice.TENSORS.format(op=first.name)
         if any(call.of_ddp for call in parting.calls):
             against += f" {advice.DDP}"
+        if any(rank_state.handled(rank) is not None for rank in self.run.ranks):
+            against = advice.HANDLED
         return Verdict(
             parting.kind,
             parting.odd_ranks,

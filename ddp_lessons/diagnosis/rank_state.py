@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from ddp_lessons.results import RankResult
 from ddp_lessons.text import agree, exit_name, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import ErrorRecord, Frame, Lane, split_site
+from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, split_site
 from ddp_lessons.wire.stacks import Position
 
 # How gloo, the TCP store and NCCL report a lost rank (torch 2.13; gloo transport/tcp).
@@ -56,10 +56,25 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
     for rank in ranks:
         if (call := _on_gpu(rank)) is not None:
             texts.setdefault(call, []).append(rank.rank)
+        if (error := handled(rank)) is not None:
+            key = (
+                "called it while handling",
+                f"{error.summary}{line(next(iter(error.frames), None))}",
+            )
+            texts.setdefault(key, []).append(rank.rank)
     return [
         f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
         for (verb, rest), those in texts.items()
     ]
+
+
+def handled(rank: RankResult) -> ErrorRecord | None:
+    """The exception that a rank was handling in an `except` block when it made its last call."""
+    if rank.handling is None or rank.error is not None:  # an error's own text has what it handled
+        return None
+    site, error = rank.handling
+    calls = [span.site for span in rank.spans if span.op and span.kind != Kind.WAIT]
+    return error if calls and calls[-1] == site else None
 
 
 def _on_gpu(rank: RankResult) -> tuple[str, str] | None:

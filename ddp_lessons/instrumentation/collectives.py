@@ -111,6 +111,9 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         group = call.group(args, kwargs)
         site = recorder.sites.of(frame)
         facts = call.facts(group, args, kwargs, recorder.rank, site)
+        if (handled := sys.exception()) is not None:
+            recorder.handling(site, handled)
+            key = None  # the next call at this line may be made for another exception
         if call.timeout_place is not None:
             recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"))
         on = call.device(group, args, kwargs) if groups.any_streamed else None

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
-from ddp_lessons.wire.messages import Clock, GivesUp, Message
+from ddp_lessons.wire import stacks
+from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+
+MOST_HANDLED = 100  # such calls of a rank that are told
 
 
 class Recorder:
@@ -47,6 +50,7 @@ class Recorder:
     ) -> None:
         self.rank = rank
         self.world_size = world_size  # the number of ranks that were started
+        self.home = home
         self.sites = Sites(home)
         self.buffer = buffer
         self.send = send
@@ -58,6 +62,7 @@ class Recorder:
         self.models: list[Callable[[], DistributedDataParallel | None]] = []  # weak references
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
+        self._handled = 0  # calls made while an exception was handled
         self._sent_timeout: float | None = None  # seconds
         self._step_t0_ns = 0
         self._in_steps = False
@@ -137,6 +142,12 @@ class Recorder:
         if known is not None and known != self._sent_timeout:
             self._sent_timeout = known
             self.send(GivesUp(known))
+
+    def handling(self, site: str | None, error: BaseException | None) -> None:
+        """Tell the parent that the call at `site` is made while an exception is handled."""
+        if error is not None and site is not None and self._handled < MOST_HANDLED:
+            self._handled += 1
+            self.send(Handling(site, stacks.describe(error, self.home)))
 
     def compare_clock(self, clock: Clock | None) -> None:
         """Tell the parent how this rank's clock stands against rank 0's, if that is known."""

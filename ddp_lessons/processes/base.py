@@ -21,6 +21,7 @@ from ddp_lessons.wire.messages import (
     Clock,
     Decoder,
     GivesUp,
+    Handling,
     Joining,
     Raised,
     Returned,
@@ -52,6 +53,7 @@ class Worker(ABC):
         self.ended_ns: int | None = None
         self.own_timeout: float | None = None  # seconds after which it gives up by itself
         self.outcome: Returned | Raised | Unsendable | None = None
+        self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -151,6 +153,7 @@ class Worker(ABC):
             stack=stack,
             kept_by=None if kept is None else kept.name,
             activity=self.activity,
+            handling=self.handling,
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -165,6 +168,8 @@ class Worker(ABC):
                     self.own_timeout = timeout
                 case GivesUp(timeout):
                     self.own_timeout = min(timeout, self.own_timeout or timeout)
+                case Handling(site, error):
+                    self.handling = (site, error)
                 case Clock():
                     self.clock = message
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):

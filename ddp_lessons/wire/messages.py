@@ -43,6 +43,17 @@ class GivesUp:
 
 
 @dataclass(frozen=True)
+class Handling:
+    """A call of torch.distributed was made in an `except` block, which handles `error`.
+
+    `site` is the line of the call.
+    """
+
+    site: str
+    error: ErrorRecord
+
+
+@dataclass(frozen=True)
 class Clock:
     """The rank's clock is `behind_ns` behind rank 0's, give or take `within_ns`."""
 
@@ -82,7 +93,7 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Joining | GivesUp | Clock | Returned | Raised | Unsendable
+Message = Started | Joining | GivesUp | Handling | Clock | Returned | Raised | Unsendable
 
 
 def encode(message: Message) -> bytes:

@@ -39,7 +39,7 @@ from ddp_lessons.instrumentation import ddp_traffic, recording
 from ddp_lessons.instrumentation.install import install, replace_in
 from ddp_lessons.system import reaper, regular_files
 from ddp_lessons.system.host import clock_id
-from ddp_lessons.wire.messages import Clock, Message
+from ddp_lessons.wire.messages import Clock, Handling, Message
 from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import ErrorRecord
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
@@ -176,6 +176,9 @@ class _Script:
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Clock):
             self._write(clock=dataclasses.asdict(message))
+        elif isinstance(message, Handling):
+            self._note_files_of(message.error)
+            self._write(handling={"site": message.site, **dataclasses.asdict(message.error)})
 
     def _on_error(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
@@ -188,9 +191,12 @@ class _Script:
             self._raised = True
             t_ns = time.perf_counter_ns()
             what = describe(error)
-            for filename in _files_of(what):
-                self._note_file(filename)
+            self._note_files_of(what)
             self._write(raised={"t_ns": t_ns, **dataclasses.asdict(what)})
+
+    def _note_files_of(self, error: ErrorRecord) -> None:
+        for filename in _files_of(error):
+            self._note_file(filename)
 
     def _on_exit(self) -> None:
         if os.getpid() != self._pid:

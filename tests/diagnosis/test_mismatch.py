@@ -249,3 +249,44 @@ def test_a_subgroup_may_be_left_by_some() -> None:
         dist.destroy_process_group()
 
     assert launch(work, nprocs=3).warnings == []
+
+
+def test_a_call_in_an_except_block_shows_what_is_handled_there() -> None:
+    """The checkpoint of a rank that failed alone would hide why it failed."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        try:
+            for step in range(3):
+                if (rank, step) == (1, 2):
+                    raise ValueError("bad sample 17")
+                dist.all_reduce(torch.ones(1))
+        except ValueError:
+            dist.broadcast_object_list(["crash.ckpt"], src=0)
+            raise
+
+    run = hung(work)
+    assert kind(run) == ("skipped collective", (1,))
+    text = run.explain()
+    assert "rank 1 called it while handling ValueError: bad sample 17: " in text
+    assert 'raise ValueError("bad sample 17")' in text
+    assert "An exception that a rank handles alone" in text
+    assert [rank.handling is None for rank in run.ranks] == [True, False, True]
+
+
+def test_what_was_handled_before_is_no_evidence() -> None:
+    """Every rank handles an exception on the way; the hang has another reason."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        try:
+            raise FileNotFoundError("no checkpoint yet")
+        except FileNotFoundError:
+            dist.barrier()
+        if rank == 0:
+            dist.barrier()
+        dist.all_reduce(torch.ones(1))
+
+    run = hung(work)
+    assert kind(run) == ("skipped collective", (0,))
+    assert "FileNotFoundError" not in run.explain()

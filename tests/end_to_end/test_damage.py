@@ -160,6 +160,7 @@ def shown(run: Run) -> str:
 def test_no_line_of_a_file_that_a_record_names_is_shown(made: Maker, secret: str) -> None:
     for run in (
         made(raised=raises(secret)),
+        made(site="train.py:7", handling={"site": "train.py:7", **raises(secret)}),
         made(told=dump(secret)),
         made(told=dump("/x/../" * 3 + secret)),
         made(told=dump(os.path.relpath(secret))),

@@ -9,6 +9,7 @@ import pytest
 
 from ddp_lessons.wire.messages import (
     Decoder,
+    Handling,
     Joining,
     Message,
     Raised,
@@ -24,6 +25,7 @@ ERROR = ErrorRecord("KeyError", "KeyError: 'x'", (Frame("/cell.py", 3, "work", "
 MESSAGES: list[Message] = [
     Started(5),
     Joining(None),
+    Handling("/cell.py:3", ERROR),
     Returned(7, os.urandom(20_000)),
     Raised(8, ErrorRecord("E", "E: ä€😀", (), previous=ERROR, link="cause"), 1, b"pickle"),
     Unsendable(9, "generator", "cannot pickle"),

@@ -106,9 +106,9 @@ def ended(spans: Iterable[Span], end_ns: int) -> Iterator[tuple[Span, int]]:
 def key_of(span: Span) -> tuple[object, ...]:
     """The key that the spans of one collective, or of a send and its recv, share."""
     if span.op in SENDS:
-        return span.group, "send", span.seq, span.rank, span.peer
+        return span.group, "send", span.seq, span.rank, span.peer, span.tag
     if span.op in RECVS:
-        return span.group, "send", span.seq, span.peer, span.rank
+        return span.group, "send", span.seq, span.peer, span.rank, span.tag
     return span.group, span.op, span.seq
 
 

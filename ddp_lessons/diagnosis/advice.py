@@ -80,8 +80,8 @@ RECEIVES_FIRST = (
     "start with irecv and wait for it after the send."
 )
 PAIRS = (
-    "Each send needs one recv on the rank that it names, and each recv one send. Check dst= and "
-    "src=, and the order of the calls on both ranks."
+    "Each send needs one recv on the rank that it names, with the same tag, and each recv one "
+    "send. Check dst=, src= and tag=, and the order of the calls on both ranks."
 )
 NO_NCCL = (
     "NCCL works only between NVIDIA's GPUs, and only in a build of torch that has it. Join with "

@@ -57,6 +57,7 @@ class Call(NamedTuple):
     state: State
     t0_ns: int
     waits: bool = False  # a wait for asynchronous work issued earlier
+    tag: int | None = None  # of a send or recv
     of_ddp: bool = False  # DDP made the call, not the learner's code
 
     @property
@@ -99,7 +100,8 @@ class Calls:
         self.members = members([s for rank in spans for s in rank], self.world_size)
         self.of_rank = [list(_calls(rank)) for rank in spans]
         self.met: dict[str, dict[int, dict[int, Call]]] = {}  # group, number, rank
-        self._pairs: Counter[tuple[str | None, str, int, int | None]] = Counter()
+        # By group, side, rank, peer and tag.
+        self._pairs: Counter[tuple[str | None, str, int, int | None, int | None]] = Counter()
         self._made: Counter[tuple[str, int]] = Counter()  # groups made, by function and rank
         for call in (call for rank in self.of_rank for call in rank):
             self._sort_in(call)
@@ -111,7 +113,8 @@ class Calls:
         elif call.state == "failed" and call.seq is None:
             return  # torch refused it: no other rank met it
         elif call.pairwise:
-            self._pairs[call.group, _side(call), call.rank, call.peer] += not call.waits
+            pair = call.group, _side(call), call.rank, call.peer, call.tag
+            self._pairs[pair] += not call.waits
         elif call.group is not None and call.seq is not None:
             there = self.met.setdefault(call.group, {}).setdefault(call.seq, {})
             before = there.get(call.rank)
@@ -183,7 +186,7 @@ class Calls:
         other = "recv" if _side(call) == "send" else "send"
         if call.peer is None:  # a recv from any rank
             return set(range(self.world_size)) - {call.rank}
-        theirs = self._pairs[call.group, other, call.peer, call.rank]
+        theirs = self._pairs[call.group, other, call.peer, call.rank, call.tag]
         return {call.peer} if call.seq is None or theirs <= call.seq else set()
 
     def stuck_for_good(self, alive: Iterable[int]) -> bool:
@@ -224,7 +227,7 @@ def _calls(spans: Iterable[Span]) -> Iterator[Call]:
         if span.op is None or span.kind not in (Kind.COMM, Kind.ISSUE, Kind.WAIT):
             continue
         state: State = "failed" if span.failed else "open" if span.t1_ns is None else "done"
-        key = span.op, span.group, span.seq, span.peer
+        key = span.op, span.group, span.seq, span.peer, span.tag
         if span.kind == Kind.WAIT:
             if state == "done":
                 continue
@@ -238,7 +241,7 @@ def _calls(spans: Iterable[Span]) -> Iterator[Call]:
             continue
         yield Call(
             span.rank, span.op, span.group, span.seq, span.peer, span.nbytes, span.tensor,
-            span.site, state, span.t0_ns, span.kind == Kind.WAIT,
+            span.site, state, span.t0_ns, span.kind == Kind.WAIT, span.tag,
             of_ddp=span.kind == Kind.COMM and span.name != span.op,
         )  # fmt: skip
 

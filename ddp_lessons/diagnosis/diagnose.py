@@ -45,7 +45,7 @@ def _all_did_the_same(run: RunRecord) -> bool:
     if not run.ranks:
         return True
     first, *others = (
-        [(s.op, s.group, s.peer, s.nbytes, s.tensor, s.site) for s in rank.spans if s.op]
+        [(s.op, s.group, s.peer, s.tag, s.nbytes, s.tensor, s.site) for s in rank.spans if s.op]
         for rank in run.ranks
     )
     return all(other == first for other in others)

@@ -7,6 +7,7 @@ why do the ranks that came wait for each other?
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from ddp_lessons.diagnosis import advice, mismatch, rank_state
@@ -17,7 +18,7 @@ from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.ops import DDP_CALLS, JOINING, SENDS
+from ddp_lessons.wire.ops import DDP_CALLS, JOINING, RECVS, SENDS
 from ddp_lessons.wire.records import Frame
 
 JOIN = "init_process_group"
@@ -324,6 +325,8 @@ def _deadlock(still: Standstill) -> Verdict:
         return Verdict("gave up waiting", late, title, lines, advice.LATE, frame)
     unmatched = [c for c in still.standing.values() if c.pairwise and still.calls.missing(c)]
     groups = {c.group for c in still.standing.values() if not c.pairwise and c.group}
+    if (verdict := _other_tag(unmatched, lines)) is not None:
+        return verdict
     if unmatched and len(unmatched) == len(still.standing):
         return _all_pairwise(title, unmatched, lines)
     if unmatched:
@@ -393,6 +396,21 @@ def _late(still: Standstill) -> tuple[int, ...]:
     return tuple(c.rank for c in standing if first is not None and c.t0_ns > first)
 
 
+def _other_tag(calls: Iterable[Call], lines: tuple[str, ...]) -> Verdict | None:
+    """The verdict where a send and a recv name each other's ranks, but not the same tag."""
+    for send, recv in itertools.permutations(calls, 2):
+        meant = (send.rank, send.peer) == (recv.peer, recv.rank) and send.group == recv.group
+        if meant and send.op in SENDS and recv.op in RECVS and send.tag != recv.tag:
+            title = (
+                f"rank {send.rank} sends to rank {recv.rank} with tag {send.tag}, and rank "
+                f"{recv.rank} receives from rank {send.rank} with tag {recv.tag}"
+            )
+            pair = tuple(sorted((send.rank, recv.rank)))
+            frame = frame_of(send.site)
+            return Verdict("unmatched send", pair, title, lines, advice.PAIRS, frame)
+    return None
+
+
 def _all_pairwise(title: str, calls: list[Call], lines: tuple[str, ...]) -> Verdict:
     ranks = tuple(sorted(call.rank for call in calls))
     kind: Kind = "unmatched recv"
@@ -405,8 +423,9 @@ def _all_pairwise(title: str, calls: list[Call], lines: tuple[str, ...]) -> Verd
 def _unmatched(call: Call, lines: tuple[str, ...]) -> Verdict:
     sends = call.op in SENDS
     other = "any rank" if call.peer is None else f"rank {call.peer}"
+    tag = f" (tag {call.tag})" if call.tag else ""
     title = (
-        f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}, which does "
+        f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}{tag}, which does "
         f"not {'receive' if sends else 'send'}: it waits, too"
     )
     kind: Kind = "unmatched send" if sends else "unmatched recv"

@@ -78,7 +78,8 @@ class AsyncWork:
         """Note that a wait returned. The sender of a recv from any rank is known only now."""
         if self.facts.op == "irecv" and self.facts.peer < 0 and self.group is not None:
             source = self.group.ranks[work._source_rank()]
-            seq = received(self.recorder, self.group, source, self._slot, waiting)
+            tag = self.facts.tag
+            seq = received(self.recorder, self.group, source, tag, self._slot, waiting)
             self.facts = self.facts._replace(seq=seq, peer=source)
         self.done()
 
@@ -96,9 +97,9 @@ _in_flight: weakref.WeakKeyDictionary[dist.Work | torch.futures.Future[Any], lis
 )
 
 
-def received(recorder: Recorder, group: Group, source: int, *slots: Slot) -> int:
+def received(recorder: Recorder, group: Group, source: int, tag: int, *slots: Slot) -> int:
     """Number a recv from any rank, now that its sender is known; return the number."""
-    seq = group.next((source, recorder.rank))
+    seq = group.next((source, recorder.rank, tag))
     for slot in slots:
         recorder.buffer.match(slot, seq, source)
     return seq

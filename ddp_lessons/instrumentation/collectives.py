@@ -128,7 +128,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
             try:
                 result = function(*args, **kwargs)
                 if call.receives and facts.peer < 0 and group is not None:
-                    async_work.received(recorder, group, result, slot)
+                    async_work.received(recorder, group, result, facts.tag, slot)
                 return result
             except BaseException as error:
                 recorder.fail(slot, error, met=call.of_objects)
@@ -184,7 +184,7 @@ def batched(
 
     def _start(recorder: Recorder, t0_ns: int, op: dist.P2POp, site: str | None) -> AsyncWork:
         call = calls[op.op.__name__]
-        arguments = {"tensor": op.tensor, "group": op.group, call.peer: op.peer}
+        arguments = {"tensor": op.tensor, "group": op.group, call.peer: op.peer, "tag": op.tag}
         group = call.group((), arguments)
         facts = call.facts(group, (), arguments, recorder.rank, site)
         on = call.device(group, (), arguments) if groups.any_streamed else None

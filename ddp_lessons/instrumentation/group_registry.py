@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 LONGEST_DESCRIPTION = 50  # characters, to leave room for the ranks (span_buffer.LONGEST_NAME)
 
 
+Pair = tuple[int, int, int]  # sender, receiver and tag
+
+
 class Group:
     """What the recorder knows of one process group: its name, and how many calls it has seen."""
 
@@ -32,13 +35,13 @@ class Group:
         self.ranks = ranks
         self.streamed = False  # calls on CUDA tensors return before the work is done
         self.collectives = itertools.count()  # next() of it is atomic
-        self.pairs: defaultdict[tuple[int, int], Iterator[int]] = defaultdict(itertools.count)
+        self.pairs: defaultdict[Pair, Iterator[int]] = defaultdict(itertools.count)
 
-    def next(self, pair: tuple[int, int] | None = None) -> int:
-        """The number of the next call; sends and recvs count for each (sender, receiver)."""
+    def next(self, pair: Pair | None = None) -> int:
+        """The number of the next call; sends and recvs count for each pair."""
         return next(self.collectives if pair is None else self.pairs[pair])
 
-    def take_back(self, seq: int, pair: tuple[int, int] | None = None) -> None:
+    def take_back(self, seq: int, pair: Pair | None = None) -> None:
         """Give this number to the next call again."""
         if pair is None:
             self.collectives = itertools.count(seq)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.instrumentation import cuda_events
-from ddp_lessons.instrumentation.group_registry import Group, default_group, groups
+from ddp_lessons.instrumentation.group_registry import Group, Pair, default_group, groups
 from ddp_lessons.wire.ops import ISSUED, RECVS, SENDS
 from ddp_lessons.wire.span_buffer import CallFacts
 
@@ -64,6 +64,7 @@ class Signature:
         self.peer = next((p for p in ("src", "dst") if p in places), "")
         self.peer_place = places.get(self.peer, 99)
         self.group_peer_place = places.get(f"group_{self.peer}", 99)
+        self.tag_place = places.get("tag", 99)
         self.sends, self.receives = name in SENDS, name in RECVS
         self.pairwise = self.sends or self.receives
         self.always_asynchronous = name in ISSUED
@@ -94,13 +95,14 @@ class Signature:
         if group is None:
             return CallFacts(self.name, nbytes=nbytes, tensor=tensor, site=site)
         peer = self._peer(group, args, kwargs) if self.peer else -1
+        tag = self._tag(group, args, kwargs) if self.pairwise else 0
         if not self.pairwise:
             seq = next(group.collectives)
         elif peer < 0:  # a recv from whoever sends first
             seq = -1
         else:
-            seq = group.next(self._pair(rank, peer))
-        return CallFacts(self.name, group.name, seq, nbytes, -1, peer, tensor, site)
+            seq = group.next(self._pair(rank, peer, tag))
+        return CallFacts(self.name, group.name, seq, nbytes, -1, peer, tensor, site, tag)
 
     def take_back(self, group: Group | None, facts: CallFacts, rank: int) -> None:
         """Free the number of a failed call, which met no other rank or broke the group for good.
@@ -108,7 +110,8 @@ class Signature:
         Only an object collective may meet the others and then fail to unpickle what they sent.
         """
         if group is not None and facts.seq >= 0 and not self.of_objects:
-            group.take_back(facts.seq, self._pair(rank, facts.peer) if self.pairwise else None)
+            pair = self._pair(rank, facts.peer, facts.tag) if self.pairwise else None
+            group.take_back(facts.seq, pair)
 
     def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> torch.device | None:
         """The GPU whose stream will do the work; None if the call does it itself."""
@@ -130,6 +133,10 @@ class Signature:
             return -1
         return number if number in group.ranks else -1
 
-    def _pair(self, rank: int, peer: int) -> tuple[int, int]:
-        """Sender and receiver."""
-        return (rank, peer) if self.sends else (peer, rank)
+    def _tag(self, group: Group, args: Args, kwargs: Kwargs) -> int:
+        """The tag by which a send finds its recv; 0 where the backend has none, as NCCL."""
+        tag = argument(args, kwargs, self.tag_place, "tag")
+        return tag if isinstance(tag, int) and 0 <= tag < 1 << 31 and not group.streamed else 0
+
+    def _pair(self, rank: int, peer: int, tag: int) -> Pair:
+        return (rank, peer, tag) if self.sends else (peer, rank, tag)

@@ -31,6 +31,7 @@ COLLECTIVES = {
 }
 SENDS = {"send": "tensor", "isend": "tensor", "send_object_list": ""}
 RECVS = {"recv": "tensor", "irecv": "tensor", "recv_object_list": ""}
+PAIRWISE = {*SENDS, *RECVS}
 ISSUED = ("irecv", "isend")  # they return before the work is done
 
 # The root sends to all other ranks, or receives from them.

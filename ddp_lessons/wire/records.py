@@ -67,7 +67,8 @@ class Span(NamedTuple):
     group : str or None
         "world", or a subgroup by its ranks: "ranks 0 2".
     seq : int or None
-        The number of the call in its group; for send and recv, in its group, sender and receiver.
+        The number of the call in its group; for send and recv, in its group, sender, receiver and
+        tag.
         Equal group and seq on two ranks are the same collective.
     nbytes : int or None
         The bytes of one rank's piece: the call's tensor, not the gathered or scattered whole.
@@ -82,6 +83,8 @@ class Span(NamedTuple):
         The learner's line that made the call: its file, a colon and the line's number.
     failed : bool
         The call raised.
+    tag : int or None
+        The tag of a send or recv.
     """
 
     rank: int
@@ -100,6 +103,7 @@ class Span(NamedTuple):
     tensor: str | None = None
     site: str | None = None
     failed: bool = False
+    tag: int | None = None
 
 
 def split_site(site: str) -> tuple[str, int]:

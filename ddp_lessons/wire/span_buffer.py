@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from ddp_lessons.wire.ops import PAIRWISE
 from ddp_lessons.wire.records import Kind, Lane, Span
 
 MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
@@ -41,8 +42,8 @@ _WORD = struct.Struct("=q")
 _PROGRESS, _DROPPED, _TEXT_USED = range(3)  # words of the head
 _HEAD = "=qqqq"  # of a record: t0_ns, t1_ns, step, seq
 _T1, _STEP, _SEQ = 1, 2, 3  # words of it
-# nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
-_TAIL = struct.Struct("=qiiIIIIIIBBxxxxxx")
+# nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed, tag
+_TAIL = struct.Struct("=qiiIIIIIIBBxxi")
 RECORD = struct.Struct(_HEAD + _TAIL.format[1:])
 _PEER_NUMBER, _GROUP, _SITE = 6, 9, 12  # positions in an unpacked record
 _TAIL_START = RECORD.size - _TAIL.size
@@ -75,6 +76,7 @@ class CallFacts(NamedTuple):
     peer: int = -1
     tensor: str | None = None
     site: str | None = None
+    tag: int = 0
 
 
 NO_FACTS = CallFacts()
@@ -144,7 +146,7 @@ class SpanWriter:
 
     def tail(self, lane: str, kind: str, name: str, facts: CallFacts) -> bytes:
         """Pack the part of a record that is the same each time that a line makes a call."""
-        op, group, _, nbytes, bucket, peer, tensor, site = facts
+        op, group, _, nbytes, bucket, peer, tensor, site, tag = facts
         numbers = self._numbers
         try:
             texts = (
@@ -153,7 +155,7 @@ class SpanWriter:
             )  # fmt: skip
         except KeyError:
             texts = tuple(map(self._add, (name, op, group, lane, tensor, site)))  # type: ignore[assignment]
-        return _TAIL.pack(nbytes, bucket, peer, *texts, KINDS[kind], 0)
+        return _TAIL.pack(nbytes, bucket, peer, *texts, KINDS[kind], 0, tag)
 
     def write(self, tail: bytes, t0_ns: int, step: int, seq: int) -> Slot:
         """Write an open span, whose `tail` was packed before, and return its slot."""
@@ -446,7 +448,8 @@ def _each(
     kinds = list(KINDS)
     steps = sum(texts[record[10]] == Lane.STEPS for record in records)
     for (
-        t0, t1, step, seq, nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed
+        t0, t1, step, seq, nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed,
+        tag,
     ) in records:  # fmt: skip
         yield Span(
             rank,
@@ -465,6 +468,7 @@ def _each(
             texts[tensor],
             sites[site],
             bool(failed),
+            tag if texts[op] in PAIRWISE else None,
         )
 
 

@@ -91,6 +91,47 @@ def test_a_recv_that_nobody_answers() -> None:
     assert "rank 1 waits in recv from rank 2, which does not send" in run.explain()
 
 
+@pytest.mark.parametrize("rank_of_recv", [0, 1])
+def test_a_tag_that_nobody_answers(rank_of_recv: int) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for tag in (0, 1):
+            if rank == rank_of_recv:
+                dist.recv(torch.ones(1), 1 - rank, tag=2 * tag)
+            else:
+                dist.send(torch.ones(1), 1 - rank, tag=tag)
+        dist.barrier()
+
+    run = explained(work, nprocs=2)
+    sender, receiver = 1 - rank_of_recv, rank_of_recv
+    assert kind(run) == ("unmatched send", (0, 1))
+    text = run.explain()
+    assert f"rank {sender} sends to rank {receiver} with tag 1, and rank {receiver} rec" in text
+    assert f"receives from rank {sender} with tag 2" in text
+    assert "with the same tag" in text
+
+
+def test_tags_in_another_order_are_no_mismatch() -> None:
+    def work(rank: int) -> list[float]:
+        dist.init_process_group("gloo")
+        got = [torch.zeros(1), torch.zeros(1)]
+        if rank == 0:
+            works = [dist.isend(torch.tensor([float(tag)]), 1, tag=tag) for tag in (1, 2)]
+        else:
+            works = [dist.irecv(got[tag - 1], 0, tag=tag) for tag in (2, 1)]
+        for work in works:
+            work.wait()
+        dist.barrier()
+        dist.destroy_process_group()
+        return [tensor.item() for tensor in got]
+
+    run = launch(work)
+    assert run.values[1] == [1.0, 2.0]
+    assert run.warnings == []
+    pairs = {(s.op, s.tag): s.seq for rank in run.ranks for s in rank.spans if s.tag is not None}
+    assert set(pairs.values()) == {0}
+
+
 def test_two_groups_in_different_order() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

@@ -168,10 +168,15 @@ def test_what_is_no_group_or_no_more_gets_torch_s_own_answer() -> None:
 
 def test_a_number_that_is_taken_back_is_given_again() -> None:
     group = Group(lambda: None, "world", [0, 1])
-    assert [group.next(), group.next(), group.next((0, 1))] == [0, 1, 0]
+    assert [group.next(), group.next(), group.next((0, 1, 0))] == [0, 1, 0]
     group.take_back(1)
-    group.take_back(0, (0, 1))
-    assert [group.next(), group.next(), group.next((0, 1)), group.next((1, 0))] == [1, 2, 0, 0]
+    group.take_back(0, (0, 1, 0))
+    assert [group.next(), group.next(), group.next((0, 1, 0)), group.next((1, 0, 0))] == [
+        1,
+        2,
+        0,
+        0,
+    ]
 
 
 def test_outside_a_worker_no_group_is_known() -> None:

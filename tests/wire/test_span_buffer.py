@@ -42,10 +42,18 @@ def test_all_facts_of_a_span_come_back(buffers: SpanBuffers) -> None:
     writer(buffers, 0).begin("main", "compute", "forward", 5)
     (reduced,) = buffers.spans(1)
     assert reduced[:7] == (1, "comm", "comm", "all_reduce", 100, 250, None)
-    assert reduced[7:] == (*facts, False)
+    *seen, tag = facts
+    assert reduced[7:] == (*seen, False, None)
+    assert tag == 0
     (forward,) = buffers.spans(0)
     assert forward[:6] == (0, "main", "compute", "forward", 5, None)
-    assert set(forward[6:-1]) == {None}
+    assert set(forward[6:-2]) == {None}
+
+
+def test_a_send_has_its_tag(buffers: SpanBuffers) -> None:
+    facts = CallFacts("send", "world", 0, 4, -1, 1, "float32 (1,)", "cell.py:4", 77)
+    writer(buffers).begin("main", "comm", "send", 100, 250, facts=facts)
+    assert buffers.spans(0)[0].tag == 77
 
 
 def test_a_span_is_open_until_it_ends(buffers: SpanBuffers) -> None:

@@ -349,6 +349,8 @@ REFUSED = [
     (["class A:\n    def f(self): pass"], ["no function 'f' at the top level of a cell"]),
     (["from os import getcwd as f"], ["'f' is not defined", "from os import getcwd as f"]),
     (["f = max"], ["'f' is not defined by a plain `def`"]),
+    ([LAUNCH, "def f(rank, n=1): pass", "launch(f, *[(2,)])"], ["launch(f, *[(2,)])", "--args"]),
+    ([LAUNCH, "o = {}", "def f(rank): pass", "launch(f, **o)"], ["launch(f, **o)", "--args"]),
     (["def f(rank): yield 1"], ["generator"]),
     (["def f(rank):\n    # one line\n    ..."], ["no body yet"]),
     (["def f(): pass"], ["the first one must be the rank"]),

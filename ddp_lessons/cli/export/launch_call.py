@@ -26,6 +26,7 @@ class LaunchCall:
     index : the statements before this one have run
     statement : the launch, if there is one
     arguments : the source of each argument after rank
+    hidden : `*rest` or `**options`, in which the launch may pass arguments
     env : the environment variables that the notebook, or the launch, gives to the ranks
     """
 
@@ -35,6 +36,7 @@ class LaunchCall:
     arguments: list[str] = field(default_factory=list)
     nprocs: int = 2
     nnodes: int = 1
+    hidden: str = ""
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -52,6 +54,11 @@ def find_call(notebook: Notebook, name: str, args: str | None) -> LaunchCall:
     call = next(launches, LaunchCall(function, index=cell[-1] + 1))
     if args is not None:
         call.arguments = _given(args)
+    elif call.hidden:
+        raise CannotExport(
+            f"launch({name}, {call.hidden}) ({call.statement}) does not show what follows the "
+            'rank. Give it with --args "...".'
+        )
     call.env = _environment(notebook.statements[: call.index]) | call.env
     _check_arguments(call, "--args" if args is not None else call.statement)
     return call
@@ -88,7 +95,17 @@ def _launches(notebook: Notebook, function: ast.FunctionDef, after: int) -> Iter
             passed |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
             of_function = "fn" in passed and ast.unparse(passed["fn"]) == function.name
             if of_function and notebook.is_launch(call):
-                yield _read(notebook, LaunchCall(function, statement.index, statement), passed)
+                found = LaunchCall(function, statement.index, statement, hidden=_hidden(call))
+                yield _read(notebook, found, passed)
+
+
+def _hidden(launch: ast.Call) -> str:
+    """`*rest` or `**options` in a call of launch, if it may hold the arguments."""
+    rest = [ast.unparse(argument) for argument in launch.args if isinstance(argument, ast.Starred)]
+    named = {keyword.arg for keyword in launch.keywords}
+    if len(launch.args) < 2 and "args" not in named:
+        rest += [f"**{ast.unparse(k.value)}" for k in launch.keywords if k.arg is None]
+    return next(iter(rest), "")
 
 
 def _read(notebook: Notebook, call: LaunchCall, passed: dict[str, ast.expr]) -> LaunchCall:

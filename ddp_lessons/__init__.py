@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.processes.forkserver import warm_in_kernel
@@ -102,5 +103,5 @@ def __dir__() -> list[str]:
 
 
 warm_in_kernel()
-if "DDP_LESSONS_RECORD" in os.environ:
+if "DDP_LESSONS_RECORD" in os.environ and f"{__name__}.record" not in sys.orig_argv:
     importlib.import_module("ddp_lessons.worker.torchrun").begin()

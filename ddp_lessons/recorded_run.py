@@ -173,8 +173,13 @@ def _began(found: Fields, file: Path) -> dict[str, Any]:
     """The checked facts of a rank's start."""
     began = found.within("began")
     name = _RECORD.fullmatch(file.name)
-    if name is None or began is None or began.data.get("version") != VERSION:
-        raise ValueError("is no record that this version of ddp_lessons can read.")
+    if name is None or began is None:
+        raise ValueError("is no record of a rank.")
+    if began.number("version") != VERSION:
+        raise ValueError(
+            f"is in format {began.number('version')}, and this ddp_lessons reads format {VERSION}: "
+            "load it with the version that recorded it."
+        )
     rank = began.number("rank", int(name[1]), int(name[1]))
     return {
         "script": began.text("script"),

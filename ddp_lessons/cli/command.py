@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _apart(given: list[str]) -> tuple[list[str], list[str]]:
     """Split our options from JupyterLab's that need no --; only `open` accepts the latter."""
-    if {"list", "doctor", "export"} & {*given}:
+    if {"list", "doctor", "export", "explain"} & {*given}:
         return given, []
     ours: list[str] = []
     jupyters: list[str] = []
@@ -91,6 +91,10 @@ def _dispatch(arguments: argparse.Namespace, lab_options: list[str]) -> int:
         from ddp_lessons.cli.doctor import doctor
 
         return doctor()
+    if arguments.command == "explain":
+        from ddp_lessons.cli.explain import explain
+
+        return explain(arguments.record.expanduser(), arguments.attempt, arguments.png)
     if arguments.command == "export":
         return export(arguments.notebook, arguments.function, arguments.args)
     folder = arguments.folder or containing(Path.cwd()) or FOLDER
@@ -118,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_folder(_add(commands, "list", "show the lessons, and which of them you have changed"))
     _add(commands, "doctor", "tell whether this machine can run ranks, and if not, why")
     _add_export(commands)
+    _add_explain(commands)
     return parser
 
 
@@ -163,6 +168,19 @@ def _add_export(commands: Any) -> None:
         help="the arguments after rank, as in --args \"1000, 'x'\"; "
         "by default those of the function's first launch(...)",
     )
+
+
+def _add_explain(commands: Any) -> None:
+    parser = _add(commands, "explain", "explain a recorded job: what failed or hangs, and where")
+    parser.epilog = (
+        "A job is recorded by torchrun ... -m ddp_lessons.record train.py. It may still run or "
+        "hang. Exit code: 0 if every rank came to its end, 1 if not."
+    )
+    parser.add_argument("record", type=Path, help="the folder that DDP_LESSONS_RECORD named")
+    about = "which of torchrun's attempts, from 0; by default -1, the last"
+    parser.add_argument("--attempt", type=int, default=-1, metavar="N", help=about)
+    about = "draw every rank's last calls, too"
+    parser.add_argument("--png", type=Path, metavar="FILE", help=about)
 
 
 def export(notebook: Path, function: str, args: str | None = None) -> int:

@@ -41,6 +41,7 @@ LABELS = {
     "other": ("another call than most ranks make", OTHER),
     "never": ("did not come", NEVER),
 }
+MARKS = {"waits": "…", "other": "!", "never": "–"}  # in a table of text
 
 
 class Cell(NamedTuple):
@@ -101,6 +102,28 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
     finding = title or (run.verdict.title if run.verdict else "every rank came to every call")
     style.head(ax, textwrap.fill(finding, TITLE), legend)
     return ax
+
+
+def as_text(run: Run) -> str:
+    """The same as a table of text, with a mark where a rank waits or makes another call."""
+    columns = _columns(Calls.of(run))
+    shown = columns[-MOST_COLUMNS:]
+    head = ["", *(" ".join(column.label.split()) for column in shown), "now"]
+    table = [head, *([row.label, *map(_as_text, row.cells), row.note] for row in _rows(run, shown))]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+    if earlier := len(columns) - len(shown):
+        lines.append(f"not shown: {count(earlier, 'earlier call')}")
+    marks = {look for row in _rows(run, shown) for cell in row.cells if cell for look in cell.looks}
+    lines += [f"{mark} {LABELS[look][0]}" for look, mark in MARKS.items() if look in marks]
+    return "\n".join(lines)
+
+
+def _as_text(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    marks = "".join(MARKS.get(look, "") for look in cell.looks if look != "never")
+    return " ".join([*cell.text.split(), *([marks] if marks else [])])
 
 
 def _columns(calls: Calls) -> list[Column]:

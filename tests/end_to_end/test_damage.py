@@ -157,6 +157,14 @@ def shown(run: Run) -> str:
     return "\n".join([run.explain(), repr(run), run._repr_html_(), repr(run.ranks), repr(frame)])
 
 
+@pytest.mark.parametrize("version", [1, VERSION + 1])
+def test_a_record_in_another_format_says_which(made: Maker, version: int) -> None:
+    with pytest.raises(
+        ValueError, match=f"jsonl is in format {version}, .* reads format {VERSION}"
+    ):
+        made(began={"version": version})
+
+
 def test_no_line_of_a_file_that_a_record_names_is_shown(made: Maker, secret: str) -> None:
     for run in (
         made(raised=raises(secret)),

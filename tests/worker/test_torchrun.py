@@ -290,7 +290,7 @@ def test_records_of_two_jobs(recorded: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{}\n", '{"began": {"version": 99}}\n', "no json\n"])
 def test_a_record_of_another_version(recorded: Path, tmp_path: Path, text: str) -> None:
     facts_of(copied(recorded, tmp_path), 1).write_text(text)
-    with pytest.raises(ValueError, match="is no record that this version"):
+    with pytest.raises(ValueError, match=r"is no record of a rank|is in format 99"):
         load_run(tmp_path)
 
 

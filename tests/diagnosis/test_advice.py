@@ -38,6 +38,7 @@ def joined(fn: Callable[[int], Any]) -> Callable[[int], Any]:
 def root_by_place_in_group(rank: int) -> None:
     pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
     dist.broadcast(torch.ones(1), src=0, group=pair)
+    dist.barrier()
 
 
 @joined

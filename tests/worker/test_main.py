@@ -162,7 +162,7 @@ def test_abort_in_cpp() -> None:
 
     with pytest.raises(WorkerDied, match="SIGABRT") as caught:
         launch(work)
-    assert "C++ code gave up" in str(caught.value)
+    assert "C++ code aborted" in str(caught.value)
     assert "no such kernel" in str(caught.value)
 
 

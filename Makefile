@@ -73,7 +73,7 @@ nbval: tools
 	@$(MAKE) --no-print-directory -j$(JOBS) nbval-1 nbval-2 nbval-3 nbval-4
 
 nbval-1 nbval-2 nbval-3 nbval-4: tools
-	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.support.confined 1500 $(PYTEST) $(NBVAL) \
+	DDP_LESSONS_LIVE=0 $(BIN)/python -m tests.support.confined 1700 $(PYTEST) $(NBVAL) \
 		$(shell printf '%s\n' $(LESSONS) $(SOLUTIONS) | awk 'NR % 4 == $(@:nbval-%=%) % 4')
 
 notebooks: tools

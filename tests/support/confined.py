@@ -3,7 +3,7 @@
 Needs the right to make one: `why_not()` says what is missing. As a program it runs another one, if
 it can within a limit, and fails if any of its processes was ended for want of memory:
 
-    python -m tests.support.confined 1500 pytest ...
+    python -m tests.support.confined 1700 pytest ...
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
-	@echo "make test       check everything: style, types, tests, notebooks (20 minutes on two cores; JOBS=8 on more)"
+	@echo "make test       check everything: style, types, tests, notebooks (18 minutes on two shared cores; JOBS=8 on more)"
 	@echo "make quick      the tests that start no process (less than a minute)"
 	@echo "make binder     build what Binder builds, and run a lesson in it (downloads everything)"
 	@echo "make notebooks  run all notebooks but gpu.ipynb again and store their outputs"

@@ -18,6 +18,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from sys import exception
 from threading import get_ident
 from time import perf_counter_ns
 from types import CodeType, FrameType
@@ -82,7 +83,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
                 line = id(frame.f_code), frame.f_lasti
                 key = name, line, measured.shape, measured.dtype, thread
         plan = recorder.plans.get(key)
-        if plan is None:
+        if plan is None or exception() is not None:
             return unplanned(recorder, t0_ns, frame, key, args, kwargs)
         tail, group, _ = plan
         buffer = recorder.buffer
@@ -111,7 +112,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         group = call.group(args, kwargs)
         site = recorder.sites.of(frame)
         facts = call.facts(group, args, kwargs, recorder.rank, site)
-        if (handled := sys.exception()) is not None:
+        if (handled := exception()) is not None:
             recorder.handling(site, handled)
             key = None  # the next call at this line may be made for another exception
         if call.timeout_place is not None:

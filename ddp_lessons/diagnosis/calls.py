@@ -255,21 +255,24 @@ def _needed(call: Call, ranks: Sequence[int]) -> set[int]:
     if call.op in DIRECT:
         return others if call.rank == root else {root}
     if call.op in BY_TREE:
-        return _neighbours(ranks.index(call.rank), ranks.index(root), ranks)
+        return _on_the_way(ranks.index(call.rank), ranks.index(root), ranks)
     return others
 
 
-def _neighbours(place: int, root: int, ranks: Sequence[int]) -> set[int]:
-    """The ranks from and to which a rank passes a broadcast (gloo/broadcast.cc).
+def _on_the_way(place: int, root: int, ranks: Sequence[int]) -> set[int]:
+    """The ranks by which a broadcast comes from the root, and those to which a rank passes it.
 
-    Counted from the root, number n receives from n without its highest bit.
+    Counted from the root, number n receives from n without its highest bit (gloo/broadcast.cc).
     """
     size = len(ranks)
     number = (place - root) % size
     bits = [1 << bit for bit in range(size.bit_length())]
-    onward = [number | bit for bit in bits if bit > number and number | bit < size]
-    before = [number ^ max(bit for bit in bits if bit <= number)] if number else []
-    return {ranks[(n + root) % size] for n in onward + before}
+    found = {number | bit for bit in bits if bit > number and number | bit < size}
+    before = number
+    while before:
+        before ^= 1 << (before.bit_length() - 1)
+        found.add(before)
+    return {ranks[(n + root) % size] for n in found}
 
 
 def _side(call: Call) -> str:

@@ -132,8 +132,8 @@ def test_a_thread_that_can_go_on_makes_a_rank_go_on() -> None:
 @pytest.mark.parametrize(
     ("op", "needs"),
     [
-        # Rank 1 sends to 2, 3 and 5; rank 2 forwards to 4 and 0.
-        ("broadcast", {0: {2}, 1: {2, 3, 5}, 2: {1, 4, 0}, 3: {1}, 4: {2}, 5: {1}}),
+        # Rank 1 sends to 2, 3 and 5; rank 2, which waits for it, forwards to 4 and 0.
+        ("broadcast", {0: {1, 2}, 1: {2, 3, 5}, 2: {1, 4, 0}, 3: {1}, 4: {1, 2}, 5: {1}}),
         ("gather", {0: {1}, 1: {0, 2, 3, 4, 5}, 2: {1}, 3: {1}, 4: {1}, 5: {1}}),
         ("scatter", {0: {1}, 1: {0, 2, 3, 4, 5}, 2: {1}, 3: {1}, 4: {1}, 5: {1}}),
         ("reduce", {r: set(range(6)) - {r} for r in range(6)}),

@@ -154,6 +154,22 @@ class Branches(nn.Module):  # type: ignore[misc]
         return self.second(x) if both else x
 
 
+@pytest.mark.parametrize("nprocs", [4, 8])
+def test_a_backward_that_one_rank_skips(nprocs: int) -> None:
+    """DDP orders its buckets anew then, by broadcasts that go from rank to rank."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Linear(4, 4))
+        model(torch.ones(2, 4)).sum().backward()
+        if rank != 1:
+            model(torch.ones(2, 4)).sum().backward()
+        dist.barrier()
+
+    run = explained(work, nprocs=nprocs)
+    assert kind(run) == ("skipped collective", (1,))
+
+
 def test_a_layer_that_one_rank_does_not_use() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

@@ -25,7 +25,7 @@ help:
 	@echo "make lock       renew binder/constraints.txt, the versions that everything here is tested with (a minute)"
 	@echo "make pythons    the same on Python 3.11 with the oldest torch, on 3.12 and on 3.13 (an hour)"
 	@echo "make docs       build the web site of the lessons: build/docs/index.html"
-	@echo "make bench      time launch() against other launchers, and recording (some minutes)"
+	@echo "make bench      time launch() against other launchers, recording, and how soon a hang is named (some minutes)"
 	@echo "make faults     break 1,000 runs at random: is each explained? (about 25 minutes)"
 	@echo "make healthy    run 500 healthy programs on starved, slow and frozen machines: is one judged hung? (an hour)"
 	@echo "make stops      press Stop 1,000 times at random moments: is anything left? (some minutes)"
@@ -104,6 +104,7 @@ bench:
 	@$(PYTHON) binder/install.py bench
 	$(BIN)/python -m benchmarks.launch
 	$(BIN)/python -m benchmarks.recording
+	$(BIN)/python -m benchmarks.hangs
 
 kills: tools
 	$(BIN)/python -m benchmarks.agents --runs 20

@@ -170,6 +170,23 @@ def test_a_backward_that_one_rank_skips(nprocs: int) -> None:
     assert kind(run) == ("skipped collective", (1,))
 
 
+def test_a_backward_to_which_one_rank_comes_late() -> None:
+    """The others stand as in the hang above, but nothing proves it: the rank only sleeps."""
+
+    def work(rank: int) -> int:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Linear(4, 4))
+        model(torch.ones(2, 4)).sum().backward()
+        if rank == 1:
+            time.sleep(4)
+        model(torch.ones(2, 4)).sum().backward()
+        dist.barrier()
+        dist.destroy_process_group()
+        return rank
+
+    assert launch(work, nprocs=8).values == list(range(8))
+
+
 def test_a_layer_that_one_rank_does_not_use() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

@@ -210,6 +210,14 @@ class Calls:
                 ]
         return min(beyond, key=lambda call: call.t0_ns, default=None)
 
+    def count_before(self, last: Call, like: Call) -> int:
+        """How often a rank called the line of another rank's call before its own call `last`."""
+        return sum(
+            (call.op, call.site) == (like.op, like.site)
+            for call in self.of_rank[last.rank]
+            if call.t0_ns < last.t0_ns and not call.waits
+        )
+
     def left(self, rank: int, group: str) -> Call | None:
         """The call by which a rank left a group, or all groups, unless it joined again."""
         for call in reversed(self.of_rank[rank]):

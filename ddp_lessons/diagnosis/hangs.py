@@ -331,6 +331,8 @@ def _deadlock(still: Standstill) -> Verdict:
         return _all_pairwise(title, unmatched, lines)
     if unmatched:
         return _unmatched(unmatched[0], lines)
+    if len(groups) > 1 and (verdict := _came_too_soon(still, lines)) is not None:
+        return verdict
     if len(groups) > 1:
         return Verdict(
             "groups in different order",
@@ -384,6 +386,34 @@ def _in_the_smallest_group(still: Standstill) -> tuple[int, ...]:
         by_group.setdefault(call.group, []).append(rank)
     few, *_, many = sorted(by_group.values(), key=len)
     return tuple(few) if len(few) < len(many) else ()
+
+
+def _came_too_soon(still: Standstill, lines: tuple[str, ...]) -> Verdict | None:
+    """The verdict where ranks skipped a line that all others called before the call they are in.
+
+    The others called it in groups of their own, so no number of a group tells.
+    """
+    calls = still.calls
+    for call in still.standing.values():
+        odd = {rank for rank in calls.missing(call) if rank in still.standing}
+        stands = {(c.group, c.seq): c for rank in odd if (c := still.standing[rank])}
+        if len(stands) != 1 or call.site is None:
+            continue
+        (place, stand), *_ = stands.items()
+        came = calls.met.get(place[0] or "", {}).get(-1 if place[1] is None else place[1], {})
+        made = {rank: calls.count_before(there, call) for rank, there in came.items()}
+        others = {*made} - odd
+        if others and max(made[r] for r in odd) < min(made[r] for r in others):
+            who = sorted({*others, call.rank})
+            title = (
+                f"{ranks_text(who)} {agree(who, 'calls', 'call')} {call.name} at "
+                f"{line_of(call.site)} before {stand.name}, and {ranks_text(sorted(odd))} "
+                f"{agree(odd, 'does', 'do')} not"
+            )
+            ranks = tuple(sorted(odd))
+            frame = frame_of(call.site)
+            return Verdict("skipped collective", ranks, title, lines, advice.ORDER, frame)
+    return None
 
 
 def _late(still: Standstill) -> tuple[int, ...]:

@@ -38,7 +38,15 @@ _PLURAL = {
 
 def position(rank: RankResult) -> Position:
     """Where the rank was when it was stopped or raised, and the call it waited in."""
-    return stacks.position(rank.stack if rank.error is None else rank.error.frames)
+    found = stacks.position(rank.stack if rank.error is None else rank.error.frames)
+    last = next((span for span in reversed(rank.spans) if span.op), None)
+    if last is not None and (
+        found.call == stacks.FUNCTIONAL
+        # In compiled code no frame of a traceback tells.
+        or (found.call is None and rank.error is not None and last.failed)
+    ):
+        return found._replace(call=last.op)
+    return found
 
 
 def waits(rank: RankResult) -> bool:
@@ -137,7 +145,9 @@ def lost_partner(rank: RankResult) -> bool:
     """True for a secondary failure: another rank was gone, or did not come."""
     if rank.status == "died":
         return rank.exitcode == -6 and _says_so("\n".join(rank.shown_lines[-20:]))
-    return _is_loss(rank.error)
+    if _is_loss(rank.error):
+        return True
+    return rank.error is not None and _says_so(rank.error.text) and position(rank).call is not None
 
 
 def _is_loss(error: ErrorRecord | None) -> bool:

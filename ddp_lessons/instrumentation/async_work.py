@@ -9,9 +9,9 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_lessons.instrumentation import cuda_events, recording
 from ddp_lessons.instrumentation.group_registry import Group
@@ -22,6 +22,8 @@ from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
 if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
+
+T = TypeVar("T")
 
 # Calls that NCCL may coalesce. The future of their handle is then a null pointer, and using it ends
 # the process (endCoalescing in ProcessGroupNCCL.cpp makes none).
@@ -74,9 +76,10 @@ class AsyncWork:
         else:  # torch has only queued the call, to coalesce it with others
             self.done()
 
-    def arrived(self, work: dist.Work, waiting: Slot) -> None:
+    def arrived(self, work: dist.Work | None, waiting: Slot) -> None:
         """Note that a wait returned. The sender of a recv from any rank is known only now."""
-        if self.facts.op == "irecv" and self.facts.peer < 0 and self.group is not None:
+        is_irecv = self.facts.op == "irecv" and self.facts.peer < 0
+        if is_irecv and self.group is not None and work is not None:
             source = self.group.ranks[work._source_rank()]
             tag = self.facts.tag
             seq = received(self.recorder, self.group, source, tag, self._slot, waiting)
@@ -142,20 +145,31 @@ def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
         if recorder is None or get_ident() in recording.inside:  # synchronous calls wait inside
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"))
-        works = _in_flight.get(self, [])
         site = recorder.sites.of(sys._getframe(1))
-        facts = (works[0].facts if works else NO_FACTS)._replace(site=site)
-        name = f"wait for {facts.op or 'work'}"
-        slot = recorder.begin(Kind.WAIT, name, time.perf_counter_ns(), facts)
-        try:
-            result = wait(self, *args, **kwargs)
-            for work in works:
-                work.arrived(self, slot)
-            return result
-        except BaseException:
-            recorder.buffer.fail(slot)
-            raise
-        finally:
-            recorder.end(slot)
+        works = _in_flight.get(self, [])
+        return waited_for(recorder, works, site, lambda: wait(self, *args, **kwargs), self)
 
     return waited
+
+
+def waited_for(
+    recorder: Recorder,
+    works: Sequence[AsyncWork],
+    site: str | None,
+    wait: Callable[[], T],
+    handle: dist.Work | None = None,
+) -> T:
+    """Wait for work, which `handle` stands for; record the wait, and that the work is done."""
+    facts = (works[0].facts if works else NO_FACTS)._replace(site=site)
+    name = f"wait for {facts.op or 'work'}"
+    slot = recorder.begin(Kind.WAIT, name, time.perf_counter_ns(), facts)
+    try:
+        result = wait()
+        for work in works:
+            work.arrived(handle, slot)
+        return result
+    except BaseException:
+        recorder.buffer.fail(slot)
+        raise
+    finally:
+        recorder.end(slot)

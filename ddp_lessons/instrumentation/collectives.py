@@ -9,7 +9,7 @@ learner's function is unpickled; without a recorder the wrappers only call throu
     NCCL           issue on the thread's lane, comm on lane "cuda" with the device's times
 
 `seq` counts the calls in a group, so equal (group, seq) on two ranks is one collective. Calls that
-DDP makes in C++ count, too (ddp_traffic.py); functional collectives are not recorded.
+DDP makes in C++ count, too (ddp_traffic.py), and functional collectives (functional.py).
 """
 
 from __future__ import annotations

@@ -42,10 +42,13 @@ def wrap_torch() -> None:
     from torch.distributed import distributed_c10d
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from ddp_lessons.instrumentation.ddp_traffic import record_ddp  # which imports torch
+    # These import torch.
+    from ddp_lessons.instrumentation.ddp_traffic import record_ddp
+    from ddp_lessons.instrumentation.functional import record_functional
 
     register_optimizer_step_post_hook(collectives.stepped)
     record_ddp()
+    record_functional()
     _replace("init_process_group", process_groups.joining)
     for name in MAKES_GROUP:
         _replace(name, process_groups.making)

@@ -26,6 +26,8 @@ _IN_STDLIB = re.compile(r"^.*/lib(?:64)?/python3\.\d+t?/")
 _GENERATED = (
     "<frozen ", "<attrs generated ", "<decorator-gen-", "<eval_with_key>", "<__array_function__ ",
 )  # fmt: skip
+# A file that torch.compile writes: its name is a hash, in a folder of two of its letters.
+_COMPILED = re.compile(r"/(?P<folder>[a-z2-7]{2})/c(?P=folder)[a-z2-7]{49}\.py$")
 ROOTS = tuple(  # where packages are installed
     {
         os.path.realpath(path) + os.sep
@@ -58,7 +60,7 @@ class Owner(StrEnum):
 def owner_of(filename: str, home: str | None = None) -> Owner:
     """The owner of a file. Files of the installed package `home` count as the learner's."""
     filename = unmarked(filename)
-    if not filename or filename.startswith(_GENERATED):
+    if not filename or filename.startswith(_GENERATED) or _COMPILED.search(filename):
         return Owner.LIBRARY
     if not os.path.isabs(filename):
         return Owner.LEARNER  # a cell, or code that no file holds

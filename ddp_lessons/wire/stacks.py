@@ -42,6 +42,9 @@ _INFRASTRUCTURE = tuple(
 )
 _WORKER = os.path.join(_PACKAGE, "worker", "main.py")  # calls the learner's function
 _RENDEZVOUS = os.path.join(_PACKAGE, "instrumentation", "rendezvous.py")
+_FUNCTIONAL = os.path.join(_PACKAGE, "instrumentation", "functional.py")
+# The call of a rank that waits for one; which one, only its spans tell.
+FUNCTIONAL = "a functional collective"
 
 # Functions of threading and concurrent.futures that wait until a thread is done.
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
@@ -215,6 +218,8 @@ def position(frames: Sequence[Frame]) -> Position:
     call = next((name for frame in below if (name := _call_of(frame))), None)
     if call is None and any(frame.filename == _RENDEZVOUS for frame in below):
         call = "init_process_group"  # waiting for rank 0's store
+    if call is None and any(frame.filename == _FUNCTIONAL for frame in below):
+        call = FUNCTIONAL  # in compiled code
     return Position(frames[own[-1]] if own else None, call)
 
 
@@ -408,6 +413,8 @@ def _call_of(frame: Frame) -> str | None:
     """The call in which ranks wait for each other, if the frame is one."""
     directory, name = os.path.split(unmarked(frame.filename))
     if directory.endswith(os.path.join("torch", "distributed")):
+        if name == "_functional_collectives.py":
+            return FUNCTIONAL
         return None if name == "c10d_logger.py" else frame.function
     if directory.endswith(os.path.join("torch", "nn", "parallel")) and name == "distributed.py":
         return _DDP

@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import json
 import site
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._inductor.codecache import code_hash, get_path
 
 from ddp_lessons import launch
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.owners import Owner, home_of, owner_of
+
+# The folder and file that torch.compile makes for a program.
+COMPILED = "/".join(Path(get_path(code_hash("a program"), "py")[2]).parts[-2:])
 
 
 @pytest.mark.parametrize(
@@ -36,6 +41,9 @@ from ddp_lessons.wire.owners import Owner, home_of, owner_of
         ("/opt/env/lib/python3.12/site-packages/ddp_lessons/worker/main.py", Owner.LIBRARY),
         ("<frozen importlib._bootstrap>", Owner.LIBRARY),
         ("<eval_with_key>.3", Owner.LIBRARY),
+        (f"/tmp/torchinductor_me/{COMPILED}", Owner.LIBRARY),
+        (f"/home/me/cache/{COMPILED}", Owner.LIBRARY),
+        (f"/home/me/not/{COMPILED.rpartition('/')[2]}", Owner.LEARNER),
         ("", Owner.LIBRARY),
     ],
 )

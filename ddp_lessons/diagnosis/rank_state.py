@@ -42,8 +42,8 @@ def position(rank: RankResult) -> Position:
     last = next((span for span in reversed(rank.spans) if span.op), None)
     if last is not None and (
         found.call == stacks.FUNCTIONAL
-        # In compiled code no frame of a traceback tells.
-        or (found.call is None and rank.error is not None and last.failed)
+        # A traceback through compiled code shows the operator that failed, but not its name.
+        or (rank.error is not None and last.failed and stacks.in_operator(rank.error.frames))
     ):
         return found._replace(call=last.op)
     return found

@@ -223,6 +223,11 @@ def position(frames: Sequence[Frame]) -> Position:
     return Position(frames[own[-1]] if own else None, call)
 
 
+def in_operator(frames: Sequence[Frame]) -> bool:
+    """Whether the innermost frame is in an operator of torch, `torch.ops.*`."""
+    return bool(frames) and frames[-1].filename.endswith(os.path.join("torch", "_ops.py"))
+
+
 def _own(frames: Sequence[Frame]) -> list[int]:
     """The indices of the learner's frames; if there are none, of installed packages' frames."""
     owners = [_owner(frame) for frame in frames]

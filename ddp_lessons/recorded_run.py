@@ -87,6 +87,7 @@ class RankFiles:
     told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
     handling: tuple[str, ErrorRecord] | None = None
+    unseen: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -165,7 +166,7 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling,
+        sources, handling, tuple(part.text("what") for part in found.each("unseen")),
     )  # fmt: skip
 
 
@@ -297,6 +298,7 @@ def _result(record: RankFiles) -> RankResult:
         host=str(record.began["host"]),
         pid=int(record.began["pid"]) if record.alive else None,
         handling=record.handling,
+        unseen=record.unseen,
     )
 
 

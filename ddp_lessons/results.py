@@ -83,6 +83,8 @@ class RankResult:
     handling : tuple or None
         The line of the last call of torch.distributed that it made in an `except` block, and the
         exception that was handled there.
+    unseen : tuple of str
+        How it communicated without being recorded: "RPC", "DDP over nccl".
     began_ns : int
         `time.perf_counter_ns()` when its process was requested.
     started_ns : int or None
@@ -110,6 +112,7 @@ class RankResult:
     host: str | None = None
     pid: int | None = None
     handling: tuple[str, ErrorRecord] | None = None
+    unseen: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -126,6 +129,12 @@ class RankResult:
         """The lines without those of torch's log that do not help a learner."""
         lines = _LOST_STORE.sub("", self.output).splitlines()
         return [line for line in lines if not _NOISE.match(line)]
+
+    @property
+    def not_recorded(self) -> list[str]:
+        """`unseen` without the DDP models that `watch_ddp` recorded later."""
+        watched = any(span.bucket is not None for span in self.spans)
+        return [what for what in self.unseen if not (watched and what.startswith("DDP over "))]
 
     def outcome(self) -> str:
         """The outcome in one line, without timings."""
@@ -192,6 +201,11 @@ class RunRecord:
     def lossy(self) -> list[int]:
         """The ranks whose later spans were not kept, because their buffer or disk was full."""
         return [rank.rank for rank in self.ranks if rank.dropped]
+
+    @property
+    def unseen(self) -> list[str]:
+        """How ranks communicated without being recorded: "RPC", "DDP over nccl"."""
+        return sorted({what for rank in self.ranks for what in rank.not_recorded})
 
     def spans(self) -> list[Span]:
         """The spans of all ranks on one clock, by start time (`t0_ns`, in nanoseconds)."""

@@ -13,7 +13,14 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_lessons.analysis.intervals import Intervals, common, length, union
-from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share, ended, meetings, waits
+from ddp_lessons.analysis.wait_states import (
+    LATE_RECEIVER,
+    LATE_SENDER,
+    Share,
+    ended,
+    meetings,
+    waits,
+)
 from ddp_lessons.wire.ops import GROUP_CALLS, RECVS
 from ddp_lessons.wire.records import PROFILED, Kind, Lane
 
@@ -78,20 +85,25 @@ class Straggler(NamedTuple):
     Attributes
     ----------
     kind : str
-        "chronic" (one rank causes two thirds of the waiting or more), "rotating" (no rank does) or
-        "none" (less than 5 % of the ranks' time is waiting).
+        "chronic" (one rank causes two thirds of the waiting or more), "rotating" (no rank does),
+        "none" (less than 5 % of the ranks' time is waiting) or "unknown" (so little was seen, but
+        not all: see `unseen`).
     rank : int or None
         The chronic straggler.
     share : float
         The part of all waiting that the worst rank causes, from 0 to 1.
     late_by_step : dict
         The rank that causes the most waiting, by step.
+    unseen : tuple of str
+        Communication that does not count: what was not recorded ("RPC"), and "sends and recvs" if
+        ranks wait in them, because in a pipeline they do so although none is slow.
     """
 
     kind: str
     rank: int | None
     share: float
     late_by_step: dict[int, int]
+    unseen: tuple[str, ...] = ()
 
 
 class Link(NamedTuple):
@@ -140,27 +152,33 @@ def totals(run: RunRecord) -> list[Total]:
 def straggler(run: RunRecord) -> Straggler:
     """The rank that keeps the others waiting, if it is always the same one.
 
-    Only collectives in which all ranks wait for all count; in runs with steps only those inside a
-    step, and of more than four steps not the first two, the warm-up. With NCCL the GPUs wait.
+    Only collectives count, no sends and recvs; in runs with steps only those inside a step, and of
+    more than four steps not the first two, the warm-up. With NCCL the GPUs wait.
     """
     steps = [s for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns is not None]
     counts = _counted({s.step for s in steps})
+    noteworthy = NOTEWORTHY * _time(run, [s for s in steps if counts(s.step)])
     caused: Counter[int] = Counter()
     by_step: dict[int, Counter[int]] = {}
-    for rank, step, wait_ns in filter(lambda cause: counts(cause[1]), _causes(run)):
-        caused[rank] += wait_ns
-        if step is not None:
-            by_step.setdefault(step, Counter())[rank] += wait_ns
+    in_pairs = 0
+    for share, step, wait_ns in filter(lambda cause: counts(cause[1]), _causes(run)):
+        if share.pattern in (LATE_SENDER, LATE_RECEIVER):
+            in_pairs += wait_ns
+        elif (rank := share.last_rank) is not None:
+            caused[rank] += wait_ns
+            if step is not None:
+                by_step.setdefault(step, Counter())[rank] += wait_ns
     late_by_step = {step: by_step[step].most_common(1)[0][0] for step in sorted(by_step)}
-    if not caused:
-        return Straggler("none", None, 0.0, late_by_step)
-    worst, most = caused.most_common(1)[0]
-    share = most / caused.total()
-    if caused.total() < NOTEWORTHY * _time(run, [s for s in steps if counts(s.step)]):
-        return Straggler("none", None, share, late_by_step)
-    if share >= MOST:
-        return Straggler("chronic", worst, share, late_by_step)
-    return Straggler("rotating", None, share, late_by_step)
+    unseen = (*run.unseen, *(["sends and recvs"] if in_pairs > noteworthy else []))
+    worst, most = caused.most_common(1)[0] if caused else (None, 0)
+    share_of_worst = most / caused.total() if caused else 0.0
+    kind = "rotating"
+    if not caused or caused.total() < noteworthy:
+        kind = "unknown" if unseen else "none"
+    elif share_of_worst >= MOST:
+        kind = "chronic"
+    late = worst if kind == "chronic" else None
+    return Straggler(kind, late, share_of_worst, late_by_step, unseen)
 
 
 def bandwidth(run: RunRecord) -> list[Link]:
@@ -287,20 +305,16 @@ def _counted(steps: set[int | None]) -> Callable[[int | None], bool]:
     return lambda step: step in counted
 
 
-def _causes(run: RunRecord) -> Iterator[tuple[int, int | None, int]]:
-    """The rank that made another wait, the step, and the ns."""
+def _causes(run: RunRecord) -> Iterator[tuple[Share, int | None, int]]:
+    """Each wait for another rank: the share that names it, the step, and the ns."""
     for segment in segments(run):
         share = segment.share
-        if segment.kind != "wait" or share is None or share.last_rank is None:
-            continue
-        if share.pattern == ALL_TO_ALL:
-            yield share.last_rank, segment.step, segment.t1_ns - segment.t0_ns
+        if segment.kind == "wait" and share is not None and share.last_rank is not None:
+            yield share, segment.step, segment.t1_ns - segment.t0_ns
     on_device = {rank.rank: set(_on_device(rank)) for rank in run.ranks}
     for share in waits(run):
-        if share.t0_ns not in on_device[share.rank] or share.last_rank is None:
-            continue
-        if share.pattern == ALL_TO_ALL and share.wait_ns:
-            yield share.last_rank, share.step, share.wait_ns
+        if share.t0_ns in on_device[share.rank] and share.last_rank is not None and share.wait_ns:
+            yield share, share.step, share.wait_ns
 
 
 def _on_device(rank: RankResult) -> Iterator[int]:

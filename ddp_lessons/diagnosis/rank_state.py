@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 
 from ddp_lessons.results import RankResult
-from ddp_lessons.text import agree, exit_name, ranks_text
+from ddp_lessons.text import agree, exit_name, listed, ranks_text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, split_site
 from ddp_lessons.wire.stacks import Position
@@ -70,10 +70,12 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
                 f"{error.summary}{line(next(iter(error.frames), None))}",
             )
             texts.setdefault(key, []).append(rank.rank)
-    return [
+    told = [
         f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
         for (verb, rest), those in texts.items()
     ]
+    unseen = sorted({what for rank in ranks for what in rank.not_recorded})
+    return [*told, f"not recorded: {listed(unseen)}"] if unseen else told
 
 
 def handled(rank: RankResult) -> ErrorRecord | None:

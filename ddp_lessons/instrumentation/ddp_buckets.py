@@ -128,7 +128,8 @@ def _as_ddp_does(model: DistributedDataParallel) -> RecordedHook:
             end()
             return future.value()[0]
 
-        work = process_group.allreduce([gradients.mul_(mean)])
+        with recording.within_call():
+            work = process_group.allreduce([gradients.mul_(mean)])
         future = work.get_future().then(done)
         if bucket.is_last():
             backward.all_handed_over()

@@ -83,7 +83,10 @@ def _keeping(help_init: Callable[..., None]) -> Callable[..., None]:
             recorder.models.append(weakref.ref(self))
             group = groups.of(self.process_group)
             # NCCL works in a stream of the GPU; what waits for it there is not visible from here.
-            if group is not None and set(cuda_events.backends_of(self.process_group)) == {"gloo"}:
+            backends = cuda_events.backends_of(self.process_group)
+            if group is not None and set(backends) != {"gloo"}:
+                recorder.unseen(f"DDP over {backends[-1]}")
+            elif group is not None:
                 elements = sum(parameter.numel() for parameter in parameters)
                 recorder.groups.append(RecordedGroup(self, group, recorder, elements))
         made_by_recorded_group(self, parameters, *args, **kwargs)
@@ -202,7 +205,8 @@ def _are_gradients(piece: torch.Tensor) -> bool:
 def _handed_over(call: Callable[[], dist.Work], end: Callable[[], None]) -> dist.Work:
     """Start work by `call` and return it; call `end` when it is done or has failed."""
     try:
-        work = call()
+        with recording.within_call():
+            work = call()
     except BaseException:
         end()
         raise

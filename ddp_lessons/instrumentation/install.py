@@ -22,6 +22,13 @@ from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.instrumentation.torch_api import public
 from ddp_lessons.wire.ops import COLLECTIVES, MAKES_GROUP, RECVS, SENDS
 
+# Methods of a ProcessGroup by which the public functions communicate. Not every release has all.
+METHODS = (
+    "_allgather_base", "_reduce_scatter_base", "all_gather_single", "all_to_all_single",
+    "allgather", "allreduce", "alltoall", "alltoall_base", "barrier", "broadcast", "gather",
+    "recv", "recv_anysource", "reduce", "reduce_scatter", "reduce_scatter_single", "scatter",
+    "send",
+)  # fmt: skip
 FUNCTIONAL = "torch.distributed._functional_collectives"
 
 
@@ -39,7 +46,7 @@ def wrap_torch() -> None:
     through.
     """
     import torch.distributed as dist
-    from torch.distributed import distributed_c10d
+    from torch.distributed import distributed_c10d, rpc
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     # These import torch.
@@ -59,6 +66,12 @@ def wrap_torch() -> None:
     _replace("batch_isend_irecv", collectives.batched)
     dist.Work.wait = async_work.waiting(dist.Work.wait)
     distributed_c10d.rendezvous = rendezvous.on_time(distributed_c10d.rendezvous)
+    if rpc.is_available():
+        rpc.init_rpc = process_groups.unrecorded("RPC", rpc.init_rpc)
+    for name in METHODS:
+        if (method := getattr(dist.ProcessGroup, name, None)) is not None:
+            method = process_groups.unrecorded("a process group's own methods", method)
+            setattr(dist.ProcessGroup, name, method)
 
 
 def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -52,6 +52,18 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return recorded(name, join)
 
 
+def unrecorded(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a call by which a rank communicates, or begins to, without being recorded: say so."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if (recorder := recording.outermost()) is not None:
+            recorder.unseen(what)
+        return function(*args, **kwargs)
+
+    return call
+
+
 def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap new_group and its like: name the group at once, as all ranks do in the same order."""
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message
+from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message, Unseen
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
@@ -62,6 +62,7 @@ class Recorder:
         self.models: list[Callable[[], DistributedDataParallel | None]] = []  # weak references
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
+        self._unseen: set[str] = set()  # what the parent knows
         self._handled = 0  # calls made while an exception was handled
         self._sent_timeout: float | None = None  # seconds
         self._step_t0_ns = 0
@@ -94,16 +95,14 @@ class Recorder:
     @contextmanager
     def call(self, name: str, t0_ns: int, facts: CallFacts) -> Iterator[None]:
         """Record a call that returns when it is done, and none of the calls within it."""
-        thread = get_ident()
         slot = self.begin(Kind.COMM, name, t0_ns, facts)
-        inside.add(thread)
         try:
-            yield
+            with within_call():
+                yield
         except BaseException as error:
             self.fail(slot, error)
             raise
         finally:
-            inside.remove(thread)
             self.end(slot)
 
     def lane(self) -> str:
@@ -149,6 +148,12 @@ class Recorder:
             self._handled += 1
             self.send(Handling(site, stacks.describe(error, self.home)))
 
+    def unseen(self, what: str) -> None:
+        """Tell the parent, once, how this rank communicates without being recorded."""
+        if what not in self._unseen:
+            self._unseen.add(what)
+            self.send(Unseen(what))
+
     def compare_clock(self, clock: Clock | None) -> None:
         """Tell the parent how this rank's clock stands against rank 0's, if that is known."""
         if clock is not None:
@@ -193,6 +198,17 @@ def outermost() -> Recorder | None:
     the learner wrote counts.
     """
     return None if get_ident() in inside else _recorder
+
+
+@contextmanager
+def within_call() -> Iterator[None]:
+    """Record none of the calls that this thread makes in the block."""
+    thread = get_ident()
+    inside.add(thread)
+    try:
+        yield
+    finally:
+        inside.remove(thread)
 
 
 def in_worker() -> bool:

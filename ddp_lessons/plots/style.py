@@ -142,9 +142,10 @@ def failure(rank: RankResult) -> str:
 
 
 def losses(run: Run) -> list[str]:
-    """A line that counts the dropped spans by rank; [] if none were dropped."""
+    """A line that counts the dropped spans by rank, and one that says what is not recorded."""
     lost = [f"rank {rank.rank}: {rank.dropped:,}" for rank in run.ranks if rank.dropped]
-    return [f"spans that could not be kept: {', '.join(lost)}"] if lost else []
+    lines = [f"spans that could not be kept: {', '.join(lost)}"] if lost else []
+    return [*lines, f"not recorded: {', '.join(run.unseen)}"] if run.unseen else lines
 
 
 def points_per_unit(ax: Axes) -> float:

@@ -14,6 +14,7 @@ from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share
 from ddp_lessons.plots import row_layout, style
 from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.run import Run
+from ddp_lessons.text import listed
 from ddp_lessons.wire.ops import JOINING
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def finding(run: Run) -> str:
         return f"rank {verdict.rank} makes the others wait"
     if verdict.kind == "rotating":
         return "the ranks take turns in making the others wait"
+    if verdict.kind == "unknown":
+        return f"{run.name}: no rank is late for collectives; not judged: {listed(verdict.unseen)}"
     return f"{run.name}: no rank makes the others wait"
 
 

@@ -26,6 +26,7 @@ from ddp_lessons.wire.messages import (
     Raised,
     Returned,
     Started,
+    Unseen,
     Unsendable,
 )
 from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
@@ -54,6 +55,7 @@ class Worker(ABC):
         self.own_timeout: float | None = None  # seconds after which it gives up by itself
         self.outcome: Returned | Raised | Unsendable | None = None
         self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
+        self.unseen: tuple[str, ...] = ()  # see RankResult
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -154,6 +156,7 @@ class Worker(ABC):
             kept_by=None if kept is None else kept.name,
             activity=self.activity,
             handling=self.handling,
+            unseen=self.unseen,
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -170,6 +173,8 @@ class Worker(ABC):
                     self.own_timeout = min(timeout, self.own_timeout or timeout)
                 case Handling(site, error):
                     self.handling = (site, error)
+                case Unseen(what):
+                    self.unseen += (what,)
                 case Clock():
                     self.clock = message
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):

@@ -54,6 +54,13 @@ class Handling:
 
 
 @dataclass(frozen=True)
+class Unseen:
+    """The rank communicates in a way that is not recorded: "RPC"."""
+
+    what: str
+
+
+@dataclass(frozen=True)
 class Clock:
     """The rank's clock is `behind_ns` behind rank 0's, give or take `within_ns`."""
 
@@ -93,7 +100,7 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Joining | GivesUp | Handling | Clock | Returned | Raised | Unsendable
+Message = Started | Joining | GivesUp | Handling | Unseen | Clock | Returned | Raised | Unsendable
 
 
 def encode(message: Message) -> bytes:

@@ -17,7 +17,7 @@ from ddp_lessons.text import count
 Shards = list[list[int]]  # by rank
 Train = Callable[["DistributedSampler[int]", "DataLoader[int]", int, int], Any]
 
-SHARDED = ((12, 4), (10, 3), (2, 3), (7, 1))  # samples, ranks
+SHARDED = ((12, 4), (10, 3), (2, 3), (1, 3), (7, 1))  # samples, ranks
 EVALUATED = ((10, 3, (0, 2)), (1, 2, ()), (6, 1, (5,)), (5, 4, (4,)))  # and wrong samples
 TRAINED = ((12, 3, 0, 3), (10, 2, 2, 4))  # samples, ranks, first and last epoch
 SHARED_BATCHES = ((64, 4), (66, 3), (4, 4), (8, 1))  # global batch, ranks
@@ -26,10 +26,27 @@ IMPOSSIBLE_BATCHES = ((66, 4), (3, 4), (0, 2))
 
 def _loaded(
     rank: int, sampler: Callable[..., Any], total: int, drop_last: bool
-) -> tuple[int, list[int]]:
+) -> tuple[int, list[int], list[int], bool]:
+    """The sampler's length, what it gives in two epochs, and whether torch's own does the work."""
+    torchs_own = _Watched(DistributedSampler)
     made = sampler(total, rank, _world_size(), drop_last)
-    batches = DataLoader(range(total), batch_size=2, sampler=made) if total else ()
-    return len(made), [int(index) for batch in batches for index in batch]
+    loader = DataLoader(range(total), batch_size=2, sampler=made)
+    first, second = ([int(index) for batch in loader for index in batch] for _ in range(2))
+    return len(made), first, second, torchs_own.was_made
+
+
+class _Watched:
+    """Notes whether an object of a class is made from now on, in this rank."""
+
+    def __init__(self, watched: Any) -> None:
+        self.was_made = False
+        make = watched.__init__
+
+        def noting(*args: Any, **kwargs: Any) -> None:
+            self.was_made = True
+            make(*args, **kwargs)
+
+        watched.__init__ = noting
 
 
 def _world_size() -> int:
@@ -48,9 +65,19 @@ def check_sampler(sampler: Callable[[int, int, int, bool], Iterable[int]]) -> st
     for drop_last in (False, True):
         for total, ranks in SHARDED:
             run = run_ranks(_loaded, (sampler, total, drop_last), nprocs=ranks)
-            lengths, shards = map(list, zip(*run.values, strict=True))
+            lengths, shards, again, of_torch = map(list, zip(*run.values, strict=True))
             seen = f"{_on(total, ranks)}, drop_last={drop_last}: the ranks got {shards}"
             _judge_shards(f"{seen}.", shards, total, drop_last)
+            if again != shards:
+                raise Wrong(
+                    f"{seen}, and in the second epoch {again}.",
+                    "Each epoch asks for the samples anew: `__iter__` must begin again each time.",
+                )
+            if any(of_torch):
+                raise Wrong(
+                    f"{seen}, dealt out by torch's own DistributedSampler.",
+                    "Write it by hand: a few lines are all there is to it.",
+                )
             if lengths != [len(shard) for shard in shards]:
                 raise Wrong(
                     f"{seen}, but len() says {lengths}.",
@@ -133,6 +160,9 @@ def _judge_asked(seen: str, total: int, shards: Shards) -> None:
     are_all = len(shards) > 1 and all(sorted(shard) == everything for shard in shards)
     mistakes = {
         "Every rank did all the work. Each needs only its own part.": are_all,
+        "One rank did all the work, and the others had nothing to do. Let each do a part.": (
+            len(shards) > 1 and total >= len(shards) and sum(map(bool, shards)) == 1
+        ),
         f"Sample {min(twice, default='')} was counted twice. A padded sampler is for training, "
         "where ranks need equally many steps; in evaluation each sample may count once.": twice,
         f"Sample {min(never, default='')} was never asked for: it is missing in the accuracy.": (

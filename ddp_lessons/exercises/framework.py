@@ -197,18 +197,22 @@ def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
 
 
 def is_unattempted(answer: Any) -> bool:
-    """True for `...`, and for a function or class that is, or still contains, `...`."""
+    """True for `...`, and for a function or class of which a part is still `...`.
+
+    That is a body, or what is returned or stored; not an index, as in `x[..., 0]`.
+    """
     answer = inspect.unwrap(answer) if callable(answer) else answer  # without its decorators
     if answer is ...:
         return True
     if inspect.isclass(answer):
         return any(map(is_unattempted, filter(inspect.isfunction, vars(answer).values())))
     code = getattr(answer, "__code__", None)
-    return code is not None and (_is_empty(code) or _holds_ellipsis(code))
+    return code is not None and (_is_empty(code) or _keeps_ellipsis(code))
 
 
 _IDLE = {"RESUME", "NOP", "COPY_FREE_VARS"}
 _RETURN = {"LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
+_KEEPS = ("STORE_FAST", "STORE_DEREF", "RETURN_VALUE")
 
 
 def _is_empty(code: types.CodeType) -> bool:
@@ -217,11 +221,13 @@ def _is_empty(code: types.CodeType) -> bool:
     return all(step.opname in _RETURN for step in steps) and steps[0].argval is None
 
 
-def _holds_ellipsis(code: types.CodeType) -> bool:
+def _keeps_ellipsis(code: types.CodeType) -> bool:
+    """Whether a function, or one in it, stores or returns `...`."""
+    steps = list(dis.get_instructions(code))
     return any(
-        const is ... or (isinstance(const, types.CodeType) and _holds_ellipsis(const))
-        for const in code.co_consts
-    )
+        step.argval is ... and (step.opname == "RETURN_CONST" or after.opname.startswith(_KEEPS))
+        for step, after in zip(steps, [*steps[1:], steps[-1]], strict=True)
+    ) or any(isinstance(c, types.CodeType) and _keeps_ellipsis(c) for c in code.co_consts)
 
 
 def _text(text: str) -> str:

@@ -112,6 +112,11 @@ def accuracy(is_right: Any, total: int, *, way: str = "right") -> Any:
         samples = list(DistributedSampler(range(total), shuffle=False))
     if way == "all":
         samples = list(range(total))
+    if way == "blocks":
+        each = -(-total // ranks)
+        samples = list(range(total))[rank * each : (rank + 1) * each]
+    if way == "rank 0 alone":
+        samples = list(range(total)) if rank == 0 else []
     if way == "dropped":
         samples = samples[: total // ranks]
     count = counted(rank, samples, is_right)
@@ -161,8 +166,56 @@ def per_rank_batch(batch: int, ranks: int) -> int:
     return batch // ranks
 
 
+class OneShot(Samples):
+    """Its second epoch is empty."""
+
+    choose = staticmethod(right)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.left = iter(self.mine)
+
+    def __iter__(self) -> Any:
+        return self.left
+
+
+class Wrapped(Samples):
+    """Lets torch's own sampler do the work."""
+
+    def __init__(self, total: int, rank: int, world_size: int, drop_last: bool) -> None:
+        self.mine = DistributedSampler(
+            range(total), world_size, rank, shuffle=False, drop_last=drop_last
+        )
+
+
+class Generated:
+    """A generator instead of a list, by slices of an order that is repeated."""
+
+    def __init__(self, total: int, rank: int, world_size: int, drop_last: bool) -> None:
+        self.number = size(total, world_size, drop_last) // world_size
+        self.order = list(range(total)) * (world_size + 1)
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Any:
+        yield from self.order[self.rank :: self.world_size][: self.number]
+
+    def __len__(self) -> int:
+        return self.number
+
+
+def padded_once(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]:
+    order = list(range(total))
+    if drop_last:
+        order = order[: total // ranks * ranks]
+    else:
+        order += order[: -total % ranks]
+    return order[rank::ranks]
+
+
 RIGHT: list[tuple[Any, Any]] = [
     (check_sampler, sampler_of(right)),
+    (check_sampler, Generated),
+    (check_accuracy, accuracy_by("blocks")),
     (check_accuracy, accuracy),
     (check_train, train_with(lambda epoch, first, rank: epoch)),
     (check_per_rank_batch, per_rank_batch),
@@ -179,9 +232,13 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_sampler, sampler_of(last_repeated), "padding begins again with the first"),
     (check_sampler, sampler_of(lambda t, r, w, d: right(t, 0, w, d)), "same samples"),
     (check_sampler, WrongLength, r"len\(\) says \[12, 12"),
+    (check_sampler, OneShot, r"second epoch \[\[\], .*begin again each time"),
+    (check_sampler, Wrapped, "torch's own DistributedSampler.*by hand"),
+    (check_sampler, sampler_of(padded_once), "1 sample on 3 ranks.*only 0"),
     (check_sampler, lambda *args: 5 // 0, "failed on real ranks.*ZeroDivisionError"),
     (check_accuracy, accuracy_by("padded"), "10 samples on 3 ranks.*Sample 0 was counted twice"),
     (check_accuracy, accuracy_by("all"), "Every rank did all the work"),
+    (check_accuracy, accuracy_by("rank 0 alone"), "One rank did all the work"),
     (check_accuracy, accuracy_by("dropped"), "Sample 9 was never asked for"),
     (check_accuracy, accuracy_by("means"), "returned 0.806, 0.806, 0.806.*mean of the ranks'"),
     (check_accuracy, accuracy_by("local"), "own accuracies"),

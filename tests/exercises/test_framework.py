@@ -233,9 +233,27 @@ def test_what_counts_as_an_attempt() -> None:
         x: Any = ...
         return int(x)
 
+    def within() -> Any:
+        def inner() -> Any:
+            return ...
+
+        return inner
+
     def done() -> None:
         print()
 
+    def indexed(x: Any) -> Any:
+        x[...] = x[..., 0] + x[...]
+        return x
+
+    def left_over(x: Any) -> Any:
+        x += 1
+        ...
+        return x
+
+    assert is_unattempted(within)
+    assert not is_unattempted(indexed)
+    assert not is_unattempted(left_over)
     assert is_unattempted(documented)
     assert is_unattempted(half)
     assert not is_unattempted(done)

@@ -176,6 +176,25 @@ LOSSES: tuple[Losses, ...] = (
 )
 
 
+class _Known(Sequence[float]):
+    """A rank's losses, of which only those up to the epoch that comes next can be read."""
+
+    def __init__(self, losses: Sequence[float], trained: Sequence[int]) -> None:
+        self._losses = losses
+        self._trained = trained
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[n] for n in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        if number > len(self._trained):
+            raise LookupError(f"losses[{number}] is not known before epoch {number} was trained")
+        return self._losses[number]
+
+
 @in_group
 def _trains(rank: int, train: Callable[..., Any], of_ranks: Losses) -> tuple[list[int], Any]:
     trained: list[int] = []
@@ -185,7 +204,7 @@ def _trains(rank: int, train: Callable[..., Any], of_ranks: Losses) -> tuple[lis
         trained.append(n)
         dist.all_reduce(torch.ones(GRADIENT))
 
-    answer = train(list(of_ranks[rank]), BOUND, epoch)
+    answer = train(_Known(of_ranks[rank], trained), BOUND, epoch)
     dist.barrier()
     return trained, answer
 

@@ -248,7 +248,7 @@ def test_what_counts_as_an_attempt() -> None:
 
     def left_over(x: Any) -> Any:
         x += 1
-        ...
+        ...  # noqa: PIE790
         return x
 
     assert is_unattempted(within)

@@ -6,8 +6,9 @@ LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb
 SOLUTIONS := $(wildcard notebooks/solutions/*.ipynb)
 RUN_HERE := $(filter-out notebooks/gpu.ipynb,$(LESSONS)) $(SOLUTIONS)
 JOBS ?= 4
+ALONE := $(shell grep -rl --include=test_*.py mark.alone tests)
 PYTEST := $(BIN)/python -m pytest
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
+NBVAL := -p nbval.plugin --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
 
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -60,7 +61,7 @@ check: tools
 # Four at once even on two cores, as tests mostly wait. Tests of timing run alone afterwards.
 tests: tools
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder" --durations=10
-	$(PYTEST) -n 2 --dist loadgroup -m alone --durations=10
+	$(PYTEST) -n 2 --dist loadgroup -m alone --durations=10 $(ALONE)
 
 quick: tools
 	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ddp_lessons import launch
+from ddp_lessons import launch, load_run
 from ddp_lessons.system.host import reserve_port
 from tests.support import torchrun
 from tests.support.clusters import cluster_of
@@ -52,8 +52,11 @@ def by_one_agent(script: Path) -> list[str]:
 
 
 def by_two_agents(script: Path) -> list[str]:
-    with torchrun.two_agents(script, nprocs=1) as agents:
+    env = {"DDP_LESSONS_RECORD": "record"}
+    with torchrun.two_agents(script, nprocs=1, env=env) as agents:
         texts = [agent.communicate(timeout=torchrun.PATIENCE)[0] for agent in agents]
+    nodes = [rank.group_rank for rank in load_run(script.with_name("record")).ranks]
+    assert nodes == [0, 1]
     return torchrun.returned("".join(texts))
 
 

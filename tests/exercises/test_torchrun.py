@@ -1,6 +1,7 @@
 """The checks of lesson 13: a right script passes, typical wrong ones are explained.
 
-Another right one is in the lesson's solutions, which nbval runs: each takes five new Pythons.
+Right ones with real groups are in the lesson's solutions, which nbval runs, too: each takes five
+new Pythons.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ NO_TOTAL = RESUMES_ALONE.replace(
 LEAVES_A_FILE = RESUMES_ALONE.replace("os.replace(path", "import shutil; shutil.copy(path")
 
 
-RIGHT: list[tuple[Any, str]] = [(check_both_ways, GROUP_OF_ONE), (check_resumes, RESUMES)]
+RIGHT: list[tuple[Any, str]] = [(check_both_ways, GROUP_OF_ONE), (check_resumes, RESUMES_ALONE)]
 WRONG: list[tuple[Any, str, str]] = [
     (
         check_both_ways,

@@ -128,7 +128,7 @@ def record_of(folder: Path) -> Run:
     return load_run(together)
 
 
-class Trained(NamedTuple):
+class OnTwoHosts(NamedTuple):
     """A training of two ranks on each of two hosts."""
 
     folder: Path
@@ -137,26 +137,26 @@ class Trained(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> OnTwoHosts:
     folder = tmp_path_factory.mktemp("trained")
     script = written(folder, torchrun.TRAIN)
     with two_hosts() as hosts, agents(hosts, script, nprocs=2) as both:
         text = ended(both)
-    return Trained(folder, text, record_of(folder))
+    return OnTwoHosts(folder, text, record_of(folder))
 
 
-def test_two_hosts_train_as_one_does(trained: Trained) -> None:
+def test_two_hosts_train_as_one_does(trained: OnTwoHosts) -> None:
     train = runpy.run_path(str(trained.folder / "train.py"))["train"]
     values = launch(train, args=(5,), nprocs=4).values
     assert torchrun.returned(trained.text) == values
 
 
-def test_two_agents_are_two_nodes(trained: Trained) -> None:
+def test_two_agents_are_two_nodes(trained: OnTwoHosts) -> None:
     assert [rank.group_rank for rank in trained.run.ranks] == [0, 0, 1, 1]
     assert trained.run.world_size == 4
 
 
-def test_both_hosts_are_on_one_clock(trained: Trained) -> None:
+def test_both_hosts_are_on_one_clock(trained: OnTwoHosts) -> None:
     run = trained.run
     assert run.ok
     clocks = [facts_of(trained.folder / "together", rank)["clock"] for rank in (2, 3)]

@@ -199,8 +199,10 @@ def test_launches_side_by_side_from_threads() -> None:
 
 
 def test_variables_reach_a_new_interpreter_and_nobody_else() -> None:
+    def look(rank: int) -> tuple[int, str]:
+        return hash("x"), os.environ["ONLY_FOR_RANKS"]
+
     env = {"ONLY_FOR_RANKS": "a = b, with spaces", "PYTHONHASHSEED": "0"}
-    look = lambda rank: (hash("x"), os.environ["ONLY_FOR_RANKS"])  # noqa: E731
     (first,), (second,) = (launch(look, nprocs=1, env=env).values for _ in "ab")
     assert first == second
     assert first[1] == "a = b, with spaces"

@@ -6,13 +6,14 @@ LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb
 SOLUTIONS := $(wildcard notebooks/solutions/*.ipynb)
 RUN_HERE := $(filter-out notebooks/gpu.ipynb,$(LESSONS)) $(SOLUTIONS)
 JOBS ?= 4
+ALONE := $(shell grep -rl --include=test_*.py mark.alone tests)
 PYTEST := $(BIN)/python -m pytest
-NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
+NBVAL := -p nbval.plugin --nbval --nbval-current-env --nbval-cell-timeout=120 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
 
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help lessons test quick check tests nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room setup tools root
+.PHONY: help lessons test quick check tests together alone nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room setup tools root
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
@@ -48,7 +49,10 @@ lessons: root setup
 	$(BIN)/jupyter lab --ServerApp.root_dir=notebooks \
 		--LabApp.default_url=/lab/tree/00_start_here.ipynb $(LAB_ARGS)
 
-test: tools check tests nbval
+# The tests mostly wait: beside them, two parts of the notebooks at a time. Those of timing run last.
+test: tools check
+	@$(MAKE) --no-print-directory -j3 together nbval-1 nbval-2 nbval-3 nbval-4
+	@$(MAKE) --no-print-directory alone
 
 check: tools
 	$(BIN)/ruff check .
@@ -57,10 +61,16 @@ check: tools
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
-# Four at once even on two cores, as tests mostly wait. Tests of timing run alone afterwards.
 tests: tools
+	@$(MAKE) --no-print-directory together
+	@$(MAKE) --no-print-directory alone
+
+# Four at once even on two cores, as tests mostly wait.
+together: tools
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder" --durations=10
-	$(PYTEST) -n 2 --dist loadgroup -m alone --durations=10
+
+alone: tools
+	$(PYTEST) -n 2 --dist loadgroup -m alone --durations=10 $(ALONE)
 
 quick: tools
 	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"

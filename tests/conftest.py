@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ MARK = "DDP_LESSONS_TEST_SESSION"
 LEFT_AFTER = 5.0  # seconds that what a run started may take to go, if it gets a processor
 SHARED_MEMORY = Path("/dev/shm")
 OPEN = Path("/proc/self/fd")  # of Linux
+
+# Importing nbformat would compile a grammar of web addresses, which takes each process a second.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:

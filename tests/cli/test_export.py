@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import nbformat
@@ -19,6 +19,7 @@ from ddp_lessons.cli.export import CannotExport, script
 from ddp_lessons.cli.export.notebook import Notebook
 from tests.cli.test_command import _command
 from tests.support.checkout import ROOT
+from tests.support.torchrun import QUIET
 
 LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 LAUNCH = "from ddp_lessons import launch"
@@ -492,15 +493,33 @@ def test_each_function_of_the_lessons_is_exported_or_refused(notebook: Path, tid
         assert re.search(r"--args|no body yet|generator|each rank would", reason)
 
 
-def _torchrun(path: Path, nprocs: int) -> list[str]:
+# Runs scripts one after the other, each in a process of its own that need not import torch. None
+# begins before all ranks have ended the one before, and with it the store at MASTER_PORT.
+ONE_BY_ONE = """
+import os, runpy, sys, time
+import torch, torch._dynamo
+
+for script in sys.argv[1:]:
+    if not (child := os.fork()):
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+    assert os.waitpid(child, 0)[1] == 0, script
+    print("that was", os.path.basename(script))
+    open(f"{script}.{os.environ['RANK']}", "x").close()
+    while not all(os.path.exists(f"{script}.{n}") for n in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
+"""
+
+
+def _torchrun(folder: Path, scripts: Sequence[Path], nprocs: int) -> list[str]:
     """What each rank printed; into files, as lines of two ranks may run together."""
-    (temporary := path.parent / "temporary").mkdir()  # torchrun leaves an empty folder
+    (temporary := folder / "temporary").mkdir()  # torchrun leaves an empty folder
+    (one_by_one := folder / "one_by_one.py").write_text(ONE_BY_ONE)
     meet = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     apart = ["--redirects=1", f"--log-dir={temporary}", "--nproc-per-node", str(nprocs)]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *meet, *apart, str(path)],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TMPDIR": str(temporary)},
+        [sys.executable, "-m", "torch.distributed.run", *meet, *apart, one_by_one, *scripts],
+        env={**os.environ, **QUIET, "TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
         timeout=100,
@@ -512,31 +531,25 @@ def _torchrun(path: Path, nprocs: int) -> list[str]:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize(
-    ("lesson", "function", "args"),
-    [
+def test_scripts_do_under_torchrun_what_launch_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    scripts: list[Path] = []
+    expected: list[list[str]] = [[], []]
+    lessons: list[tuple[str, str, tuple[int, ...]]] = [
         ("05_distributed_sampler", "compare", ()),
         ("07_ddp_timing", "train", (2,)),
         ("12_rank_zero", "log", ()),
-    ],
-)
-def test_a_script_does_under_torchrun_what_launch_does(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    lesson: str,
-    function: str,
-    args: tuple[int, ...],
-) -> None:
-    path = tmp_path / f"{function}_of_{lesson}.py"
-    path.write_text(script(ROOT / "notebooks" / f"{lesson}.ipynb", function))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    run = launch(getattr(importlib.import_module(path.stem), function), args, nprocs=2)
-    returned = [f"rank {rank.rank} returned {rank.value}" for rank in run.ranks]
-    expected = [
-        [*rank.lines, *([line] if rank.value else [])]
-        for rank, line in zip(run.ranks, returned, strict=True)
     ]
-    assert [printed.splitlines() for printed in _torchrun(path, 2)] == expected
+    for lesson, function, args in lessons:
+        scripts.append(path := tmp_path / f"{function}_of_{lesson}.py")
+        path.write_text(script(ROOT / "notebooks" / f"{lesson}.ipynb", function))
+        run = launch(getattr(importlib.import_module(path.stem), function), args, nprocs=2)
+        for rank in run.ranks:
+            returned = [f"rank {rank.rank} returned {rank.value}"] if rank.value else []
+            expected[rank.rank] += [*rank.lines, *returned, f"that was {path.name}"]
+    assert [printed.splitlines() for printed in _torchrun(tmp_path, scripts, 2)] == expected
 
 
 @pytest.mark.system

@@ -17,9 +17,10 @@ import pytest
 from ddp_lessons import Run, load_run
 from ddp_lessons.wire.run_folder import VERSION
 from ddp_lessons.wire.span_buffer import REGION, CallFacts, SpanWriter
+from tests.end_to_end.conftest import Trained
 from tests.support import torchrun
 
-pytestmark = pytest.mark.xdist_group("damage")
+pytestmark = pytest.mark.xdist_group("by one agent")
 
 TIMES = 60  # damaged copies of each record
 SECRET = "root:x:0:0: a line that nobody may see"
@@ -52,21 +53,16 @@ RAISES = """
 @pytest.fixture(scope="module")
 def raised(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The record of a rank that raised, and of one that was told to end."""
-    return recorded(tmp_path_factory.mktemp("raised"), RAISES)
+    script = tmp_path_factory.mktemp("raised") / "train.py"
+    script.write_text(textwrap.dedent(RAISES).lstrip())
+    torchrun.run(script, "--nproc-per-node=2", env={"DDP_LESSONS_RECORD": "record"})
+    return script.with_name("record")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def trained(by_one_agent: Trained) -> Path:
     """The record of a training that came to its end."""
-    return recorded(tmp_path_factory.mktemp("trained"), torchrun.TRAIN)
-
-
-def recorded(folder: Path, text: str) -> Path:
-    script = folder / "train.py"
-    script.write_text(textwrap.dedent(text).lstrip())
-    env = {"DDP_LESSONS_RECORD": "record"}
-    torchrun.run(script, "--nproc-per-node=2", env=env)
-    return folder / "record"
+    return by_one_agent.record
 
 
 @pytest.mark.system

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from ddp_lessons import launch
+from ddp_lessons import launch, load_run
 from ddp_lessons.system.host import reserve_port
+from tests.end_to_end.conftest import Trained
 from tests.support import torchrun
 from tests.support.clusters import cluster_of
 
@@ -45,15 +46,12 @@ def by_spawn(script: Path) -> list[str]:
     return torchrun.returned(done.stdout)
 
 
-def by_one_agent(script: Path) -> list[str]:
-    code, text = torchrun.run(script, f"--nproc-per-node={RANKS}")
-    assert code == 0, text
-    return torchrun.returned(text)
-
-
 def by_two_agents(script: Path) -> list[str]:
-    with torchrun.two_agents(script, nprocs=1) as agents:
+    env = {"DDP_LESSONS_RECORD": "record"}
+    with torchrun.two_agents(script, nprocs=1, env=env) as agents:
         texts = [agent.communicate(timeout=torchrun.PATIENCE)[0] for agent in agents]
+    nodes = [rank.group_rank for rank in load_run(script.with_name("record")).ranks]
+    assert nodes == [0, 1]
     return torchrun.returned("".join(texts))
 
 
@@ -70,10 +68,19 @@ def script(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("way", [by_spawn, by_one_agent, by_two_agents, on_engines])
+def in_a_cell(script: Path) -> list[str]:
+    values = launch(runpy.run_path(str(script))["train"], args=(5,), nprocs=RANKS).values
+    assert len(set(values)) == RANKS  # each rank has data of its own
+    return values
+
+
+@pytest.mark.parametrize("way", [by_spawn, by_two_agents, on_engines])
 def test_every_way_gives_the_values_of_the_cell(
     script: Path, way: Callable[[Path], list[str]]
 ) -> None:
-    values = launch(runpy.run_path(str(script))["train"], args=(5,), nprocs=RANKS).values
-    assert way(script) == values
-    assert len(set(values)) == RANKS  # each rank has data of its own
+    assert way(script) == in_a_cell(script)
+
+
+@pytest.mark.xdist_group("by one agent")
+def test_so_does_one_agent(script: Path, by_one_agent: Trained) -> None:
+    assert torchrun.returned(by_one_agent.text) == in_a_cell(script)

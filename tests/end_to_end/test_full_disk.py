@@ -49,6 +49,8 @@ def carry_out(
     if before:
         prefix = (*prefix, "sh", "-c", f'{before}; exec "$@"', "sh")
     env = {"DDP_LESSONS_RECORD": str(disk / "record")}
+    if nprocs == 1:
+        return torchrun.alone(script, env=env, prefix=prefix)
     options = ("--standalone", f"--nproc-per-node={nprocs}")
     with torchrun.agent(script, *options, env=env, prefix=prefix) as process:
         text, _ = process.communicate(timeout=torchrun.PATIENCE)

@@ -8,10 +8,11 @@ import runpy
 import signal
 import subprocess
 import textwrap
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,13 +27,18 @@ RECORD = "record"
 RATE = 50_000_000  # bits a second of a slow link
 
 SIZES = """
-    import os
+    import os, time
     import torch, torch.distributed as dist
     import ddp_lessons
 
     dist.init_process_group("gloo")
-    for n in (1_000, 50_000, 100_000, 200_000) * 3:
-        dist.all_reduce(torch.ones(n))
+    slow = dist.new_group([0, 1])
+    for group in (dist.group.WORLD, slow):
+        while group is slow and not os.path.exists("slow"):
+            time.sleep(0.05)
+        for n in (1_000, 50_000, 100_000, 200_000) * 3:
+            dist.all_reduce(torch.ones(n), group=group)
+        print("done", flush=True)
     dist.destroy_process_group()
 """
 ENDLESS = """
@@ -105,10 +111,9 @@ def written(folder: Path, text: str) -> Path:
     return script
 
 
-def carried_out(hosts: tuple[Host, Host], script: Path, nprocs: int = 1) -> str:
-    """Run a script on both hosts to its end; what its ranks printed."""
-    with agents(hosts, script, nprocs) as both:
-        texts = [agent.communicate(timeout=torchrun.PATIENCE)[0] for agent in both]
+def ended(both: list[subprocess.Popen[str]]) -> str:
+    """Wait until both agents have come to their right end; what their ranks printed."""
+    texts = [agent.communicate(timeout=torchrun.PATIENCE)[0] for agent in both]
     assert [agent.returncode for agent in both] == [0, 0], texts
     return "".join(texts)
 
@@ -123,27 +128,47 @@ def record_of(folder: Path) -> Run:
     return load_run(together)
 
 
-def test_two_hosts_train_as_one_does(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
-    script = written(tmp_path, torchrun.TRAIN)
-    text = carried_out(hosts, script, nprocs=2)
-    values = launch(runpy.run_path(str(script))["train"], args=(5,), nprocs=4).values
-    assert torchrun.returned(text) == values
+class OnTwoHosts(NamedTuple):
+    """A training of two ranks on each of two hosts."""
+
+    folder: Path
+    text: str  # what the ranks printed
+    run: Run
 
 
-def test_both_hosts_are_on_one_clock(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
-    carried_out(hosts, written(tmp_path, torchrun.TRAIN))
-    run = record_of(tmp_path)
-    assert [rank.group_rank for rank in run.ranks] == [0, 1]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> OnTwoHosts:
+    folder = tmp_path_factory.mktemp("trained")
+    script = written(folder, torchrun.TRAIN)
+    with two_hosts() as hosts, agents(hosts, script, nprocs=2) as both:
+        text = ended(both)
+    return OnTwoHosts(folder, text, record_of(folder))
+
+
+def test_two_hosts_train_as_one_does(trained: OnTwoHosts) -> None:
+    train = runpy.run_path(str(trained.folder / "train.py"))["train"]
+    values = launch(train, args=(5,), nprocs=4).values
+    assert torchrun.returned(trained.text) == values
+
+
+def test_two_agents_are_two_nodes(trained: OnTwoHosts) -> None:
+    assert [rank.group_rank for rank in trained.run.ranks] == [0, 0, 1, 1]
+    assert trained.run.world_size == 4
+
+
+def test_both_hosts_are_on_one_clock(trained: OnTwoHosts) -> None:
+    run = trained.run
     assert run.ok
-    rank = facts_of(tmp_path / "together", 1)
+    clocks = [facts_of(trained.folder / "together", rank)["clock"] for rank in (2, 3)]
     # How the clocks differ is known here: what was measured holds what it claims.
-    clock = rank["clock"]
-    assert abs(abs(clock["behind_ns"]) - AHEAD * 10**9) <= clock["within_ns"] < 100_000_000
-    buckets = [span for span in run.spans() if span.lane == "buckets"]
+    for clock in clocks:
+        assert abs(abs(clock["behind_ns"]) - AHEAD * 10**9) <= clock["within_ns"] < 100_000_000
+    within_ns = sum(clock["within_ns"] for clock in clocks)  # for two ranks on the second host
     for step in range(5):
-        mine, others = (s for s in buckets if s.step == step)
-        # Nobody has the sum before both have come, give or take how well the clocks are known.
-        assert min(mine.t1_ns or 0, others.t1_ns or 0) > others.t0_ns - clock["within_ns"]
+        buckets = [s for s in run.spans() if s.lane == "buckets" and s.step == step]
+        assert len(buckets) == 4
+        # Nobody has the sum before all have come, give or take how well the clocks are known.
+        assert min(s.t1_ns or 0 for s in buckets) > max(s.t0_ns for s in buckets) - within_ns
 
 
 def facts_of(folder: Path, rank: int) -> dict[str, Any]:
@@ -155,13 +180,13 @@ def facts_of(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def test_a_slow_link_is_seen(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
-    script = written(tmp_path, SIZES)
-    carried_out(hosts, script)
-    (quick,) = record_of(tmp_path).bandwidth()
-    slow_down(hosts[0], RATE)
-    (tmp_path / "together").rename(tmp_path / "quick")
-    carried_out(hosts, script)
-    (slow,) = record_of(tmp_path).bandwidth()
+    with agents(hosts, written(tmp_path, SIZES)) as both:
+        await_line(both[0], "done")
+        slow_down(hosts[0], RATE)
+        (tmp_path / "slow").touch()
+        ended(both)
+    slow, quick = sorted(record_of(tmp_path).bandwidth(), key=lambda link: link.group == "world")
+    assert (slow.op, quick.op) == ("all_reduce", "all_reduce")
     # With 2 ranks, each sends and receives as much as the tensor holds.
     assert 0.5 < slow.bytes_per_second / (RATE / 8) < 2
     assert quick.bytes_per_second > 4 * slow.bytes_per_second
@@ -178,14 +203,12 @@ def slow_down(host: Host, rate: int) -> None:
 
 def test_a_host_that_is_cut_off_is_explained(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
     with agents(hosts, written(tmp_path, ENDLESS)) as both:
-        assert both[0].stdout is not None
-        while "once more" not in both[0].stdout.readline():
-            pass
+        await_line(both[0], "once more")
         cut = ["ip", "-n", hosts[1].namespace, "link", "set", hosts[1].device, "down"]
         subprocess.run(cut, check=True)
         # The ranks give up after 5 s; their agents, which have lost each other, much later.
         while not all(raised(tmp_path / f"{RECORD}{number}") for number in (0, 1)):
-            pass
+            time.sleep(0.1)
     run = record_of(tmp_path)
     assert run.verdict is not None
     assert (run.verdict.kind, run.verdict.ranks) == ("no route", (0, 1))
@@ -193,6 +216,13 @@ def test_a_host_that_is_cut_off_is_explained(tmp_path: Path, hosts: tuple[Host, 
     assert run.verdict.frame.lineno == 7
     assert "no data gets from one machine to the other" in run.explain()
     assert [rank.host for rank in run.ranks] == ["host0", "host1"]
+
+
+def await_line(agent: subprocess.Popen[str], text: str) -> None:
+    """Wait until one of its ranks has printed this."""
+    assert agent.stdout is not None
+    while text not in (line := agent.stdout.readline()):
+        assert line, "it ended"
 
 
 def raised(folder: Path) -> bool:

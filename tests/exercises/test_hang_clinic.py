@@ -16,7 +16,8 @@ from ddp_lessons.exercises import hang_clinic
 from ddp_lessons.exercises.hang_clinic import check_add_up, check_diagnose, check_train
 from tests.support import answers
 
-pytestmark = pytest.mark.ranks
+# The check keeps what it once recorded: in one process that is done once.
+pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("hang clinic")]
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -1,6 +1,7 @@
 """The checks of lesson 13: a right script passes, typical wrong ones are explained.
 
-Another right one is in the lesson's solutions, which nbval runs: each takes five new Pythons.
+Right ones with real groups are in the lesson's solutions, which nbval runs, too: each takes five
+new Pythons.
 """
 
 from __future__ import annotations
@@ -16,21 +17,11 @@ from tests.support import answers
 
 pytestmark = pytest.mark.ranks
 
-IMPORTS = "import os, signal\nimport torch, torch.distributed as dist\n"
+# Only scripts whose group matters import torch, which takes each of five new Pythons a second.
+IMPORTS = "import os, signal\n"
 
-NO_GROUP = """
-    if "RANK" in os.environ:
-        rank = int(os.environ["RANK"])
-        dist.init_process_group("gloo")
-        x = torch.tensor(rank + 1)
-        dist.all_reduce(x)
-        dist.destroy_process_group()
-    else:
-        rank, x = 0, torch.tensor(1)
-    if rank == 0:
-        print("total", x.item())
-"""
 GROUP_OF_ONE = """
+    import torch, torch.distributed as dist
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     store = dist.HashStore() if size == 1 else None
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
@@ -42,18 +33,30 @@ GROUP_OF_ONE = """
 """
 ONLY_TORCHRUN = """
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo")
 """
 INIT_ALONE = """
+    import torch, torch.distributed as dist
     rank = int(os.environ.get("RANK", 0))
     dist.init_process_group("gloo")
 """
-EACH_PRINTS = NO_GROUP.replace("if rank == 0:", "if True:")
-NOT_ADDED_UP = NO_GROUP.replace("dist.all_reduce(x)", "dist.barrier()")
+EACH_PRINTS = """
+    print("total", sum(range(1, int(os.environ.get("WORLD_SIZE", 1)) + 1)))
+"""
+NOT_ADDED_UP = """
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("total 1")
+"""
 SILENT = "x = 1\n"
-FAILS_ON_RANKS = NO_GROUP.replace("dist.all_reduce(x)", "raise ValueError('no such rank')")
+FAILS_ON_RANKS = """
+    if "RANK" in os.environ:
+        import torch.distributed as dist
+        dist.init_process_group("gloo")
+        raise ValueError("no such rank")
+    print("total 1")
+"""
 
 RESUMES = """
+    import torch, torch.distributed as dist
     path = os.environ["CHECKPOINT"]
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
@@ -75,14 +78,33 @@ RESUMES = """
     if rank == 0:
         print(f"total {state['total']}")
 """
-FROM_THE_START = RESUMES.replace("os.path.exists(path)", "False")
-STEP_TWICE = RESUMES.replace('"step": step + 1', '"step": step')
-NO_TOTAL = RESUMES.replace("state = torch.load(path)", 'state["step"] = torch.load(path)["step"]')
 ONE_LOADS = RESUMES.replace("os.path.exists(path)", "rank == 0 and os.path.exists(path)")
-LEAVES_A_FILE = RESUMES.replace("os.replace(path", "import shutil; shutil.copy(path")
+RESUMES_ALONE = """
+    import json
+    path, rank = os.environ["CHECKPOINT"], int(os.environ["RANK"])
+    state = {"step": 0, "total": 0}
+    if os.path.exists(path):
+        state = json.load(open(path))
+    for step in range(state["step"], 6 if rank == 0 else 0):
+        if step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        state = {"step": step + 1, "total": state["total"] + step * (1 + 2)}
+        print(f"step {step}")
+        with open(path + ".part", "w") as file:
+            json.dump(state, file)
+        os.replace(path + ".part", path)
+    if rank == 0:
+        print(f"total {state['total']}")
+"""
+FROM_THE_START = RESUMES_ALONE.replace("os.path.exists(path)", "False")
+STEP_TWICE = RESUMES_ALONE.replace('"step": step + 1', '"step": step')
+NO_TOTAL = RESUMES_ALONE.replace(
+    "state = json.load(open(path))", 'state["step"] = json.load(open(path))["step"]'
+)
+LEAVES_A_FILE = RESUMES_ALONE.replace("os.replace(path", "import shutil; shutil.copy(path")
 
 
-RIGHT: list[tuple[Any, str]] = [(check_both_ways, GROUP_OF_ONE), (check_resumes, RESUMES)]
+RIGHT: list[tuple[Any, str]] = [(check_both_ways, GROUP_OF_ONE), (check_resumes, RESUMES_ALONE)]
 WRONG: list[tuple[Any, str, str]] = [
     (
         check_both_ways,
@@ -94,7 +116,7 @@ WRONG: list[tuple[Any, str, str]] = [
     (check_both_ways, NOT_ADDED_UP, "`total 1`, not 6"),
     (check_both_ways, SILENT, "printed no line `total N`"),
     (check_both_ways, FAILS_ON_RANKS, "torchrun with 3 ranks failed: ValueError: no such rank"),
-    (check_both_ways, "def broken(:\n", "line 3 of torchrun.py: "),
+    (check_both_ways, "def broken(:\n", "line 2 of torchrun.py: "),
     (check_resumes, FROM_THE_START, "the second start began at 0"),
     (check_resumes, STEP_TWICE, "else one is done twice"),
     (check_resumes, NO_TOTAL, "the total belongs to the state, too"),

@@ -123,7 +123,7 @@ def marks(run: Run, rank: int = 0) -> list[Span]:
     return [s for s in run.ranks[rank].spans if s.op not in (None, *GROUP_CALLS)]
 
 
-def many_calls(rank: int) -> None:
+def many_calls(rank: int) -> float:
     dist.init_process_group("gloo")
     ones = torch.ones(1)
     dist.all_reduce(ones)
@@ -137,11 +137,13 @@ def many_calls(rank: int) -> None:
     dist.send(ones, 1) if rank == 0 else dist.recv(ones, 0)
     dist.all_reduce(ones, group=dist.new_group([0, 1]))
     dist.destroy_process_group()
+    return float(ones.item())
 
 
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_calls_are_recorded_once_by_their_names(method: str) -> None:
     run = launch(many_calls, start_method=method)
+    assert run.values == [2.0**5] * 2
     for rank, point_to_point in enumerate(("send", "recv")):
         spans = [s for s in run.ranks[rank].spans if s.lane != "process"]
         assert [s.op for s in spans] == [

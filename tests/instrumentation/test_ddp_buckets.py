@@ -75,7 +75,7 @@ def test_the_weights_are_the_same_to_the_last_bit(ranks: int, hook: Any) -> None
 
 
 PLAIN = """
-import gc, sys, torch, torch.distributed as dist, torch.multiprocessing as mp
+import gc, sys, torch, torch._dynamo, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
 
 def train(rank, port, folder):
@@ -97,7 +97,7 @@ def train(rank, port, folder):
     dist.destroy_process_group()
 
 if __name__ == "__main__":
-    mp.spawn(train, args=tuple(sys.argv[1:]), nprocs=3)
+    mp.start_processes(train, args=tuple(sys.argv[1:]), nprocs=3, start_method="fork")
 """
 
 

@@ -86,7 +86,7 @@ def versions() -> dict[str, str]:
 def parts() -> dict[str, list[str]]:
     """What is run, by name."""
     pytest = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    nbval = ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=120"]
+    nbval = ["-p", "nbval.plugin", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=120"]
     nbval += ["--nbval-sanitize-with=tests/support/nbval_sanitize.cfg"]
     return {
         "doctor": [str(VENV / "bin" / "ddp-lessons"), "doctor"],

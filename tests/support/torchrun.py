@@ -109,11 +109,13 @@ def run(
     return process.returncode, text
 
 
-def alone(script: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+def alone(
+    script: Path, env: Mapping[str, str] | None = None, prefix: tuple[str, ...] = ()
+) -> tuple[int, str]:
     """The same of a script that is the only rank and has no agent."""
     rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     done = subprocess.run(
-        [sys.executable, str(script)],
+        [*prefix, sys.executable, str(script)],
         cwd=script.parent,
         env=environment(script, {**rank, **(env or {})}),
         stdout=subprocess.PIPE,

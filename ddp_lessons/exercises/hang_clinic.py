@@ -281,6 +281,7 @@ def _adds_up(rank: int, add_up: AddUp, shape: Shape, late: int) -> tuple[float, 
     grid = torch.arange(height * width).view(shape).tolist()
     rows = [dist.new_group(ranks) for ranks in grid]
     columns = [dist.new_group(ranks) for ranks in map(list, zip(*grid, strict=True))]
+    dist.barrier()  # no rank leaves while another one still makes a group
     time.sleep(0.1 if rank == late else 0)
     found = add_up(torch.tensor(10.0**rank), rows[rank // width], columns[rank % width])
     try:

@@ -13,12 +13,13 @@ NBVAL := -p nbval.plugin --nbval --nbval-current-env --nbval-cell-timeout=120 --
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help lessons test quick check tests together alone nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room setup tools root
+.PHONY: help lessons test quick check tests together alone nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room parity setup tools root
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
 	@echo "make test       check everything: style, types, tests, notebooks (18 minutes on two shared cores; JOBS=8 on more)"
 	@echo "make quick      the tests that start no process (less than a minute)"
+	@echo "make parity     do launch and plain torch give the same? all features; make test has a sample (some minutes)"
 	@echo "make binder     build what Binder builds, and run a lesson in it (downloads everything)"
 	@echo "make notebooks  run all notebooks but gpu.ipynb again and store their outputs"
 	@echo "make gpu        all that needs a GPU, on a machine that has one (6 minutes; see benchmarks/gpu.sh)"
@@ -67,13 +68,16 @@ tests: tools
 
 # Four at once even on two cores, as tests mostly wait.
 together: tools
-	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder" --durations=10
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder and not parity" --durations=10
 
 alone: tools
 	$(PYTEST) -n 2 --dist loadgroup -m alone --durations=10 $(ALONE)
 
 quick: tools
 	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"
+
+parity: tools
+	$(PYTEST) -n 2 --dist loadgroup tests/parity
 
 binder: tools
 	$(PYTEST) -m binder

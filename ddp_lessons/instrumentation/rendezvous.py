@@ -187,6 +187,8 @@ def _store_address(init_method: str | None, known_host: str) -> tuple[str, int] 
     try:
         url = urlparse(init_method or "env://")
         if url.scheme == "env":
+            if "world_size=" not in url.query:
+                _ = os.environ["WORLD_SIZE"]  # torch reads it before it looks for the store
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         elif url.scheme == "tcp" and url.hostname and url.port:
             host, port = url.hostname, url.port

@@ -175,14 +175,17 @@ def _redirect(output: Connection) -> None:
         os.dup2(null, 0)
         os.close(null)
         sys.stdin = open(0, encoding="utf-8", closefd=False)
-    sys.stdout = _line_writer(1)
-    sys.stderr = _line_writer(2)
+    # Also where a learner puts the streams back that Python started with.
+    sys.stdout = sys.__stdout__ = _line_writer(1, "<stdout>")  # type: ignore[misc, assignment]
+    sys.stderr = sys.__stderr__ = _line_writer(2, "<stderr>")  # type: ignore[misc, assignment]
 
 
-def _line_writer(descriptor: int) -> TextIO:
-    return open(
+def _line_writer(descriptor: int, name: str) -> TextIO:
+    writer = open(
         descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False
     )
+    writer.buffer.raw.name = name  # type: ignore[attr-defined] # as Python does it
+    return writer
 
 
 def _become_fresh(task: Task, place: RankInfo) -> None:

@@ -132,6 +132,10 @@ REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
         "A worker of the DataLoader died. With num_workers=0 the dataset's own error shows; if "
         "memory ran out, use fewer workers."
     ),
+    "on <module '__main__'": (
+        "A rank does not run the script or notebook again. Of it, it knows what the function uses, "
+        "and small classes and functions. Move the rest into a module of its own, and import that."
+    ),
     "Torch not compiled with CUDA enabled": NO_GPU,
     "'torch._C' has no attribute '_cuda_": NO_GPU,
     "No CUDA GPUs are available": NO_GPU,

@@ -100,6 +100,10 @@ NO_GPU = (
     "torch can use no GPU here. Keep model and tensors on the CPU: no .cuda(), no "
     "torch.cuda.set_device, and DDP(model) without device_ids."
 )
+NO_SYNC_ON_CPU = (
+    "torch's SyncBatchNorm needs a GPU. ddp_lessons.syncbn.convert_sync_batchnorm(model) makes one "
+    "that computes the same on the CPU."
+)
 REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
     "is not part of group": (
         "src= and dst= are ranks of the world, also in a subgroup. group_src= and group_dst= count "
@@ -120,10 +124,8 @@ REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
         "Another process listens on this port. Leave MASTER_PORT to launch(), which takes a free "
         "one for every run."
     ),
-    "SyncBatchNorm expected input tensor to be on": (
-        "torch's SyncBatchNorm needs a GPU. ddp_lessons.syncbn.convert_sync_batchnorm(model) makes "
-        "one that computes the same on the CPU."
-    ),
+    "SyncBatchNorm expected input tensor to be on": NO_SYNC_ON_CPU,
+    "SyncBatchNorm layers only work with GPU modules": NO_SYNC_ON_CPU,
     "Expected more than 1 value per channel when training": (
         "BatchNorm needs at least two values of each channel on every rank. A last batch of one "
         "sample is the usual reason: drop_last=True."

@@ -104,10 +104,7 @@ def settings() -> dict[str, Setting]:
             torch.multiprocessing.get_sharing_strategy,
             torch.multiprocessing.set_sharing_strategy,
         ),
-        "safe globals": (
-            torch.serialization.get_safe_globals,
-            torch.serialization.add_safe_globals,
-        ),
+        "safe globals": (_safe_globals, torch.serialization.add_safe_globals),
         "threads": (_chosen_threads, torch.set_num_threads),
         "seed": (_chosen_seed, torch.manual_seed),
     }
@@ -128,6 +125,14 @@ def _print_options() -> dict[str, Any]:
     from torch._tensor_str import PRINT_OPTS
 
     return dict(vars(PRINT_OPTS))
+
+
+def _safe_globals() -> list[Any]:
+    """What torch.load may load besides torch's own; sorted, as torch keeps a set."""
+    from torch.serialization import get_safe_globals
+
+    own = (v for v in get_safe_globals() if not getattr(v, "__module__", "").startswith("torch."))
+    return sorted(own, key=repr)
 
 
 def _chosen_threads() -> int | None:

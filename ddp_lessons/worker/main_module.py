@@ -71,7 +71,7 @@ class Inherited(NamedTuple):
 
 def _inherit(*fields: Any) -> Inherited:
     inherited = Inherited(*fields)
-    spawn.old_main_modules.append(sys.modules["__main__"])  # type: ignore[attr-defined]
+    spawn.old_main_modules.append(sys.modules["__main__"])
     main = replace_main(inherited.definitions, inherited.sources)
     load = main.__getattr__
 

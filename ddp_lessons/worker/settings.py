@@ -116,7 +116,7 @@ def _numpy_seed() -> Any:
     """The state of NumPy's global generator after numpy.random.seed; None if it seeded itself."""
     import numpy
 
-    generator = numpy.random.mtrand._rand  # type: ignore[attr-defined]
+    generator = numpy.random.mtrand._rand
     return generator.get_state() if generator._bit_generator.seed_seq is None else None
 
 

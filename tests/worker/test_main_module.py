@@ -109,9 +109,7 @@ LAUNCH = "launch(work, ({!r},), nprocs=1).values[0]"
 
 @pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":'])
 @pytest.mark.parametrize("method", METHODS)
-def test_processes_that_a_rank_of_a_script_starts(
-    method: str, guard: str, tmp_path: Path
-) -> None:
+def test_processes_that_a_rank_of_a_script_starts(method: str, guard: str, tmp_path: Path) -> None:
     printed = in_script(tmp_path, HEAD, LAUNCH.format(method), guard)
     assert ast.literal_eval(printed) == EXPECTED
 

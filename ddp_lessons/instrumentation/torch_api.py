@@ -78,6 +78,11 @@ def public(name: str) -> Callable[..., Any] | None:
 
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # what reads it, and what sets it
+# What has an attribute `fp32_precision`, below torch.backends, in newer releases.
+FP32_PRECISION_OF = (
+    *("cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
+    *("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+)
 SMALL_SEED = 1 << 32  # seeds that torch draws by itself have 64 bits
 
 
@@ -96,7 +101,7 @@ def settings() -> dict[str, Setting]:
             torch.set_deterministic_debug_mode,
         ),
         "matmul precision": (
-            torch.get_float32_matmul_precision,
+            partial(_unless_mixed, torch.get_float32_matmul_precision),
             torch.set_float32_matmul_precision,
         ),
         "print options": (_print_options, lambda options: torch.set_printoptions(**options)),
@@ -109,8 +114,24 @@ def settings() -> dict[str, Setting]:
         "seed": (_chosen_seed, torch.manual_seed),
     }
     for name in ("enabled", "benchmark", "deterministic", "allow_tf32"):
-        found[f"cudnn.{name}"] = (partial(getattr, cudnn, name), partial(setattr, cudnn, name))
+        read = partial(_unless_mixed, partial(getattr, cudnn, name))
+        found[f"cudnn.{name}"] = (read, partial(setattr, cudnn, name))
+    for name in FP32_PRECISION_OF:
+        owner = torch.backends
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        if hasattr(owner, "fp32_precision"):
+            write = partial(setattr, owner, "fp32_precision")
+            found[f"{name}.fp32_precision"] = (partial(getattr, owner, "fp32_precision"), write)
     return found
+
+
+def _unless_mixed(read: Callable[[], Any]) -> Any:
+    """What an older setting is; None where one of FP32_PRECISION_OF has made it meaningless."""
+    try:
+        return read()
+    except RuntimeError:  # "... you have used mix of the legacy and new APIs"
+        return None
 
 
 def _default_device() -> Any:

@@ -189,6 +189,36 @@ def test_log_lines_of_a_notebook_are_in_its_format(kernels: Callable[[], Kernel]
     assert cell.stdout == "[rank 0] INFO here: step 0\n[rank 1] INFO here: step 1\n"
 
 
+PRECISIONS = """
+import torch
+from ddp_lessons import launch
+from ddp_lessons.instrumentation import torch_api
+
+def seen(rank):
+    return {name: read() for name, (read, _) in torch_api.settings().items() if "fp32" in name}
+
+agree = []
+for change in (
+    lambda: torch.set_float32_matmul_precision("medium"),
+    lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"),
+    lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+):
+    change()
+    agree.append(launch(seen, nprocs=1).values == [seen(0)])
+print(agree)
+"""
+
+
+def test_precisions_of_the_older_and_the_newer_interface(tmp_path: Path) -> None:
+    """torch refuses to read the older settings once one of the newer is set."""
+    script = tmp_path / "script.py"
+    script.write_text(PRECISIONS)
+    assert run_script(script) == [True] * 6
+
+
 SEEDS = """
 import numpy as np
 import torch

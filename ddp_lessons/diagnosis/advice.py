@@ -100,6 +100,10 @@ NO_GPU = (
     "torch can use no GPU here. Keep model and tensors on the CPU: no .cuda(), no "
     "torch.cuda.set_device, and DDP(model) without device_ids."
 )
+NO_SYNC_ON_CPU = (
+    "torch's SyncBatchNorm needs a GPU. ddp_lessons.syncbn.convert_sync_batchnorm(model) makes one "
+    "that computes the same on the CPU."
+)
 REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
     "is not part of group": (
         "src= and dst= are ranks of the world, also in a subgroup. group_src= and group_dst= count "
@@ -120,10 +124,8 @@ REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
         "Another process listens on this port. Leave MASTER_PORT to launch(), which takes a free "
         "one for every run."
     ),
-    "SyncBatchNorm expected input tensor to be on": (
-        "torch's SyncBatchNorm needs a GPU. ddp_lessons.syncbn.convert_sync_batchnorm(model) makes "
-        "one that computes the same on the CPU."
-    ),
+    "SyncBatchNorm expected input tensor to be on": NO_SYNC_ON_CPU,
+    "SyncBatchNorm layers only work with GPU modules": NO_SYNC_ON_CPU,
     "Expected more than 1 value per channel when training": (
         "BatchNorm needs at least two values of each channel on every rank. A last batch of one "
         "sample is the usual reason: drop_last=True."
@@ -131,6 +133,10 @@ REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
     "DataLoader worker (pid": (
         "A worker of the DataLoader died. With num_workers=0 the dataset's own error shows; if "
         "memory ran out, use fewer workers."
+    ),
+    "on <module '__main__'": (
+        "A rank does not run the script or notebook again. Of it, it knows what the function uses, "
+        "and small classes and functions. Move the rest into a module of its own, and import that."
     ),
     "Torch not compiled with CUDA enabled": NO_GPU,
     "'torch._C' has no attribute '_cuda_": NO_GPU,

@@ -12,7 +12,9 @@ old name warns. In 2.15 "nccl" is a new implementation, which is "nccl2" in 2.14
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 OLDEST = (2, 6)
@@ -73,3 +75,130 @@ def public(name: str) -> Callable[..., Any] | None:
 
     function: Callable[..., Any] | None = getattr(distributed_c10d, name, None)
     return function
+
+
+Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # what reads it, and what sets it
+# What has an attribute `fp32_precision`, below torch.backends, in newer releases.
+FP32_PRECISION_OF = (
+    *("cuda.matmul", "cudnn", "cudnn.conv", "cudnn.rnn"),
+    *("mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
+)
+SMALL_SEED = 1 << 32  # seeds that torch draws by itself have 64 bits
+
+
+def settings() -> dict[str, Setting]:
+    """What a program sets in torch for all that follows, by name. None means "not set"."""
+    import torch
+    from torch.backends import cudnn
+
+    found: dict[str, Setting] = {
+        "grad mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+        "anomaly mode": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+        "default dtype": (torch.get_default_dtype, torch.set_default_dtype),
+        "default device": (_default_device, torch.set_default_device),
+        "deterministic": (
+            torch.get_deterministic_debug_mode,
+            torch.set_deterministic_debug_mode,
+        ),
+        "matmul precision": (
+            partial(_unless_mixed, torch.get_float32_matmul_precision),
+            torch.set_float32_matmul_precision,
+        ),
+        "print options": (_print_options, lambda options: torch.set_printoptions(**options)),
+        "sharing strategy": (
+            torch.multiprocessing.get_sharing_strategy,
+            torch.multiprocessing.set_sharing_strategy,
+        ),
+        "safe globals": (_safe_globals, torch.serialization.add_safe_globals),
+        "threads": (_chosen_threads, torch.set_num_threads),
+        "seed": (_chosen_seed, torch.manual_seed),
+    }
+    for name in ("enabled", "benchmark", "deterministic", "allow_tf32"):
+        read = partial(_unless_mixed, partial(getattr, cudnn, name))
+        found[f"cudnn.{name}"] = (read, partial(setattr, cudnn, name))
+    for name in FP32_PRECISION_OF:
+        owner = torch.backends
+        for part in name.split("."):
+            owner = getattr(owner, part, None)
+        if hasattr(owner, "fp32_precision"):
+            write = partial(setattr, owner, "fp32_precision")
+            found[f"{name}.fp32_precision"] = (partial(getattr, owner, "fp32_precision"), write)
+    return found
+
+
+def _unless_mixed(read: Callable[[], Any]) -> Any:
+    """What an older setting is; None where one of FP32_PRECISION_OF has made it meaningless."""
+    try:
+        return read()
+    except RuntimeError:  # "... you have used mix of the legacy and new APIs"
+        return None
+
+
+def _default_device() -> Any:
+    """The device of torch.set_default_device; torch.get_default_device may initialise CUDA."""
+    import torch
+
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return None if context is None else context.device
+
+
+def _print_options() -> dict[str, Any]:
+    from torch._tensor_str import PRINT_OPTS
+
+    return dict(vars(PRINT_OPTS))
+
+
+def _safe_globals() -> list[Any]:
+    """What torch.load may load besides torch's own; sorted, as torch keeps a set."""
+    from torch.serialization import get_safe_globals
+
+    own = (v for v in get_safe_globals() if not getattr(v, "__module__", "").startswith("torch."))
+    return sorted(own, key=repr)
+
+
+def _chosen_threads() -> int | None:
+    """The threads of an operation; None for a number to which torch, OpenMP or MKL may have come.
+
+    torch does not tell whether torch.set_num_threads was called.
+    """
+    import psutil
+    import torch
+
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = {os.cpu_count(), usable, psutil.cpu_count(logical=False), (usable or 1) // 2, 1}
+    variables = {os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    threads = torch.get_num_threads()
+    return None if threads in cores or str(threads) in variables else threads
+
+
+def _chosen_seed() -> int | None:
+    """The seed of torch.manual_seed; None if torch drew one by itself."""
+    import torch
+
+    seed = torch.initial_seed()
+    return seed if seed < SMALL_SEED else None
+
+
+def compiled(function: Any) -> tuple[Any, ...] | None:
+    """What torch.compile made a function from, for `compile_again`; None for any other function."""
+    if "_torchdynamo_orig_callable" not in vars(function):
+        return None
+    from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
+
+    for cell in function.__closure__ or ():
+        context = cell.cell_contents
+        if isinstance(context, OptimizeContext):
+            return (
+                function._torchdynamo_orig_callable,
+                innermost_backend(context.callback),
+                getattr(context, "fullgraph", False),
+                getattr(context, "_dynamic", None),
+            )
+    return None
+
+
+def compile_again(function: Any, backend: Any, fullgraph: bool, dynamic: bool | None) -> Any:
+    """A function as torch.compile makes it, in another process."""
+    import torch
+
+    return torch._dynamo.optimize(backend=backend, nopython=fullgraph, dynamic=dynamic)(function)

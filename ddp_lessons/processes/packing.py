@@ -7,9 +7,12 @@ queues, locks, events, tensors in shared memory. The error names what cannot be 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import linecache
+import multiprocessing
+import pickle
 import sys
 import types
 from collections import ChainMap
@@ -18,10 +21,14 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 from ddp_lessons.errors import CannotSend
+from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.wire.owners import home_of
 from ddp_lessons.wire.pickling import Pickler, dumps
 from ddp_lessons.wire.stacks import is_cell, text_of
 from ddp_lessons.wire.task import PackedArgument, Task
+from ddp_lessons.worker.settings import taken
+
+MOST_OF_A_DEFINITION = 1 << 16  # bytes of its pickle
 
 
 def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) -> Task:
@@ -38,10 +45,48 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) ->
         function=function,
         name=name_of(fn),
         overrides=dict(overrides),
+        settings=pickle.dumps(taken(with_seed=_is_of_script(fn))),
+        definitions=_definitions(),
+        start_method=_chosen_start_method(),
         profile=profile,
         sources=_cell_sources(function),
         home=home_of(fn),
     )
+
+
+def _is_of_script(fn: Callable[..., Any]) -> bool:
+    """Whether the function is one of the script that runs, whose top level spawn would run anew."""
+    main = sys.modules["__main__"]
+    return getattr(fn, "__module__", "") == "__main__" and hasattr(main, "__file__")
+
+
+def _definitions() -> dict[str, bytes]:
+    """The pickles of what `__main__` defines, classes and functions, by name.
+
+    They are for what a rank loads by name, such as a saved model. One that brings much data along
+    is left out, and so is one that cannot be pickled.
+    """
+    found = {}
+    for name, value in list(vars(sys.modules["__main__"]).items()):
+        if isinstance(value, type | types.FunctionType) and value.__module__ == "__main__":
+            with contextlib.suppress(Exception):  # as above: anything may come out of a __reduce__
+                buffer = _Small()
+                _CodePickler(buffer).dump(value)
+                found[name] = buffer.getvalue()
+    return found
+
+
+class _Small(io.BytesIO):
+    def write(self, data: Any) -> int:
+        if self.tell() + len(data) > MOST_OF_A_DEFINITION:
+            raise ValueError("too large")
+        return super().write(data)
+
+
+def _chosen_start_method() -> str | None:
+    """The start method that this process has set for multiprocessing; None for the default."""
+    method = multiprocessing.get_start_method(allow_none=True)
+    return None if method == multiprocessing.get_all_start_methods()[0] else method
 
 
 def name_of(fn: Callable[..., Any]) -> str:
@@ -89,6 +134,22 @@ def _refuse_file(file: io.TextIOWrapper) -> Any:
 
 class _Pickler(Pickler):
     dispatch_table: ClassVar = ChainMap({io.TextIOWrapper: _refuse_file}, Pickler.dispatch_table)
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is types.FunctionType and (made_from := torch_api.compiled(value)):
+            return torch_api.compile_again, made_from
+        return super().reducer_override(value)
+
+
+class _CodePickler(_Pickler):
+    """A pickler of code, which does not begin with large data."""
+
+    def persistent_id(self, value: Any) -> None:
+        """Refuse a large tensor or array; pickling it would take time."""
+        if type(value).__module__ in ("torch", "numpy") and (
+            getattr(value, "nbytes", 0) > MOST_OF_A_DEFINITION
+        ):
+            raise ValueError("too large")
 
 
 def _argument_pickler() -> type[_Pickler]:

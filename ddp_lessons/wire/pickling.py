@@ -8,6 +8,7 @@ object keeps it, also one nested in another. Code without a file (a cell below `
 
 from __future__ import annotations
 
+import importlib
 import io
 import sys
 import types
@@ -40,6 +41,16 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     dispatch_table: ClassVar = ChainMap(
         {types.CodeType: _reduce} if _reduce_code else {}, cloudpickle.Pickler.dispatch_table
     )
+
+    def reducer_override(self, value: Any) -> Any:
+        """Have a module of a class of its own imported, as `torch.backends.cudnn` is one."""
+        if (
+            isinstance(value, types.ModuleType)
+            and type(value) is not types.ModuleType
+            and sys.modules.get(value.__name__) is value
+        ):
+            return importlib.import_module, (value.__name__,)
+        return super().reducer_override(value)
 
 
 def dumps(value: Any, pickler: type[Pickler] = Pickler) -> bytes:

@@ -59,15 +59,21 @@ class Task:
     """What all ranks of a run have in common.
 
     `function` is the pickle of `(fn, anchor)`, see `packing.pack`. A rank's variables are
-    `environment`, then those of its place, then `overrides`, the learner's own. `sources` maps the
-    file names of cells to their text, so that a traceback made in the worker shows the cell's own
-    lines. `home` is the installed package that holds the function, if one does: its lines are the
-    learner's. `one_clock` is true where all ranks run on one machine.
+    `environment`, then those of its place, then `overrides`, the learner's own. `settings` is the
+    pickle of what worker/settings.py took; `definitions` maps the names of classes and functions of
+    `__main__` to their pickles; `start_method` is that of the processes that a rank starts, None
+    for Python's default. `sources` maps the file names of cells to their text, so that a traceback
+    made in the worker shows the cell's own lines. `home` is the installed package that holds the
+    function, if one does: its lines are the learner's. `one_clock` is true where all ranks run on
+    one machine.
     """
 
     function: bytes
     name: str
     overrides: dict[str, str]
+    settings: bytes
+    definitions: dict[str, bytes] = field(default_factory=dict)
+    start_method: str | None = None
     profile: bool = False
     sources: dict[str, str] = field(default_factory=dict)
     home: str | None = None

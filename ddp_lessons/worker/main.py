@@ -13,7 +13,6 @@ import ctypes
 import faulthandler
 import fcntl
 import gc
-import linecache
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -24,9 +23,7 @@ import signal
 import sys
 import threading
 import time
-import types
 import weakref
-from collections.abc import Callable
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, TextIO
@@ -48,6 +45,8 @@ from ddp_lessons.wire.pickling import dumps
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import PackedArgument, RankInfo, Task
+from ddp_lessons.worker import settings
+from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
 
@@ -197,10 +196,8 @@ def _become_fresh(task: Task, place: RankInfo) -> None:
     # Python trusts a cached module if the source's size and second of change agree, so it would
     # miss the second of two quick edits. A rank therefore writes no cache.
     sys.dont_write_bytecode = True
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = types.ModuleType("__main__")
-    for name, text in task.sources.items():
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-    multiprocessing.set_start_method(None, force=True)  # the rank's own children start as usual
+    replace_main(task.definitions, task.sources)
+    multiprocessing.set_start_method(task.start_method, force=True)  # of the rank's own children
     if "multiprocessing.forkserver" in sys.modules:
         _drop_exit_handlers()
     if "torch" in sys.modules:
@@ -242,8 +239,10 @@ def _carry_out(
     """Call the function, send its outcome, and return the exit code of the process."""
     called = False
     try:
-        fn = _unpack(task)
+        fn = unpack(task.function)
         values = [argument.load() for argument in args]
+        taken = settings.take_over(pickle.loads(task.settings))
+        Inherited(task.function, task.definitions, task.sources, taken).pass_on()
         if task.profile:
             profiler.start(recorder)
         recorder.send(Started(time.perf_counter_ns()))
@@ -261,13 +260,6 @@ def _carry_out(
     end_ns = _close(recorder)
     recorder.send(_returned(value, end_ns))
     return 0
-
-
-def _unpack(task: Task) -> Callable[..., Any]:
-    fn, anchor = pickle.loads(task.function)
-    run_rank = sys.modules["__main__"].__dict__
-    run_rank.update((k, v) for k, v in anchor.__globals__.items() if not k.startswith("__"))
-    return fn  # type: ignore[no-any-return]
 
 
 def _close(recorder: recording.Recorder) -> int:

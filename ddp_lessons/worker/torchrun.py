@@ -25,6 +25,7 @@ import dataclasses
 import faulthandler
 import fcntl
 import json
+import multiprocessing.process
 import os
 import platform
 import signal
@@ -69,7 +70,8 @@ def begin() -> None:
 
 def _is_rank() -> bool:
     """False in kernels, launchers, and children of a rank, which inherit its variables."""
-    return os.environ.get("RANK", "").isdecimal() and _OWNER not in os.environ
+    is_child = getattr(multiprocessing.process.current_process(), "_inheriting", False)
+    return os.environ.get("RANK", "").isdecimal() and _OWNER not in os.environ and not is_child
 
 
 def _number(variable: str, default: int = 0) -> int:

@@ -283,3 +283,11 @@ def _by_value(function: Any) -> Any:
     )
     made.__module__ = "__main__"
     return made
+
+
+def test_a_module_of_a_class_of_its_own_is_imported() -> None:
+    import torch
+
+    for module in (torch.backends.cudnn, torch.backends.mkldnn, torch.ops):
+        assert type(module) is not types.ModuleType
+        assert pickle.loads(pickling.dumps(module)) is module

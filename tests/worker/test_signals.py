@@ -67,6 +67,54 @@ def test_a_hang_is_told_soon_beside_a_handler_that_prints(prepares: Any) -> None
     assert [rank.output for rank in run.ranks] == ["", ""]
 
 
+def counts_and_prints() -> list[int]:
+    """The signals that arrive from now on, as a trainer counts those of a preemption."""
+    got: list[int] = []
+    for number in LEARNERS:
+
+        def requeue(number: int, _: Any) -> None:
+            got.append(number)
+            print("asking for requeue")
+
+        signal.signal(number, requeue)
+    return got
+
+
+@linux
+@pytest.mark.alone
+def test_a_hang_without_proof_ends_at_its_timeout_beside_handlers_that_print() -> None:
+    """What the package causes is no progress, and causes no line of the learner's."""
+
+    def hangs(rank: int) -> None:
+        dist.init_process_group("gloo")
+        counts_and_prints()
+        if rank == 0:
+            time.sleep(1000)
+        dist.barrier()
+
+    began = time.monotonic()
+    run = launch(hangs, timeout=3, check=False)
+    assert time.monotonic() - began < 20
+    assert run.verdict is not None
+    assert run.verdict.ranks == (0,)
+    assert run.hung_after == 3
+    assert [rank.output for rank in run.ranks] == ["", ""]
+
+
+@linux
+def test_a_rank_that_others_wait_for_gets_no_signal() -> None:
+    def slow(rank: int) -> list[int]:
+        dist.init_process_group("gloo")
+        got = counts_and_prints()
+        if rank == 0:
+            time.sleep(5)
+        dist.barrier()
+        dist.destroy_process_group()
+        return got
+
+    assert launch(slow).values == [[], []]
+
+
 @linux
 def test_a_rank_that_has_become_another_program_goes_on() -> None:
     """It has no handler any more, so the signal would end it."""

@@ -138,10 +138,11 @@ def issued(
 
 def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
     """Wrap `Work.wait`: record the wait, and that the work is done."""
+    from torch.compiler import is_dynamo_compiling
 
     @functools.wraps(wait)
     def waited(self: dist.Work, *args: Any, **kwargs: Any) -> bool:
-        recorder = recording._recorder
+        recorder = None if is_dynamo_compiling() else recording._recorder
         if recorder is None or get_ident() in recording.inside:  # synchronous calls wait inside
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"))

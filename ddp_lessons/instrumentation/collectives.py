@@ -55,13 +55,17 @@ class Plan(NamedTuple):
 
 def stepped(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """Note progress after an optimizer's step, which may end a training step."""
-    if (recorder := recording.current()) is not None:
+    from torch.compiler import is_dynamo_compiling
+
+    recorder = recording.current()
+    if recorder is not None and not is_dynamo_compiling():
         recorder.optimizer_stepped(optimizer)
 
 
 def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[..., Any]:
     """Wrap a collective, send or recv, whose parameter `tensor` gives the bytes."""
     from torch import Tensor
+    from torch.compiler import is_dynamo_compiling
 
     call = Signature(name, function, tensor)
     place, fewest, most = call.tensor_place, call.fewest, call.most
@@ -70,6 +74,8 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
     def recorded(*args: Any, **kwargs: Any) -> Any:
         # After a wait a rank's caches are cold, and each Python call here takes half a microsecond
         # or more. So this path makes few calls, and takes the record from a plan.
+        if is_dynamo_compiling():  # torch.compile looks through here at torch's own function
+            return function(*args, **kwargs)
         recorder = recording._recorder
         thread = get_ident()
         if recorder is None or thread in inside:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 from ddp_lessons.instrumentation import (
@@ -17,6 +18,7 @@ from ddp_lessons.instrumentation import (
     process_groups,
     recording,
     rendezvous,
+    torch_api,
 )
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.instrumentation.torch_api import public
@@ -72,6 +74,31 @@ def wrap_torch() -> None:
         if (method := getattr(dist.ProcessGroup, name, None)) is not None:
             method = process_groups.unrecorded("a process group's own methods", method)
             setattr(dist.ProcessGroup, name, method)
+    _leave_to_python()
+
+
+def _leave_to_python() -> None:
+    """Have torch.compile run this package's functions as they are, and compile none of them.
+
+    It would compile each function that is called while a compiled one runs.
+    """
+    package = __name__.partition(".")[0]
+    modules = [m for name, m in sys.modules.items() if name.startswith(f"{package}.")]
+    codes = [code for module in modules for code in _codes(module, package)]
+    while codes:
+        code = codes.pop()
+        torch_api.leave_to_python(code)
+        codes += [const for const in code.co_consts if isinstance(const, CodeType)]
+
+
+def _codes(owner: ModuleType | type, package: str) -> Iterator[CodeType]:
+    """The code of the functions of a module or class, and of the classes in it."""
+    for value in list(vars(owner).values()):
+        function = getattr(value, "fget", getattr(value, "__func__", value))
+        if isinstance(value, type) and value.__module__.startswith(package) and value is not owner:
+            yield from _codes(value, package)
+        elif isinstance(function := getattr(function, "__wrapped__", function), FunctionType):
+            yield function.__code__
 
 
 def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:

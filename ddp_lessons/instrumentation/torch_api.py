@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from types import CodeType
 from typing import Any
 
 OLDEST = (2, 6)
@@ -60,6 +61,17 @@ def store_takes_a_socket() -> bool:
     import torch
 
     return release(torch.__version__) >= STORE_TAKES_A_SOCKET
+
+
+def leave_to_python(code: CodeType) -> None:
+    """Have torch.compile run a function as it is, where a compiled one calls it."""
+    from torch._C._dynamo import eval_frame
+
+    if hasattr(eval_frame, "skip_code"):
+        eval_frame.skip_code(code)
+    elif hasattr(eval_frame, "set_code_exec_strategy"):  # newer releases
+        skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
 
 
 def refused(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, launch
 from ddp_lessons.wire.records import Kind, Span
@@ -242,6 +243,35 @@ def test_a_functional_collective_meets_its_public_twin() -> None:
     run = launch(mixed, nprocs=N)
     assert run.values == [[2.0, 2.0]] * N
     assert run.verdict is None
+
+
+def breaks_the_graph(rank: int) -> list[float]:
+    """torch.compile cannot put these calls into its graph: Python makes them."""
+    dist.init_process_group("gloo")
+    model = torch.compile(DistributedDataParallel(nn.Linear(2, 1)), backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = torch.compile(optimizer.step, backend="eager")
+
+    @torch.compile(backend="eager")
+    def shared(x: torch.Tensor) -> torch.Tensor:
+        dist.broadcast(x, src=1)
+        dist.all_reduce(x, async_op=True).wait()
+        return x + 1
+
+    for _ in range(2):
+        model(torch.ones(1, 2)).sum().backward()
+        step()
+    found: list[float] = shared(torch.ones(1) * rank).tolist()
+    return found
+
+
+def test_calls_that_break_a_graph_are_recorded(compiles: None) -> None:
+    run = launch(breaks_the_graph, nprocs=N)
+    assert run.values == [[3.0]] * N
+    for rank in range(N):
+        made = [s for s in run.ranks[rank].spans if s.kind in (Kind.COMM, Kind.ISSUE)]
+        assert [s.op for s in made][-3:] == ["broadcast", "all_reduce", "all_reduce"]
+        assert sum(s.bucket is not None for s in made) == 2
 
 
 def only_traced(rank: int) -> str:

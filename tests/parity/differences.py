@@ -19,20 +19,6 @@ DIFFERENCES: dict[str, tuple[set[str], str]] = {
         {"value"},
         "a rank leads a session of its own, so that the interrupt of a notebook does not reach it",
     ),
-    "libraries.compile_a_broadcast_and_sends": (
-        {"value", "output"},
-        "a fault: torch.compile traces the wrapper of a call that it cannot put in a graph, which "
-        "breaks the graph once more, with warnings",
-    ),
-    "libraries.compile_asynchronous": (
-        {"value", "output"},
-        "the same fault: the graph breaks once more, with warnings",
-    ),
-    "libraries.compile_around_ddp": (
-        {"value", "raised", "output"},
-        "a fault: torch.compile traces DDP's recorded group and fails; compiling the module inside "
-        "of DDP works",
-    ),
     "processes.keyboard_interrupt": (
         {"raised", "exitcode"},
         "torch's spawn takes it for its own stop, and the rank ends with 0; a script fails",

@@ -9,6 +9,13 @@ TENSORS = (
     "every rank before that line. The last, smaller batch of an epoch is a common reason: "
     "drop_last=True."
 )
+MESSAGES = (
+    "A recv needs a tensor of the shape and dtype that is sent. Where the receiver cannot know the "
+    "shape, send that first, in a tensor of its own."
+)
+OBJECTS = (
+    "What send_object_list sends only recv_object_list receives; a tensor goes by send and recv."
+)
 MISSING = (
     "A collective returns only when every rank of its group has called it. Look for the `if`, the "
     "early `return` or the exception that keeps the missing rank from calling it."

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ddp_lessons.results import RunRecord
 
 State = Literal["done", "open", "failed"]
+Pair = tuple[str | None, int, int, int | None]  # group, sender, receiver and tag
 
 
 class Call(NamedTuple):
@@ -71,11 +72,29 @@ class Call(NamedTuple):
         return self.op in SENDS or self.op in RECVS
 
     @property
+    def side(self) -> str:
+        """Of a send or a recv: which of the two it is."""
+        return "send" if self.op in SENDS else "recv"
+
+    @property
+    def pair(self) -> Pair | None:
+        """The group, sender, receiver and tag of a message; None if they are not known yet."""
+        if self.peer is None or not self.pairwise:
+            return None
+        ends = (self.rank, self.peer) if self.side == "send" else (self.peer, self.rank)
+        return (self.group, *ends, self.tag)
+
+    @property
     def look(self) -> tuple[int | None, str] | None:
         """Bytes and dtype, where they must be the same on all ranks; else None."""
         if self.op not in LIKE or self.tensor is None:
             return None
-        return self.nbytes, self.tensor.partition(" (")[0]
+        return self.nbytes, self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the call's tensor; "" if it is unknown."""
+        return (self.tensor or "").partition(" (")[0]
 
 
 class Calls:
@@ -100,8 +119,7 @@ class Calls:
         self.members = members([s for rank in spans for s in rank], self.world_size)
         self.of_rank = [list(_calls(rank)) for rank in spans]
         self.met: dict[str, dict[int, dict[int, Call]]] = {}  # group, number, rank
-        # By group, side, rank, peer and tag.
-        self._pairs: Counter[tuple[str | None, str, int, int | None, int | None]] = Counter()
+        self.messages: dict[Pair, dict[int, dict[str, Call]]] = {}  # pair, number, "send" or "recv"
         self._made: Counter[tuple[str, int]] = Counter()  # groups made, by function and rank
         for call in (call for rank in self.of_rank for call in rank):
             self._sort_in(call)
@@ -113,8 +131,9 @@ class Calls:
         elif call.state == "failed" and call.seq is None:
             return  # torch refused it: no other rank met it
         elif call.pairwise:
-            pair = call.group, _side(call), call.rank, call.peer, call.tag
-            self._pairs[pair] += not call.waits
+            if call.pair is not None and call.seq is not None and not call.waits:
+                numbers = self.messages.setdefault(call.pair, {})
+                numbers.setdefault(call.seq, {})[call.side] = call
         elif call.group is not None and call.seq is not None:
             there = self.met.setdefault(call.group, {}).setdefault(call.seq, {})
             before = there.get(call.rank)
@@ -183,11 +202,10 @@ class Calls:
         }
 
     def _missing_peer(self, call: Call) -> set[int]:
-        other = "recv" if _side(call) == "send" else "send"
-        if call.peer is None:  # a recv from any rank
+        if call.peer is None or call.pair is None:  # a recv from any rank
             return set(range(self.world_size)) - {call.rank}
-        theirs = self._pairs[call.group, other, call.peer, call.rank, call.tag]
-        return {call.peer} if call.seq is None or theirs <= call.seq else set()
+        met = self.messages.get(call.pair, {}).get(-1 if call.seq is None else call.seq, {})
+        return set() if met.keys() - {call.side} else {call.peer}
 
     def stuck_for_good(self, alive: Iterable[int]) -> bool:
         """True if no living rank can proceed: recorded calls alone prove it.
@@ -273,7 +291,3 @@ def _on_the_way(place: int, root: int, ranks: Sequence[int]) -> set[int]:
         before ^= 1 << (before.bit_length() - 1)
         found.add(before)
     return {ranks[(n + root) % size] for n in found}
-
-
-def _side(call: Call) -> str:
-    return "send" if call.op in SENDS else "recv"

@@ -41,7 +41,7 @@ def explain(run: RunRecord) -> Verdict | None:
     if not failures:
         return None
     own = [rank for rank in failures if not lost_partner(rank)]
-    if own and all(_got_another_size(rank) for rank in own):
+    if own and all(_got_another_size(run, rank) for rank in own):
         return hangs.explain_sizes(run, [rank.rank for rank in own])
     if not own:
         return hangs.explain(run)
@@ -49,6 +49,8 @@ def explain(run: RunRecord) -> Verdict | None:
     if cause.status == "died" and cause.exitcode is None:
         return _vanished(run, cause)
     match cause.status:
+        case "raised" if verdict := hangs.explain_message(run, cause.rank):
+            return verdict
         case "raised":
             return _raised(run, cause)
         case "unsendable":
@@ -57,9 +59,16 @@ def explain(run: RunRecord) -> Verdict | None:
             return _died(run, cause) if cause.error is None else _lost(run, cause)
 
 
-def _got_another_size(rank: RankResult) -> bool:
-    """Gloo aborted the process: it received data of another size than its call expects."""
-    return rank.status == "died" and any("op.preamble.length" in line for line in rank.lines)
+def _got_another_size(run: RunRecord, rank: RankResult) -> bool:
+    """Gloo aborted the process: it received data of another size than its call expects.
+
+    Of a script only the calls are recorded, not what it printed.
+    """
+    if rank.status != "died":
+        return False
+    return any("op.preamble.length" in line for line in rank.lines) or (
+        rank.exitcode is None and hangs.got_too_much(run, rank.rank)
+    )
 
 
 def _cause(failures: Sequence[RankResult]) -> RankResult:

@@ -52,7 +52,7 @@ def explain(run: RunRecord) -> Verdict:
 def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
     """The verdict where gloo aborted ranks because they received data of another size."""
     hang = _Hang(run)
-    if (verdict := hang.mismatched()) is not None:
+    if (verdict := hang.mismatched(ended)) is not None:
         return verdict
     # Some calls are not recorded, so any rank may be wrong.
     verdict = hang.verdict()
@@ -65,6 +65,27 @@ def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
         f"{advice.ORDER} {advice.DDP}",
         verdict.frame,
     )
+
+
+def explain_message(run: RunRecord, rank: int) -> Verdict | None:
+    """The verdict where a rank raised in a recv that took an object for a tensor, or vice versa."""
+    made = _harmful(Calls.of(run), [rank])
+    failed = [m for m in made if m.why == "objects" and m.calls[1].state == "failed"]
+    return _Hang(run).parted(failed[0]) if failed else None
+
+
+def got_too_much(run: RunRecord, rank: int) -> bool:
+    """Whether a rank received a message that was too long for its recv."""
+    return any(message.too_much for message in _harmful(Calls.of(run), [rank]))
+
+
+def _harmful(calls: Calls, ranks: Sequence[int]) -> list[Mismatch]:
+    """The messages that may end these ranks: too long for their recv, or not to be decoded."""
+    return [
+        message
+        for message in mismatch.messages(calls)
+        if message.calls[1].rank in ranks and (message.too_much or message.why == "objects")
+    ]
 
 
 class Standstill:
@@ -120,7 +141,7 @@ class _Hang(Standstill):
     def verdict(self) -> Verdict:
         parting = self._parting()
         if parting is not None:
-            return self._parted(parting)
+            return self.parted(parting)
         awaited = self._awaited()
         if awaited:
             return self._missed(awaited)
@@ -136,40 +157,57 @@ class _Hang(Standstill):
                 last[call.group] = max(call.seq, last.get(call.group, 0))
         if not last and any(position(rank).call in DDP_CALLS for rank in self.waiting):
             last = self._latest()
-        return self._first(last)
+        return self._first(last, [m for m in mismatch.messages(self.calls) if self._stands_at(m)])
 
-    def mismatched(self) -> Verdict | None:
-        """The verdict on the first mismatch in any group, wherever the ranks are by now."""
-        parting = self._first(self._latest())
-        return None if parting is None else self._parted(parting)
+    def _stands_at(self, message: Mismatch) -> bool:
+        """Whether a rank waits in a message, or in a later one after objects met a tensor."""
+        pair = message.calls[0].pair
+        for call in self.standing.values():
+            if call.pair == pair and call.seq is not None and call.seq >= message.seq:
+                return message.why == "objects" or call.seq == message.seq
+        return False
+
+    def mismatched(self, ended: Sequence[int]) -> Verdict | None:
+        """The verdict on the first mismatch in any group, wherever the ranks are by now.
+
+        Of messages only those count that may have ended the ranks `ended`.
+        """
+        parting = self._first(self._latest(), _harmful(self.calls, ended))
+        return None if parting is None else self.parted(parting)
 
     def _latest(self) -> dict[str, int]:
         return {group: max(numbers) for group, numbers in self.calls.met.items() if numbers}
 
-    def _first(self, last: Mapping[str, int]) -> Mismatch | None:
-        """The first mismatch in groups, each up to a number."""
+    def _first(self, last: Mapping[str, int], messages: Sequence[Mismatch]) -> Mismatch | None:
+        """The first mismatch in groups, each up to a number, or of messages."""
         found = [mismatch.first(self.calls, group, until) for group, until in last.items()]
         return min(
-            (p for p in found if p is not None),
+            (p for p in (*found, *messages) if p is not None),
             key=lambda p: min(call.t0_ns for call in p.calls),
             default=None,
         )
 
-    def _parted(self, parting: Mismatch) -> Verdict:
+    def parted(self, parting: Mismatch) -> Verdict:
+        """The verdict on calls that do not match."""
         lines = rank_state.lines(self.run.ranks)
         if any(self._stands_elsewhere(call) for call in parting.calls):
             lines = [f"{at_head(parting.place)}:", *parting.lines(), "", "Now:", *lines]
-        first = parting.calls[0]
-        against = advice.ORDER if parting.why == "order" else advice.TENSORS.format(op=first.name)
+        against = {
+            "order": advice.ORDER,
+            "tensors": advice.TENSORS.format(op=parting.calls[0].name),
+            "sent": advice.MESSAGES,
+            "objects": advice.OBJECTS,
+        }[parting.why]
         if any(call.of_ddp for call in parting.calls):
             against += f" {advice.DDP}"
         if any(rank_state.handled(rank) is not None for rank in self.run.ranks):
             against = advice.HANDLED
+        died = any(rank.status == "died" for rank in self.run.ranks)  # the others only lost it
         return Verdict(
             parting.kind,
             parting.odd_ranks,
             parting.title(),
-            (*self.errors(), *lines),
+            (*(() if died else self.errors()), *lines),
             against,
             parting.frame,
         )

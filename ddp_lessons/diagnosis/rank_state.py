@@ -21,7 +21,7 @@ _LOST_PEER = re.compile(
 )
 # And how they report that a rank did not come in time.
 _GAVE_UP = re.compile(
-    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Application timeout caused pair closure"
+    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Operation timed out|Application timeout caused pair closure"
     r"|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
 )
 # And how torch reports another call on other ranks, under TORCH_DISTRIBUTED_DEBUG=DETAIL.
@@ -37,8 +37,15 @@ _PLURAL = {
 
 
 def position(rank: RankResult) -> Position:
-    """Where the rank was when it was stopped or raised, and the call it waited in."""
-    return stacks.position(rank.stack if rank.error is None else rank.error.frames)
+    """Where the rank was when it was stopped or raised, and the call it waited in.
+
+    If it waited for asynchronous work, that is the call that issued the work.
+    """
+    there = stacks.position(rank.stack if rank.error is None else rank.error.frames)
+    if there.call != stacks.WAIT:
+        return there
+    waits = [s.op for s in rank.spans if s.kind == Kind.WAIT and (s.failed or s.t1_ns is None)]
+    return there._replace(call=(waits or [None])[-1] or stacks.WAIT)
 
 
 def waits(rank: RankResult) -> bool:

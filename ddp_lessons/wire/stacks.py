@@ -29,6 +29,7 @@ MOST_FRAMES = 5  # of the learner's, shown at either end
 MOST_DUMPED = 100  # frames of a thread, the innermost, that faulthandler prints
 # Names for what keeps a rank from ending after its function returned, besides threads.
 HANDLER, CHILD, PROCESS = "an atexit handler", "a child process", "its process"
+WAIT = "Work.wait"  # the call, in C++, that waits for asynchronous work
 CONTEXT = 1  # lines shown before and after the marked one
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d{1,9}) in (?P<function>.*)$')
@@ -42,6 +43,8 @@ _INFRASTRUCTURE = tuple(
 )
 _WORKER = os.path.join(_PACKAGE, "worker", "main.py")  # calls the learner's function
 _RENDEZVOUS = os.path.join(_PACKAGE, "instrumentation", "rendezvous.py")
+# Our wrapper of Work.wait: where a rank waits in C++, or an exception came from there.
+_WAITING = (os.path.join("ddp_lessons", "instrumentation", "async_work.py"), "waited")
 
 # Functions of threading and concurrent.futures that wait until a thread is done.
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
@@ -266,6 +269,8 @@ def line_name(frame: Frame) -> str:
 def describe(error: BaseException, home: str | None = None) -> ErrorRecord:
     """The exception as plain data, with its causes and parts, without frames of this package.
 
+    Only that in which a rank waits for asynchronous work is kept, for `position`.
+
     The record stays small, however many exceptions there are. `home` is the installed package that
     holds the launched function, if one does.
     """
@@ -325,7 +330,7 @@ def _one(error: BaseException, home: str | None, room: int, seen: set[int]) -> E
                 is_at_home(f.filename, home),
             )
             for f in alone.stack
-            if not is_infrastructure(f.filename)
+            if not is_infrastructure(f.filename) or _is_wait(f.filename, f.name)
         ),
         parts=tuple(_record(part, home, room // len(kept) - 1, seen) for part in kept),
         parts_left_out=len(parts) - len(kept),
@@ -385,7 +390,7 @@ def render_frames(frames: Sequence[Frame]) -> list[str]:
         if MOST_FRAMES <= number < len(own) - MOST_FRAMES:
             continue
         lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
-    if frames and frames[-1] not in own[-1:]:
+    if frames and frames[-1] not in own[-1:] and _call_of(frames[-1]) != WAIT:
         frame = frames[-1]
         lines += [f"{line_name(frame)}, in {frame.function}"]
         lines += [f"     {frame.source}"] if frame.source else []
@@ -413,7 +418,11 @@ def _call_of(frame: Frame) -> str | None:
         return _DDP
     if directory.endswith(os.path.join("torch", "autograd")) and frame.function == "backward":
         return "backward"  # of a model in DDP, which sums the gradients there
-    return None
+    return WAIT if _is_wait(frame.filename, frame.function) else None
+
+
+def _is_wait(filename: str, function: str) -> bool:
+    return function == _WAITING[1] and unmarked(filename).endswith(_WAITING[0])
 
 
 def _source(filename: str, lineno: int) -> str:

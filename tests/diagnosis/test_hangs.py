@@ -111,6 +111,32 @@ def test_a_tag_that_nobody_answers(rank_of_recv: int) -> None:
     assert "with the same tag" in text
 
 
+def test_waiting_for_asynchronous_work_is_waiting_for_ranks() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            received = dist.irecv(torch.ones(1), 1)
+            received.wait()
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("unmatched recv", (0,))
+    assert "rank 0 waits in irecv from rank 1, which does not send" in run.explain()
+    assert "received.wait()" in run.explain()
+
+
+def test_a_rank_that_loses_its_partner_while_it_waits_for_asynchronous_work() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank != 1:
+            dist.all_reduce(torch.ones(1), async_op=True).wait()
+
+    run = explained(work)
+    assert kind(run) == ("returned early", (1,))
+    assert "ranks 0 and 2 waited in all_reduce, but rank 1 has returned" in run.explain()
+    assert "async_work" not in run.explain()
+
+
 def test_tags_in_another_order_are_no_mismatch() -> None:
     def work(rank: int) -> list[float]:
         dist.init_process_group("gloo")

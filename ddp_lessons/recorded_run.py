@@ -9,6 +9,7 @@ they read, and nothing is unpickled.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import signal
@@ -26,10 +27,11 @@ from ddp_lessons.text import agree, count, ranks_text
 from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, split_site
+from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeout, split_site
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
+MOST_TIMEOUTS = 1000
 _RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
 _SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 _NUMBERS = re.compile(r"\d+")
@@ -87,6 +89,7 @@ class RankFiles:
     told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
     handling: tuple[str, ErrorRecord] | None = None
+    timeouts: tuple[Timeout, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -150,6 +153,14 @@ def _read(file: Path) -> RankFiles:
             if handled
             else None
         )
+        timeouts = tuple(
+            Timeout(
+                own.seconds("seconds"),
+                own.text("call"),
+                _site(own.text("site"), sources) if own.data.get("site") is not None else None,
+            )
+            for own in itertools.islice(found.each("gives_up"), MOST_TIMEOUTS)
+        )
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -165,7 +176,7 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling,
+        sources, handling, timeouts,
     )  # fmt: skip
 
 
@@ -297,6 +308,7 @@ def _result(record: RankFiles) -> RankResult:
         host=str(record.began["host"]),
         pid=int(record.began["pid"]) if record.alive else None,
         handling=record.handling,
+        timeouts=record.timeouts,
     )
 
 

@@ -30,7 +30,7 @@ JOINING = (
 )
 LATE = (
     "The errors are on the ranks that were on time, and on a late one that found them gone. Is it "
-    "slower, or does it have more to do? Else raise timeout= of init_process_group."
+    "slower, or does it have more to do? Else raise the timeout."
 )
 SAME_CALL = (
     "All of them make the same call. Do their tensors have the same shape and dtype, and did all "

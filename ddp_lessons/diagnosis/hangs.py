@@ -126,6 +126,14 @@ class Standstill:
         first = next(iter(self.waiting), None)
         return None if first is None else position(first).frame
 
+    def ran_out(self) -> str:
+        """Which timeout of torch's ran out, as a sentence; "" if none did."""
+        own = next(filter(None, map(rank_state.own_timeout, self.waiting)), None)
+        if own is None:
+            return ""
+        of = f" that {own.call} got at {line_of(own.site)}" if own.call else ""
+        return f"The timeout of {own.seconds:g} s{of} ran out. "
+
     def errors(self) -> list[str]:
         """The traceback of a rank that raised its own error, or else gave up waiting."""
         raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
@@ -278,9 +286,7 @@ class _Hang(Standstill):
 
     def _against(self, kind: Kind, ranks: Sequence[int]) -> str:
         """Advice where `ranks` are missing."""
-        after = self.run.hung_after
-        limit = "" if after is None else f"No rank made progress for {after:g} s. "
-        slow = "" if self.run.recorded else advice.SLOW
+        limit, slow = self._limit(ranks)
         match kind:
             case "computing":
                 return limit + slow
@@ -288,19 +294,29 @@ class _Hang(Standstill):
                 return limit + advice.IDLE + slow
             case "no answer" if self.run.recorded:
                 rank = self.run.ranks[ranks[0]]
-                return advice.RECORD + (advice.PY_SPY.format(rank=rank) if rank.pid else "")
+                return self.ran_out() + advice.RECORD + (advice.PY_SPY.format(rank=rank) if rank.pid else "")
             case "no answer":
-                return advice.IN_C + advice.SLOW
+                return limit + advice.IN_C + slow
             case "suspended":
                 return advice.SUSPENDED
             case "never joined":
-                return advice.JOINING
+                return self.ran_out() + advice.JOINING
             case "left the group":
                 return advice.LEFT
             case "not ended":
                 keeper = self.run.ranks[ranks[0]].kept_by
                 return limit + _ENDING.get(str(keeper), advice.THREADS) + slow
         return advice.MISSING
+
+    def _limit(self, ranks: Sequence[int]) -> tuple[str, str]:
+        """Which timeout ran out, and what to do if `ranks` are only slow: two pieces of advice."""
+        after = self.run.hung_after
+        if after is not None:
+            stood = f"No rank made progress for {after:g} s. "
+            return stood, "" if self.run.recorded else advice.SLOW
+        ran_out = self.ran_out()
+        needs = agree(ranks, "needs", "need")
+        return ran_out, f"If {ranks_text(ranks)} only {needs} longer, raise it." if ran_out else ""
 
     def _nobody_waits(self) -> str:
         after = self.run.hung_after
@@ -360,7 +376,7 @@ def _deadlock(still: Standstill) -> Verdict:
         op = still.standing[late[0]].name
         them = agree(late, "it", "them")
         title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"
-        return Verdict("gave up waiting", late, title, lines, advice.LATE, frame)
+        return Verdict("gave up waiting", late, title, lines, still.ran_out() + advice.LATE, frame)
     unmatched = [c for c in still.standing.values() if c.pairwise and still.calls.missing(c)]
     groups = {c.group for c in still.standing.values() if not c.pairwise and c.group}
     if (verdict := _other_tag(unmatched, lines)) is not None:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from ddp_lessons.results import RankResult
 from ddp_lessons.text import agree, exit_name, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, split_site
+from ddp_lessons.wire.ops import JOINING, MAKES_GROUP
+from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Timeout, split_site
 from ddp_lessons.wire.stacks import Position
 
 # How gloo, the TCP store and NCCL report a lost rank (torch 2.13; gloo transport/tcp).
@@ -21,9 +22,10 @@ _LOST_PEER = re.compile(
 )
 # And how they report that a rank did not come in time.
 _GAVE_UP = re.compile(
-    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Operation timed out|Application timeout caused pair closure"
-    r"|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
+    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Operation timed out"
+    r"|Application timeout caused pair closure|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
 )
+_TIMEOUT = re.compile(r"(?:Timed out waiting |monitoredBarrier in |Timeout\(ms\)=)(\d+)")  # ms
 # And how torch reports another call on other ranks, under TORCH_DISTRIBUTED_DEBUG=DETAIL.
 _MISMATCH = re.compile(r"Detected mismatch between collectives on ranks")
 
@@ -159,6 +161,31 @@ def _is_loss(error: ErrorRecord | None) -> bool:
 def gave_up(rank: RankResult) -> bool:
     """True for a rank whose call timed out."""
     return rank.error is not None and bool(_GAVE_UP.search(rank.error.text)) and _lost(rank.error)
+
+
+def own_timeout(rank: RankResult) -> Timeout | None:
+    """The timeout that ran out on a rank which gave up; `call` is "" if it is unknown who got it.
+
+    It was passed to the call itself, or to the one that made the call's group.
+    """
+    if rank.error is None or not gave_up(rank):
+        return None
+    frame = position(rank).frame
+    here = None if frame is None else f"{frame.filename}:{frame.lineno}"
+    passed = [own for own in rank.timeouts if own.site == here]
+    if here is not None and passed:
+        return passed[-1]
+    if (told := _TIMEOUT.search(rank.error.text)) is None:
+        return None
+    seconds = int(told[1]) / 1000
+    group = next((span.group for span in reversed(rank.spans) if span.failed and span.group), "")
+    makers = MAKES_GROUP if "ranks " in group else JOINING if not group else ("init_process_group",)
+    given = [
+        own
+        for own in rank.timeouts
+        if own.seconds == seconds and own.call in (*makers, "set_timeout")
+    ]
+    return given[0] if len(given) == 1 else Timeout(seconds, "", None)
 
 
 def _lost(error: ErrorRecord) -> bool:

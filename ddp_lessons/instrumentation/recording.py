@@ -8,6 +8,7 @@ worker's one `Recorder` into its span buffer (wire/span_buffer.py).
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message
-from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.records import Kind, Lane, Timeout
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_HANDLED = 100  # such calls of a rank that are told
+MOST_TOLD = 100  # calls of a rank in `except` blocks that are told; and timeouts
 
 
 class Recorder:
@@ -63,7 +64,7 @@ class Recorder:
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
         self._handled = 0  # calls made while an exception was handled
-        self._sent_timeout: float | None = None  # seconds
+        self._timeouts: set[Timeout] = set()  # that the parent knows
         self._step_t0_ns = 0
         self._in_steps = False
         self._stepping: int | None = None  # id of the optimizer whose steps are the training's
@@ -136,16 +137,18 @@ class Recorder:
         self.end_step(slot, now_ns)
         self._step_t0_ns = now_ns
 
-    def gives_up(self, timeout: Any) -> None:
+    def gives_up(self, timeout: Any, call: str) -> None:
         """Tell the parent that a call will give up by itself, if it has a timeout."""
-        known = seconds(timeout)
-        if known is not None and known != self._sent_timeout:
-            self._sent_timeout = known
+        if (after := seconds(timeout)) is None:
+            return
+        known = Timeout(after, call, self.sites.of(sys._getframe(1)))
+        if known not in self._timeouts and len(self._timeouts) < MOST_TOLD:
+            self._timeouts.add(known)
             self.send(GivesUp(known))
 
     def handling(self, site: str | None, error: BaseException | None) -> None:
         """Tell the parent that the call at `site` is made while an exception is handled."""
-        if error is not None and site is not None and self._handled < MOST_HANDLED:
+        if error is not None and site is not None and self._handled < MOST_TOLD:
             self._handled += 1
             self.send(Handling(site, stacks.describe(error, self.home)))
 

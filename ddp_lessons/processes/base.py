@@ -22,13 +22,12 @@ from ddp_lessons.wire.messages import (
     Decoder,
     GivesUp,
     Handling,
-    Joining,
     Raised,
     Returned,
     Started,
     Unsendable,
 )
-from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
+from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span, Timeout
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -51,7 +50,7 @@ class Worker(ABC):
         self.began_ns = time.perf_counter_ns()
         self.started_ns: int | None = None
         self.ended_ns: int | None = None
-        self.own_timeout: float | None = None  # seconds after which it gives up by itself
+        self.timeouts: list[Timeout] = []  # of the learner's
         self.outcome: Returned | Raised | Unsendable | None = None
         self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
         self.clock: Clock | None = None  # against rank 0's, if they were compared
@@ -154,6 +153,7 @@ class Worker(ABC):
             kept_by=None if kept is None else kept.name,
             activity=self.activity,
             handling=self.handling,
+            timeouts=tuple(self.timeouts),
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -164,10 +164,8 @@ class Worker(ABC):
             match message:
                 case Started(t_ns):
                     self.started_ns = t_ns
-                case Joining(timeout):
-                    self.own_timeout = timeout
                 case GivesUp(timeout):
-                    self.own_timeout = min(timeout, self.own_timeout or timeout)
+                    self.timeouts.append(timeout)
                 case Handling(site, error):
                     self.handling = (site, error)
                 case Clock():

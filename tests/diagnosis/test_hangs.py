@@ -340,6 +340,93 @@ def test_the_verdict_is_the_same_with_debug_and_own_timeout(
     assert kind(run) == ("skipped collective", (1,))
 
 
+SOON = timedelta(seconds=2)
+
+
+def of_the_world(rank: int) -> None:
+    dist.init_process_group("gloo", timeout=SOON)
+    dist.new_group(timeout=SOON)
+    sleep_on_rank_1(rank)
+    dist.all_reduce(torch.ones(1))
+
+
+def of_a_group(rank: int) -> None:
+    dist.init_process_group("gloo", timeout=SOON)
+    group = dist.new_group(None, SOON)
+    sleep_on_rank_1(rank)
+    dist.all_reduce(torch.ones(1), group=group)
+
+
+def of_a_barrier(rank: int) -> None:
+    dist.init_process_group("gloo")
+    sleep_on_rank_1(rank)
+    dist.monitored_barrier(timeout=SOON)
+
+
+def of_a_wait(rank: int) -> None:
+    dist.init_process_group("gloo")
+    sleep_on_rank_1(rank)
+    dist.all_reduce(torch.ones(1), async_op=True).wait(SOON)
+
+
+def of_the_join(rank: int) -> None:
+    sleep_on_rank_1(rank)
+    dist.init_process_group("gloo", timeout=SOON)
+
+
+def of_the_world_in_ddp(rank: int) -> None:
+    dist.init_process_group("gloo", timeout=SOON)
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    sleep_on_rank_1(rank)
+    model(torch.ones(1, 2)).sum().backward()
+
+
+def of_one_of_two_groups(rank: int) -> None:
+    dist.init_process_group("gloo")
+    dist.new_group(timeout=SOON)
+    group = dist.new_group(timeout=SOON)
+    sleep_on_rank_1(rank)
+    dist.barrier(group)
+
+
+def sleep_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        time.sleep(LONG)
+
+
+@pytest.mark.parametrize(
+    ("work", "whose"),
+    [
+        (of_the_world, " that init_process_group got at"),
+        (of_a_group, " that new_group got at"),
+        (of_a_barrier, " that monitored_barrier got at"),
+        (of_a_wait, " that Work.wait got at"),
+        (of_the_join, " that init_process_group got at"),
+        (of_the_world_in_ddp, " that init_process_group got at"),
+        (of_one_of_two_groups, " ran out"),  # nobody can say of which
+    ],
+)
+def test_which_timeout_of_the_learners_ran_out(work: Any, whose: str) -> None:
+    run = explained(work)
+    assert kind(run)[1] == (1,)
+    text = run.explain()
+    assert f"The timeout of 2 s{whose}" in text
+    assert "launch(timeout" not in text
+    assert "raise it" in text or work is of_the_join
+
+
+def test_the_timeout_of_launch_that_ran_out() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=LONG))
+        sleep_on_rank_1(rank)
+        dist.barrier()
+
+    text = explained(work, timeout=2).explain()
+    assert "No rank made progress for 2 s" in text
+    assert "launch(timeout=...)" in text
+    assert "init_process_group got" not in text
+
+
 def test_a_caught_timeout_is_the_learners_own_affair() -> None:
     def work(rank: int) -> str:
         dist.init_process_group("gloo")

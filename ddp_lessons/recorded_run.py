@@ -31,7 +31,7 @@ from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeo
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
-MOST_TIMEOUTS = 1000
+MOST_TOLD = 1000  # facts of one kind that are read
 _RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
 _SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 _NUMBERS = re.compile(r"\d+")
@@ -90,6 +90,8 @@ class RankFiles:
     sources: Sources = field(default_factory=lambda: Sources({}))
     handling: tuple[str, ErrorRecord] | None = None
     timeouts: tuple[Timeout, ...] = ()
+    threads: Mapping[str, str] = field(default_factory=dict)
+    dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
 
     @property
     def rank(self) -> int:
@@ -159,7 +161,15 @@ def _read(file: Path) -> RankFiles:
                 own.text("call"),
                 _site(own.text("site"), sources) if own.data.get("site") is not None else None,
             )
-            for own in itertools.islice(found.each("gives_up"), MOST_TIMEOUTS)
+            for own in itertools.islice(found.each("gives_up"), MOST_TOLD)
+        )
+        threads = {
+            calls.text("lane"): calls.text("thread")
+            for calls in itertools.islice(found.each("thread_calls"), MOST_TOLD)
+        }
+        dead_threads = tuple(
+            (died.text("thread"), facts.error(died, sources))
+            for died in itertools.islice(found.each("thread_died"), MOST_TOLD)
         )
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
@@ -176,7 +186,7 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling, timeouts,
+        sources, handling, timeouts, threads, dead_threads,
     )  # fmt: skip
 
 
@@ -309,6 +319,8 @@ def _result(record: RankFiles) -> RankResult:
         pid=int(record.began["pid"]) if record.alive else None,
         handling=record.handling,
         timeouts=record.timeouts,
+        threads=record.threads,
+        dead_threads=record.dead_threads,
     )
 
 

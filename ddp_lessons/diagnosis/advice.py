@@ -51,6 +51,14 @@ THREADS = (
     "before the function returns, or start it as Thread(..., daemon=True), for which no process "
     "waits. "
 )
+TWO_THREADS = (
+    "What two threads call in one group reaches the other ranks in no fixed order. Give the thread "
+    "a group of its own: dist.new_group()."
+)
+DEAD_THREAD = (
+    "An exception in a thread ends only that thread, and its rank goes on without it. Start it "
+    "with ThreadPoolExecutor.submit: result() raises the exception in the main thread."
+)
 HANDLERS = "A rank's process, like any script, runs its atexit handlers before it ends. "
 CHILDREN = (
     "A rank's process, like any script, waits for the processes that it started with "

@@ -8,7 +8,7 @@ draws it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -60,6 +60,7 @@ class Call(NamedTuple):
     waits: bool = False  # a wait for asynchronous work issued earlier
     tag: int | None = None  # of a send or recv
     of_ddp: bool = False  # DDP made the call, not the learner's code
+    thread: str | None = None  # its name, if it is not the main one
 
     @property
     def name(self) -> str:
@@ -100,7 +101,8 @@ class Call(NamedTuple):
 class Calls:
     """The calls of all ranks, from each rank's spans; for a `Run` use `Calls.of(run)`.
 
-    `lossy` are the ranks whose later spans were dropped.
+    `lossy` are the ranks whose later spans were dropped; `threads` has for each rank the names of
+    its threads by lane.
     """
 
     _of_runs: ClassVar[WeakKeyDictionary[RunRecord, Calls]] = WeakKeyDictionary()
@@ -110,14 +112,21 @@ class Calls:
         """The calls of a run, cached."""
         found = cls._of_runs.get(run)
         if found is None:
-            found = cls._of_runs[run] = cls([rank.spans for rank in run.ranks], run.lossy)
+            names = [rank.threads for rank in run.ranks]
+            found = cls._of_runs[run] = cls([rank.spans for rank in run.ranks], run.lossy, names)
         return found
 
-    def __init__(self, spans: Sequence[Sequence[Span]], lossy: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Sequence[Span]],
+        lossy: Iterable[int] = (),
+        threads: Sequence[Mapping[str, str]] = (),
+    ) -> None:
         self.lossy = set(lossy)
         self.world_size = len(spans)
         self.members = members([s for rank in spans for s in rank], self.world_size)
-        self.of_rank = [list(_calls(rank)) for rank in spans]
+        names = threads or [{}] * len(spans)
+        self.of_rank = [list(_calls(*rank)) for rank in zip(spans, names, strict=True)]
         self.met: dict[str, dict[int, dict[int, Call]]] = {}  # group, number, rank
         self.messages: dict[Pair, dict[int, dict[str, Call]]] = {}  # pair, number, "send" or "recv"
         self._made: Counter[tuple[str, int]] = Counter()  # groups made, by function and rank
@@ -238,7 +247,7 @@ class Calls:
         return None
 
 
-def _calls(spans: Iterable[Span]) -> Iterator[Call]:
+def _calls(spans: Iterable[Span], threads: Mapping[str, str]) -> Iterator[Call]:
     """A rank's calls. Asynchronous work is one call; a wait for it counts until it is done."""
     issued: set[tuple[object, ...]] = set()
     for span in spans:
@@ -261,6 +270,7 @@ def _calls(spans: Iterable[Span]) -> Iterator[Call]:
             span.rank, span.op, span.group, span.seq, span.peer, span.nbytes, span.tensor,
             span.site, state, span.t0_ns, span.kind == Kind.WAIT, span.tag,
             of_ddp=span.kind == Kind.COMM and span.name != span.op,
+            thread=threads.get(span.lane),
         )  # fmt: skip
 
 

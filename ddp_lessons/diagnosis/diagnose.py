@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons.diagnosis import failures, hangs, mismatch
+from ddp_lessons.diagnosis import failures, hangs, mismatch, rank_state
 from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.mismatch import Mismatch
 from ddp_lessons.diagnosis.verdict import Verdict
@@ -29,7 +29,14 @@ def verdict(run: RunRecord) -> Verdict | None:
 
 def warnings(run: RunRecord) -> list[str]:
     """Silent errors of a run in which no rank failed: one line each."""
-    if not run.ok or _all_did_the_same(run):
+    if not run.ok:
+        return []
+    dead = [f"Warning: {thread}" for thread in rank_state.dead_threads(run.ranks)]
+    return [*dead, *_of_calls(run)]
+
+
+def _of_calls(run: RunRecord) -> list[str]:
+    if _all_did_the_same(run):
         return []
     calls = Calls.of(run)
     found = [mismatch.first(calls, group) for group in calls.met]

@@ -7,6 +7,7 @@ why do the ranks that came wait for each other?
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -147,6 +148,13 @@ class Standstill:
 
 class _Hang(Standstill):
     def verdict(self) -> Verdict:
+        """The verdict; an exception that ended a thread may be the reason."""
+        verdict = self._verdict()
+        if not any(rank.dead_threads for rank in self.run.ranks):
+            return verdict
+        return dataclasses.replace(verdict, advice=f"{verdict.advice} {advice.DEAD_THREAD}")
+
+    def _verdict(self) -> Verdict:
         parting = self._parting()
         if parting is not None:
             return self.parted(parting)
@@ -208,6 +216,9 @@ class _Hang(Standstill):
         }[parting.why]
         if any(call.of_ddp for call in parting.calls):
             against += f" {advice.DDP}"
+        if self._in_two_threads(parting):
+            against = advice.TWO_THREADS
+            parting = parting._replace(passed=None)  # nobody skipped it: their order is not fixed
         if any(rank_state.handled(rank) is not None for rank in self.run.ranks):
             against = advice.HANDLED
         died = any(rank.status == "died" for rank in self.run.ranks)  # the others only lost it
@@ -219,6 +230,14 @@ class _Hang(Standstill):
             against,
             parting.frame,
         )
+
+    def _in_two_threads(self, parting: Mismatch) -> bool:
+        """Whether the calls that part, or those in which a rank waits, come from two threads."""
+        met = [{call.thread is None for call in parting.calls}]
+        for rank in range(self.run.world_size):
+            there = [call for call in self.calls.open(rank) if call.group == parting.group]
+            met.append({call.thread is None for call in there})
+        return any(len(threads) > 1 for threads in met)
 
     def _stands_elsewhere(self, call: Call) -> bool:
         stands = self.standing.get(call.rank)
@@ -294,7 +313,8 @@ class _Hang(Standstill):
                 return limit + advice.IDLE + slow
             case "no answer" if self.run.recorded:
                 rank = self.run.ranks[ranks[0]]
-                return self.ran_out() + advice.RECORD + (advice.PY_SPY.format(rank=rank) if rank.pid else "")
+                py_spy = advice.PY_SPY.format(rank=rank) if rank.pid else ""
+                return self.ran_out() + advice.RECORD + py_spy
             case "no answer":
                 return limit + advice.IN_C + slow
             case "suspended":

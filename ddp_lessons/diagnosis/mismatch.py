@@ -90,7 +90,7 @@ class Mismatch(NamedTuple):
 
     @property
     def too_much(self) -> bool:
-        """Whether a message has more bytes than the recv's tensor: gloo then aborts the receiver."""
+        """Whether a message has more bytes than its recv's tensor, so that gloo aborts the rank."""
         sent, taken = self.calls[0].nbytes, self.calls[-1].nbytes
         return self.why == "sent" and sent is not None and taken is not None and sent > taken
 
@@ -102,16 +102,14 @@ class Mismatch(NamedTuple):
         if self.why == "sent":
             send, recv = self.calls
             return (
-                f"rank {send.rank} sends {send.tensor} to rank {recv.rank}, whose {recv.op} expects "
-                f"{recv.tensor}"
+                f"rank {send.rank} sends {send.tensor} to rank {recv.rank}, "
+                f"whose {recv.op} expects {recv.tensor}"
             )
         if self.why == "objects":
             send, recv = self.calls
             return f"rank {send.rank} calls {_name(send)}, which calls {recv.name}"
         if self.passed is None:
-            what = listed(
-                f"{_who(s)} {agree(s, 'calls', 'call')} {_name(s[0])}" for s in self.sides
-            )
+            what = listed(_calls(side, self.why) for side in self.sides)
             return f"{self.place} is not the same on all ranks: {what}"
         callers = [call for call in self.calls if call.site == self.passed]
         others = [call for call in self.calls if call.site != self.passed]
@@ -121,8 +119,13 @@ class Mismatch(NamedTuple):
         )
 
     def lines(self) -> list[str]:
-        """The calls, one line for each side."""
-        return [_side(side, self.why) for side in self.sides]
+        """The calls, one line for each side, and for each thread."""
+        parts = [
+            [call for call in side if call.thread == thread]
+            for side in self.sides
+            for thread in dict.fromkeys(call.thread for call in side)
+        ]
+        return [f"{_calls(part, self.why)}{line(frame_of(part[0].site))}" for part in parts]
 
 
 def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None:
@@ -283,10 +286,13 @@ def _who(calls: Sequence[Call]) -> str:
     return ranks_text(ranks_of(calls))
 
 
-def _side(side: Sequence[Call], why: Why) -> str:
+def _calls(side: Sequence[Call], why: Why) -> str:
+    """`rank 0 calls all_reduce`, with its tensor or its thread where that matters."""
     call = side[0]
-    what = f"{_name(call)} with {call.tensor}" if why in ("tensors", "sent") else _name(call)
-    return f"{_who(side)} {agree(side, 'calls', 'call')} {what}{line(frame_of(call.site))}"
+    tensor = f" with {call.tensor}" if why in ("tensors", "sent") else ""
+    threads = {call.thread for call in side}
+    thread = f" in thread {call.thread!r}" if call.thread and len(threads) == 1 else ""
+    return f"{_who(side)} {agree(side, 'calls', 'call')} {_name(call)}{tensor}{thread}"
 
 
 def _name(call: Call) -> str:

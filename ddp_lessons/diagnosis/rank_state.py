@@ -12,7 +12,7 @@ from ddp_lessons.results import RankResult
 from ddp_lessons.text import agree, exit_name, ranks_text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.ops import JOINING, MAKES_GROUP
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Timeout, split_site
+from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeout, split_site
 from ddp_lessons.wire.stacks import Position
 
 # How gloo, the TCP store and NCCL report a lost rank (torch 2.13; gloo transport/tcp).
@@ -23,7 +23,8 @@ _LOST_PEER = re.compile(
 # And how they report that a rank did not come in time.
 _GAVE_UP = re.compile(
     r"Timed out waiting \d+ ?ms|[Tt]imed out after|Operation timed out"
-    r"|Application timeout caused pair closure|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
+    r"|Application timeout caused pair closure|[Ww]ait timeout|monitoredBarrier"
+    r"|Watchdog caught collective operation timeout"
 )
 _TIMEOUT = re.compile(r"(?:Timed out waiting |monitoredBarrier in |Timeout\(ms\)=)(\d+)")  # ms
 # And how torch reports another call on other ranks, under TORCH_DISTRIBUTED_DEBUG=DETAIL.
@@ -65,16 +66,58 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
     for rank in ranks:
         if (call := _on_gpu(rank)) is not None:
             texts.setdefault(call, []).append(rank.rank)
+        for where in _in_other_threads(rank):
+            texts.setdefault(("waits in", where), []).append(rank.rank)
         if (error := handled(rank)) is not None:
             key = (
                 "called it while handling",
                 f"{error.summary}{line(next(iter(error.frames), None))}",
             )
             texts.setdefault(key, []).append(rank.rank)
-    return [
+    told = [
         f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
         for (verb, rest), those in texts.items()
     ]
+    return [*told, *dead_threads(ranks)]
+
+
+def _in_other_threads(rank: RankResult) -> list[str]:
+    """The calls in which a rank's threads wait, except the one whose stack is known."""
+    if rank.status != "stopped" or not rank.threads:
+        return []
+    here, lanes = _site(rank), (Lane.MAIN, *rank.threads)
+    waits = [s for s in rank.spans if s.t1_ns is None and s.op and s.lane in lanes]
+    return [
+        f"{span.op}{_thread(rank, span)}{line(_frame(span))}"
+        for span in waits
+        if span.site != here and span.kind != Kind.ISSUE
+    ]
+
+
+def _frame(span: Span) -> Frame | None:
+    return stacks.frame_at(*split_site(span.site)) if span.site else None
+
+
+def _thread(rank: RankResult, span: Span | None) -> str:
+    """` in thread 'saver'`; "" for the main thread."""
+    name = None if span is None else rank.threads.get(span.lane)
+    return "" if name is None else f" in thread {name!r}"
+
+
+def _site(rank: RankResult) -> str | None:
+    frame = position(rank).frame
+    return None if frame is None else f"{frame.filename}:{frame.lineno}"
+
+
+def dead_threads(ranks: Sequence[RankResult]) -> list[str]:
+    """The threads that an exception ended, one line for those that died alike."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for rank in ranks:
+        for name, error in rank.dead_threads:
+            how = f"{error.summary}{line(stacks.position(error.frames).frame)}"
+            alike.setdefault((name, how), []).append(rank.rank)
+    died = alike.items()
+    return [f"thread {name!r} of {ranks_text(on)} died of {how}" for (name, how), on in died]
 
 
 def handled(rank: RankResult) -> ErrorRecord | None:
@@ -90,8 +133,7 @@ def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
     """The first call that a rank's GPU has not finished, though it returned on the CPU."""
     for span in rank.spans:
         if span.lane == Lane.CUDA and span.t1_ns is None:
-            frame = stacks.frame_at(*split_site(span.site)) if span.site else None
-            return "has not finished on its GPU:", f"{span.op}{line(frame)}"
+            return "has not finished on its GPU:", f"{span.op}{line(_frame(span))}"
     return None
 
 
@@ -137,7 +179,8 @@ def _doing(rank: RankResult) -> tuple[str, str]:
         case "stopped" if rank.activity == "suspended" or call is None:
             return "is", f"{rank.activity or 'idle'}{line(frame)}"
         case "stopped":
-            return "waits in", f"{call}{line(frame)}"
+            there = [s for s in rank.spans if s.t1_ns is None and s.site == _site(rank)]
+            return "waits in", f"{call}{_thread(rank, next(iter(there), None))}{line(frame)}"
     verb, _, rest = rank.outcome().partition(" ")
     return verb, rest
 
@@ -170,8 +213,7 @@ def own_timeout(rank: RankResult) -> Timeout | None:
     """
     if rank.error is None or not gave_up(rank):
         return None
-    frame = position(rank).frame
-    here = None if frame is None else f"{frame.filename}:{frame.lineno}"
+    here = _site(rank)
     passed = [own for own in rank.timeouts if own.site == here]
     if here is not None and passed:
         return passed[-1]

@@ -53,7 +53,6 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap new_group and its like: name the group at once, as all ranks do in the same order."""
-
     places = {name: place for place, name in enumerate(inspect.signature(function).parameters)}
 
     @functools.wraps(function)

@@ -7,6 +7,7 @@ worker's one `Recorder` into its span buffer (wire/span_buffer.py).
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import threading
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message
+from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message, ThreadCalls, ThreadDied
 from ddp_lessons.wire.records import Kind, Lane, Timeout
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
@@ -69,6 +70,9 @@ class Recorder:
         self._in_steps = False
         self._stepping: int | None = None  # id of the optimizer whose steps are the training's
         self._lanes: dict[int | None, str] = {threading.main_thread().ident: Lane.MAIN}
+        self._lanes_left: dict[int, str] = {}  # of threads that ended; their idents are used again
+        self._of_thread = threading.local()
+        self._died = 0  # threads that an exception ended
 
     def begin(
         self, kind: str, name: str, t0_ns: int, facts: CallFacts = NO_FACTS, lane: str = ""
@@ -109,7 +113,27 @@ class Recorder:
 
     def lane(self) -> str:
         """The lane of the calling thread: "main", or "thread 1" and so on."""
-        return self._lanes.setdefault(get_ident(), f"thread {len(self._lanes)}")
+        ident = get_ident()
+        if (lane := self._lanes.get(ident)) is None:
+            new = f"thread {len(self._lanes) + len(self._lanes_left)}"
+            lane = self._lanes[ident] = self._lanes_left.pop(ident, new)
+            self._of_thread.end = _AtEnd(functools.partial(self._thread_ended, ident))
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            if ident in names:  # else it is not Python's, but one of torch's for a GPU
+                self.send(ThreadCalls(lane, names[ident]))
+        return lane
+
+    def _thread_ended(self, ident: int) -> None:
+        """Forget a thread, but not its lane: the next one with its identifier has another name."""
+        self._lanes_left[ident] = self._lanes.pop(ident)
+        for key in [key for key in self.plans if key[-1] == ident]:
+            self.plans.pop(key, None)
+
+    def thread_died(self, thread: str, error: BaseException) -> None:
+        """Tell the parent that an exception ended a thread."""
+        if self._died < MOST_TOLD:
+            self._died += 1
+            self.send(ThreadDied(thread, stacks.describe(error, self.home)))
 
     def begin_step(self, t0_ns: int) -> Slot:
         """Begin a step that `steps` counts."""
@@ -167,6 +191,16 @@ class Recorder:
         """Write what is left."""
         for write in self.at_end:
             write()
+
+
+class _AtEnd:
+    """Calls a function when it is freed: in a `threading.local`, when the thread ends."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def __del__(self) -> None:
+        self._function()
 
 
 def seconds(timeout: Any) -> float | None:

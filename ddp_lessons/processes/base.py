@@ -25,6 +25,8 @@ from ddp_lessons.wire.messages import (
     Raised,
     Returned,
     Started,
+    ThreadCalls,
+    ThreadDied,
     Unsendable,
 )
 from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span, Timeout
@@ -53,6 +55,8 @@ class Worker(ABC):
         self.timeouts: list[Timeout] = []  # of the learner's
         self.outcome: Returned | Raised | Unsendable | None = None
         self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
+        self.threads: dict[str, str] = {}  # see RankResult
+        self.dead_threads: list[tuple[str, ErrorRecord]] = []
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -154,6 +158,8 @@ class Worker(ABC):
             activity=self.activity,
             handling=self.handling,
             timeouts=tuple(self.timeouts),
+            threads=self.threads,
+            dead_threads=tuple(self.dead_threads),
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -166,6 +172,10 @@ class Worker(ABC):
                     self.started_ns = t_ns
                 case GivesUp(timeout):
                     self.timeouts.append(timeout)
+                case ThreadCalls(lane, thread):
+                    self.threads[lane] = thread
+                case ThreadDied(thread, error):
+                    self.dead_threads.append((thread, error))
                 case Handling(site, error):
                     self.handling = (site, error)
                 case Clock():

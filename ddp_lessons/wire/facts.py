@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ LARGEST = (1 << 63) - 1
 LONGEST_PATH = 4096  # characters
 MOST_CAUSES = 100  # exceptions kept of a chain
 DEEPEST_GROUP = 20
-REPEATED = ("file", "gives_up")  # facts of which a rank writes several
+REPEATED = ("file", "gives_up", "thread_calls", "thread_died")  # a rank writes several of these
 SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records lack
 
 
@@ -49,8 +48,8 @@ class Fields:
 
     def seconds(self, name: str) -> float:
         """A positive number."""
-        value = self.data.get(name)
-        if type(value) not in (int, float) or not 0 <= value < math.inf:
+        value: Any = self.data.get(name)
+        if type(value) not in (int, float) or not 0 <= value < LARGEST:
             raise ValueError(f"is damaged: {name!r} is no number of seconds")
         return float(value)
 

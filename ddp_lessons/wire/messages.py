@@ -47,6 +47,22 @@ class Handling:
 
 
 @dataclass(frozen=True)
+class ThreadCalls:
+    """A thread other than the main one makes its first call of torch.distributed, on this lane."""
+
+    lane: str
+    thread: str
+
+
+@dataclass(frozen=True)
+class ThreadDied:
+    """An exception ended a thread other than the main one."""
+
+    thread: str
+    error: ErrorRecord
+
+
+@dataclass(frozen=True)
 class Clock:
     """The rank's clock is `behind_ns` behind rank 0's, give or take `within_ns`."""
 
@@ -86,7 +102,9 @@ class Unsendable:
     reason: str
 
 
-Message = Started | GivesUp | Handling | Clock | Returned | Raised | Unsendable
+Message = (
+    Started | GivesUp | Handling | ThreadCalls | ThreadDied | Clock | Returned | Raised | Unsendable
+)
 
 
 def encode(message: Message) -> bytes:

@@ -390,8 +390,9 @@ def render_frames(frames: Sequence[Frame]) -> list[str]:
         if MOST_FRAMES <= number < len(own) - MOST_FRAMES:
             continue
         lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
-    if frames and frames[-1] not in own[-1:] and _call_of(frames[-1]) != WAIT:
-        frame = frames[-1]
+    shown = frames[:-1] if frames and _is_wait(frames[-1].filename, frames[-1].function) else frames
+    if shown and shown[-1] not in own[-1:]:
+        frame = shown[-1]
         lines += [f"{line_name(frame)}, in {frame.function}"]
         lines += [f"     {frame.source}"] if frame.source else []
     return lines

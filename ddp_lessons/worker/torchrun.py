@@ -39,7 +39,7 @@ from ddp_lessons.instrumentation import ddp_traffic, recording
 from ddp_lessons.instrumentation.install import install, replace_in
 from ddp_lessons.system import reaper, regular_files
 from ddp_lessons.system.host import clock_id
-from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message
+from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message, ThreadCalls, ThreadDied
 from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import ErrorRecord
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
@@ -179,6 +179,11 @@ class _Script:
         elif isinstance(message, Handling):
             self._note_files_of(message.error)
             self._write(handling={"site": message.site, **dataclasses.asdict(message.error)})
+        elif isinstance(message, ThreadDied):
+            self._note_files_of(message.error)
+            self._write(thread_died={"thread": message.thread, **dataclasses.asdict(message.error)})
+        elif isinstance(message, ThreadCalls):
+            self._write(thread_calls=dataclasses.asdict(message))
         elif isinstance(message, GivesUp):
             self._write(gives_up=message.timeout._asdict())
 

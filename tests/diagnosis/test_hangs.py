@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 import time
@@ -287,6 +288,118 @@ def test_a_collective_in_a_thread_of_the_learners() -> None:
 
     run = explained(work)
     assert kind(run) == ("skipped collective", (0,))
+
+
+def test_two_threads_that_call_in_one_group_in_another_order() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        saver = threading.Thread(target=dist.broadcast, args=(torch.ones(2), 0), name="saver")
+        if rank == 0:
+            saver.start()
+            time.sleep(0.5)
+        dist.all_reduce(torch.ones(1))
+        if rank != 0:
+            saver.start()
+        saver.join()
+
+    run = explained(work, timeout=3)
+    assert kind(run) == ("different collectives", (0,))
+    text = run.explain()
+    assert "call all_reduce and rank 0 calls broadcast from rank 0 in thread 'saver'" in text
+    assert "rank 0 waits in broadcast in thread 'saver'" in text
+    assert "a group of its own: dist.new_group()" in text
+
+
+def test_a_skip_in_the_only_thread_that_calls_is_no_matter_of_threads() -> None:
+    def loop(rank: int) -> None:
+        for step in range(3):
+            if (rank, step) != (1, 2):
+                dist.all_reduce(torch.ones(1))
+            dist.barrier()
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        thread = threading.Thread(target=loop, args=(rank,), name=f"trainer of {rank}")
+        thread.start()
+        thread.join()
+
+    run = explained(work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert "new_group" not in run.explain()
+    assert "rank 1 waits in barrier in thread 'trainer of 1': " in run.explain()
+
+
+def test_a_thread_has_its_own_name_though_an_earlier_one_had_its_identifier() -> None:
+    def save(rank: int) -> None:
+        if (rank, threading.current_thread().name) != (1, "saver 4"):
+            dist.all_reduce(torch.ones(1))
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for number in range(5):
+            thread = threading.Thread(target=save, args=(rank,), name=f"saver {number}")
+            thread.start()
+            thread.join()
+        dist.recv(torch.ones(1), 0)
+
+    run = explained(work, timeout=3)
+    assert "ranks 0 and 2 wait in all_reduce in thread 'saver 4': " in run.explain()
+    assert len(run.ranks[0].threads) < 5  # identifiers were used again
+
+
+def feed(rank: int, samples: queue.Queue[torch.Tensor]) -> None:
+    for number in range(4):
+        if (rank, number) == (1, 2):
+            raise ValueError("bad sample 2")
+        samples.put(torch.ones(1))
+
+
+def train(rank: int, hook: bool = False) -> int:
+    """Sum samples that a thread reads."""
+    seen: list[Any] = []
+    if hook:
+        threading.excepthook = seen.append
+    samples: queue.Queue[torch.Tensor] = queue.Queue()
+    thread = threading.Thread(target=feed, args=(rank, samples), name="feeder")
+    thread.start()
+    dist.init_process_group("gloo")
+    for _ in range(2 if hook else 4):
+        dist.all_reduce(samples.get())
+    thread.join()
+    dist.destroy_process_group()
+    return len(seen)
+
+
+def test_a_thread_that_an_exception_ended_is_told() -> None:
+    run = explained(train, timeout=2)
+    assert kind(run) == ("blocked in Python", (1,))
+    text = run.explain()
+    assert "thread 'feeder' of rank 1 died of ValueError: bad sample 2: " in text
+    assert 'raise ValueError("bad sample 2")' in text
+    assert "ThreadPoolExecutor" in text
+    assert "Exception in thread feeder" in run.ranks[1].output  # as Python shows it
+
+
+def test_the_learners_own_hook_for_threads_is_theirs() -> None:
+    run = launch(train, (True,))
+    assert run.values == [0, 1]
+    assert run.warnings == []
+
+
+def test_a_thread_that_died_in_a_run_that_went_well_is_warned_of() -> None:
+    def work(rank: int) -> None:
+        def save() -> None:
+            if rank == 2:
+                sys.exit()
+            raise OSError("disk full")
+
+        thread = threading.Thread(target=save, name="saver")
+        thread.start()
+        thread.join()
+
+    (warning,) = launch(work, nprocs=3).warnings
+    assert warning.startswith("Warning: thread 'saver' of ranks 0 and 1 died of OSError: disk full")
 
 
 def test_a_thread_that_will_still_come_is_waited_for() -> None:

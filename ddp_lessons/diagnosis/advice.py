@@ -24,6 +24,11 @@ HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
     "or have the ranks agree what to do, by an all_reduce of a flag in every step."
 )
+UNEVEN = (
+    "The ranks have unequal numbers of batches, or some left the loop early. With drop_last=True "
+    "of DistributedSampler all have as many; Join([model]) lets those that are done go along; and "
+    "to stop early, all ranks decide together, by an all_reduce of a flag in every step."
+)
 JOINING = (
     "init_process_group returns when every rank has called it. Look for the `if`, the early "
     "`return` or the long work before it that keeps the missing rank away."

@@ -13,14 +13,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ddp_lessons.diagnosis import advice, mismatch, rank_state
 from ddp_lessons.diagnosis.calls import Call, Calls
-from ddp_lessons.diagnosis.mismatch import Mismatch, frame_of, line_of
+from ddp_lessons.diagnosis.mismatch import Loop, Mismatch, frame_of, line_of
 from ddp_lessons.diagnosis.rank_state import lost_partner, position, waits
 from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.ops import DDP_CALLS, JOINING, RECVS, SENDS
-from ddp_lessons.wire.records import Frame
+from ddp_lessons.wire.records import Frame, Lane, Span
 
 JOIN = "init_process_group"
 # The kind of verdict where several ranks are missing: the first of these wins.
@@ -35,6 +35,16 @@ _WORST: tuple[Kind, ...] = (
     "unmatched recv",
     "unmatched send",
     "no answer",
+)
+
+# The kinds of verdict where some ranks may have made fewer training steps than the others.
+_UNEVEN: tuple[Kind, ...] = (
+    "skipped collective",
+    "different collectives",
+    "tensor mismatch",
+    "returned early",
+    "left the group",
+    "waiting for each other",
 )
 
 # Advice by what keeps a rank from ending, if it is not a thread.
@@ -135,6 +145,28 @@ class Standstill:
         of = f" that {own.call} got at {line_of(own.site)}" if own.call else ""
         return f"The timeout of {own.seconds:g} s{of} ran out. "
 
+    def steps(self) -> str:
+        """`Rank 1 made 4 steps; ranks 0 and 2 began 5.`, or "" if it is not sure that it is so.
+
+        The ranks that made fewer must have left the loop in which the others wait.
+        """
+        made = {r.rank: sum(_is_whole_step(span) for span in r.spans) for r in self.run.ranks}
+        loops = filter(None, (mismatch.training_loop(_frames(rank)) for rank in self.waiting))
+        loop = min(loops, key=lambda loop: loop.last - loop.first, default=None)
+        if loop is None or self.run.lossy:
+            return ""
+        inside = [r.rank for r in self.waiting if any(map(loop.holds, _frames(r)))]
+        outside = [r for r in self.run.ranks if r.rank not in inside]
+        left = all(rank.status == "returned" or _left(loop, rank) for rank in outside)
+        counts = {made[rank.rank] for rank in outside}, {made[rank] for rank in inside}
+        if not left or any(len(each) != 1 for each in counts):
+            return ""
+        (fewer,), (most,) = counts
+        if not 0 < fewer <= most:
+            return ""
+        who = at_head(ranks_text([rank.rank for rank in outside]))
+        return f"{who} made {count(fewer, 'step')}; {ranks_text(inside)} began {most + 1}."
+
     def errors(self) -> list[str]:
         """The traceback of a rank that raised its own error, or else gave up waiting."""
         raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
@@ -146,10 +178,29 @@ class Standstill:
         return (*self.errors(), *rank_state.lines(self.run.ranks))
 
 
+def _is_whole_step(span: Span) -> bool:
+    return span.lane == Lane.STEPS and span.t1_ns is not None
+
+
+def _frames(rank: RankResult) -> Sequence[Frame]:
+    return rank.stack if rank.error is None else rank.error.frames
+
+
+def _left(loop: Loop, rank: RankResult) -> bool:
+    """Whether a rank is in none of a loop's lines. Its whole stack must be known for that."""
+    frames = _frames(rank)
+    known = any(frame.function for frame in frames) and position(rank).frame is not None
+    return known and not any(loop.holds(frame) for frame in frames)
+
+
 class _Hang(Standstill):
     def verdict(self) -> Verdict:
-        """The verdict; an exception that ended a thread may be the reason."""
+        """The verdict; unequal steps, or an exception that ended a thread, may be the reason."""
         verdict = self._verdict()
+        handled = verdict.advice == advice.HANDLED
+        if verdict.kind in _UNEVEN and not handled and (steps := self.steps()):
+            evidence = (steps, "", *verdict.evidence)
+            verdict = dataclasses.replace(verdict, evidence=evidence, advice=advice.UNEVEN)
         if not any(rank.dead_threads for rank in self.run.ranks):
             return verdict
         return dataclasses.replace(verdict, advice=f"{verdict.advice} {advice.DEAD_THREAD}")

@@ -278,6 +278,42 @@ def _exclusive(one: str | None, other: str | None) -> bool:
     )
 
 
+class Loop(NamedTuple):
+    """The lines of a loop."""
+
+    file: str
+    first: int
+    last: int
+
+    def holds(self, frame: Frame) -> bool:
+        """Whether a line is in it."""
+        return frame.filename == self.file and self.first <= frame.lineno <= self.last
+
+
+def training_loop(frames: Sequence[Frame]) -> Loop | None:
+    """The innermost loop around a stack's lines in which an optimizer steps, as far as it shows."""
+    for frame in reversed(frames):
+        found = [loop for loop in _stepping_loops(frame.filename) if loop.holds(frame)]
+        if found:
+            return min(found, key=lambda loop: loop.last - loop.first)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _stepping_loops(file: str) -> list[Loop]:
+    lines = linecache.getlines(file)
+    try:
+        tree = ast.parse("".join(lines))
+    except SyntaxError:
+        return []
+    loops = [
+        Loop(file, node.lineno, node.end_lineno or node.lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.For | ast.While)
+    ]
+    return [loop for loop in loops if ".step(" in "".join(lines[loop.first - 1 : loop.last])]
+
+
 def _within(block: Sequence[ast.stmt], line: int) -> bool:
     return bool(block) and block[0].lineno <= line <= (block[-1].end_lineno or 0)
 

@@ -290,6 +290,54 @@ def test_a_collective_in_a_thread_of_the_learners() -> None:
     assert kind(run) == ("skipped collective", (0,))
 
 
+def uneven(rank: int, how: str, then: str) -> None:
+    """Train; rank 1 has a batch less, or does something more or less within step 3."""
+    dist.init_process_group("gloo")
+    net = nn.Linear(2, 2)
+    model = DistributedDataParallel(net) if how == "ddp" else net
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _epoch in range(2):
+        for step in range(4 if rank == 1 and "step" not in then else 5):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            for parameter in model.parameters() if how != "ddp" else ():
+                dist.all_reduce(parameter.grad)
+            if (rank, step, then) == (1, 2, "more in a step"):
+                report()
+            optimizer.step()
+            if (rank, step, then) != (1, 2, "less in a step"):
+                dist.barrier()
+        if then == "return":
+            break
+        if then == "barrier":
+            dist.barrier()
+        if then == "report":
+            report()
+    if then == "leave":
+        dist.destroy_process_group()
+
+
+def report() -> None:
+    dist.broadcast(torch.ones(1), 0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "by hand"])
+@pytest.mark.parametrize("then", ["return", "barrier", "report"])
+def test_unequal_steps_are_counted(how: str, then: str) -> None:
+    run = explained(uneven, args=(how, then), timeout=5)
+    assert kind(run)[1] == (1,)
+    assert "Rank 1 made 4 steps; ranks 0 and 2 began 5." in run.explain()
+    assert "Join([model])" in run.explain()
+
+
+@pytest.mark.parametrize("how", ["ddp", "by hand"])
+@pytest.mark.parametrize("then", ["less in a step", "more in a step"])
+def test_a_call_that_is_skipped_within_a_step_is_no_matter_of_steps(how: str, then: str) -> None:
+    run = explained(uneven, args=(how, then), timeout=5)
+    assert kind(run) == ("skipped collective", (1,))
+    assert "steps" not in run.explain()
+
+
 def test_two_threads_that_call_in_one_group_in_another_order() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

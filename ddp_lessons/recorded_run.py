@@ -163,10 +163,7 @@ def _read(file: Path) -> RankFiles:
             )
             for own in itertools.islice(found.each("gives_up"), MOST_TOLD)
         )
-        threads = {
-            calls.text("lane"): calls.text("thread")
-            for calls in itertools.islice(found.each("thread_calls"), MOST_TOLD)
-        }
+        threads = {calls.text("lane"): calls.text("thread") for calls in found.each("thread_calls")}
         dead_threads = tuple(
             (died.text("thread"), facts.error(died, sources))
             for died in itertools.islice(found.each("thread_died"), MOST_TOLD)

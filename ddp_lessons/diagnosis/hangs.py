@@ -193,6 +193,11 @@ def _left(loop: Loop, rank: RankResult) -> bool:
     return known and not any(loop.holds(frame) for frame in frames)
 
 
+def _from_two(calls: Iterable[Call]) -> bool:
+    """Whether calls come from the main thread and from another."""
+    return len({call.thread is None for call in calls}) > 1
+
+
 class _Hang(Standstill):
     def verdict(self) -> Verdict:
         """The verdict; unequal steps, or an exception that ended a thread, may be the reason."""
@@ -267,7 +272,7 @@ class _Hang(Standstill):
         }[parting.why]
         if any(call.of_ddp for call in parting.calls):
             against += f" {advice.DDP}"
-        if self._in_two_threads(parting):
+        if parting.why in ("order", "tensors") and self._in_two_threads(parting):
             against = advice.TWO_THREADS
             parting = parting._replace(passed=None)  # nobody skipped it: their order is not fixed
         if any(rank_state.handled(rank) is not None for rank in self.run.ranks):
@@ -283,12 +288,16 @@ class _Hang(Standstill):
         )
 
     def _in_two_threads(self, parting: Mismatch) -> bool:
-        """Whether the calls that part, or those in which a rank waits, come from two threads."""
-        met = [{call.thread is None for call in parting.calls}]
-        for rank in range(self.run.world_size):
-            there = [call for call in self.calls.open(rank) if call.group == parting.group]
-            met.append({call.thread is None for call in there})
-        return any(len(threads) > 1 for threads in met)
+        """Whether a rank calls in the group from its main thread and another, and waits in both.
+
+        Or two ranks make the calls that part from different ones of these.
+        """
+        for made in self.calls.of_rank:
+            there = [call for call in made if call.group == parting.group]
+            waits = [call for call in there if call.state == "open"]
+            if _from_two(there) and (_from_two(waits) or _from_two(parting.calls)):
+                return True
+        return False
 
     def _stands_elsewhere(self, call: Call) -> bool:
         stands = self.standing.get(call.rank)

@@ -8,6 +8,7 @@ worker's one `Recorder` into its span buffer (wire/span_buffer.py).
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_TOLD = 100  # calls of a rank in `except` blocks that are told; and timeouts
+MOST_TOLD = 100  # calls in `except` blocks, timeouts, and dead threads of a rank that are told
 
 
 class Recorder:
@@ -70,6 +71,7 @@ class Recorder:
         self._in_steps = False
         self._stepping: int | None = None  # id of the optimizer whose steps are the training's
         self._lanes: dict[int | None, str] = {threading.main_thread().ident: Lane.MAIN}
+        self._lane_numbers = itertools.count(1)  # next() of it is atomic
         self._lanes_left: dict[int, str] = {}  # of threads that ended; their idents are used again
         self._of_thread = threading.local()
         self._died = 0  # threads that an exception ended
@@ -115,8 +117,8 @@ class Recorder:
         """The lane of the calling thread: "main", or "thread 1" and so on."""
         ident = get_ident()
         if (lane := self._lanes.get(ident)) is None:
-            new = f"thread {len(self._lanes) + len(self._lanes_left)}"
-            lane = self._lanes[ident] = self._lanes_left.pop(ident, new)
+            lane = self._lanes_left.pop(ident, None) or f"thread {next(self._lane_numbers)}"
+            self._lanes[ident] = lane
             self._of_thread.end = _AtEnd(functools.partial(self._thread_ended, ident))
             names = {thread.ident: thread.name for thread in threading.enumerate()}
             if ident in names:  # else it is not Python's, but one of torch's for a GPU

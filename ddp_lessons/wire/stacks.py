@@ -269,9 +269,8 @@ def line_name(frame: Frame) -> str:
 def describe(error: BaseException, home: str | None = None) -> ErrorRecord:
     """The exception as plain data, with its causes and parts, without frames of this package.
 
-    Only that in which a rank waits for asynchronous work is kept, for `position`.
-
-    The record stays small, however many exceptions there are. `home` is the installed package that
+    Only the frame in which a rank waits for asynchronous work is kept, for `position`. The record
+    stays small, however many exceptions there are. `home` is the installed package that
     holds the launched function, if one does.
     """
     return _record(error, home, MOST_ERRORS, set())

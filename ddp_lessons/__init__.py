@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ddp_lessons.recorded_run import load_run
     from ddp_lessons.results import RankResult
     from ddp_lessons.run import Run
-    from ddp_lessons.wire.records import ErrorRecord, Frame, Span
+    from ddp_lessons.wire.records import ErrorRecord, Frame, Span, Timeout
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "Share",
     "Span",
     "Straggler",
+    "Timeout",
     "Total",
     "Verdict",
     "WorkerDied",
@@ -77,6 +78,7 @@ _HOME = {
     "Share": "analysis.wait_states",
     "Span": "wire.records",
     "Straggler": "analysis.metrics",
+    "Timeout": "wire.records",
     "Total": "analysis.metrics",
     "Verdict": "diagnosis.verdict",
     "launch": "launcher.api",

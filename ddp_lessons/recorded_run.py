@@ -9,6 +9,7 @@ they read, and nothing is unpickled.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import signal
@@ -26,10 +27,11 @@ from ddp_lessons.text import agree, count, ranks_text
 from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, split_site
+from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeout, split_site
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
+MOST_TOLD = 1000  # facts of one kind that are read
 _RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
 _SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 _NUMBERS = re.compile(r"\d+")
@@ -87,6 +89,9 @@ class RankFiles:
     told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
     handling: tuple[str, ErrorRecord] | None = None
+    timeouts: tuple[Timeout, ...] = ()
+    threads: Mapping[str, str] = field(default_factory=dict)
+    dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
     unseen: tuple[str, ...] = ()
 
     @property
@@ -151,6 +156,20 @@ def _read(file: Path) -> RankFiles:
             if handled
             else None
         )
+        timeouts = tuple(
+            Timeout(
+                own.seconds("seconds"),
+                own.text("call"),
+                _site(own.text("site"), sources) if own.data.get("site") is not None else None,
+            )
+            for own in itertools.islice(found.each("gives_up"), MOST_TOLD)
+        )
+        threads = {calls.text("lane"): calls.text("thread") for calls in found.each("thread_calls")}
+        dead_threads = tuple(
+            (died.text("thread"), facts.error(died, sources))
+            for died in itertools.islice(found.each("thread_died"), MOST_TOLD)
+        )
+        unseen = tuple(part.text("what") for part in found.each("unseen"))
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -166,7 +185,7 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling, tuple(part.text("what") for part in found.each("unseen")),
+        sources, handling, timeouts, threads, dead_threads, unseen,
     )  # fmt: skip
 
 
@@ -299,6 +318,9 @@ def _result(record: RankFiles) -> RankResult:
         pid=int(record.began["pid"]) if record.alive else None,
         handling=record.handling,
         unseen=record.unseen,
+        timeouts=record.timeouts,
+        threads=record.threads,
+        dead_threads=record.dead_threads,
     )
 
 

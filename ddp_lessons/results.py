@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ddp_lessons import text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Span
+from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Span, Timeout
 
 # Lines of torch's log with the time of day: its store warns if no name server answers, which does
 # not matter on loopback; gloo logs what its exceptions say anyway.
@@ -85,6 +85,13 @@ class RankResult:
         exception that was handled there.
     unseen : tuple of str
         How it communicated without being recorded: "RPC", "DDP over nccl".
+    timeouts : tuple of Timeout
+        The timeouts that it gave to calls of torch.distributed, in order, at most 100.
+    threads : dict
+        The names of its threads, besides the main one, that called torch.distributed, by the lane
+        of their spans.
+    dead_threads : tuple
+        The threads that an exception ended, at most 100: their names and the exceptions.
     began_ns : int
         `time.perf_counter_ns()` when its process was requested.
     started_ns : int or None
@@ -113,6 +120,9 @@ class RankResult:
     pid: int | None = None
     handling: tuple[str, ErrorRecord] | None = None
     unseen: tuple[str, ...] = ()
+    timeouts: tuple[Timeout, ...] = ()
+    threads: Mapping[str, str] = field(default_factory=dict)
+    dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
 
     @property
     def seconds(self) -> float:

@@ -9,6 +9,13 @@ TENSORS = (
     "every rank before that line. The last, smaller batch of an epoch is a common reason: "
     "drop_last=True."
 )
+MESSAGES = (
+    "A recv needs a tensor of the shape and dtype that is sent. Where the receiver cannot know the "
+    "shape, send that first, in a tensor of its own."
+)
+OBJECTS = (
+    "What send_object_list sends only recv_object_list receives; a tensor goes by send and recv."
+)
 MISSING = (
     "A collective returns only when every rank of its group has called it. Look for the `if`, the "
     "early `return` or the exception that keeps the missing rank from calling it."
@@ -17,13 +24,18 @@ HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
     "or have the ranks agree what to do, by an all_reduce of a flag in every step."
 )
+UNEVEN = (
+    "The ranks have unequal numbers of batches, or some left the loop early. With drop_last=True "
+    "of DistributedSampler all have as many; Join([model]) lets those that are done go along; and "
+    "to stop early, all ranks decide together, by an all_reduce of a flag in every step."
+)
 JOINING = (
     "init_process_group returns when every rank has called it. Look for the `if`, the early "
     "`return` or the long work before it that keeps the missing rank away."
 )
 LATE = (
     "The errors are on the ranks that were on time, and on a late one that found them gone. Is it "
-    "slower, or does it have more to do? Else raise timeout= of init_process_group."
+    "slower, or does it have more to do? Else raise the timeout."
 )
 SAME_CALL = (
     "All of them make the same call. Do their tensors have the same shape and dtype, and did all "
@@ -43,6 +55,14 @@ THREADS = (
     "A rank's process, like any script, ends only after its threads. Stop and join() the thread "
     "before the function returns, or start it as Thread(..., daemon=True), for which no process "
     "waits. "
+)
+TWO_THREADS = (
+    "What two threads call in one group reaches the other ranks in no fixed order. Give the thread "
+    "a group of its own: dist.new_group()."
+)
+DEAD_THREAD = (
+    "An exception in a thread ends only that thread, and its rank goes on without it. Start it "
+    "with ThreadPoolExecutor.submit: result() raises the exception in the main thread."
 )
 HANDLERS = "A rank's process, like any script, runs its atexit handlers before it ends. "
 CHILDREN = (

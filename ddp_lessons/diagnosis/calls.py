@@ -8,7 +8,7 @@ draws it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ddp_lessons.results import RunRecord
 
 State = Literal["done", "open", "failed"]
+Pair = tuple[str | None, int, int, int | None]  # group, sender, receiver and tag
 
 
 class Call(NamedTuple):
@@ -59,6 +60,7 @@ class Call(NamedTuple):
     waits: bool = False  # a wait for asynchronous work issued earlier
     tag: int | None = None  # of a send or recv
     of_ddp: bool = False  # DDP made the call, not the learner's code
+    thread: str | None = None  # its name, if it is not the main one
 
     @property
     def name(self) -> str:
@@ -71,17 +73,36 @@ class Call(NamedTuple):
         return self.op in SENDS or self.op in RECVS
 
     @property
+    def side(self) -> str:
+        """Of a send or a recv: which of the two it is."""
+        return "send" if self.op in SENDS else "recv"
+
+    @property
+    def pair(self) -> Pair | None:
+        """The group, sender, receiver and tag of a message; None if they are not known yet."""
+        if self.peer is None or not self.pairwise:
+            return None
+        ends = (self.rank, self.peer) if self.side == "send" else (self.peer, self.rank)
+        return (self.group, *ends, self.tag)
+
+    @property
     def look(self) -> tuple[int | None, str] | None:
         """Bytes and dtype, where they must be the same on all ranks; else None."""
         if self.op not in LIKE or self.tensor is None:
             return None
-        return self.nbytes, self.tensor.partition(" (")[0]
+        return self.nbytes, self.dtype
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the call's tensor; "" if it is unknown."""
+        return (self.tensor or "").partition(" (")[0]
 
 
 class Calls:
     """The calls of all ranks, from each rank's spans; for a `Run` use `Calls.of(run)`.
 
-    `lossy` are the ranks whose later spans were dropped.
+    `lossy` are the ranks whose later spans were dropped; `threads` has for each rank the names of
+    its threads by lane.
     """
 
     _of_runs: ClassVar[WeakKeyDictionary[RunRecord, Calls]] = WeakKeyDictionary()
@@ -91,17 +112,23 @@ class Calls:
         """The calls of a run, cached."""
         found = cls._of_runs.get(run)
         if found is None:
-            found = cls._of_runs[run] = cls([rank.spans for rank in run.ranks], run.lossy)
+            names = [rank.threads for rank in run.ranks]
+            found = cls._of_runs[run] = cls([rank.spans for rank in run.ranks], run.lossy, names)
         return found
 
-    def __init__(self, spans: Sequence[Sequence[Span]], lossy: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        spans: Sequence[Sequence[Span]],
+        lossy: Iterable[int] = (),
+        threads: Sequence[Mapping[str, str]] = (),
+    ) -> None:
         self.lossy = set(lossy)
         self.world_size = len(spans)
         self.members = members([s for rank in spans for s in rank], self.world_size)
-        self.of_rank = [list(_calls(rank)) for rank in spans]
+        names = threads or [{}] * len(spans)
+        self.of_rank = [list(_calls(*rank)) for rank in zip(spans, names, strict=True)]
         self.met: dict[str, dict[int, dict[int, Call]]] = {}  # group, number, rank
-        # By group, side, rank, peer and tag.
-        self._pairs: Counter[tuple[str | None, str, int, int | None, int | None]] = Counter()
+        self.messages: dict[Pair, dict[int, dict[str, Call]]] = {}  # pair, number, "send" or "recv"
         self._made: Counter[tuple[str, int]] = Counter()  # groups made, by function and rank
         for call in (call for rank in self.of_rank for call in rank):
             self._sort_in(call)
@@ -113,8 +140,9 @@ class Calls:
         elif call.state == "failed" and call.seq is None:
             return  # torch refused it: no other rank met it
         elif call.pairwise:
-            pair = call.group, _side(call), call.rank, call.peer, call.tag
-            self._pairs[pair] += not call.waits
+            if call.pair is not None and call.seq is not None and not call.waits:
+                numbers = self.messages.setdefault(call.pair, {})
+                numbers.setdefault(call.seq, {})[call.side] = call
         elif call.group is not None and call.seq is not None:
             there = self.met.setdefault(call.group, {}).setdefault(call.seq, {})
             before = there.get(call.rank)
@@ -183,11 +211,10 @@ class Calls:
         }
 
     def _missing_peer(self, call: Call) -> set[int]:
-        other = "recv" if _side(call) == "send" else "send"
-        if call.peer is None:  # a recv from any rank
+        if call.peer is None or call.pair is None:  # a recv from any rank
             return set(range(self.world_size)) - {call.rank}
-        theirs = self._pairs[call.group, other, call.peer, call.rank, call.tag]
-        return {call.peer} if call.seq is None or theirs <= call.seq else set()
+        met = self.messages.get(call.pair, {}).get(-1 if call.seq is None else call.seq, {})
+        return set() if met.keys() - {call.side} else {call.peer}
 
     def stuck_for_good(self, alive: Iterable[int]) -> bool:
         """True if no living rank can proceed: recorded calls alone prove it.
@@ -228,7 +255,7 @@ class Calls:
         return None
 
 
-def _calls(spans: Iterable[Span]) -> Iterator[Call]:
+def _calls(spans: Iterable[Span], threads: Mapping[str, str]) -> Iterator[Call]:
     """A rank's calls. Asynchronous work is one call; a wait for it counts until it is done."""
     issued: set[tuple[object, ...]] = set()
     for span in spans:
@@ -251,6 +278,7 @@ def _calls(spans: Iterable[Span]) -> Iterator[Call]:
             span.rank, span.op, span.group, span.seq, span.peer, span.nbytes, span.tensor,
             span.site, state, span.t0_ns, span.kind == Kind.WAIT, span.tag,
             of_ddp=span.kind == Kind.COMM and span.name != span.op,
+            thread=threads.get(span.lane),
         )  # fmt: skip
 
 
@@ -281,7 +309,3 @@ def _on_the_way(place: int, root: int, ranks: Sequence[int]) -> set[int]:
         before ^= 1 << (before.bit_length() - 1)
         found.add(before)
     return {ranks[(n + root) % size] for n in found}
-
-
-def _side(call: Call) -> str:
-    return "send" if call.op in SENDS else "recv"

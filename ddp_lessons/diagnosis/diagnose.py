@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons.diagnosis import failures, hangs, mismatch
+from ddp_lessons.diagnosis import failures, hangs, mismatch, rank_state
 from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.mismatch import Mismatch
 from ddp_lessons.diagnosis.verdict import Verdict
@@ -29,15 +29,20 @@ def verdict(run: RunRecord) -> Verdict | None:
 
 def warnings(run: RunRecord) -> list[str]:
     """Silent errors of a run in which no rank failed: one line each."""
-    if not run.ok or _all_did_the_same(run):
+    if not run.ok:
+        return []
+    dead = [f"Warning: {thread}" for thread in rank_state.dead_threads(run.ranks)]
+    return [*dead, *_of_calls(run)]
+
+
+def _of_calls(run: RunRecord) -> list[str]:
+    if _all_did_the_same(run):
         return []
     calls = Calls.of(run)
-    found = [
-        _silent(parting)
-        for group in calls.met
-        if (parting := mismatch.first(calls, group)) is not None
-    ]
-    return [*found, *_forgotten(calls)]
+    found = [mismatch.first(calls, group) for group in calls.met]
+    first = next(iter(mismatch.messages(calls)), None)
+    silent = [_silent(parting) for parting in (*found, first) if parting is not None]
+    return [*silent, *_forgotten(calls)]
 
 
 def _all_did_the_same(run: RunRecord) -> bool:
@@ -56,6 +61,11 @@ def _silent(parting: Mismatch) -> str:
     if parting.why == "tensors":
         return f"Warning: {parting.title()}, so {consequence}."
     lines = "; ".join(parting.lines())
+    if parting.why == "sent":
+        sent, taken = parting.calls
+        if sent.dtype == taken.dtype and not parting.too_much:
+            consequence = "the rest of that tensor keeps its old values, and nothing failed"
+        return f"Warning: {parting.title()}, so {consequence}: {lines}"
     return f"Warning: {parting.place} was not the same on all ranks, so {consequence}: {lines}"
 
 

@@ -41,7 +41,7 @@ def explain(run: RunRecord) -> Verdict | None:
     if not failures:
         return None
     own = [rank for rank in failures if not lost_partner(rank)]
-    if own and all(_got_another_size(rank) for rank in own):
+    if own and all(_got_another_size(run, rank) for rank in own):
         return hangs.explain_sizes(run, [rank.rank for rank in own])
     if not own:
         return hangs.explain(run)
@@ -49,6 +49,8 @@ def explain(run: RunRecord) -> Verdict | None:
     if cause.status == "died" and cause.exitcode is None:
         return _vanished(run, cause)
     match cause.status:
+        case "raised" if verdict := hangs.explain_message(run, cause.rank):
+            return verdict
         case "raised":
             return _raised(run, cause)
         case "unsendable":
@@ -57,9 +59,16 @@ def explain(run: RunRecord) -> Verdict | None:
             return _died(run, cause) if cause.error is None else _lost(run, cause)
 
 
-def _got_another_size(rank: RankResult) -> bool:
-    """Gloo aborted the process: it received data of another size than its call expects."""
-    return rank.status == "died" and any("op.preamble.length" in line for line in rank.lines)
+def _got_another_size(run: RunRecord, rank: RankResult) -> bool:
+    """Gloo aborted the process: it received data of another size than its call expects.
+
+    Of a script only the calls are recorded, not what it printed.
+    """
+    if rank.status != "died":
+        return False
+    return any("op.preamble.length" in line for line in rank.lines) or (
+        rank.exitcode is None and hangs.got_too_much(run, rank.rank)
+    )
 
 
 def _cause(failures: Sequence[RankResult]) -> RankResult:
@@ -278,7 +287,8 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
     lost = [r for r in rest if lost_partner(r)]
     stopped = [r for r in rest if r.status == "stopped"]
     own = [r for r in rest if r.status in FAILED and r not in lost]
-    lines = [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
+    lines = [at_head(thread) for thread in rank_state.dead_threads(run.ranks)]
+    lines += [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
     for where in dict.fromkeys(_lost_where(r) for r in lost):
         there = [r.rank for r in lost if _lost_where(r) == where]
         partner = agree(there, "its partner", "their partner")

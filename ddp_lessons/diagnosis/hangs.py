@@ -7,19 +7,20 @@ why do the ranks that came wait for each other?
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 from ddp_lessons.diagnosis import advice, mismatch, rank_state
 from ddp_lessons.diagnosis.calls import Call, Calls
-from ddp_lessons.diagnosis.mismatch import Mismatch, frame_of, line_of
+from ddp_lessons.diagnosis.mismatch import Loop, Mismatch, frame_of, line_of
 from ddp_lessons.diagnosis.rank_state import lost_partner, position, waits
 from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.ops import DDP_CALLS, JOINING, RECVS, SENDS
-from ddp_lessons.wire.records import Frame
+from ddp_lessons.wire.records import Frame, Lane, Span
 
 JOIN = "init_process_group"
 # The kind of verdict where several ranks are missing: the first of these wins.
@@ -34,6 +35,16 @@ _WORST: tuple[Kind, ...] = (
     "unmatched recv",
     "unmatched send",
     "no answer",
+)
+
+# The kinds of verdict where some ranks may have made fewer training steps than the others.
+_UNEVEN: tuple[Kind, ...] = (
+    "skipped collective",
+    "different collectives",
+    "tensor mismatch",
+    "returned early",
+    "left the group",
+    "waiting for each other",
 )
 
 # Advice by what keeps a rank from ending, if it is not a thread.
@@ -52,7 +63,7 @@ def explain(run: RunRecord) -> Verdict:
 def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
     """The verdict where gloo aborted ranks because they received data of another size."""
     hang = _Hang(run)
-    if (verdict := hang.mismatched()) is not None:
+    if (verdict := hang.mismatched(ended)) is not None:
         return verdict
     # Some calls are not recorded, so any rank may be wrong.
     verdict = hang.verdict()
@@ -65,6 +76,27 @@ def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
         f"{advice.ORDER} {advice.DDP}",
         verdict.frame,
     )
+
+
+def explain_message(run: RunRecord, rank: int) -> Verdict | None:
+    """The verdict where a rank raised in a recv that took an object for a tensor, or vice versa."""
+    made = _harmful(Calls.of(run), [rank])
+    failed = [m for m in made if m.why == "objects" and m.calls[1].state == "failed"]
+    return _Hang(run).parted(failed[0]) if failed else None
+
+
+def got_too_much(run: RunRecord, rank: int) -> bool:
+    """Whether a rank received a message that was too long for its recv."""
+    return any(message.too_much for message in _harmful(Calls.of(run), [rank]))
+
+
+def _harmful(calls: Calls, ranks: Sequence[int]) -> list[Mismatch]:
+    """The messages that may end these ranks: too long for their recv, or not to be decoded."""
+    return [
+        message
+        for message in mismatch.messages(calls)
+        if message.calls[1].rank in ranks and (message.too_much or message.why == "objects")
+    ]
 
 
 class Standstill:
@@ -105,6 +137,36 @@ class Standstill:
         first = next(iter(self.waiting), None)
         return None if first is None else position(first).frame
 
+    def ran_out(self) -> str:
+        """Which timeout of torch's ran out, as a sentence; "" if none did."""
+        own = next(filter(None, map(rank_state.own_timeout, self.waiting)), None)
+        if own is None:
+            return ""
+        of = f" that {own.call} got at {line_of(own.site)}" if own.call else ""
+        return f"The timeout of {own.seconds:g} s{of} ran out. "
+
+    def steps(self) -> str:
+        """`Rank 1 made 4 steps; ranks 0 and 2 began 5.`, or "" if it is not sure that it is so.
+
+        The ranks that made fewer must have left the loop in which the others wait.
+        """
+        made = {r.rank: sum(_is_whole_step(span) for span in r.spans) for r in self.run.ranks}
+        loops = filter(None, (mismatch.training_loop(_frames(rank)) for rank in self.waiting))
+        loop = min(loops, key=lambda loop: loop.last - loop.first, default=None)
+        if loop is None or self.run.lossy:
+            return ""
+        inside = [r.rank for r in self.waiting if any(map(loop.holds, _frames(r)))]
+        outside = [r for r in self.run.ranks if r.rank not in inside]
+        left = all(rank.status == "returned" or _left(loop, rank) for rank in outside)
+        counts = {made[rank.rank] for rank in outside}, {made[rank] for rank in inside}
+        if not left or any(len(each) != 1 for each in counts):
+            return ""
+        (fewer,), (most,) = counts
+        if not 0 < fewer <= most:
+            return ""
+        who = at_head(ranks_text([rank.rank for rank in outside]))
+        return f"{who} made {count(fewer, 'step')}; {ranks_text(inside)} began {most + 1}."
+
     def errors(self) -> list[str]:
         """The traceback of a rank that raised its own error, or else gave up waiting."""
         raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
@@ -116,11 +178,42 @@ class Standstill:
         return (*self.errors(), *rank_state.lines(self.run.ranks))
 
 
+def _is_whole_step(span: Span) -> bool:
+    return span.lane == Lane.STEPS and span.t1_ns is not None
+
+
+def _frames(rank: RankResult) -> Sequence[Frame]:
+    return rank.stack if rank.error is None else rank.error.frames
+
+
+def _left(loop: Loop, rank: RankResult) -> bool:
+    """Whether a rank is in none of a loop's lines. Its whole stack must be known for that."""
+    frames = _frames(rank)
+    known = any(frame.function for frame in frames) and position(rank).frame is not None
+    return known and not any(loop.holds(frame) for frame in frames)
+
+
+def _from_two(calls: Iterable[Call]) -> bool:
+    """Whether calls come from the main thread and from another."""
+    return len({call.thread is None for call in calls}) > 1
+
+
 class _Hang(Standstill):
     def verdict(self) -> Verdict:
+        """The verdict; unequal steps, or an exception that ended a thread, may be the reason."""
+        verdict = self._verdict()
+        handled = verdict.advice == advice.HANDLED
+        if verdict.kind in _UNEVEN and not handled and (steps := self.steps()):
+            evidence = (steps, "", *verdict.evidence)
+            verdict = dataclasses.replace(verdict, evidence=evidence, advice=advice.UNEVEN)
+        if not any(rank.dead_threads for rank in self.run.ranks):
+            return verdict
+        return dataclasses.replace(verdict, advice=f"{verdict.advice} {advice.DEAD_THREAD}")
+
+    def _verdict(self) -> Verdict:
         parting = self._parting()
         if parting is not None:
-            return self._parted(parting)
+            return self.parted(parting)
         awaited = self._awaited()
         if awaited:
             return self._missed(awaited)
@@ -136,43 +229,75 @@ class _Hang(Standstill):
                 last[call.group] = max(call.seq, last.get(call.group, 0))
         if not last and any(position(rank).call in DDP_CALLS for rank in self.waiting):
             last = self._latest()
-        return self._first(last)
+        return self._first(last, [m for m in mismatch.messages(self.calls) if self._stands_at(m)])
 
-    def mismatched(self) -> Verdict | None:
-        """The verdict on the first mismatch in any group, wherever the ranks are by now."""
-        parting = self._first(self._latest())
-        return None if parting is None else self._parted(parting)
+    def _stands_at(self, message: Mismatch) -> bool:
+        """Whether a rank waits in a message, or in a later one after objects met a tensor."""
+        pair = message.calls[0].pair
+        for call in self.standing.values():
+            if call.pair == pair and call.seq is not None and call.seq >= message.seq:
+                return message.why == "objects" or call.seq == message.seq
+        return False
+
+    def mismatched(self, ended: Sequence[int]) -> Verdict | None:
+        """The verdict on the first mismatch in any group, wherever the ranks are by now.
+
+        Of messages only those count that may have ended the ranks `ended`.
+        """
+        parting = self._first(self._latest(), _harmful(self.calls, ended))
+        return None if parting is None else self.parted(parting)
 
     def _latest(self) -> dict[str, int]:
         return {group: max(numbers) for group, numbers in self.calls.met.items() if numbers}
 
-    def _first(self, last: Mapping[str, int]) -> Mismatch | None:
-        """The first mismatch in groups, each up to a number."""
+    def _first(self, last: Mapping[str, int], messages: Sequence[Mismatch]) -> Mismatch | None:
+        """The first mismatch in groups, each up to a number, or of messages."""
         found = [mismatch.first(self.calls, group, until) for group, until in last.items()]
         return min(
-            (p for p in found if p is not None),
+            (p for p in (*found, *messages) if p is not None),
             key=lambda p: min(call.t0_ns for call in p.calls),
             default=None,
         )
 
-    def _parted(self, parting: Mismatch) -> Verdict:
+    def parted(self, parting: Mismatch) -> Verdict:
+        """The verdict on calls that do not match."""
         lines = rank_state.lines(self.run.ranks)
         if any(self._stands_elsewhere(call) for call in parting.calls):
             lines = [f"{at_head(parting.place)}:", *parting.lines(), "", "Now:", *lines]
-        first = parting.calls[0]
-        against = advice.ORDER if parting.why == "order" else advice.TENSORS.format(op=first.name)
+        against = {
+            "order": advice.ORDER,
+            "tensors": advice.TENSORS.format(op=parting.calls[0].name),
+            "sent": advice.MESSAGES,
+            "objects": advice.OBJECTS,
+        }[parting.why]
         if any(call.of_ddp for call in parting.calls):
             against += f" {advice.DDP}"
+        if parting.why in ("order", "tensors") and self._in_two_threads(parting):
+            against = advice.TWO_THREADS
+            parting = parting._replace(passed=None)  # nobody skipped it: their order is not fixed
         if any(rank_state.handled(rank) is not None for rank in self.run.ranks):
             against = advice.HANDLED
+        died = any(rank.status == "died" for rank in self.run.ranks)  # the others only lost it
         return Verdict(
             parting.kind,
             parting.odd_ranks,
             parting.title(),
-            (*self.errors(), *lines),
+            (*(() if died else self.errors()), *lines),
             against,
             parting.frame,
         )
+
+    def _in_two_threads(self, parting: Mismatch) -> bool:
+        """Whether a rank calls in the group from its main thread and another, and waits in both.
+
+        Or two ranks make the calls that part from different ones of these.
+        """
+        for made in self.calls.of_rank:
+            there = [call for call in made if call.group == parting.group]
+            waits = [call for call in there if call.state == "open"]
+            if _from_two(there) and (_from_two(waits) or _from_two(parting.calls)):
+                return True
+        return False
 
     def _stands_elsewhere(self, call: Call) -> bool:
         stands = self.standing.get(call.rank)
@@ -240,9 +365,7 @@ class _Hang(Standstill):
 
     def _against(self, kind: Kind, ranks: Sequence[int]) -> str:
         """Advice where `ranks` are missing."""
-        after = self.run.hung_after
-        limit = "" if after is None else f"No rank made progress for {after:g} s. "
-        slow = "" if self.run.recorded else advice.SLOW
+        limit, slow = self._limit(ranks)
         match kind:
             case "computing":
                 return limit + slow
@@ -250,19 +373,30 @@ class _Hang(Standstill):
                 return limit + advice.IDLE + slow
             case "no answer" if self.run.recorded:
                 rank = self.run.ranks[ranks[0]]
-                return advice.RECORD + (advice.PY_SPY.format(rank=rank) if rank.pid else "")
+                py_spy = advice.PY_SPY.format(rank=rank) if rank.pid else ""
+                return self.ran_out() + advice.RECORD + py_spy
             case "no answer":
-                return advice.IN_C + advice.SLOW
+                return limit + advice.IN_C + slow
             case "suspended":
                 return advice.SUSPENDED
             case "never joined":
-                return advice.JOINING
+                return self.ran_out() + advice.JOINING
             case "left the group":
                 return advice.LEFT
             case "not ended":
                 keeper = self.run.ranks[ranks[0]].kept_by
                 return limit + _ENDING.get(str(keeper), advice.THREADS) + slow
         return advice.MISSING
+
+    def _limit(self, ranks: Sequence[int]) -> tuple[str, str]:
+        """Which timeout ran out, and what to do if `ranks` are only slow: two pieces of advice."""
+        after = self.run.hung_after
+        if after is not None:
+            stood = f"No rank made progress for {after:g} s. "
+            return stood, "" if self.run.recorded else advice.SLOW
+        ran_out = self.ran_out()
+        needs = agree(ranks, "needs", "need")
+        return ran_out, f"If {ranks_text(ranks)} only {needs} longer, raise it." if ran_out else ""
 
     def _nobody_waits(self) -> str:
         after = self.run.hung_after
@@ -322,7 +456,7 @@ def _deadlock(still: Standstill) -> Verdict:
         op = still.standing[late[0]].name
         them = agree(late, "it", "them")
         title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"
-        return Verdict("gave up waiting", late, title, lines, advice.LATE, frame)
+        return Verdict("gave up waiting", late, title, lines, still.ran_out() + advice.LATE, frame)
     unmatched = [c for c in still.standing.values() if c.pairwise and still.calls.missing(c)]
     groups = {c.group for c in still.standing.values() if not c.pairwise and c.group}
     if (verdict := _other_tag(unmatched, lines)) is not None:

@@ -1,7 +1,7 @@
 """The first collective at which ranks disagree: same sequence number, different function or tensor.
 
-Runs in the parent, on `Calls`. hangs.py explains hangs with it, and diagnose.py warns of swapped
-calls whose numbers are silently wrong.
+A send and its recv may disagree likewise. Runs in the parent, on `Calls`. hangs.py explains hangs
+with it, and diagnose.py warns of swapped calls whose numbers are silently wrong.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import ast
 import functools
 import linecache
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from ddp_lessons.diagnosis.calls import Call, Calls
@@ -18,10 +18,13 @@ from ddp_lessons.diagnosis.rank_state import line
 from ddp_lessons.diagnosis.verdict import Kind
 from ddp_lessons.text import agree, listed, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.ops import FROM_ROOT
+from ddp_lessons.wire.ops import FROM_ROOT, RECVS
 from ddp_lessons.wire.records import Frame, split_site
 
-Why = Literal["order", "tensors"]
+# Dtypes as which tensors of other dtypes are viewed to send them, and complex ones, viewed as real.
+RAW = ("uint8", "int8", "int16", "uint16", "bool", "float8", "complex")
+
+Why = Literal["order", "tensors", "sent", "objects"]
 
 
 class Mismatch(NamedTuple):
@@ -30,9 +33,11 @@ class Mismatch(NamedTuple):
     Attributes
     ----------
     calls : tuple of Call
-        The calls of the ranks that made one.
+        The calls of the ranks that made one; of a message the send and the recv.
     why : str
-        "order" (other functions or roots, or the same lines in another order) or "tensors".
+        "order" (other functions or roots, or the same lines in another order) or "tensors"; of a
+        message "sent" (the tensor received into is unlike the one sent) or "objects" (one side
+        passes objects, the other a tensor).
     passed : str or None
         The line that the ranks at another line skipped, if that is known.
     """
@@ -46,13 +51,19 @@ class Mismatch(NamedTuple):
     @property
     def kind(self) -> Kind:
         """The kind of verdict."""
-        if self.why == "tensors":
+        if self.why in ("tensors", "sent"):
             return "tensor mismatch"
+        if self.why == "objects":
+            return "unmatched send"
         return "different collectives" if self.passed is None else "skipped collective"
 
     @property
     def place(self) -> str:
-        """`call 3`, or `call 3 of group 'ranks 0 2'`."""
+        """`call 3`, or `call 3 of group 'ranks 0 2'`; `message 3 from rank 0 to rank 1`."""
+        if self.calls[0].pairwise:
+            send, recv = self.calls
+            tag = f" with tag {send.tag}" if send.tag else ""
+            return f"message {self.seq + 1} from rank {send.rank} to rank {recv.rank}{tag}"
         group = "" if self.group == "world" else f" of group {self.group!r}"
         return f"call {self.seq + 1}{group}"
 
@@ -73,18 +84,32 @@ class Mismatch(NamedTuple):
 
     @property
     def frame(self) -> Frame | None:
-        """The line to look at first."""
-        return frame_of(self.passed or self.sides[-1][0].site)
+        """The line to look at first; of a message that of the recv."""
+        odd = self.calls[-1] if self.calls[0].pairwise else self.sides[-1][0]
+        return frame_of(self.passed or odd.site)
+
+    @property
+    def too_much(self) -> bool:
+        """Whether a message has more bytes than its recv's tensor, so that gloo aborts the rank."""
+        sent, taken = self.calls[0].nbytes, self.calls[-1].nbytes
+        return self.why == "sent" and sent is not None and taken is not None and sent > taken
 
     def title(self) -> str:
         """What happened, in one line."""
         if self.why == "tensors":
             looks = listed(f"{side[0].tensor} on {_who(side)}" for side in self.sides)
             return f"{self.calls[0].name} was called with tensors that do not match: {looks}"
-        if self.passed is None:
-            what = listed(
-                f"{_who(s)} {agree(s, 'calls', 'call')} {_name(s[0])}" for s in self.sides
+        if self.why == "sent":
+            send, recv = self.calls
+            return (
+                f"rank {send.rank} sends {send.tensor} to rank {recv.rank}, "
+                f"whose {recv.op} expects {recv.tensor}"
             )
+        if self.why == "objects":
+            send, recv = self.calls
+            return f"rank {send.rank} calls {_name(send)}, which calls {recv.name}"
+        if self.passed is None:
+            what = listed(_calls(side, self.why) for side in self.sides)
             return f"{self.place} is not the same on all ranks: {what}"
         callers = [call for call in self.calls if call.site == self.passed]
         others = [call for call in self.calls if call.site != self.passed]
@@ -94,8 +119,13 @@ class Mismatch(NamedTuple):
         )
 
     def lines(self) -> list[str]:
-        """The calls, one line for each side."""
-        return [_side(side, self.why) for side in self.sides]
+        """The calls, one line for each side, and for each thread."""
+        parts = [
+            [call for call in side if call.thread == thread]
+            for side in self.sides
+            for thread in dict.fromkeys(call.thread for call in side)
+        ]
+        return [f"{_calls(part, self.why)}{line(frame_of(part[0].site))}" for part in parts]
 
 
 def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None:
@@ -111,6 +141,33 @@ def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None
                 return found._replace(passed=passed)
             return found
     return None
+
+
+def messages(calls: Calls) -> list[Mismatch]:
+    """The messages whose recv is unlike their send, the first sent first."""
+    found = list(_too_long_for_any(calls))
+    for (group, *_), numbers in calls.messages.items():
+        for seq, sides in numbers.items():
+            if len(sides) == 2 and (why := _unlike(sides["send"], sides["recv"])):
+                met = sides["send"], sides["recv"]
+                found.append(Mismatch(group or "", seq, met, why, None))
+    return sorted(found, key=lambda message: message.calls[0].t0_ns)
+
+
+def _too_long_for_any(calls: Calls) -> Iterator[Mismatch]:
+    """Messages that nobody took, too long for a recv from any rank that never returned."""
+    open_ones = [
+        call
+        for rank in range(calls.world_size)
+        for call in calls.open(rank)
+        if call.pairwise and call.peer is None
+    ]
+    for (group, _, receiver, tag), numbers in calls.messages.items():
+        for seq, sides in numbers.items():
+            for recv in open_ones if sides.keys() == {"send"} else ():
+                found = Mismatch(group or "", seq, (sides["send"], recv), "sent", None)
+                if (recv.rank, recv.group, recv.tag) == (receiver, group, tag) and found.too_much:
+                    yield found
 
 
 def ranks_of(calls: Sequence[Call]) -> tuple[int, ...]:
@@ -139,6 +196,17 @@ def _difference(numbers: Numbers, seq: int) -> Why | None:
     if len({call.site for call in calls}) > 1 and _out_of_step(numbers, seq):
         return "order"
     return "tensors" if len({call.look for call in calls}) > 1 else None
+
+
+def _unlike(send: Call, recv: Call) -> Why | None:
+    """How a recv is unlike its send. As many raw bytes of another dtype are meant so."""
+    if ("object" in send.op) != ("object" in recv.op):
+        return "objects"
+    if send.tensor is None or recv.tensor is None:
+        return None
+    dtypes = {send.dtype, recv.dtype}
+    raw = any(dtype.startswith(RAW) for dtype in dtypes)
+    return "sent" if send.nbytes != recv.nbytes or (len(dtypes) > 1 and not raw) else None
 
 
 def _out_of_step(numbers: Numbers, seq: int) -> bool:
@@ -210,6 +278,42 @@ def _exclusive(one: str | None, other: str | None) -> bool:
     )
 
 
+class Loop(NamedTuple):
+    """The lines of a loop."""
+
+    file: str
+    first: int
+    last: int
+
+    def holds(self, frame: Frame) -> bool:
+        """Whether a line is in it."""
+        return frame.filename == self.file and self.first <= frame.lineno <= self.last
+
+
+def training_loop(frames: Sequence[Frame]) -> Loop | None:
+    """The innermost loop around a stack's lines in which an optimizer steps, as far as it shows."""
+    for frame in reversed(frames):
+        found = [loop for loop in _stepping_loops(frame.filename) if loop.holds(frame)]
+        if found:
+            return min(found, key=lambda loop: loop.last - loop.first)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def _stepping_loops(file: str) -> list[Loop]:
+    lines = linecache.getlines(file)
+    try:
+        tree = ast.parse("".join(lines))
+    except SyntaxError:
+        return []
+    loops = [
+        Loop(file, node.lineno, node.end_lineno or node.lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.For | ast.While)
+    ]
+    return [loop for loop in loops if ".step(" in "".join(lines[loop.first - 1 : loop.last])]
+
+
 def _within(block: Sequence[ast.stmt], line: int) -> bool:
     return bool(block) and block[0].lineno <= line <= (block[-1].end_lineno or 0)
 
@@ -218,14 +322,17 @@ def _who(calls: Sequence[Call]) -> str:
     return ranks_text(ranks_of(calls))
 
 
-def _side(side: Sequence[Call], why: Why) -> str:
+def _calls(side: Sequence[Call], why: Why) -> str:
+    """`rank 0 calls all_reduce`, with its tensor or its thread where that matters."""
     call = side[0]
-    what = f"{_name(call)} with {call.tensor}" if why == "tensors" else _name(call)
-    return f"{_who(side)} {agree(side, 'calls', 'call')} {what}{line(frame_of(call.site))}"
+    tensor = f" with {call.tensor}" if why in ("tensors", "sent") else ""
+    threads = {call.thread for call in side}
+    thread = f" in thread {call.thread!r}" if call.thread and len(threads) == 1 else ""
+    return f"{_who(side)} {agree(side, 'calls', 'call')} {_name(call)}{tensor}{thread}"
 
 
 def _name(call: Call) -> str:
-    """`all_reduce`, `broadcast from rank 1`."""
+    """`all_reduce`, `broadcast from rank 1`, `send to rank 1`."""
     if call.peer is None:
         return call.name
-    return f"{call.name} {'from' if call.op in FROM_ROOT else 'to'} rank {call.peer}"
+    return f"{call.name} {'from' if call.op in (*FROM_ROOT, *RECVS) else 'to'} rank {call.peer}"

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from ddp_lessons.results import RankResult
 from ddp_lessons.text import agree, exit_name, listed, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, split_site
+from ddp_lessons.wire.ops import JOINING, MAKES_GROUP
+from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeout, split_site
 from ddp_lessons.wire.stacks import Position
 
 # How gloo, the TCP store and NCCL report a lost rank (torch 2.13; gloo transport/tcp).
@@ -21,9 +22,11 @@ _LOST_PEER = re.compile(
 )
 # And how they report that a rank did not come in time.
 _GAVE_UP = re.compile(
-    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Application timeout caused pair closure"
-    r"|[Ww]ait timeout|monitoredBarrier|Watchdog caught collective operation timeout"
+    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Operation timed out"
+    r"|Application timeout caused pair closure|[Ww]ait timeout|monitoredBarrier"
+    r"|Watchdog caught collective operation timeout"
 )
+_TIMEOUT = re.compile(r"(?:Timed out waiting |monitoredBarrier in |Timeout\(ms\)=)(\d+)")  # ms
 # And how torch reports another call on other ranks, under TORCH_DISTRIBUTED_DEBUG=DETAIL.
 _MISMATCH = re.compile(r"Detected mismatch between collectives on ranks")
 
@@ -37,16 +40,15 @@ _PLURAL = {
 
 
 def position(rank: RankResult) -> Position:
-    """Where the rank was when it was stopped or raised, and the call it waited in."""
-    found = stacks.position(rank.stack if rank.error is None else rank.error.frames)
-    last = next((span for span in reversed(rank.spans) if span.op), None)
-    if last is not None and (
-        found.call == stacks.FUNCTIONAL
-        # A traceback through compiled code shows the operator that failed, but not its name.
-        or (rank.error is not None and last.failed and stacks.in_operator(rank.error.frames))
-    ):
-        return found._replace(call=last.op)
-    return found
+    """Where the rank was when it was stopped or raised, and the call it waited in.
+
+    If it waited for asynchronous work, that is the call that issued the work.
+    """
+    there = stacks.position(rank.stack if rank.error is None else rank.error.frames)
+    if there.call != stacks.WAIT:
+        return there
+    waits = [s.op for s in rank.spans if s.kind == Kind.WAIT and (s.failed or s.t1_ns is None)]
+    return there._replace(call=(waits or [None])[-1] or stacks.WAIT)
 
 
 def waits(rank: RankResult) -> bool:
@@ -64,6 +66,8 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
     for rank in ranks:
         if (call := _on_gpu(rank)) is not None:
             texts.setdefault(call, []).append(rank.rank)
+        for where in _in_other_threads(rank):
+            texts.setdefault(("waits in", where), []).append(rank.rank)
         if (error := handled(rank)) is not None:
             key = (
                 "called it while handling",
@@ -75,7 +79,47 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
         for (verb, rest), those in texts.items()
     ]
     unseen = sorted({what for rank in ranks for what in rank.not_recorded})
+    told += dead_threads(ranks)
     return [*told, f"not recorded: {listed(unseen)}"] if unseen else told
+
+
+def _in_other_threads(rank: RankResult) -> list[str]:
+    """The calls in which a rank's threads wait, except the one whose stack is known."""
+    if rank.status != "stopped" or not rank.threads:
+        return []
+    here, lanes = _site(rank), (Lane.MAIN, *rank.threads)
+    waits = [s for s in rank.spans if s.t1_ns is None and s.op and s.lane in lanes]
+    return [
+        f"{span.op}{_thread(rank, span)}{line(_frame(span))}"
+        for span in waits
+        if span.site != here and span.kind != Kind.ISSUE
+    ]
+
+
+def _frame(span: Span) -> Frame | None:
+    return stacks.frame_at(*split_site(span.site)) if span.site else None
+
+
+def _thread(rank: RankResult, span: Span | None) -> str:
+    """` in thread 'saver'`; "" for the main thread."""
+    name = None if span is None else rank.threads.get(span.lane)
+    return "" if name is None else f" in thread {name!r}"
+
+
+def _site(rank: RankResult) -> str | None:
+    frame = position(rank).frame
+    return None if frame is None else f"{frame.filename}:{frame.lineno}"
+
+
+def dead_threads(ranks: Sequence[RankResult]) -> list[str]:
+    """The threads that an exception ended, one line for those that died alike."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for rank in ranks:
+        for name, error in rank.dead_threads:
+            how = f"{error.summary}{line(stacks.position(error.frames).frame)}"
+            alike.setdefault((name, how), []).append(rank.rank)
+    died = alike.items()
+    return [f"thread {name!r} of {ranks_text(on)} died of {how}" for (name, how), on in died]
 
 
 def handled(rank: RankResult) -> ErrorRecord | None:
@@ -91,8 +135,7 @@ def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
     """The first call that a rank's GPU has not finished, though it returned on the CPU."""
     for span in rank.spans:
         if span.lane == Lane.CUDA and span.t1_ns is None:
-            frame = stacks.frame_at(*split_site(span.site)) if span.site else None
-            return "has not finished on its GPU:", f"{span.op}{line(frame)}"
+            return "has not finished on its GPU:", f"{span.op}{line(_frame(span))}"
     return None
 
 
@@ -138,7 +181,8 @@ def _doing(rank: RankResult) -> tuple[str, str]:
         case "stopped" if rank.activity == "suspended" or call is None:
             return "is", f"{rank.activity or 'idle'}{line(frame)}"
         case "stopped":
-            return "waits in", f"{call}{line(frame)}"
+            there = [s for s in rank.spans if s.t1_ns is None and s.site == _site(rank)]
+            return "waits in", f"{call}{_thread(rank, next(iter(there), None))}{line(frame)}"
     verb, _, rest = rank.outcome().partition(" ")
     return verb, rest
 
@@ -164,6 +208,30 @@ def _is_loss(error: ErrorRecord | None) -> bool:
 def gave_up(rank: RankResult) -> bool:
     """True for a rank whose call timed out."""
     return rank.error is not None and bool(_GAVE_UP.search(rank.error.text)) and _lost(rank.error)
+
+
+def own_timeout(rank: RankResult) -> Timeout | None:
+    """The timeout that ran out on a rank which gave up; `call` is "" if it is unknown who got it.
+
+    It was passed to the call itself, or to the one that made the call's group.
+    """
+    if rank.error is None or not gave_up(rank):
+        return None
+    here = _site(rank)
+    passed = [own for own in rank.timeouts if own.site == here]
+    if here is not None and passed:
+        return passed[-1]
+    if (told := _TIMEOUT.search(rank.error.text)) is None:
+        return None
+    seconds = int(told[1]) / 1000
+    group = next((span.group for span in reversed(rank.spans) if span.failed and span.group), "")
+    makers = MAKES_GROUP if "ranks " in group else JOINING if not group else ("init_process_group",)
+    given = [
+        own
+        for own in rank.timeouts
+        if own.seconds == seconds and own.call in (*makers, "set_timeout")
+    ]
+    return given[0] if len(given) == 1 else Timeout(seconds, "", None)
 
 
 def _lost(error: ErrorRecord) -> bool:

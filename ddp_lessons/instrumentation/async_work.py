@@ -18,6 +18,7 @@ from ddp_lessons.instrumentation.group_registry import Group
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.records import Kind, Lane
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
+from ddp_lessons.wire.stacks import WAIT
 
 if TYPE_CHECKING:
     import torch
@@ -145,7 +146,7 @@ def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
         recorder = None if is_dynamo_compiling() else recording._recorder
         if recorder is None or get_ident() in recording.inside:  # synchronous calls wait inside
             return wait(self, *args, **kwargs)
-        recorder.gives_up(args[0] if args else kwargs.get("timeout"))
+        recorder.gives_up(args[0] if args else kwargs.get("timeout"), WAIT)
         site = recorder.sites.of(sys._getframe(1))
         works = _in_flight.get(self, [])
         return waited_for(recorder, works, site, lambda: wait(self, *args, **kwargs), self)

@@ -122,7 +122,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
             recorder.handling(site, handled)
             key = None  # the next call at this line may be made for another exception
         if call.timeout_place is not None:
-            recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"))
+            recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"), name)
         on = call.device(group, args, kwargs) if groups.any_streamed else None
         try:
             if call.is_asynchronous(args, kwargs) or on is not None:

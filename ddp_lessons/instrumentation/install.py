@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -38,6 +39,24 @@ def install(recorder: Recorder) -> None:
     """Wrap torch.distributed, and make `recorder` the recorder of this process."""
     wrap_torch()
     recording.use(recorder)
+    threading.excepthook = _noting(threading.excepthook)
+
+
+def _noting(
+    show: Callable[[threading.ExceptHookArgs], Any],
+) -> Callable[[threading.ExceptHookArgs], Any]:
+    """Wrap threading's excepthook: tell the parent which exception ends a thread."""
+
+    def show_and_note(args: threading.ExceptHookArgs) -> None:
+        recorder = recording.current()
+        error = None if args.exc_type is SystemExit else args.exc_value
+        try:
+            if recorder is not None and args.thread is not None and error is not None:
+                recorder.thread_died(args.thread.name, error)
+        finally:
+            show(args)
+
+    return show_and_note
 
 
 @functools.cache

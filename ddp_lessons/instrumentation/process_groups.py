@@ -9,6 +9,7 @@ they only call through.
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import time
@@ -17,11 +18,10 @@ from typing import Any
 
 from ddp_lessons.instrumentation import clock_sync, gpu_sharing, recording
 from ddp_lessons.instrumentation.group_registry import groups
-from ddp_lessons.instrumentation.recording import Recorder, seconds
+from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.instrumentation.rendezvous import await_others
 from ddp_lessons.instrumentation.signatures import Args, Kwargs, argument
 from ddp_lessons.instrumentation.torch_api import leaving_is_safe
-from ddp_lessons.wire.messages import Joining
 from ddp_lessons.wire.ops import OWN_WORLD, SOME_RANKS
 from ddp_lessons.wire.span_buffer import CallFacts
 
@@ -36,12 +36,11 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         recorder = recording.current() if not dist.is_initialized() else None  # else torch raises
         if recorder is not None:
-            timeout = kwargs.get("timeout", args[0] if args else None)
             gpu_sharing.before_joining(recorder, backend, argument(args, kwargs, 1, "world_size"))
             if leaving_is_safe():
                 recorder.groups.clear()
             recorder.models.clear()
-            recorder.send(Joining(seconds(timeout)))
+            recorder.gives_up(kwargs.get("timeout", args[0] if args else None), name)
         function(backend, init_method, *args, **kwargs)
         if recorder is not None:
             clock = None if recorder.one_clock else clock_sync.against_rank_zero()
@@ -66,11 +65,12 @@ def unrecorded(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap new_group and its like: name the group at once, as all ranks do in the same order."""
+    places = {name: place for place, name in enumerate(inspect.signature(function).parameters)}
 
     @functools.wraps(function)
     def new_group(*args: Any, **kwargs: Any) -> Any:
         if (recorder := recording.current()) is not None:
-            recorder.gives_up(kwargs.get("timeout"))
+            recorder.gives_up(argument(args, kwargs, places.get("timeout", 99), "timeout"), name)
             if name == "new_group":
                 backend = argument(args, kwargs, 2, "backend")
                 gpu_sharing.before_new_group(recorder, argument(args, kwargs, 0, "ranks"), backend)
@@ -98,14 +98,14 @@ def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return recorded(name, destroy)
 
 
-def setting_a_timeout(_: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def setting_a_timeout(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap set_timeout: tell the parent that later calls give up by themselves."""
 
     @functools.wraps(function)
     def set_timeout(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         if (recorder := recording.current()) is not None:
-            recorder.gives_up(argument(args, kwargs, 0, "timeout"))
+            recorder.gives_up(argument(args, kwargs, 0, "timeout"), name)
         return result
 
     return set_timeout

@@ -7,7 +7,10 @@ worker's one `Recorder` into its span buffer (wire/span_buffer.py).
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,8 +23,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message, Unseen
-from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.messages import (
+    Clock,
+    GivesUp,
+    Handling,
+    Message,
+    ThreadCalls,
+    ThreadDied,
+    Unseen,
+)
+from ddp_lessons.wire.records import Kind, Lane, Timeout
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
 if TYPE_CHECKING:
@@ -31,7 +42,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_HANDLED = 100  # such calls of a rank that are told
+MOST_TOLD = 100  # calls in `except` blocks, timeouts, and dead threads of a rank that are told
 
 
 class Recorder:
@@ -64,11 +75,15 @@ class Recorder:
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
         self._unseen: set[str] = set()  # what the parent knows
         self._handled = 0  # calls made while an exception was handled
-        self._sent_timeout: float | None = None  # seconds
+        self._timeouts: set[Timeout] = set()  # that the parent knows
         self._step_t0_ns = 0
         self._in_steps = False
         self._stepping: int | None = None  # id of the optimizer whose steps are the training's
         self._lanes: dict[int | None, str] = {threading.main_thread().ident: Lane.MAIN}
+        self._lane_numbers = itertools.count(1)  # next() of it is atomic
+        self._lanes_left: dict[int, str] = {}  # of threads that ended; their idents are used again
+        self._of_thread = threading.local()
+        self._died = 0  # threads that an exception ended
 
     def begin(
         self, kind: str, name: str, t0_ns: int, facts: CallFacts = NO_FACTS, lane: str = ""
@@ -107,7 +122,27 @@ class Recorder:
 
     def lane(self) -> str:
         """The lane of the calling thread: "main", or "thread 1" and so on."""
-        return self._lanes.setdefault(get_ident(), f"thread {len(self._lanes)}")
+        ident = get_ident()
+        if (lane := self._lanes.get(ident)) is None:
+            lane = self._lanes_left.pop(ident, None) or f"thread {next(self._lane_numbers)}"
+            self._lanes[ident] = lane
+            self._of_thread.end = _AtEnd(functools.partial(self._thread_ended, ident))
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            if ident in names:  # else it is not Python's, but one of torch's for a GPU
+                self.send(ThreadCalls(lane, names[ident]))
+        return lane
+
+    def _thread_ended(self, ident: int) -> None:
+        """Forget a thread, but not its lane: the next one with its identifier has another name."""
+        self._lanes_left[ident] = self._lanes.pop(ident)
+        for key in [key for key in self.plans if key[-1] == ident]:
+            self.plans.pop(key, None)
+
+    def thread_died(self, thread: str, error: BaseException) -> None:
+        """Tell the parent that an exception ended a thread."""
+        if self._died < MOST_TOLD:
+            self._died += 1
+            self.send(ThreadDied(thread, stacks.describe(error, self.home)))
 
     def begin_step(self, t0_ns: int) -> Slot:
         """Begin a step that `steps` counts."""
@@ -135,16 +170,18 @@ class Recorder:
         self.end_step(slot, now_ns)
         self._step_t0_ns = now_ns
 
-    def gives_up(self, timeout: Any) -> None:
+    def gives_up(self, timeout: Any, call: str) -> None:
         """Tell the parent that a call will give up by itself, if it has a timeout."""
-        known = seconds(timeout)
-        if known is not None and known != self._sent_timeout:
-            self._sent_timeout = known
+        if (after := seconds(timeout)) is None:
+            return
+        known = Timeout(after, call, self.sites.of(sys._getframe(1)))
+        if known not in self._timeouts and len(self._timeouts) < MOST_TOLD:
+            self._timeouts.add(known)
             self.send(GivesUp(known))
 
     def handling(self, site: str | None, error: BaseException | None) -> None:
         """Tell the parent that the call at `site` is made while an exception is handled."""
-        if error is not None and site is not None and self._handled < MOST_HANDLED:
+        if error is not None and site is not None and self._handled < MOST_TOLD:
             self._handled += 1
             self.send(Handling(site, stacks.describe(error, self.home)))
 
@@ -169,6 +206,16 @@ class Recorder:
         """Write what is left."""
         for write in self.at_end:
             write()
+
+
+class _AtEnd:
+    """Calls a function when it is freed: in a `threading.local`, when the thread ends."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+
+    def __del__(self) -> None:
+        self._function()
 
 
 def seconds(timeout: Any) -> float | None:

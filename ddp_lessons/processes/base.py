@@ -22,14 +22,15 @@ from ddp_lessons.wire.messages import (
     Decoder,
     GivesUp,
     Handling,
-    Joining,
     Raised,
     Returned,
     Started,
+    ThreadCalls,
+    ThreadDied,
     Unseen,
     Unsendable,
 )
-from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
+from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span, Timeout
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -52,10 +53,12 @@ class Worker(ABC):
         self.began_ns = time.perf_counter_ns()
         self.started_ns: int | None = None
         self.ended_ns: int | None = None
-        self.own_timeout: float | None = None  # seconds after which it gives up by itself
+        self.timeouts: list[Timeout] = []  # of the learner's
         self.outcome: Returned | Raised | Unsendable | None = None
         self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
         self.unseen: tuple[str, ...] = ()  # see RankResult
+        self.threads: dict[str, str] = {}  # see RankResult
+        self.dead_threads: list[tuple[str, ErrorRecord]] = []
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -157,6 +160,9 @@ class Worker(ABC):
             activity=self.activity,
             handling=self.handling,
             unseen=self.unseen,
+            timeouts=tuple(self.timeouts),
+            threads=self.threads,
+            dead_threads=tuple(self.dead_threads),
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -167,10 +173,12 @@ class Worker(ABC):
             match message:
                 case Started(t_ns):
                     self.started_ns = t_ns
-                case Joining(timeout):
-                    self.own_timeout = timeout
                 case GivesUp(timeout):
-                    self.own_timeout = min(timeout, self.own_timeout or timeout)
+                    self.timeouts.append(timeout)
+                case ThreadCalls(lane, thread):
+                    self.threads[lane] = thread
+                case ThreadDied(thread, error):
+                    self.dead_threads.append((thread, error))
                 case Handling(site, error):
                     self.handling = (site, error)
                 case Unseen(what):

@@ -27,6 +27,13 @@ LARGEST = (1 << 63) - 1
 LONGEST_PATH = 4096  # characters
 MOST_CAUSES = 100  # exceptions kept of a chain
 DEEPEST_GROUP = 20
+REPEATED = (
+    "file",
+    "gives_up",
+    "thread_calls",
+    "thread_died",
+    "unseen",
+)  # a rank writes several of these
 SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records lack
 
 
@@ -44,6 +51,13 @@ class Fields:
         if type(value) is not int or not least <= value <= most:
             raise ValueError(f"is damaged: {name!r} is no number from {least} to {most}")
         return value
+
+    def seconds(self, name: str) -> float:
+        """A positive number."""
+        value: Any = self.data.get(name)
+        if type(value) not in (int, float) or not 0 <= value < LARGEST:
+            raise ValueError(f"is damaged: {name!r} is no number of seconds")
+        return float(value)
 
     def text(self, name: str) -> str:
         """A string; characters that UTF-8 cannot encode are replaced."""
@@ -99,9 +113,8 @@ def of_file(file: Path) -> Iterator[None]:
 
 
 def parse(data: bytes) -> tuple[Fields, Sources]:
-    """The facts of a rank by their names, and the files that it ran."""
+    """The facts of a rank by their names, those of REPEATED as lists, and the files that it ran."""
     facts: dict[str, Any] = {}
-    files: list[Fields] = []
     for line in _before_zeros(data).decode(errors="replace").split("\n"):
         try:
             fact = json.loads(line)
@@ -109,11 +122,14 @@ def parse(data: bytes) -> tuple[Fields, Sources]:
             break  # the last line: the rank was killed while it wrote it
         if not isinstance(fact, dict):
             raise ValueError("is damaged: a line is no fact")
-        if "file" in fact:
-            files.append(Fields(fact["file"]))
-        facts.update(fact)
-    first = itertools.islice(files, MOST_FILES)
-    return Fields(facts), Sources({file.path("name"): file.text("sha256") for file in first})
+        for name, value in fact.items():
+            if name in REPEATED:
+                facts.setdefault(name, []).append(value)
+            else:
+                facts[name] = value
+    found = Fields(facts)
+    files = itertools.islice(found.each("file"), MOST_FILES)
+    return found, Sources({file.path("name"): file.text("sha256") for file in files})
 
 
 def stack_text(data: bytes) -> str:

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddp_lessons.wire.records import ErrorRecord
+from ddp_lessons.wire.records import ErrorRecord, Timeout
 
 _LENGTH = struct.Struct("<Q")
 # The parent sends it to ask a worker for its Python stack. A real-time signal where there are any,
@@ -29,17 +29,10 @@ class Started:
 
 
 @dataclass(frozen=True)
-class Joining:
-    """`init_process_group` was called; the group gives up by itself after `timeout` seconds."""
-
-    timeout: float | None
-
-
-@dataclass(frozen=True)
 class GivesUp:
-    """A call that waits for other ranks gives up by itself after `timeout` seconds."""
+    """A call that waits for other ranks gives up by itself after this timeout."""
 
-    timeout: float
+    timeout: Timeout
 
 
 @dataclass(frozen=True)
@@ -58,6 +51,22 @@ class Unseen:
     """The rank communicates in a way that is not recorded: "RPC"."""
 
     what: str
+
+
+@dataclass(frozen=True)
+class ThreadCalls:
+    """A thread other than the main one makes its first call of torch.distributed, on this lane."""
+
+    lane: str
+    thread: str
+
+
+@dataclass(frozen=True)
+class ThreadDied:
+    """An exception ended a thread other than the main one."""
+
+    thread: str
+    error: ErrorRecord
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,18 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Joining | GivesUp | Handling | Unseen | Clock | Returned | Raised | Unsendable
+Message = (
+    Started
+    | GivesUp
+    | Handling
+    | Unseen
+    | ThreadCalls
+    | ThreadDied
+    | Clock
+    | Returned
+    | Raised
+    | Unsendable
+)
 
 
 def encode(message: Message) -> bytes:

@@ -156,5 +156,16 @@ class ErrorRecord:
         return line if len(line) <= MOST_SUMMARY else f"{line[:MOST_SUMMARY]}..."
 
 
+class Timeout(NamedTuple):
+    """A timeout of the learner's: after so many seconds a call gives up by itself.
+
+    `call` is the function that got it ("init_process_group", "Work.wait"), `site` that line.
+    """
+
+    seconds: float
+    call: str
+    site: str | None
+
+
 # `type_name` of the errors that the parent makes when the process that started a rank is gone.
 FORKSERVER, ENGINE = "ForkserverEnded", "EngineLost"

@@ -29,6 +29,7 @@ MOST_FRAMES = 5  # of the learner's, shown at either end
 MOST_DUMPED = 100  # frames of a thread, the innermost, that faulthandler prints
 # Names for what keeps a rank from ending after its function returned, besides threads.
 HANDLER, CHILD, PROCESS = "an atexit handler", "a child process", "its process"
+WAIT = "Work.wait"  # the call, in C++, that waits for asynchronous work
 CONTEXT = 1  # lines shown before and after the marked one
 
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d{1,9}) in (?P<function>.*)$')
@@ -42,9 +43,13 @@ _INFRASTRUCTURE = tuple(
 )
 _WORKER = os.path.join(_PACKAGE, "worker", "main.py")  # calls the learner's function
 _RENDEZVOUS = os.path.join(_PACKAGE, "instrumentation", "rendezvous.py")
-_FUNCTIONAL = os.path.join(_PACKAGE, "instrumentation", "functional.py")
-# The call of a rank that waits for one; which one, only its spans tell.
-FUNCTIONAL = "a functional collective"
+# Our wrappers of Work.wait and of functional collectives: where a rank waits in C++, or where an
+# exception came from.
+_WAITING = (os.path.join("ddp_lessons", "instrumentation", "async_work.py"), "waited")
+_FUNCTIONAL = os.path.join("ddp_lessons", "instrumentation", "functional.py")
+
+# Files of torch.distributed that only call the function in which a rank waits.
+_ONLY_CALL = ("c10d_logger.py", "_functional_collectives.py")
 
 # Functions of threading and concurrent.futures that wait until a thread is done.
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
@@ -218,14 +223,7 @@ def position(frames: Sequence[Frame]) -> Position:
     call = next((name for frame in below if (name := _call_of(frame))), None)
     if call is None and any(frame.filename == _RENDEZVOUS for frame in below):
         call = "init_process_group"  # waiting for rank 0's store
-    if call is None and any(frame.filename == _FUNCTIONAL for frame in below):
-        call = FUNCTIONAL  # in compiled code
     return Position(frames[own[-1]] if own else None, call)
-
-
-def in_operator(frames: Sequence[Frame]) -> bool:
-    """Whether the innermost frame is in an operator of torch, `torch.ops.*`."""
-    return bool(frames) and frames[-1].filename.endswith(os.path.join("torch", "_ops.py"))
 
 
 def _own(frames: Sequence[Frame]) -> list[int]:
@@ -276,7 +274,8 @@ def line_name(frame: Frame) -> str:
 def describe(error: BaseException, home: str | None = None) -> ErrorRecord:
     """The exception as plain data, with its causes and parts, without frames of this package.
 
-    The record stays small, however many exceptions there are. `home` is the installed package that
+    Only the frame in which a rank waits for asynchronous work is kept, for `position`. The record
+    stays small, however many exceptions there are. `home` is the installed package that
     holds the launched function, if one does.
     """
     return _record(error, home, MOST_ERRORS, set())
@@ -335,7 +334,7 @@ def _one(error: BaseException, home: str | None, room: int, seen: set[int]) -> E
                 is_at_home(f.filename, home),
             )
             for f in alone.stack
-            if not is_infrastructure(f.filename)
+            if not is_infrastructure(f.filename) or _is_wait(f.filename, f.name)
         ),
         parts=tuple(_record(part, home, room // len(kept) - 1, seen) for part in kept),
         parts_left_out=len(parts) - len(kept),
@@ -395,8 +394,9 @@ def render_frames(frames: Sequence[Frame]) -> list[str]:
         if MOST_FRAMES <= number < len(own) - MOST_FRAMES:
             continue
         lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
-    if frames and frames[-1] not in own[-1:]:
-        frame = frames[-1]
+    shown = frames[:-1] if frames and _is_wait(frames[-1].filename, frames[-1].function) else frames
+    if shown and shown[-1] not in own[-1:]:
+        frame = shown[-1]
         lines += [f"{line_name(frame)}, in {frame.function}"]
         lines += [f"     {frame.source}"] if frame.source else []
     return lines
@@ -418,14 +418,18 @@ def _call_of(frame: Frame) -> str | None:
     """The call in which ranks wait for each other, if the frame is one."""
     directory, name = os.path.split(unmarked(frame.filename))
     if directory.endswith(os.path.join("torch", "distributed")):
-        if name == "_functional_collectives.py":
-            return FUNCTIONAL
-        return None if name == "c10d_logger.py" else frame.function
+        return None if name in _ONLY_CALL else frame.function
     if directory.endswith(os.path.join("torch", "nn", "parallel")) and name == "distributed.py":
         return _DDP
     if directory.endswith(os.path.join("torch", "autograd")) and frame.function == "backward":
         return "backward"  # of a model in DDP, which sums the gradients there
-    return None
+    return WAIT if _is_wait(frame.filename, frame.function) else None
+
+
+def _is_wait(filename: str, function: str) -> bool:
+    filename = unmarked(filename)
+    is_work = function == _WAITING[1] and filename.endswith(_WAITING[0])
+    return is_work or filename.endswith(_FUNCTIONAL)
 
 
 def _source(filename: str, lineno: int) -> str:

@@ -40,7 +40,15 @@ from ddp_lessons.instrumentation import ddp_traffic, recording
 from ddp_lessons.instrumentation.install import install, replace_in
 from ddp_lessons.system import reaper, regular_files
 from ddp_lessons.system.host import clock_id
-from ddp_lessons.wire.messages import Clock, Handling, Message, Unseen
+from ddp_lessons.wire.messages import (
+    Clock,
+    GivesUp,
+    Handling,
+    Message,
+    ThreadCalls,
+    ThreadDied,
+    Unseen,
+)
 from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import ErrorRecord
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
@@ -130,7 +138,6 @@ class _Script:
         )
         self._write(began=began)
         self._noted: set[str] = set()
-        self._unseen: list[dict[str, str]] = []
         self._recorder.sites.on_file = self._note_file
         # Unlike a Python handler, this one runs in a rank that waits in C. `chain` passes the
         # signal on, so that it then ends the rank.
@@ -182,10 +189,15 @@ class _Script:
         elif isinstance(message, Handling):
             self._note_files_of(message.error)
             self._write(handling={"site": message.site, **dataclasses.asdict(message.error)})
-
+        elif isinstance(message, ThreadDied):
+            self._note_files_of(message.error)
+            self._write(thread_died={"thread": message.thread, **dataclasses.asdict(message.error)})
+        elif isinstance(message, ThreadCalls):
+            self._write(thread_calls=dataclasses.asdict(message))
+        elif isinstance(message, GivesUp):
+            self._write(gives_up=message.timeout._asdict())
         elif isinstance(message, Unseen):
-            self._unseen.append({"what": message.what})
-            self._write(unseen=self._unseen)
+            self._write(unseen=dataclasses.asdict(message))
 
     def _on_error(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import sys
 import threading
 import time
@@ -109,6 +110,32 @@ def test_a_tag_that_nobody_answers(rank_of_recv: int) -> None:
     assert f"rank {sender} sends to rank {receiver} with tag 1, and rank {receiver} rec" in text
     assert f"receives from rank {sender} with tag 2" in text
     assert "with the same tag" in text
+
+
+def test_waiting_for_asynchronous_work_is_waiting_for_ranks() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            received = dist.irecv(torch.ones(1), 1)
+            received.wait()
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("unmatched recv", (0,))
+    assert "rank 0 waits in irecv from rank 1, which does not send" in run.explain()
+    assert "received.wait()" in run.explain()
+
+
+def test_a_rank_that_loses_its_partner_while_it_waits_for_asynchronous_work() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank != 1:
+            dist.all_reduce(torch.ones(1), async_op=True).wait()
+
+    run = explained(work)
+    assert kind(run) == ("returned early", (1,))
+    assert "ranks 0 and 2 waited in all_reduce, but rank 1 has returned" in run.explain()
+    assert "async_work" not in run.explain()
 
 
 def test_tags_in_another_order_are_no_mismatch() -> None:
@@ -263,6 +290,166 @@ def test_a_collective_in_a_thread_of_the_learners() -> None:
     assert kind(run) == ("skipped collective", (0,))
 
 
+def uneven(rank: int, how: str, then: str) -> None:
+    """Train; rank 1 has a batch less, or does something more or less within step 3."""
+    dist.init_process_group("gloo")
+    net = nn.Linear(2, 2)
+    model = DistributedDataParallel(net) if how == "ddp" else net
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _epoch in range(2):
+        for step in range(4 if rank == 1 and "step" not in then else 5):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).sum().backward()
+            for parameter in model.parameters() if how != "ddp" else ():
+                dist.all_reduce(parameter.grad)
+            if (rank, step, then) == (1, 2, "more in a step"):
+                report()
+            optimizer.step()
+            if (rank, step, then) != (1, 2, "less in a step"):
+                dist.barrier()
+        if then == "return":
+            break
+        if then == "barrier":
+            dist.barrier()
+        if then == "report":
+            report()
+    if then == "leave":
+        dist.destroy_process_group()
+
+
+def report() -> None:
+    dist.broadcast(torch.ones(1), 0)
+
+
+@pytest.mark.parametrize("how", ["ddp", "by hand"])
+@pytest.mark.parametrize("then", ["return", "barrier", "report"])
+def test_unequal_steps_are_counted(how: str, then: str) -> None:
+    run = explained(uneven, args=(how, then), timeout=5)
+    assert kind(run)[1] == (1,)
+    assert "Rank 1 made 4 steps; ranks 0 and 2 began 5." in run.explain()
+    assert "Join([model])" in run.explain()
+
+
+@pytest.mark.parametrize("how", ["ddp", "by hand"])
+@pytest.mark.parametrize("then", ["less in a step", "more in a step"])
+def test_a_call_that_is_skipped_within_a_step_is_no_matter_of_steps(how: str, then: str) -> None:
+    run = explained(uneven, args=(how, then), timeout=5)
+    assert kind(run) == ("skipped collective", (1,))
+    assert "steps" not in run.explain()
+
+
+def test_two_threads_that_call_in_one_group_in_another_order() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        saver = threading.Thread(target=dist.broadcast, args=(torch.ones(2), 0), name="saver")
+        if rank == 0:
+            saver.start()
+            time.sleep(0.5)
+        dist.all_reduce(torch.ones(1))
+        if rank != 0:
+            saver.start()
+        saver.join()
+
+    run = explained(work, timeout=3)
+    assert kind(run) == ("different collectives", (0,))
+    text = run.explain()
+    assert "call all_reduce and rank 0 calls broadcast from rank 0 in thread 'saver'" in text
+    assert "rank 0 waits in broadcast in thread 'saver'" in text
+    assert "a group of its own: dist.new_group()" in text
+
+
+def test_a_skip_in_the_only_thread_that_calls_is_no_matter_of_threads() -> None:
+    def loop(rank: int) -> None:
+        for step in range(3):
+            if (rank, step) != (1, 2):
+                dist.all_reduce(torch.ones(1))
+            dist.barrier()
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.barrier()
+        thread = threading.Thread(target=loop, args=(rank,), name=f"trainer of {rank}")
+        thread.start()
+        thread.join()
+
+    run = explained(work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert "new_group" not in run.explain()
+    assert "rank 1 waits in barrier in thread 'trainer of 1': " in run.explain()
+
+
+def test_a_thread_has_its_own_name_though_an_earlier_one_had_its_identifier() -> None:
+    def save(rank: int) -> None:
+        if (rank, threading.current_thread().name) != (1, "saver 4"):
+            dist.all_reduce(torch.ones(1))
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for number in range(5):
+            thread = threading.Thread(target=save, args=(rank,), name=f"saver {number}")
+            thread.start()
+            thread.join()
+        dist.recv(torch.ones(1), 0)
+
+    run = explained(work, timeout=3)
+    assert "ranks 0 and 2 wait in all_reduce in thread 'saver 4': " in run.explain()
+    assert len(run.ranks[0].threads) < 5  # identifiers were used again
+
+
+def feed(rank: int, samples: queue.Queue[torch.Tensor]) -> None:
+    for number in range(4):
+        if (rank, number) == (1, 2):
+            raise ValueError("bad sample 2")
+        samples.put(torch.ones(1))
+
+
+def train(rank: int, hook: bool = False) -> int:
+    """Sum samples that a thread reads."""
+    seen: list[Any] = []
+    if hook:
+        threading.excepthook = seen.append
+    samples: queue.Queue[torch.Tensor] = queue.Queue()
+    thread = threading.Thread(target=feed, args=(rank, samples), name="feeder")
+    thread.start()
+    dist.init_process_group("gloo")
+    for _ in range(2 if hook else 4):
+        dist.all_reduce(samples.get())
+    thread.join()
+    dist.destroy_process_group()
+    return len(seen)
+
+
+def test_a_thread_that_an_exception_ended_is_told() -> None:
+    run = explained(train, timeout=2)
+    assert kind(run) == ("blocked in Python", (1,))
+    text = run.explain()
+    assert "thread 'feeder' of rank 1 died of ValueError: bad sample 2: " in text
+    assert 'raise ValueError("bad sample 2")' in text
+    assert "ThreadPoolExecutor" in text
+    assert "Exception in thread feeder" in run.ranks[1].output  # as Python shows it
+
+
+def test_the_learners_own_hook_for_threads_is_theirs() -> None:
+    run = launch(train, (True,))
+    assert run.values == [0, 1]
+    assert run.warnings == []
+
+
+def test_a_thread_that_died_in_a_run_that_went_well_is_warned_of() -> None:
+    def work(rank: int) -> None:
+        def save() -> None:
+            if rank == 2:
+                sys.exit()
+            raise OSError("disk full")
+
+        thread = threading.Thread(target=save, name="saver")
+        thread.start()
+        thread.join()
+
+    (warning,) = launch(work, nprocs=3).warnings
+    assert warning.startswith("Warning: thread 'saver' of ranks 0 and 1 died of OSError: disk full")
+
+
 def test_a_thread_that_will_still_come_is_waited_for() -> None:
     def work(rank: int) -> str:
         dist.init_process_group("gloo")
@@ -312,6 +499,93 @@ def test_the_verdict_is_the_same_with_debug_and_own_timeout(
 
     run = explained(work, env={"TORCH_DISTRIBUTED_DEBUG": debug})
     assert kind(run) == ("skipped collective", (1,))
+
+
+SOON = timedelta(seconds=2)
+
+
+def of_the_world(rank: int) -> None:
+    dist.init_process_group("gloo", timeout=SOON)
+    dist.new_group(timeout=SOON)
+    sleep_on_rank_1(rank)
+    dist.all_reduce(torch.ones(1))
+
+
+def of_a_group(rank: int) -> None:
+    dist.init_process_group("gloo", timeout=SOON)
+    group = dist.new_group(None, SOON)
+    sleep_on_rank_1(rank)
+    dist.all_reduce(torch.ones(1), group=group)
+
+
+def of_a_barrier(rank: int) -> None:
+    dist.init_process_group("gloo")
+    sleep_on_rank_1(rank)
+    dist.monitored_barrier(timeout=SOON)
+
+
+def of_a_wait(rank: int) -> None:
+    dist.init_process_group("gloo")
+    sleep_on_rank_1(rank)
+    dist.all_reduce(torch.ones(1), async_op=True).wait(SOON)
+
+
+def of_the_join(rank: int) -> None:
+    sleep_on_rank_1(rank)
+    dist.init_process_group("gloo", timeout=SOON)
+
+
+def of_the_world_in_ddp(rank: int) -> None:
+    dist.init_process_group("gloo", timeout=SOON)
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    sleep_on_rank_1(rank)
+    model(torch.ones(1, 2)).sum().backward()
+
+
+def of_one_of_two_groups(rank: int) -> None:
+    dist.init_process_group("gloo")
+    dist.new_group(timeout=SOON)
+    group = dist.new_group(timeout=SOON)
+    sleep_on_rank_1(rank)
+    dist.barrier(group)
+
+
+def sleep_on_rank_1(rank: int) -> None:
+    if rank == 1:
+        time.sleep(LONG)
+
+
+@pytest.mark.parametrize(
+    ("work", "whose"),
+    [
+        (of_the_world, " that init_process_group got at"),
+        (of_a_group, " that new_group got at"),
+        (of_a_barrier, " that monitored_barrier got at"),
+        (of_a_wait, " that Work.wait got at"),
+        (of_the_join, " that init_process_group got at"),
+        (of_the_world_in_ddp, " that init_process_group got at"),
+        (of_one_of_two_groups, " ran out"),  # nobody can say of which
+    ],
+)
+def test_which_timeout_of_the_learners_ran_out(work: Any, whose: str) -> None:
+    run = explained(work)
+    assert kind(run)[1] == (1,)
+    text = run.explain()
+    assert f"The timeout of 2 s{whose}" in text
+    assert "launch(timeout" not in text
+    assert "raise it" in text or work is of_the_join
+
+
+def test_the_timeout_of_launch_that_ran_out() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=LONG))
+        sleep_on_rank_1(rank)
+        dist.barrier()
+
+    text = explained(work, timeout=2).explain()
+    assert "No rank made progress for 2 s" in text
+    assert "launch(timeout=...)" in text
+    assert "init_process_group got" not in text
 
 
 def test_a_caught_timeout_is_the_learners_own_affair() -> None:

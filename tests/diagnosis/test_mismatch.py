@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, WorkersHung, launch
+from tests.support.by_hand import CLOSED, SCRIPT, call, error, record, run_of
 
 pytestmark = pytest.mark.ranks
 
@@ -294,3 +295,166 @@ def test_what_was_handled_before_is_no_evidence() -> None:
     run = hung(work)
     assert kind(run) == ("skipped collective", (0,))
     assert "FileNotFoundError" not in run.explain()
+
+
+# Messages: a send and its recv
+
+
+def pass_on(how: str, rank: int, sent: torch.Tensor, taken: torch.Tensor) -> None:
+    """Rank 0 sends to rank 1, which receives; rank 2 looks on."""
+    group = dist.new_group([1, 0]) if how == "in a group" else None
+    if rank == 0:
+        match how:
+            case "at once":
+                dist.isend(sent, 1).wait()
+            case "in a batch":
+                for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, 1)]):
+                    work.wait()
+            case _:
+                dist.send(sent, 1, group=group, tag=3 * (how == "with a tag"))
+    if rank == 1:
+        match how:
+            case "at once":
+                dist.irecv(taken, 0).wait()
+            case "in a batch":
+                for work in dist.batch_isend_irecv([dist.P2POp(dist.irecv, taken, 0)]):
+                    work.wait()
+            case "from any":
+                dist.recv(taken)
+            case "from any, at once":
+                dist.irecv(taken).wait()
+            case _:
+                dist.recv(taken, 0, group=group, tag=3 * (how == "with a tag"))
+
+
+WAYS = (
+    "plainly", "at once", "in a batch", "with a tag", "in a group", "from any", "from any, at once",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_message_that_is_too_long_for_its_recv(how: str) -> None:
+    """Gloo aborts the receiver; the ranks that then lose it are not to blame."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        pass_on(how, rank, torch.ones(2), torch.zeros(2))
+        pass_on(how, rank, torch.ones(4), torch.zeros(2))
+        dist.barrier()
+
+    run = launch(work, nprocs=3, timeout=30, check=False)
+    assert kind(run) == ("tensor mismatch", (0, 1))
+    assert "irecv" in source(run) or "recv(taken" in source(run)
+    text = run.explain()
+    assert "rank 0 sends float32 (4,) to rank 1, whose " in text
+    assert "expects float32 (2,)" in text
+    assert " to rank 1 with float32 (4,): " in text
+    assert " with float32 (2,): " in text
+    assert "of the shape and dtype that is sent" in text
+
+
+@pytest.mark.parametrize(
+    ("how", "sent", "taken", "consequence"),
+    [
+        ("plainly", "float32 (2,)", "float32 (4,)", "the rest of that tensor keeps its old values"),
+        ("in a batch", "float32 (4,)", "float64 (4,)", "the numbers are mixed up"),
+        ("at once", "float32 (4,)", "float64 (2,)", "the numbers are mixed up"),
+        ("from any", "float32 (4,)", "int32 (4,)", "the numbers are mixed up"),
+        ("from any, at once", "int64 ()", "float64 ()", "the numbers are mixed up"),
+    ],
+)
+def test_a_message_that_fits_but_is_another_is_warned_of(
+    how: str, sent: str, taken: str, consequence: str
+) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        pass_on(how, rank, made_as(sent), made_as(taken))
+        dist.barrier()
+        dist.destroy_process_group()
+
+    (warning,) = launch(work, nprocs=3).warnings
+    assert f"rank 0 sends {sent} to rank 1, whose " in warning
+    assert f"expects {taken}, so {consequence}, and nothing failed: rank 0 calls " in warning
+
+
+def made_as(tensor: str) -> torch.Tensor:
+    dtype, _, shape = tensor.partition(" ")
+    return torch.ones(eval(shape), dtype=getattr(torch, dtype))
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_messages_that_are_meant_so_give_no_warning(how: str) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for sent, taken in (
+            ("float32 (2, 3)", "float32 (6,)"),
+            ("uint8 (16,)", "float32 (4,)"),
+            ("complex64 (2,)", "float32 (2, 2)"),
+            ("bool (4,)", "uint8 (4,)"),
+            ("int16 (4,)", "bfloat16 (4,)"),
+        ):
+            pass_on(how, rank, made_as(sent), made_as(taken))
+            dist.barrier()
+        dist.destroy_process_group()
+
+    assert launch(work, nprocs=3).warnings == []
+
+
+@pytest.mark.parametrize("recvs", [1, 2])
+def test_objects_that_are_received_as_a_tensor(recvs: int) -> None:
+    """The first recv gets the object's size; the rest of it fits no tensor, or nobody takes it."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            dist.send_object_list([{"lr": 0.1}], 1)
+        for _ in range(recvs if rank == 1 else 0):
+            dist.recv(torch.zeros(1, dtype=torch.int64), 0)
+        dist.barrier()
+
+    run = launch(work, nprocs=3, timeout=3, check=False)
+    assert kind(run) == ("unmatched send", (0, 1))
+    assert "rank 0 calls send_object_list to rank 1, which calls recv" in run.explain()
+    assert "only recv_object_list receives" in run.explain()
+
+
+def test_a_tensor_that_is_received_as_objects_is_no_want_of_memory() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            dist.send(torch.ones(2), 1)
+        if rank == 1:
+            dist.recv_object_list([None], 0)
+        dist.barrier()
+
+    run = launch(work, nprocs=3, timeout=3, check=False)
+    assert kind(run) == ("unmatched send", (0, 1))
+    assert "rank 0 calls send to rank 1, which calls recv_object_list" in run.explain()
+    assert "fewer ranks" not in run.explain()
+
+
+def test_a_short_message_is_no_reason_for_what_comes_later() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        pass_on("plainly", rank, torch.ones(2), torch.zeros(4))
+        if rank == 1:
+            dist.recv(torch.zeros(4), 0)
+        dist.barrier()
+
+    run = launch(work, nprocs=3, timeout=30, check=False)
+    assert kind(run) == ("unmatched recv", (1,))
+
+
+def test_a_message_too_long_is_found_in_the_record_of_a_script() -> None:
+    """Only the calls are recorded, not gloo's last words."""
+    message: dict[str, Any] = {"lane": "main", "tag": 0}
+    sent = call(0, "send", 0, 7, peer=1, nbytes=16, tensor="float32 (4,)")
+    taken = call(1, "recv", 0, 9, peer=0, nbytes=8, tensor="float32 (2,)", open=True)
+    barrier = call(0, "barrier", 0, 11)._replace(failed=True)
+    records = [
+        record([sent._replace(**message), barrier], 0, 2, raised=error(CLOSED, 11, "barrier")),
+        record([taken._replace(**message)], 1, 2),
+    ]
+    run = run_of(records)
+    assert kind(run) == ("tensor mismatch", (0, 1))
+    assert f"{SCRIPT}, line 9" in run.explain()

@@ -165,6 +165,7 @@ def test_no_line_of_a_file_that_a_record_names_is_shown(made: Maker, secret: str
     for run in (
         made(raised=raises(secret)),
         made(site="train.py:7", handling={"site": "train.py:7", **raises(secret)}),
+        made(site="train.py:7", thread_died={"thread": "saver", **raises(secret)}),
         made(told=dump(secret)),
         made(told=dump("/x/../" * 3 + secret)),
         made(told=dump(os.path.relpath(secret))),
@@ -209,6 +210,13 @@ def test_what_a_record_names_is_not_opened(made: Maker, tmp_path: Path, how: str
 def test_a_world_of_a_billion_ranks(made: Maker) -> None:
     with pytest.raises(ValueError, match=r"rank_0\.7\.jsonl is damaged: 'world_size'"):
         made(began={"world_size": 10**9})
+
+
+@pytest.mark.parametrize("seconds", [-1, "2", None, float("nan"), float("inf"), True])
+def test_a_timeout_that_is_no_time(made: Maker, seconds: Any) -> None:
+    own = {"seconds": seconds, "call": "barrier", "site": None}
+    with pytest.raises(ValueError, match=r"rank_0\.7\.jsonl is damaged: 'seconds'"):
+        made(gives_up=own)
 
 
 def test_the_rank_of_another_file(made: Maker) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import queue
 import resource
 import signal
 import stat
@@ -35,8 +36,8 @@ FROM_OUTSIDE = ("forkserver killed", "parent interrupted", "parent killed")
 def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
     """What is wrong with the verdict on a run with this fault; "" if nothing is."""
     expected, found = FAULTS[fault], run.verdict
-    if fault == "swapped alike":
-        return "" if "not the same on all ranks" in run.explain() else "no warning"
+    if fault in WARNED:
+        return "" if WARNED[fault] in run.explain() else "no warning"
     if not expected.kinds:
         return "" if found is None else f"it was fine, but: {found.title}"
     if found is None or found.kind not in expected.kinds:
@@ -45,11 +46,17 @@ def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
         return f"{expected.line!r} is not shown"
     # Of two ranks that disagree, nobody can say which is right.
     fair = [(victim,), (0, 1)] if world_size == 2 and found.kind in SIDES else [(victim,)]
+    if fault == "message too long":
+        fair = [tuple(sorted((victim, (victim + 1) % world_size)))]
     if fault not in FROM_OUTSIDE and found.ranks not in fair:
         return f"it blames {found.ranks}, not rank {victim}"
     return ""
 
 
+WARNED = {
+    "swapped alike": "not the same on all ranks",
+    "message too short": "whose recv expects float32 (2,)",
+}
 SIDES = (
     "skipped collective",
     "different collectives",
@@ -107,6 +114,15 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
             continue
         if hit and fault == "extra":
             dist.barrier(group)
+        if hit and fault == "extra in a thread":
+            threading.Thread(target=extra, args=(group,), name="extra", daemon=True).start()
+            time.sleep(0.3)
+        if step == moment and fault in LENGTHS:
+            send_on(rank, victim, LENGTHS[fault], group)
+        if fault == "late for a wait":
+            if hit:
+                time.sleep(60)
+            dist.all_reduce(x, group=group, async_op=True).wait(timedelta(seconds=1))
         if not (hit and fault == "skipped"):
             dist.all_reduce(x, group=group)
         if hit and fault == "returned early":
@@ -119,6 +135,19 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
             pair = [dist.new_group(), dist.new_group()]
             for one in pair[::-1] if hit else pair:
                 dist.barrier(one)
+
+
+def extra(group: Any) -> None:
+    dist.barrier(group)
+
+
+def send_on(rank: int, victim: int, length: int, group: Any) -> None:
+    """The next rank sends so many numbers to the victim, which expects two."""
+    source = (victim + 1) % dist.get_world_size()
+    if rank == source:
+        dist.send(torch.ones(length), victim, group)
+    if rank == victim:
+        dist.recv(torch.zeros(2), source, group)
 
 
 def note_the_time() -> None:
@@ -164,6 +193,12 @@ def wait_for_a_lock(_: int) -> None:
     lock.acquire()
 
 
+def read_in_a_thread_that_dies(_: int) -> None:
+    samples: queue.Queue[int] = queue.Queue()
+    threading.Thread(target=fail, args=(0,), name="reader").start()
+    samples.get()
+
+
 def close_sockets(_: int) -> None:
     for name in os.listdir("/proc/self/fd"):
         number = int(name)
@@ -201,6 +236,7 @@ def receive_nothing(rank: int) -> None:
     dist.recv(torch.zeros(1), src=(rank + 1) % dist.get_world_size())
 
 
+LENGTHS = {"message too long": 5, "message too short": 1}
 ORDER = ("skipped collective", "different collectives")
 FAULTS = {
     "killed": Fault(kill, ("killed",), ""),
@@ -218,6 +254,15 @@ FAULTS = {
     "swapped": Fault(None, ORDER, "dist.all_reduce(x, group=group)"),
     "tensor mismatch": Fault(None, ("tensor mismatch",), "dist.all_reduce(x"),
     "swapped alike": Fault(None, (), ""),
+    "extra in a thread": Fault(None, ORDER, "in thread 'extra'"),
+    "message too long": Fault(None, ("tensor mismatch",), "dist.recv(torch.zeros(2)"),
+    "message too short": Fault(None, (), ""),
+    "late for a wait": Fault(
+        None, ("blocked in Python",), "The timeout of 1 s that Work.wait got at"
+    ),
+    "thread died": Fault(
+        read_in_a_thread_that_dies, ("blocked in Python",), "thread 'reader' of rank"
+    ),
     "groups in different order": Fault(None, ("groups in different order",), "dist.barrier(one)"),
     "never joined": Fault(None, ("never joined",), ""),
     "returned early": Fault(None, ("returned early",), "dist.broadcast(y, 0, group)"),

@@ -9,8 +9,8 @@ import pytest
 
 from ddp_lessons.wire.messages import (
     Decoder,
+    GivesUp,
     Handling,
-    Joining,
     Message,
     Raised,
     Returned,
@@ -18,13 +18,13 @@ from ddp_lessons.wire.messages import (
     Unsendable,
     encode,
 )
-from ddp_lessons.wire.records import ErrorRecord, Frame, Span
+from ddp_lessons.wire.records import ErrorRecord, Frame, Span, Timeout
 from ddp_lessons.wire.stacks import describe
 
 ERROR = ErrorRecord("KeyError", "KeyError: 'x'", (Frame("/cell.py", 3, "work", "d['x']"),))
 MESSAGES: list[Message] = [
     Started(5),
-    Joining(None),
+    GivesUp(Timeout(1.5, "barrier", "/cell.py:3")),
     Handling("/cell.py:3", ERROR),
     Returned(7, os.urandom(20_000)),
     Raised(8, ErrorRecord("E", "E: ä€😀", (), previous=ERROR, link="cause"), 1, b"pickle"),

@@ -168,6 +168,51 @@ def test_ranks_that_torchrun_told_to_end_say_where_they_were(attempts: Path) -> 
     assert run.ranks[0].exitcode == -signal.SIGTERM
 
 
+def test_timeouts_and_threads_are_recorded(tmp_path: Path) -> None:
+    record(
+        tmp_path,
+        """
+        import threading
+        from datetime import timedelta
+        def feed():
+            raise ValueError("a bad sample")
+        group = dist.new_group(timeout=timedelta(seconds=2))
+        thread = threading.Thread(target=dist.barrier, name="saver")
+        thread.start()
+        thread.join()
+        if rank == 1:
+            threading.Thread(target=feed, name="feeder").start()
+            time.sleep(60)
+        dist.barrier(group)
+        """,
+    )
+    run = load_run(tmp_path / "record")
+    assert run.verdict is not None
+    assert run.verdict.ranks == (1,)
+    text = run.explain()
+    assert re.search("The timeout of 2 s that new_group got at .*train.py, line 12 ran out", text)
+    assert "thread 'feeder' of rank 1 died of ValueError: a bad sample" in text
+    assert [dict(rank.threads) for rank in run.ranks] == 2 * [{"thread 1": "saver"}]
+
+
+def test_a_message_too_long_for_its_recv_is_named_from_the_record(tmp_path: Path) -> None:
+    """Gloo aborts the rank, and only its output says why."""
+    record(
+        tmp_path,
+        """
+        if rank == 0:
+            dist.send(torch.ones(4), 1)
+        else:
+            dist.recv(torch.zeros(2), 0)
+        dist.barrier()
+        """,
+    )
+    run = load_run(tmp_path / "record")
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("tensor mismatch", (0, 1))
+    assert "rank 0 sends float32 (4,) to rank 1, whose recv expects float32 (2,)" in run.explain()
+
+
 def test_a_child_that_is_told_to_end_is_not_the_rank(tmp_path: Path) -> None:
     script = write(
         tmp_path,

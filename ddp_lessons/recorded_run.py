@@ -9,10 +9,11 @@ they read, and nothing is unpickled.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,17 @@ from ddp_lessons.text import agree, count, ranks_text
 from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, split_site
+from ddp_lessons.wire.records import (
+    MISTAKES,
+    MOST_MISTAKES,
+    ErrorRecord,
+    Frame,
+    Kind,
+    Lane,
+    Mistake,
+    Span,
+    split_site,
+)
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
@@ -87,6 +98,7 @@ class RankFiles:
     told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
     handling: tuple[str, ErrorRecord] | None = None
+    mistakes: tuple[Mistake, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -150,6 +162,7 @@ def _read(file: Path) -> RankFiles:
             if handled
             else None
         )
+        mistakes = tuple(_mistakes(found, sources))
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -165,8 +178,15 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling,
+        sources, handling, mistakes,
     )  # fmt: skip
+
+
+def _mistakes(found: Fields, sources: Sources) -> Iterator[Mistake]:
+    """The mistakes that a rank noticed; a later version may know more kinds."""
+    for mistake in itertools.islice(found.each("mistakes"), MOST_MISTAKES):
+        if (kind := mistake.text("kind")) in MISTAKES:
+            yield Mistake(kind, mistake.text("op"), _site(mistake.text("site"), sources))
 
 
 def _began(found: Fields, file: Path) -> dict[str, Any]:
@@ -297,6 +317,7 @@ def _result(record: RankFiles) -> RankResult:
         host=str(record.began["host"]),
         pid=int(record.began["pid"]) if record.alive else None,
         handling=record.handling,
+        mistakes=record.mistakes,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ddp_lessons import text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Span
+from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Mistake, Span
 
 # Lines of torch's log with the time of day: its store warns if no name server answers, which does
 # not matter on loopback; gloo logs what its exceptions say anyway.
@@ -83,6 +83,8 @@ class RankResult:
     handling : tuple or None
         The line of the last call of torch.distributed that it made in an `except` block, and the
         exception that was handled there.
+    mistakes : tuple of Mistake
+        Mistakes that it noticed in its own calls, though they raised nothing; see `Run.warnings`.
     began_ns : int
         `time.perf_counter_ns()` when its process was requested.
     started_ns : int or None
@@ -110,6 +112,7 @@ class RankResult:
     host: str | None = None
     pid: int | None = None
     handling: tuple[str, ErrorRecord] | None = None
+    mistakes: tuple[Mistake, ...] = field(default=(), repr=False)
 
     @property
     def seconds(self) -> float:

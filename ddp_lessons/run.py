@@ -40,8 +40,8 @@ class Run(RunRecord):
         Why the run failed or hung; None if it did not.
     error : LaunchError or None
         The error that `launch` raises with ``check=True``.
-    warnings : list of str
-        Silent errors, such as swapped calls: one line each.
+    warnings : list of Finding
+        Mistakes that raised nothing, such as swapped calls. Empty if a rank failed.
     hung_after : float or None
         Seconds without progress after which `launch` stopped the run; None if it did not.
     interrupted : bool
@@ -96,7 +96,11 @@ class Run(RunRecord):
         """What failed or hung and why; one line if nothing did; and how many spans were dropped."""
         if self.error is not None:
             return "\n\n".join([f"{type(self.error).__name__}: {self.error}", *self._lost()])
-        lines = [f"{text.all_ranks(self.world_size)} returned.", *self.warnings, *self._lost()]
+        lines = [
+            f"{text.all_ranks(self.world_size)} returned.",
+            *map(str, self.warnings),
+            *self._lost(),
+        ]
         return "\n".join(lines)
 
     def _lost(self) -> list[str]:

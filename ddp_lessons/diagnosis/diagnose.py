@@ -1,17 +1,17 @@
 """Diagnoses a finished run: a verdict, the error to raise, and warnings.
 
 Runs in the parent, called by `Run`. failures.py explains ranks that failed, hangs.py ranks that
-wait forever.
+wait forever, mistakes.py what ranks did wrong though none failed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons.diagnosis import failures, hangs, mismatch
+from ddp_lessons.diagnosis import failures, hangs, mismatch, mistakes
 from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.mismatch import Mismatch
-from ddp_lessons.diagnosis.verdict import Verdict
+from ddp_lessons.diagnosis.verdict import Finding, Verdict
 from ddp_lessons.errors import CannotSend, LaunchError, WorkerDied, WorkerFailed, WorkersHung
 from ddp_lessons.text import ranks_text
 from ddp_lessons.wire.ops import GROUP_CALLS
@@ -27,17 +27,17 @@ def verdict(run: RunRecord) -> Verdict | None:
     return hangs.explain(run) if run.hung_after is not None else failures.explain(run)
 
 
-def warnings(run: RunRecord) -> list[str]:
-    """Silent errors of a run in which no rank failed: one line each."""
-    if not run.ok or _all_did_the_same(run):
+def warnings(run: RunRecord) -> list[Finding]:
+    """Silent mistakes of a run in which no rank failed."""
+    if not run.ok:
         return []
+    noticed = mistakes.noticed(run)
+    if _all_did_the_same(run):
+        return noticed
     calls = Calls.of(run)
-    found = [
-        _silent(parting)
-        for group in calls.met
-        if (parting := mismatch.first(calls, group)) is not None
-    ]
-    return [*found, *_forgotten(calls)]
+    partings = (mismatch.first(calls, group) for group in calls.met)
+    swapped = [_silent(parting) for parting in partings if parting is not None]
+    return [*swapped, *_forgotten(calls), *noticed]
 
 
 def _all_did_the_same(run: RunRecord) -> bool:
@@ -51,15 +51,17 @@ def _all_did_the_same(run: RunRecord) -> bool:
     return all(other == first for other in others)
 
 
-def _silent(parting: Mismatch) -> str:
+def _silent(parting: Mismatch) -> Finding:
     consequence = "the numbers are mixed up, and nothing failed"
     if parting.why == "tensors":
-        return f"Warning: {parting.title()}, so {consequence}."
-    lines = "; ".join(parting.lines())
-    return f"Warning: {parting.place} was not the same on all ranks, so {consequence}: {lines}"
+        text = f"{parting.title()}, so {consequence}."
+    else:
+        lines = "; ".join(parting.lines())
+        text = f"{parting.place} was not the same on all ranks, so {consequence}: {lines}"
+    return Finding(parting.kind, parting.odd_ranks, text, parting.frame)
 
 
-def _forgotten(calls: Calls) -> list[str]:
+def _forgotten(calls: Calls) -> list[Finding]:
     """A warning if only some ranks called destroy_process_group; if none did, no rank waits."""
     joined = [r for r, made in enumerate(calls.of_rank) if any(c.op in GROUP_CALLS for c in made)]
     stayed = [rank for rank in joined if calls.left(rank, "world") is None]
@@ -69,7 +71,8 @@ def _forgotten(calls: Calls) -> list[str]:
     if not stayed:
         return []
     who = ranks_text(stayed)
-    return [f"Warning: {who} returned without destroy_process_group, which the others called."]
+    text = f"{who} returned without destroy_process_group, which the others called."
+    return [Finding("left the group", tuple(stayed), text)]
 
 
 def error(run: RunRecord, found: Verdict | None) -> LaunchError | None:

@@ -1,6 +1,7 @@
 """Records asynchronous work: the call that issues it, the work until it is done, and each wait.
 
-Runs in workers. collectives.py calls it; install.py wraps `Work.wait` with `waiting`.
+Runs in workers. collectives.py calls it; install.py wraps `Work.wait` with `waiting`, the other
+methods of `Work` with `using`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_lessons.instrumentation import cuda_events, recording
 from ddp_lessons.instrumentation.group_registry import Group
 from ddp_lessons.instrumentation.recording import Recorder
-from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.records import NOT_AWAITED, Kind, Lane, Mistake
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class AsyncWork:
         self.recorder = recorder
         self.facts = facts
         self.group = group
+        self.handle_must_be_used = False
+        self._unused: Mistake | None = None  # told at the end unless the learner uses the handle
         self._slot = 0
         self._stopwatch: cuda_events.Stopwatch | None = None
         name = facts.op or "work"
@@ -52,6 +55,17 @@ class AsyncWork:
             self._slot = recorder.begin(Kind.COMM, name, t0_ns, facts, Lane.COMM)
         else:
             self._stopwatch = cuda_events.Stopwatch(recorder, on, name, facts)
+
+    @property
+    def on_gpu_stream(self) -> bool:
+        """Whether a stream of a GPU does the work."""
+        return self._stopwatch is not None
+
+    def use(self) -> None:
+        """Note that the learner uses the work's handle."""
+        unused, self._unused = self._unused, None
+        if unused is not None:
+            next(self.recorder.used_handles[unused])
 
     def carry(self, work: dist.Work | torch.futures.Future[Any] | int | None) -> None:
         """Watch the work that a call returned."""
@@ -61,6 +75,14 @@ class AsyncWork:
             self.done()
             return
         _in_flight.setdefault(work, []).append(self)
+        self._end_with(work)
+        op, site = self.facts.op, self.facts.site
+        if self.handle_must_be_used and op and site and _is_plain(work):
+            self._unused = Mistake(NOT_AWAITED, op, site)
+            next(self.recorder.handles[self._unused])
+
+    def _end_with(self, work: dist.Work | torch.futures.Future[Any]) -> None:
+        """Have the span end when the work is done."""
         if self._stopwatch is not None and self.facts.op in NULL_FUTURES:
             return  # its span ends when it is waited for
         get_future = getattr(work, "get_future", None)
@@ -91,6 +113,13 @@ class AsyncWork:
             self._stopwatch.stop()
 
 
+def _is_plain(work: object) -> bool:
+    """Whether all uses of a handle are seen: not those of a Future or of a backend's own class."""
+    import torch.distributed as dist
+
+    return type(work) is dist.Work
+
+
 # By the handle that the call returned; one of NCCL's may stand for a whole batch.
 _in_flight: weakref.WeakKeyDictionary[dist.Work | torch.futures.Future[Any], list[AsyncWork]] = (
     weakref.WeakKeyDictionary()
@@ -106,17 +135,14 @@ def received(recorder: Recorder, group: Group, source: int, tag: int, *slots: Sl
 
 
 def issued(
-    recorder: Recorder,
+    issued_work: AsyncWork,
     t0_ns: int,
-    facts: CallFacts,
-    group: Group | None,
-    on: torch.device | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Call a function that only issues work; record the call, and the work until it is done."""
-    issued_work = AsyncWork(recorder, t0_ns, facts, group, on)
+    recorder, facts = issued_work.recorder, issued_work.facts
     slot = recorder.begin(Kind.ISSUE, facts.op or "work", t0_ns, facts)
     work = None
     thread = get_ident()
@@ -133,6 +159,18 @@ def issued(
         recorder.end(slot)
 
 
+def using(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of `Work` other than `wait`: note that its handle is used."""
+
+    @functools.wraps(method)
+    def used(self: dist.Work, *args: Any, **kwargs: Any) -> Any:
+        for work in _in_flight.get(self, ()):
+            work.use()
+        return method(self, *args, **kwargs)
+
+    return used
+
+
 def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
     """Wrap `Work.wait`: record the wait, and that the work is done."""
 
@@ -143,6 +181,8 @@ def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"))
         works = _in_flight.get(self, [])
+        for work in works:
+            work.use()
         site = recorder.sites.of(sys._getframe(1))
         facts = (works[0].facts if works else NO_FACTS)._replace(site=site)
         name = f"wait for {facts.op or 'work'}"

@@ -7,9 +7,11 @@ worker's one `Recorder` into its span buffer (wire/span_buffer.py).
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +23,7 @@ from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.messages import Clock, GivesUp, Handling, Message
-from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.records import MOST_MISTAKES, Kind, Lane, Mistake
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
 if TYPE_CHECKING:
@@ -62,6 +64,11 @@ class Recorder:
         self.models: list[Callable[[], DistributedDataParallel | None]] = []  # weak references
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
+        # How many handles of asynchronous work calls returned, and how many of them were used, by
+        # the mistake that the others are. next() of a count is atomic.
+        self.handles: defaultdict[Mistake, Iterator[int]] = defaultdict(itertools.count)
+        self.used_handles: defaultdict[Mistake, Iterator[int]] = defaultdict(itertools.count)
+        self._mistakes: set[Mistake] = set()
         self._handled = 0  # calls made while an exception was handled
         self._sent_timeout: float | None = None  # seconds
         self._step_t0_ns = 0
@@ -148,6 +155,18 @@ class Recorder:
         if error is not None and site is not None and self._handled < MOST_HANDLED:
             self._handled += 1
             self.send(Handling(site, stacks.describe(error, self.home)))
+
+    def notice(self, mistake: Mistake) -> None:
+        """Tell the parent of a mistake, once."""
+        if mistake not in self._mistakes and len(self._mistakes) < MOST_MISTAKES:
+            self._mistakes.add(mistake)
+            self.send(mistake)
+
+    def notice_unused_handles(self) -> None:
+        """Tell the parent of asynchronous work that nobody can wait for any more: the rank ends."""
+        for mistake, returned in self.handles.items():
+            if next(returned) > next(self.used_handles[mistake]):
+                self.notice(mistake)
 
     def compare_clock(self, clock: Clock | None) -> None:
         """Tell the parent how this rank's clock stands against rank 0's, if that is known."""

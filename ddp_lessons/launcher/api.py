@@ -275,7 +275,7 @@ def _record(
 
 def _show_output(run: Run) -> None:
     # The parent prints, in the cell's own thread and rank by rank: the same text on every run.
-    lines = [*run.output_lines(), *run.warnings]
+    lines = [*run.output_lines(), *map(str, run.warnings)]
     if lines:
         print("\n".join(lines))
 

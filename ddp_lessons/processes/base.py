@@ -28,7 +28,7 @@ from ddp_lessons.wire.messages import (
     Started,
     Unsendable,
 )
-from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
+from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Mistake, Span
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -54,6 +54,7 @@ class Worker(ABC):
         self.own_timeout: float | None = None  # seconds after which it gives up by itself
         self.outcome: Returned | Raised | Unsendable | None = None
         self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
+        self.mistakes: list[Mistake] = []
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -154,6 +155,7 @@ class Worker(ABC):
             kept_by=None if kept is None else kept.name,
             activity=self.activity,
             handling=self.handling,
+            mistakes=tuple(self.mistakes),
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -170,6 +172,8 @@ class Worker(ABC):
                     self.own_timeout = min(timeout, self.own_timeout or timeout)
                 case Handling(site, error):
                     self.handling = (site, error)
+                case Mistake():
+                    self.mistakes.append(message)
                 case Clock():
                     self.clock = message
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):

@@ -156,5 +156,19 @@ class ErrorRecord:
         return line if len(line) <= MOST_SUMMARY else f"{line[:MOST_SUMMARY]}..."
 
 
+class Mistake(NamedTuple):
+    """A mistake that a rank noticed in its own calls of `op` at a line, though nothing failed.
+
+    `kind` is one of `MISTAKES`.
+    """
+
+    kind: str
+    op: str
+    site: str
+
+
+MISTAKES = OVERLAPPING, NOT_AWAITED = "overlapping outputs", "never waited for"
+MOST_MISTAKES = 20  # that a rank tells of
+
 # `type_name` of the errors that the parent makes when the process that started a rank is gone.
 FORKSERVER, ENGINE = "ForkserverEnded", "EngineLost"

@@ -91,6 +91,8 @@ def run_rank(
     code = _carry_out(task, place.rank, args, recorder)
     wait_for_threads()
     run_exit_handlers()
+    with contextlib.suppress(OSError):  # the learner's handlers may have closed the pipe
+        recorder.notice_unused_handles()
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:
             stream.flush()

@@ -41,7 +41,7 @@ from ddp_lessons.system import reaper, regular_files
 from ddp_lessons.system.host import clock_id
 from ddp_lessons.wire.messages import Clock, Handling, Message
 from ddp_lessons.wire.owners import Owner, owner_of
-from ddp_lessons.wire.records import ErrorRecord
+from ddp_lessons.wire.records import ErrorRecord, Mistake
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
 from ddp_lessons.wire.span_buffer import REGION, SpanWriter, identity, prepare, reserve, say
 from ddp_lessons.wire.stacks import describe
@@ -126,6 +126,7 @@ class _Script:
             world_size=began["world_size"],
             one_clock=False,
         )
+        self._mistakes: list[dict[str, Any]] = []
         self._write(began=began)
         self._noted: set[str] = set()
         self._recorder.sites.on_file = self._note_file
@@ -176,6 +177,9 @@ class _Script:
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Clock):
             self._write(clock=dataclasses.asdict(message))
+        elif isinstance(message, Mistake):
+            self._mistakes.append(message._asdict())
+            self._write(mistakes=self._mistakes)
         elif isinstance(message, Handling):
             self._note_files_of(message.error)
             self._write(handling={"site": message.site, **dataclasses.asdict(message.error)})
@@ -206,6 +210,7 @@ class _Script:
         if error is not None:
             self._note_error(error)
         self._recorder.close()
+        self._recorder.notice_unused_handles()
         self._write(ended={"t_ns": time.perf_counter_ns()})
         self._give_room_back()
         ddp_traffic.release_groups(self._recorder)

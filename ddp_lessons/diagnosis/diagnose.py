@@ -31,7 +31,7 @@ def warnings(run: RunRecord) -> list[Finding]:
     """Silent mistakes of a run in which no rank failed."""
     if not run.ok:
         return []
-    noticed = mistakes.noticed(run)
+    noticed = mistakes.noticed(run) + mistakes.partly_filled(run)
     if _all_did_the_same(run):
         return noticed
     calls = Calls.of(run)

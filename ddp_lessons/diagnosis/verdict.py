@@ -90,7 +90,8 @@ class Finding:
         "skipped collective", "different collectives" and "tensor mismatch" as in `Verdict`: the
         ranks' calls do not match. "left the group": only some ranks called destroy_process_group.
         "overlapping outputs": one tensor was to hold the results of several ranks. "never waited
-        for": asynchronous work whose handle was never used.
+        for": asynchronous work whose handle was never used. "partly filled": a recv into a tensor
+        that is larger than what was sent.
     ranks : tuple of int
         The ranks at fault; all that took part if that is unknown.
     text : str

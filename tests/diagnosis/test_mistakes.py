@@ -14,11 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import _functional_collectives as functional
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.distributed_c10d import _coalescing_manager
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Finding, launch, load_run
@@ -185,6 +181,73 @@ def test_work_that_nobody_waits_for(body: Body) -> None:
     assert "dist." in source(found)
 
 
+# A recv into a larger tensor
+
+
+def receives_fewer(rank: int) -> None:
+    x = torch.zeros(4)
+    if rank == 0:
+        dist.send(torch.ones(4), 1)
+        dist.send(torch.ones(2), 1)
+        dist.send(torch.ones(3), 1, tag=7)
+    elif rank == 1:
+        dist.recv(x, 0)
+        for tag in (0, 7):
+            dist.recv(x, 0, tag=tag)
+
+
+def receives_fewer_in_a_batch(rank: int) -> None:
+    mine = torch.ones(4 if rank else 2)
+    ops = [
+        dist.P2POp(dist.isend, mine, (rank + 1) % 3),
+        dist.P2POp(dist.irecv, torch.zeros(4), (rank - 1) % 3),
+    ]
+    for work in dist.batch_isend_irecv(ops):
+        work.wait()
+
+
+def receives_fewer_from_anyone(rank: int) -> None:
+    if rank == 0:
+        dist.send(torch.ones(2), 1)
+    elif rank == 1:
+        dist.recv(torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "body", [receives_fewer, receives_fewer_in_a_batch, receives_fewer_from_anyone]
+)
+def test_a_recv_into_a_larger_tensor(body: Body) -> None:
+    (found,) = warnings_of(body)
+    assert (found.kind, found.ranks) == ("partly filled", (1,))
+    assert "rank 1 received float32 (2,) from rank 0 into float32 (4,) at" in found.text
+
+
+def receives_all(rank: int) -> None:
+    sizes = (4, 2, 3, 1)
+    if rank == 0:
+        works = [dist.isend(torch.ones(size), 1, tag=size % 2) for size in sizes]
+        for work in works:
+            work.wait()
+        dist.send(torch.ones(2, 3), 1)
+    elif rank == 1:
+        rooms = {size: torch.zeros(size) for size in sizes}
+        works = [dist.irecv(rooms[size], 0, tag=size % 2) for size in (3, 4, 1, 2)]
+        for work in reversed(works):
+            work.wait()
+        dist.recv(torch.zeros(6), 0)
+
+
+def receives_from_anyone(rank: int) -> None:
+    """Works are waited for in another order than they began, so their numbers are not certain."""
+    if rank == 0:
+        dist.send(torch.ones(2), 1)
+        dist.send(torch.ones(4), 1)
+    elif rank == 1:
+        works = [dist.irecv(torch.zeros(2)), dist.irecv(torch.zeros(4))]
+        for work in reversed(works):
+            work.wait()
+
+
 def test_each_kind_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def several(rank: int) -> None:
         gathers(rank)
@@ -251,8 +314,7 @@ def waits(rank: int) -> None:
 def waits_elsewhere(rank: int) -> None:
     x = torch.ones(10)
     atexit.register(dist.all_reduce(x, async_op=True).wait)
-    work = dist.all_reduce(x, async_op=True)
-    threading.Thread(target=lambda: (time.sleep(0.3), work.wait())).start()
+    threading.Timer(0.3, dist.all_reduce(x, async_op=True).wait).start()
 
 
 def needs_no_wait(rank: int) -> None:
@@ -301,6 +363,11 @@ def is_refused(rank: int) -> None:
 
 def leaves_it_to_torch(rank: int) -> None:
     """torch's own calls count for none: it may wait for their work in C++."""
+    from torch.distributed import _functional_collectives as functional
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     mean = functional.all_reduce(torch.ones(10), "avg", dist.group.WORLD)
     assert mean.sum() == 10
     model = DistributedDataParallel(nn.Linear(4, 4))
@@ -329,7 +396,7 @@ def own_hook(rank: int) -> None:
 
 HEALTHY = (
     gathers_apart, waits, waits_elsewhere, needs_no_wait, passes_on, coalesces, is_refused,
-    leaves_it_to_torch, own_hook,
+    leaves_it_to_torch, own_hook, receives_all, receives_from_anyone,
 )  # fmt: skip
 
 

@@ -30,11 +30,13 @@ from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
 from ddp_lessons.wire.records import (
     MISTAKES,
     MOST_MISTAKES,
+    Batches,
     ErrorRecord,
     Frame,
     Kind,
     Lane,
     Mistake,
+    Noted,
     Span,
     split_site,
 )
@@ -99,6 +101,7 @@ class RankFiles:
     sources: Sources = field(default_factory=lambda: Sources({}))
     handling: tuple[str, ErrorRecord] | None = None
     mistakes: tuple[Mistake, ...] = ()
+    noted: Noted | None = None
 
     @property
     def rank(self) -> int:
@@ -162,7 +165,7 @@ def _read(file: Path) -> RankFiles:
             if handled
             else None
         )
-        mistakes = tuple(_mistakes(found, sources))
+        mistakes, noted = tuple(_mistakes(found, sources)), _noted(found, sources)
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -178,7 +181,7 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling, mistakes,
+        sources, handling, mistakes, noted,
     )  # fmt: skip
 
 
@@ -187,6 +190,19 @@ def _mistakes(found: Fields, sources: Sources) -> Iterator[Mistake]:
     for mistake in itertools.islice(found.each("mistakes"), MOST_MISTAKES):
         if (kind := mistake.text("kind")) in MISTAKES:
             yield Mistake(kind, mistake.text("op"), _site(mistake.text("site"), sources))
+
+
+def _noted(found: Fields, sources: Sources) -> Noted | None:
+    """What a rank noted on request."""
+    if (noted := found.within("noted")) is None:
+        return None
+    names = Batches._fields[1:]
+    batches = [
+        Batches(_site(line.text("site"), sources), *map(line.number, names))
+        for line in noted.each("batches")
+    ]
+    weights = [model.numbers() for model in noted.each("weights")]
+    return Noted(tuple(weights), tuple(noted.texts("rates")), tuple(batches))
 
 
 def _began(found: Fields, file: Path) -> dict[str, Any]:
@@ -318,6 +334,7 @@ def _result(record: RankFiles) -> RankResult:
         pid=int(record.began["pid"]) if record.alive else None,
         handling=record.handling,
         mistakes=record.mistakes,
+        noted=record.noted,
     )
 
 

@@ -16,7 +16,7 @@ from ddp_lessons import text
 from ddp_lessons.analysis import chrome_trace, metrics, wait_states
 from ddp_lessons.analysis.metrics import Link, Overlap, Straggler, Total
 from ddp_lessons.analysis.wait_states import Arrival, Share
-from ddp_lessons.diagnosis import diagnose
+from ddp_lessons.diagnosis import diagnose, notes
 from ddp_lessons.diagnosis.verdict import Verdict
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.results import RankResult, RunRecord, Status
@@ -42,6 +42,9 @@ class Run(RunRecord):
         The error that `launch` raises with ``check=True``.
     warnings : list of Finding
         Mistakes that raised nothing, such as swapped calls. Empty if a rank failed.
+    notes : list of Finding
+        What may be a mistake or meant, with ``launch(..., notes=True)``; the last says what was
+        compared. Empty without it, or if a rank failed.
     hung_after : float or None
         Seconds without progress after which `launch` stopped the run; None if it did not.
     interrupted : bool
@@ -55,6 +58,7 @@ class Run(RunRecord):
         self.verdict: Verdict | None = diagnose.verdict(self)
         self.error: LaunchError | None = diagnose.error(self, self.verdict)
         self.warnings = diagnose.warnings(self)
+        self.notes = notes.notes(self)
 
     def waits(self) -> list[Share]:
         """Every rank's part in every collective, split into waiting and transfer.
@@ -98,7 +102,7 @@ class Run(RunRecord):
             return "\n\n".join([f"{type(self.error).__name__}: {self.error}", *self._lost()])
         lines = [
             f"{text.all_ranks(self.world_size)} returned.",
-            *map(str, self.warnings),
+            *map(str, [*self.warnings, *self.notes]),
             *self._lost(),
         ]
         return "\n".join(lines)

@@ -92,18 +92,23 @@ class Finding:
         "overlapping outputs": one tensor was to hold the results of several ranks. "never waited
         for": asynchronous work whose handle was never used. "partly filled": a recv into a tensor
         that is larger than what was sent.
+        In notes: "weights differ", "learning rates differ", "same samples", "same random numbers",
+        and "compared", which says what was compared.
     ranks : tuple of int
         The ranks at fault; all that took part if that is unknown.
     text : str
         What happened and what to do, in one line.
     frame : Frame or None
         The line of the learner's code to look at first.
+    is_note : bool
+        It may be meant: see ``launch(..., notes=True)``.
     """
 
     kind: str
     ranks: tuple[int, ...]
     text: str
     frame: Frame | None = None
+    is_note: bool = False
 
     def __str__(self) -> str:
-        return f"Warning: {self.text}"
+        return f"{'Note' if self.is_note else 'Warning'}: {self.text}"

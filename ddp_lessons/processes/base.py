@@ -28,7 +28,7 @@ from ddp_lessons.wire.messages import (
     Started,
     Unsendable,
 )
-from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Mistake, Span
+from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Mistake, Noted, Span
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -55,6 +55,7 @@ class Worker(ABC):
         self.outcome: Returned | Raised | Unsendable | None = None
         self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
         self.mistakes: list[Mistake] = []
+        self.noted: Noted | None = None
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -156,6 +157,7 @@ class Worker(ABC):
             activity=self.activity,
             handling=self.handling,
             mistakes=tuple(self.mistakes),
+            noted=self.noted,
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -174,6 +176,8 @@ class Worker(ABC):
                     self.handling = (site, error)
                 case Mistake():
                     self.mistakes.append(message)
+                case Noted():
+                    self.noted = message
                 case Clock():
                     self.clock = message
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):

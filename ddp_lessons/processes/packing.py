@@ -24,7 +24,7 @@ from ddp_lessons.wire.stacks import is_cell, text_of
 from ddp_lessons.wire.task import PackedArgument, Task
 
 
-def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) -> Task:
+def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, notes: bool) -> Task:
     """Make the task of one run. Raises CannotSend if the function cannot be pickled."""
     # The anchor is a function whose globals are the notebook's own namespace. cloudpickle gives all
     # functions of one pickle one dict of globals, holding just the names they use; through the
@@ -39,6 +39,7 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool) ->
         name=name_of(fn),
         overrides=dict(overrides),
         profile=profile,
+        notes=notes,
         sources=_cell_sources(function),
         home=home_of(fn),
     )

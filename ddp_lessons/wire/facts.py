@@ -61,10 +61,21 @@ class Fields:
 
     def each(self, name: str) -> Iterator[Fields]:
         """The members of a list; none if the record lacks the list, as an older one may."""
+        return map(Fields, self._list(name))
+
+    def texts(self, name: str) -> list[str]:
+        """A list of strings."""
+        return [Fields({name: value}).text(name) for value in self._list(name)]
+
+    def numbers(self) -> dict[str, int]:
+        """All fields, which are numbers, by their names."""
+        return {name.encode(errors="replace").decode(): self.number(name) for name in self.data}
+
+    def _list(self, name: str) -> list[Any]:
         value = self.data.get(name, [])
         if not isinstance(value, list):
             raise ValueError(f"is damaged: {name!r} is no list")
-        return map(Fields, value)
+        return value
 
     def within(self, name: str) -> Fields | None:
         """The fields of a nested fact; None if there is none."""

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddp_lessons.wire.records import ErrorRecord, Mistake
+from ddp_lessons.wire.records import ErrorRecord, Mistake, Noted
 
 _LENGTH = struct.Struct("<Q")
 # The parent sends it to ask a worker for its Python stack. A real-time signal where there are any,
@@ -93,7 +93,18 @@ class Unsendable:
     reason: str
 
 
-Message = Started | Joining | GivesUp | Handling | Mistake | Clock | Returned | Raised | Unsendable
+Message = (
+    Started
+    | Joining
+    | GivesUp
+    | Handling
+    | Mistake
+    | Noted
+    | Clock
+    | Returned
+    | Raised
+    | Unsendable
+)
 
 
 def encode(message: Message) -> bytes:

@@ -170,5 +170,34 @@ class Mistake(NamedTuple):
 MISTAKES = OVERLAPPING, NOT_AWAITED = "overlapping outputs", "never waited for"
 MOST_MISTAKES = 20  # that a rank tells of
 
+
+class Batches(NamedTuple):
+    """What one line of a rank took from a DataLoader with so many `workers`, as checksums.
+
+    `draws` counts how often random numbers were drawn meanwhile; with workers, how many seeds they
+    got. See instrumentation/notes.py.
+    """
+
+    site: str
+    batches: int
+    samples: int
+    digest: int
+    draws: int
+    drawn: int
+    workers: int
+
+
+class Noted(NamedTuple):
+    """What a rank noted on request.
+
+    `weights` are checksums of the parameters of each DDP model by name, `rates` the last learning
+    rates of each optimizer as text.
+    """
+
+    weights: tuple[dict[str, int], ...]
+    rates: tuple[str, ...]
+    batches: tuple[Batches, ...]
+
+
 # `type_name` of the errors that the parent makes when the process that started a rank is gone.
 FORKSERVER, ENGINE = "ForkserverEnded", "EngineLost"

@@ -69,6 +69,7 @@ class Task:
     name: str
     overrides: dict[str, str]
     profile: bool = False
+    notes: bool = False
     sources: dict[str, str] = field(default_factory=dict)
     home: str | None = None
     one_clock: bool = True

@@ -245,6 +245,10 @@ def _carry_out(
         values = [argument.load() for argument in args]
         if task.profile:
             profiler.start(recorder)
+        if task.notes:
+            from ddp_lessons.instrumentation import notes  # which imports torch
+
+            notes.start(recorder)
         recorder.send(Started(time.perf_counter_ns()))
         called = True
         value = fn(rank, *values)

@@ -41,8 +41,8 @@ from ddp_lessons.system import reaper, regular_files
 from ddp_lessons.system.host import clock_id
 from ddp_lessons.wire.messages import Clock, Handling, Message
 from ddp_lessons.wire.owners import Owner, owner_of
-from ddp_lessons.wire.records import ErrorRecord, Mistake
-from ddp_lessons.wire.run_folder import VARIABLE, VERSION
+from ddp_lessons.wire.records import ErrorRecord, Mistake, Noted
+from ddp_lessons.wire.run_folder import NOTES, VARIABLE, VERSION
 from ddp_lessons.wire.span_buffer import REGION, SpanWriter, identity, prepare, reserve, say
 from ddp_lessons.wire.stacks import describe
 
@@ -135,6 +135,10 @@ class _Script:
         faulthandler.register(signal.SIGTERM, file=files.stack, all_threads=True, chain=True)
         os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
         install(self._recorder)
+        if os.environ.get(NOTES):
+            from ddp_lessons.instrumentation import notes  # which imports torch
+
+            notes.start(self._recorder)
         main = vars(sys.modules["__main__"])
         self._note_file(main.get("__file__") or "")
         replace_in(main)
@@ -180,6 +184,9 @@ class _Script:
         elif isinstance(message, Mistake):
             self._mistakes.append(message._asdict())
             self._write(mistakes=self._mistakes)
+        elif isinstance(message, Noted):
+            batches = [batches._asdict() for batches in message.batches]
+            self._write(noted={**message._asdict(), "batches": batches})
         elif isinstance(message, Handling):
             self._note_files_of(message.error)
             self._write(handling={"site": message.site, **dataclasses.asdict(message.error)})

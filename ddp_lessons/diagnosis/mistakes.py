@@ -12,7 +12,15 @@ from ddp_lessons.diagnosis.mismatch import frame_of, line_of
 from ddp_lessons.diagnosis.verdict import Finding
 from ddp_lessons.text import count, ranks_text
 from ddp_lessons.wire.ops import RECVS, SENDS
-from ddp_lessons.wire.records import MISTAKES, NOT_AWAITED, OVERLAPPING, Kind, Mistake, Span
+from ddp_lessons.wire.records import (
+    CHANGED,
+    MISTAKES,
+    NOT_AWAITED,
+    OVERLAPPING,
+    Kind,
+    Mistake,
+    Span,
+)
 
 if TYPE_CHECKING:
     from ddp_lessons.results import RunRecord
@@ -27,6 +35,10 @@ _TEXTS = {
     NOT_AWAITED: (
         "never waited for the {op} that began at {line}: the tensor may be used before it is "
         "done. Keep what the call returns, and call its wait() first."
+    ),
+    CHANGED: (
+        "changed the tensor of the {op} at {line} before waiting for it: the other rank may get "
+        "the new numbers. Call wait() first, or send a clone()."
     ),
 }
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_lessons.instrumentation import cuda_events, recording
 from ddp_lessons.instrumentation.group_registry import Group
 from ddp_lessons.instrumentation.recording import Recorder
-from ddp_lessons.wire.records import NOT_AWAITED, Kind, Lane, Mistake
+from ddp_lessons.wire.records import CHANGED, NOT_AWAITED, Kind, Lane, Mistake
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ class AsyncWork:
         self.group = group
         self.handle_must_be_used = False
         self._unused: Mistake | None = None  # told at the end unless the learner uses the handle
+        self._sent: tuple[torch.Tensor, int, tuple[int, int]] | None = None
         self._slot = 0
         self._stopwatch: cuda_events.Stopwatch | None = None
         name = facts.op or "work"
@@ -61,11 +62,32 @@ class AsyncWork:
         """Whether a stream of a GPU does the work."""
         return self._stopwatch is not None
 
+    def sends(self, tensor: Any) -> None:
+        """Note the tensor of an isend, to see later whether it was changed before it was sent.
+
+        Only a tensor that fills its memory: the version of a part counts changes elsewhere, too.
+        """
+        try:
+            if tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes():
+                self._sent = tensor, tensor._version, self.recorder.heard()
+        except (AttributeError, RuntimeError):  # no tensor, or one of inference mode
+            return
+
     def use(self) -> None:
         """Note that the learner uses the work's handle."""
         unused, self._unused = self._unused, None
         if unused is not None:
             next(self.recorder.used_handles[unused])
+            if self._was_changed():
+                self.recorder.notice(unused._replace(kind=CHANGED))
+            self._sent = None
+
+    def _was_changed(self) -> bool:
+        """Whether what an isend sends was changed, and no other rank can have told that it came."""
+        if self._sent is None:
+            return False
+        tensor, version, heard = self._sent
+        return tensor._version != version and self.recorder.heard() == heard
 
     def carry(self, work: dist.Work | torch.futures.Future[Any] | int | None) -> None:
         """Watch the work that a call returned."""
@@ -156,7 +178,7 @@ def issued(
     finally:
         recording.inside.remove(thread)
         issued_work.carry(work)
-        recorder.end(slot)
+        recorder.end_issue(slot)
 
 
 def using(method: Callable[..., Any]) -> Callable[..., Any]:

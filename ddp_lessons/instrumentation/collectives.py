@@ -121,7 +121,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         try:
             if call.is_asynchronous(args, kwargs) or on is not None:
                 work = AsyncWork(recorder, t0_ns, facts, group, on)
-                work.handle_must_be_used = _must_be_used(call, work, frame)
+                _watch_handle(call, work, frame, args, kwargs)
                 result = async_work.issued(work, t0_ns, function, args, kwargs)
                 _check_outputs(call, recorder, args, kwargs, site)
                 return result
@@ -166,18 +166,22 @@ def _check_outputs(
         recorder.notice(Mistake(OVERLAPPING, call.name, site))
 
 
-def _must_be_used(call: Signature, work: AsyncWork, frame: FrameType) -> bool:
-    """Whether it is a mistake never to use the handle of asynchronous work.
+def _watch_handle(
+    call: Signature, work: AsyncWork, frame: FrameType, args: Args, kwargs: Kwargs
+) -> None:
+    """Have the handle of asynchronous work watched, if it is a mistake never to use it.
 
     Not if a library made the call, which may wait for it in C++, or where a stream of a GPU does
     the work, for which `torch.cuda.synchronize` waits, too.
     """
-    return (
+    work.handle_must_be_used = (
         not work.on_gpu_stream
         and work.group is not None
         and call.needs_wait(work.facts.peer, work.recorder.rank)
         and call_sites.is_in(work.facts.site, frame)
     )
+    if call.sends and work.handle_must_be_used:
+        work.sends(argument(args, kwargs, call.tensor_place, call.tensor))
 
 
 def batched(
@@ -209,7 +213,7 @@ def batched(
             inside.remove(thread)
             for place, issued in enumerate(started):  # NCCL returns one work for all of them
                 issued.carry(works[min(place, len(works) - 1)] if works else None)
-            recorder.end(slot)
+            recorder.end_issue(slot)
 
     def _start(
         recorder: Recorder, t0_ns: int, op: dist.P2POp, site: str | None, frame: FrameType
@@ -220,7 +224,7 @@ def batched(
         facts = call.facts(group, (), arguments, recorder.rank, site)
         on = call.device(group, (), arguments) if groups.any_streamed else None
         work = AsyncWork(recorder, t0_ns, facts, group, on)
-        work.handle_must_be_used = _must_be_used(call, work, frame)
+        _watch_handle(call, work, frame, (), arguments)
         return work
 
     import torch.distributed as dist

@@ -68,6 +68,7 @@ class Recorder:
         # the mistake that the others are. next() of a count is atomic.
         self.handles: defaultdict[Mistake, Iterator[int]] = defaultdict(itertools.count)
         self.used_handles: defaultdict[Mistake, Iterator[int]] = defaultdict(itertools.count)
+        self._issued = 0  # calls that only issued work and have ended
         self._mistakes: set[Mistake] = set()
         self._handled = 0  # calls made while an exception was handled
         self._sent_timeout: float | None = None  # seconds
@@ -88,6 +89,19 @@ class Recorder:
     def end(self, slot: Slot) -> None:
         """End a span now."""
         self.buffer.end(slot, time.perf_counter_ns())
+
+    def end_issue(self, slot: Slot) -> None:
+        """End the span of a call that only issued work."""
+        self.end(slot)
+        self._issued += bool(slot)
+
+    def heard(self) -> tuple[int, int]:
+        """Numbers that stay the same as long as nothing ends here but calls that issue work.
+
+        Until then no call can have brought word from another rank.
+        """
+        ended, dropped = self.buffer.ended
+        return ended - self._issued, dropped
 
     def fail(self, slot: Slot, error: BaseException, *, met: bool = False) -> None:
         """Note that a call raised. One that torch refused loses its number, unless it `met` others.

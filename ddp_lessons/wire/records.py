@@ -167,7 +167,8 @@ class Mistake(NamedTuple):
     site: str
 
 
-MISTAKES = OVERLAPPING, NOT_AWAITED = "overlapping outputs", "never waited for"
+OVERLAPPING, NOT_AWAITED, CHANGED = "overlapping outputs", "never waited for", "changed too early"
+MISTAKES = (OVERLAPPING, NOT_AWAITED, CHANGED)
 MOST_MISTAKES = 20  # that a rank tells of
 
 

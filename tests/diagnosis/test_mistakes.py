@@ -181,6 +181,87 @@ def test_work_that_nobody_waits_for(body: Body) -> None:
     assert "dist." in source(found)
 
 
+# A tensor that is changed before it was sent
+
+
+def sends_one_buffer(rank: int) -> None:
+    x, works = torch.zeros(1_000_000), []
+    for number in range(3):
+        if rank == 0:
+            x.fill_(number)
+            works.append(dist.isend(x, 1))
+        elif rank == 1:
+            dist.recv(x, 0)
+    for work in works:
+        work.wait()
+
+
+def changes_before_it_receives(rank: int) -> None:
+    x, y = torch.ones(10), torch.zeros(10)
+    ops = [dist.P2POp(dist.isend, x, (rank + 1) % 3), dist.P2POp(dist.irecv, y, (rank - 1) % 3)]
+    works = dist.batch_isend_irecv(ops)
+    x.mul_(2)
+    for work in works:
+        work.wait()
+
+
+def steps_before_it_waits(rank: int) -> None:
+    x = nn.Parameter(torch.ones(10))
+    work = dist.isend(x.detach(), 1) if rank == 0 else None
+    with torch.no_grad():
+        x -= 1
+    if work is not None:
+        work.wait()
+    elif rank == 1:
+        dist.recv(torch.zeros(10), 0)
+
+
+CHANGED: dict[Body, tuple[int, ...]] = {
+    sends_one_buffer: (0,),
+    changes_before_it_receives: (0, 1, 2),
+    steps_before_it_waits: (0,),
+}
+
+
+@pytest.mark.parametrize("body", CHANGED)
+def test_a_tensor_that_is_changed_before_it_was_sent(body: Body) -> None:
+    (found,) = warnings_of(body)
+    assert (found.kind, found.ranks) == ("changed too early", CHANGED[body])
+    assert "isend" in source(found)
+
+
+def changes_in_time(rank: int) -> None:
+    """A tensor may be changed after a wait, or when another rank has told that it came."""
+    x, y = torch.ones(10), torch.zeros(10)
+    if rank == 0:
+        dist.isend(x, 1).wait()
+        x += 1
+        answered = dist.isend(x, 1)
+        dist.recv(y, 1)
+        x += 1
+        answered.wait()
+        met = dist.isend(x, 1)
+    elif rank == 1:
+        dist.recv(y, 0)
+        dist.recv(y, 0)
+        dist.send(y, 0)
+        dist.recv(y, 0)
+    dist.barrier()
+    x += 1
+    if rank == 0:
+        met.wait()
+
+
+def changes_the_inside_meanwhile(rank: int) -> None:
+    """Ranks exchange the edges of their parts, and compute the inside meanwhile."""
+    field, weight = torch.ones(8, 4), torch.ones(4)
+    works = [dist.isend(field[-2], (rank + 1) % 3), dist.irecv(field[0], (rank - 1) % 3)]
+    field[2:-2] += 1
+    weight += 1
+    for work in works:
+        work.wait()
+
+
 # A recv into a larger tensor
 
 
@@ -397,6 +478,7 @@ def own_hook(rank: int) -> None:
 HEALTHY = (
     gathers_apart, waits, waits_elsewhere, needs_no_wait, passes_on, coalesces, is_refused,
     leaves_it_to_torch, own_hook, receives_all, receives_from_anyone,
+    changes_in_time, changes_the_inside_meanwhile,
 )  # fmt: skip
 
 

@@ -90,11 +90,10 @@ class Finding:
         "skipped collective", "different collectives" and "tensor mismatch" as in `Verdict`: the
         ranks' calls do not match. "left the group": only some ranks called destroy_process_group.
         "overlapping outputs": one tensor was to hold the results of several ranks. "never waited
-        for": asynchronous work whose handle was never used. "changed too early": an isend's
-        tensor, before it was waited for. "partly filled": a recv into a tensor
-        that is larger than what was sent.
-        In notes: "weights differ", "learning rates differ", "same samples", "same random numbers",
-        and "compared", which says what was compared.
+        for": asynchronous work whose handle was never used. "changed too early": the tensor of an
+        isend, before it was waited for. "partly filled": a recv into a tensor that is larger than
+        what was sent. In notes: "weights differ", "learning rates differ", "same samples", "same
+        random numbers", and "compared", which says what was compared.
     ranks : tuple of int
         The ranks at fault; all that took part if that is unknown.
     text : str

@@ -125,7 +125,7 @@ class _Notes:
                 site, line.batches, len(line.samples), _mixed(0, *sorted(line.samples)),
                 line.draws, line.drawn, line.workers,
             )
-            for site, line in self._lines.items()
+            for site, line in list(self._lines.items())
         ]  # fmt: skip
         weights = [weights for _, weights in sorted(self._weights.items())]
         rates = [rates for _, rates in sorted(self._rates.items())]

@@ -178,7 +178,7 @@ class Recorder:
 
     def notice_unused_handles(self) -> None:
         """Tell the parent of asynchronous work that nobody can wait for any more: the rank ends."""
-        for mistake, returned in self.handles.items():
+        for mistake, returned in list(self.handles.items()):  # daemons may go on
             if next(returned) > next(self.used_handles[mistake]):
                 self.notice(mistake)
 

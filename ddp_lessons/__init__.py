@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ddp_lessons import plots
     from ddp_lessons.analysis.metrics import Link, Overlap, Straggler, Total
     from ddp_lessons.analysis.wait_states import Arrival, Share
-    from ddp_lessons.diagnosis.verdict import Verdict
+    from ddp_lessons.diagnosis.verdict import Finding, Verdict
     from ddp_lessons.errors import (
         BadLaunch,
         CannotSend,
@@ -44,6 +44,7 @@ __all__ = [
     "BadLaunch",
     "CannotSend",
     "ErrorRecord",
+    "Finding",
     "Frame",
     "LaunchError",
     "Link",
@@ -70,6 +71,7 @@ __all__ = [
 _HOME = {
     "Arrival": "analysis.wait_states",
     "ErrorRecord": "wire.records",
+    "Finding": "diagnosis.verdict",
     "Frame": "wire.records",
     "Link": "analysis.metrics",
     "Overlap": "analysis.metrics",

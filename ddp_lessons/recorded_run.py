@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,20 @@ from ddp_lessons.text import agree, count, ranks_text
 from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeout, split_site
+from ddp_lessons.wire.records import (
+    MISTAKES,
+    MOST_MISTAKES,
+    Batches,
+    ErrorRecord,
+    Frame,
+    Kind,
+    Lane,
+    Mistake,
+    Noted,
+    Span,
+    Timeout,
+    split_site,
+)
 from ddp_lessons.wire.run_folder import VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
@@ -93,6 +106,8 @@ class RankFiles:
     threads: Mapping[str, str] = field(default_factory=dict)
     dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
     unseen: tuple[str, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+    noted: Noted | None = None
 
     @property
     def rank(self) -> int:
@@ -170,6 +185,7 @@ def _read(file: Path) -> RankFiles:
             for died in itertools.islice(found.each("thread_died"), MOST_TOLD)
         )
         unseen = tuple(part.text("what") for part in found.each("unseen"))
+        mistakes, noted = tuple(_mistakes(found, sources)), _noted(found, sources)
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -185,8 +201,28 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling, timeouts, threads, dead_threads, unseen,
+        sources, handling, timeouts, threads, dead_threads, unseen, mistakes, noted,
     )  # fmt: skip
+
+
+def _mistakes(found: Fields, sources: Sources) -> Iterator[Mistake]:
+    """The mistakes that a rank noticed; a later version may know more kinds."""
+    for mistake in itertools.islice(found.each("mistake"), MOST_MISTAKES):
+        if (kind := mistake.text("kind")) in MISTAKES:
+            yield Mistake(kind, mistake.text("op"), _site(mistake.text("site"), sources))
+
+
+def _noted(found: Fields, sources: Sources) -> Noted | None:
+    """What a rank noted on request."""
+    if (noted := found.within("noted")) is None:
+        return None
+    names = Batches._fields[1:]
+    batches = [
+        Batches(_site(line.text("site"), sources), *map(line.number, names))
+        for line in noted.each("batches")
+    ]
+    weights = [model.numbers() for model in noted.each("weights")]
+    return Noted(tuple(weights), tuple(noted.texts("rates")), tuple(batches))
 
 
 def _began(found: Fields, file: Path) -> dict[str, Any]:
@@ -321,6 +357,8 @@ def _result(record: RankFiles) -> RankResult:
         timeouts=record.timeouts,
         threads=record.threads,
         dead_threads=record.dead_threads,
+        mistakes=record.mistakes,
+        noted=record.noted,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ddp_lessons import text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Span, Timeout
+from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Mistake, Noted, Span, Timeout
 
 # Lines of torch's log with the time of day: its store warns if no name server answers, which does
 # not matter on loopback; gloo logs what its exceptions say anyway.
@@ -92,6 +92,10 @@ class RankResult:
         of their spans.
     dead_threads : tuple
         The threads that an exception ended, at most 100: their names and the exceptions.
+    mistakes : tuple of Mistake
+        Mistakes that it noticed in its own calls, though they raised nothing; see `Run.warnings`.
+    noted : Noted or None
+        What it noted for `Run.notes`; None unless that was asked for.
     began_ns : int
         `time.perf_counter_ns()` when its process was requested.
     started_ns : int or None
@@ -123,6 +127,8 @@ class RankResult:
     timeouts: tuple[Timeout, ...] = ()
     threads: Mapping[str, str] = field(default_factory=dict)
     dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
+    mistakes: tuple[Mistake, ...] = field(default=(), repr=False)
+    noted: Noted | None = field(default=None, repr=False)
 
     @property
     def seconds(self) -> float:

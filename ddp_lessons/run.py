@@ -16,7 +16,7 @@ from ddp_lessons import text
 from ddp_lessons.analysis import chrome_trace, metrics, wait_states
 from ddp_lessons.analysis.metrics import Link, Overlap, Straggler, Total
 from ddp_lessons.analysis.wait_states import Arrival, Share
-from ddp_lessons.diagnosis import diagnose
+from ddp_lessons.diagnosis import diagnose, notes
 from ddp_lessons.diagnosis.verdict import Verdict
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.results import RankResult, RunRecord, Status
@@ -40,8 +40,11 @@ class Run(RunRecord):
         Why the run failed or hung; None if it did not.
     error : LaunchError or None
         The error that `launch` raises with ``check=True``.
-    warnings : list of str
-        Silent errors, such as swapped calls: one line each.
+    warnings : list of Finding
+        Mistakes that raised nothing, such as swapped calls. Empty if a rank failed.
+    notes : list of Finding
+        What may be a mistake or meant, with ``launch(..., notes=True)``; the last says what was
+        compared. Empty without it, or if a rank failed.
     hung_after : float or None
         Seconds without progress after which `launch` stopped the run; None if it did not.
     interrupted : bool
@@ -55,6 +58,7 @@ class Run(RunRecord):
         self.verdict: Verdict | None = diagnose.verdict(self)
         self.error: LaunchError | None = diagnose.error(self, self.verdict)
         self.warnings = diagnose.warnings(self)
+        self.notes = notes.notes(self)
 
     def waits(self) -> list[Share]:
         """Every rank's part in every collective, split into waiting and transfer.
@@ -96,7 +100,11 @@ class Run(RunRecord):
         """What failed or hung and why; one line if nothing did; and how many spans were dropped."""
         if self.error is not None:
             return "\n\n".join([f"{type(self.error).__name__}: {self.error}", *self._lost()])
-        lines = [f"{text.all_ranks(self.world_size)} returned.", *self.warnings, *self._lost()]
+        lines = [
+            f"{text.all_ranks(self.world_size)} returned.",
+            *map(str, [*self.warnings, *self.notes]),
+            *self._lost(),
+        ]
         return "\n".join(lines)
 
     def _lost(self) -> list[str]:

@@ -1,17 +1,17 @@
 """Diagnoses a finished run: a verdict, the error to raise, and warnings.
 
 Runs in the parent, called by `Run`. failures.py explains ranks that failed, hangs.py ranks that
-wait forever.
+wait forever, mistakes.py what ranks did wrong though none failed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons.diagnosis import failures, hangs, mismatch, rank_state
+from ddp_lessons.diagnosis import failures, hangs, mismatch, mistakes, rank_state
 from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.mismatch import Mismatch
-from ddp_lessons.diagnosis.verdict import Verdict
+from ddp_lessons.diagnosis.verdict import Finding, Verdict
 from ddp_lessons.errors import CannotSend, LaunchError, WorkerDied, WorkerFailed, WorkersHung
 from ddp_lessons.text import ranks_text
 from ddp_lessons.wire.ops import GROUP_CALLS
@@ -27,22 +27,21 @@ def verdict(run: RunRecord) -> Verdict | None:
     return hangs.explain(run) if run.hung_after is not None else failures.explain(run)
 
 
-def warnings(run: RunRecord) -> list[str]:
-    """Silent errors of a run in which no rank failed: one line each."""
+def warnings(run: RunRecord) -> list[Finding]:
+    """Silent mistakes of a run in which no rank failed."""
     if not run.ok:
         return []
-    dead = [f"Warning: {thread}" for thread in rank_state.dead_threads(run.ranks)]
-    return [*dead, *_of_calls(run)]
-
-
-def _of_calls(run: RunRecord) -> list[str]:
+    noticed = [
+        *(Finding("thread died", *died) for died in rank_state.dead_threads(run.ranks)),
+        *mistakes.noticed(run),
+    ]
     if _all_did_the_same(run):
-        return []
+        return noticed
     calls = Calls.of(run)
-    found = [mismatch.first(calls, group) for group in calls.met]
-    first = next(iter(mismatch.messages(calls)), None)
-    silent = [_silent(parting) for parting in (*found, first) if parting is not None]
-    return [*silent, *_forgotten(calls)]
+    partings = [mismatch.first(calls, group) for group in calls.met]
+    partings.append(next(iter(mismatch.messages(calls)), None))
+    silent = [_silent(parting) for parting in partings if parting is not None]
+    return [*silent, *_forgotten(calls), *noticed]
 
 
 def _all_did_the_same(run: RunRecord) -> bool:
@@ -56,20 +55,26 @@ def _all_did_the_same(run: RunRecord) -> bool:
     return all(other == first for other in others)
 
 
-def _silent(parting: Mismatch) -> str:
+def _silent(parting: Mismatch) -> Finding:
+    kind: str = parting.kind
+    ranks = parting.odd_ranks
     consequence = "the numbers are mixed up, and nothing failed"
     if parting.why == "tensors":
-        return f"Warning: {parting.title()}, so {consequence}."
-    lines = "; ".join(parting.lines())
-    if parting.why == "sent":
-        sent, taken = parting.calls
-        if sent.dtype == taken.dtype and not parting.too_much:
-            consequence = "the rest of that tensor keeps its old values, and nothing failed"
-        return f"Warning: {parting.title()}, so {consequence}: {lines}"
-    return f"Warning: {parting.place} was not the same on all ranks, so {consequence}: {lines}"
+        text = f"{parting.title()}, so {consequence}."
+    else:
+        if parting.why == "sent":
+            where = parting.title()
+            sent, taken = parting.calls
+            if sent.dtype == taken.dtype and not parting.too_much:
+                kind, ranks = "partly filled", (taken.rank,)
+                consequence = "the rest of that tensor keeps its old values, and nothing failed"
+        else:
+            where = f"{parting.place} was not the same on all ranks"
+        text = f"{where}, so {consequence}: {'; '.join(parting.lines())}"
+    return Finding(kind, ranks, text, parting.frame)
 
 
-def _forgotten(calls: Calls) -> list[str]:
+def _forgotten(calls: Calls) -> list[Finding]:
     """A warning if only some ranks called destroy_process_group; if none did, no rank waits."""
     joined = [r for r, made in enumerate(calls.of_rank) if any(c.op in GROUP_CALLS for c in made)]
     stayed = [rank for rank in joined if calls.left(rank, "world") is None]
@@ -79,7 +84,8 @@ def _forgotten(calls: Calls) -> list[str]:
     if not stayed:
         return []
     who = ranks_text(stayed)
-    return [f"Warning: {who} returned without destroy_process_group, which the others called."]
+    text = f"{who} returned without destroy_process_group, which the others called."
+    return [Finding("left the group", tuple(stayed), text)]
 
 
 def error(run: RunRecord, found: Verdict | None) -> LaunchError | None:

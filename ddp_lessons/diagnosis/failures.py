@@ -287,7 +287,7 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
     lost = [r for r in rest if lost_partner(r)]
     stopped = [r for r in rest if r.status == "stopped"]
     own = [r for r in rest if r.status in FAILED and r not in lost]
-    lines = [at_head(thread) for thread in rank_state.dead_threads(run.ranks)]
+    lines = [at_head(died) for _, died, _ in rank_state.dead_threads(run.ranks)]
     lines += [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
     for where in dict.fromkeys(_lost_where(r) for r in lost):
         there = [r.rank for r in lost if _lost_where(r) == where]

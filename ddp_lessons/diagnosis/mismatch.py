@@ -146,12 +146,26 @@ def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None
 def messages(calls: Calls) -> list[Mismatch]:
     """The messages whose recv is unlike their send, the first sent first."""
     found = list(_too_long_for_any(calls))
-    for (group, *_), numbers in calls.messages.items():
-        for seq, sides in numbers.items():
+    for (group, sender, receiver, tag), numbers in calls.messages.items():
+        certain = _certain([c for c in calls.of_rank[receiver] if c.group == group], sender, tag)
+        for seq, sides in numbers.items() if certain else ():
             if len(sides) == 2 and (why := _unlike(sides["send"], sides["recv"])):
                 met = sides["send"], sides["recv"]
                 found.append(Mismatch(group or "", seq, met, why, None))
     return sorted(found, key=lambda message: message.calls[0].t0_ns)
+
+
+def _certain(calls: Sequence[Call], sender: int, tag: int | None) -> bool:
+    """Whether the numbers of one pair's recvs are certain.
+
+    A recv from any rank gets its number when it is done: not if nobody waits for it, and not
+    the right one if it overtakes another.
+    """
+    recvs = [call for call in calls if call.op in RECVS and not call.waits]
+    if any(call.seq is None and call.state == "done" for call in recvs):
+        return False
+    numbers = [c.seq or 0 for c in recvs if (c.peer, c.tag) == (sender, tag)]
+    return numbers == sorted(numbers)
 
 
 def _too_long_for_any(calls: Calls) -> Iterator[Mismatch]:

@@ -79,7 +79,7 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
         for (verb, rest), those in texts.items()
     ]
     unseen = sorted({what for rank in ranks for what in rank.not_recorded})
-    told += dead_threads(ranks)
+    told += [text for _, text, _ in dead_threads(ranks)]
     return [*told, f"not recorded: {listed(unseen)}"] if unseen else told
 
 
@@ -111,15 +111,17 @@ def _site(rank: RankResult) -> str | None:
     return None if frame is None else f"{frame.filename}:{frame.lineno}"
 
 
-def dead_threads(ranks: Sequence[RankResult]) -> list[str]:
-    """The threads that an exception ended, one line for those that died alike."""
-    alike: dict[tuple[str, str], list[int]] = {}
+def dead_threads(ranks: Sequence[RankResult]) -> list[tuple[tuple[int, ...], str, Frame | None]]:
+    """The threads that an exception ended: the ranks on which they died alike, how, and where."""
+    alike: dict[tuple[str, str, Frame | None], list[int]] = {}
     for rank in ranks:
         for name, error in rank.dead_threads:
-            how = f"{error.summary}{line(stacks.position(error.frames).frame)}"
-            alike.setdefault((name, how), []).append(rank.rank)
-    died = alike.items()
-    return [f"thread {name!r} of {ranks_text(on)} died of {how}" for (name, how), on in died]
+            frame = stacks.position(error.frames).frame
+            alike.setdefault((name, f"{error.summary}{line(frame)}", frame), []).append(rank.rank)
+    return [
+        (tuple(on), f"thread {name!r} of {ranks_text(on)} died of {how}", frame)
+        for (name, how, frame), on in alike.items()
+    ]
 
 
 def handled(rank: RankResult) -> ErrorRecord | None:

@@ -1,6 +1,7 @@
-"""`Verdict`: why a run failed or hung. Lives in the parent.
+"""`Verdict`: why a run failed or hung. `Finding`: what is wrong though nothing failed.
 
-failures.py and hangs.py make it; diagnose.py turns it into the error that `launch` raises.
+They live in the parent. failures.py and hangs.py make verdicts, which diagnose.py turns into the
+error that `launch` raises; diagnose.py and mistakes.py make findings.
 """
 
 from __future__ import annotations
@@ -77,3 +78,38 @@ class Verdict:
         """Title, evidence and advice as one message."""
         parts = [self.title, "\n".join(self.evidence), self.advice]
         return "\n\n".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A mistake that raised nothing: the numbers of the run are wrong, or may be.
+
+    Attributes
+    ----------
+    kind : str
+        "skipped collective", "different collectives" and "tensor mismatch" as in `Verdict`: the
+        ranks' calls do not match. "left the group": only some ranks called destroy_process_group.
+        "thread died": an exception ended a thread. "overlapping outputs": one tensor was to hold
+        the results of several ranks. "never waited for": asynchronous work whose handle was never
+        used. "changed too early": the tensor of an isend, before it was waited for. "partly
+        filled": a recv into a tensor that is larger than what was sent. In notes: "weights differ",
+        "learning rates differ", "same samples", "same random numbers", and "compared", which says
+        what was compared.
+    ranks : tuple of int
+        The ranks at fault; all that took part if that is unknown.
+    text : str
+        What happened and what to do, in one line.
+    frame : Frame or None
+        The line of the learner's code to look at first.
+    is_note : bool
+        It may be meant: see ``launch(..., notes=True)``.
+    """
+
+    kind: str
+    ranks: tuple[int, ...]
+    text: str
+    frame: Frame | None = None
+    is_note: bool = False
+
+    def __str__(self) -> str:
+        return f"{'Note' if self.is_note else 'Warning'}: {self.text}"

@@ -1,6 +1,7 @@
 """Records asynchronous work: the call that issues it, the work until it is done, and each wait.
 
-Runs in workers. collectives.py calls it; install.py wraps `Work.wait` with `waiting`.
+Runs in workers. collectives.py calls it; install.py wraps `Work.wait` with `waiting`, the other
+methods of `Work` with `using`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ddp_lessons.instrumentation import cuda_events, recording
 from ddp_lessons.instrumentation.group_registry import Group
 from ddp_lessons.instrumentation.recording import Recorder
-from ddp_lessons.wire.records import Kind, Lane
+from ddp_lessons.wire.records import CHANGED, NOT_AWAITED, Kind, Lane, Mistake
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
 from ddp_lessons.wire.stacks import WAIT
 
@@ -48,13 +49,49 @@ class AsyncWork:
         self.recorder = recorder
         self.facts = facts
         self.group = group
+        self.handle_must_be_used = False
+        self._unused: Mistake | None = None  # told at the end unless the learner uses the handle
+        self._sent: tuple[torch.Tensor, int, tuple[int, int]] | None = None
         self._slot = 0
+        self.issue_slot = 0  # of the span of the call itself
         self._stopwatch: cuda_events.Stopwatch | None = None
         name = facts.op or "work"
         if on is None:
             self._slot = recorder.begin(Kind.COMM, name, t0_ns, facts, Lane.COMM)
         else:
             self._stopwatch = cuda_events.Stopwatch(recorder, on, name, facts)
+
+    @property
+    def on_gpu_stream(self) -> bool:
+        """Whether a stream of a GPU does the work."""
+        return self._stopwatch is not None
+
+    def sends(self, tensor: Any) -> None:
+        """Note the tensor of an isend, to see later whether it was changed before it was sent.
+
+        Only a tensor that fills its memory: the version of a part counts changes elsewhere, too.
+        """
+        try:
+            if tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes():
+                self._sent = tensor, tensor._version, self.recorder.heard()
+        except (AttributeError, RuntimeError):  # no tensor, or one of inference mode
+            return
+
+    def use(self) -> None:
+        """Note that the learner uses the work's handle."""
+        unused, self._unused = self._unused, None
+        if unused is not None:
+            next(self.recorder.used_handles[unused])
+            if self._was_changed():
+                self.recorder.notice(unused._replace(kind=CHANGED))
+            self._sent = None
+
+    def _was_changed(self) -> bool:
+        """Whether what an isend sends was changed, and no other rank can have told that it came."""
+        if self._sent is None:
+            return False
+        tensor, version, heard = self._sent
+        return tensor._version != version and self.recorder.heard() == heard
 
     def carry(self, work: dist.Work | torch.futures.Future[Any] | int | None) -> None:
         """Watch the work that a call returned."""
@@ -64,6 +101,14 @@ class AsyncWork:
             self.done()
             return
         _in_flight.setdefault(work, []).append(self)
+        self._end_with(work)
+        op, site = self.facts.op, self.facts.site
+        if self.handle_must_be_used and op and site and _is_plain(work):
+            self._unused = Mistake(NOT_AWAITED, op, site)
+            next(self.recorder.handles[self._unused])
+
+    def _end_with(self, work: dist.Work | torch.futures.Future[Any]) -> None:
+        """Have the span end when the work is done."""
         if self._stopwatch is not None and self.facts.op in NULL_FUTURES:
             return  # its span ends when it is waited for
         get_future = getattr(work, "get_future", None)
@@ -83,7 +128,8 @@ class AsyncWork:
         if is_irecv and self.group is not None and work is not None:
             source = self.group.ranks[work._source_rank()]
             tag = self.facts.tag
-            seq = received(self.recorder, self.group, source, tag, self._slot, waiting)
+            slots = self._slot, self.issue_slot, waiting
+            seq = received(self.recorder, self.group, source, tag, *slots)
             self.facts = self.facts._replace(seq=seq, peer=source)
         self.done()
 
@@ -93,6 +139,13 @@ class AsyncWork:
         self.recorder.end(slot)
         if self._stopwatch is not None:
             self._stopwatch.stop()
+
+
+def _is_plain(work: object) -> bool:
+    """Whether all uses of a handle are seen: not those of a Future or of a backend's own class."""
+    import torch.distributed as dist
+
+    return type(work) is dist.Work
 
 
 # By the handle that the call returned; one of NCCL's may stand for a whole batch.
@@ -110,18 +163,16 @@ def received(recorder: Recorder, group: Group, source: int, tag: int, *slots: Sl
 
 
 def issued(
-    recorder: Recorder,
+    issued_work: AsyncWork,
     t0_ns: int,
-    facts: CallFacts,
-    group: Group | None,
-    on: torch.device | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """Call a function that only issues work; record the call, and the work until it is done."""
-    issued_work = AsyncWork(recorder, t0_ns, facts, group, on)
+    recorder, facts = issued_work.recorder, issued_work.facts
     slot = recorder.begin(Kind.ISSUE, facts.op or "work", t0_ns, facts)
+    issued_work.issue_slot = slot
     work = None
     thread = get_ident()
     recording.inside.add(thread)
@@ -134,7 +185,19 @@ def issued(
     finally:
         recording.inside.remove(thread)
         issued_work.carry(work)
-        recorder.end(slot)
+        recorder.end_issue(slot)
+
+
+def using(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of `Work` other than `wait`: note that its handle is used."""
+
+    @functools.wraps(method)
+    def used(self: dist.Work, *args: Any, **kwargs: Any) -> Any:
+        for work in _in_flight.get(self, ()):
+            work.use()
+        return method(self, *args, **kwargs)
+
+    return used
 
 
 def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
@@ -147,8 +210,10 @@ def waiting(wait: Callable[..., bool]) -> Callable[..., bool]:
         if recorder is None or get_ident() in recording.inside:  # synchronous calls wait inside
             return wait(self, *args, **kwargs)
         recorder.gives_up(args[0] if args else kwargs.get("timeout"), WAIT)
-        site = recorder.sites.of(sys._getframe(1))
+        site = recorder.sites.of(sys._getframe().f_back)
         works = _in_flight.get(self, [])
+        for work in works:
+            work.use()
         return waited_for(recorder, works, site, lambda: wait(self, *args, **kwargs), self)
 
     return waited

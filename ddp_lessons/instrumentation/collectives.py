@@ -30,7 +30,7 @@ from ddp_lessons.instrumentation.group_registry import Group, groups
 from ddp_lessons.instrumentation.recording import Recorder, inside
 from ddp_lessons.instrumentation.signatures import SAYS_NOTHING, Args, Kwargs, Signature, argument
 from ddp_lessons.wire.ops import ISSUED
-from ddp_lessons.wire.records import Kind
+from ddp_lessons.wire.records import OVERLAPPING, Kind, Mistake
 from ddp_lessons.wire.span_buffer import CallFacts
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         if recorder is None or thread in inside:
             return function(*args, **kwargs)
         t0_ns = perf_counter_ns()
-        frame = sys._getframe(1)
+        frame = sys._getframe().f_back  # None where C calls: a handler of atexit, say
         key = None
         if fewest <= len(args) <= most and (not kwargs or kwargs.keys() <= SAYS_NOTHING):
             measured = args[place]
-            if isinstance(measured, Tensor):
+            if isinstance(measured, Tensor) and frame is not None:
                 line = id(frame.f_code), frame.f_lasti
                 key = name, line, measured.shape, measured.dtype, thread
         plan = recorder.plans.get(key)
@@ -110,7 +110,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
     def unplanned(
         recorder: Recorder,
         t0_ns: int,
-        frame: FrameType,
+        frame: FrameType | None,
         key: PlanKey | None,
         args: Args,
         kwargs: Kwargs,
@@ -126,8 +126,12 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         on = call.device(group, args, kwargs) if groups.any_streamed else None
         try:
             if call.is_asynchronous(args, kwargs) or on is not None:
-                return async_work.issued(recorder, t0_ns, facts, group, on, function, args, kwargs)
-            if key is not None and call_sites.is_in(site, frame):
+                work = AsyncWork(recorder, t0_ns, facts, group, on)
+                _watch_handle(call, work, frame, args, kwargs)
+                result = async_work.issued(work, t0_ns, function, args, kwargs)
+                _check_outputs(call, recorder, args, kwargs, site)
+                return result
+            if key is not None and frame is not None and call_sites.is_in(site, frame):
                 _plan(recorder, key, group, facts, frame.f_code)
             thread = get_ident()
             slot = recorder.begin(Kind.COMM, name, t0_ns, facts)
@@ -136,6 +140,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
                 result = function(*args, **kwargs)
                 if call.receives and facts.peer < 0 and group is not None:
                     async_work.received(recorder, group, result, facts.tag, slot)
+                _check_outputs(call, recorder, args, kwargs, site)
                 return result
             except BaseException as error:
                 recorder.fail(slot, error, met=call.of_objects)
@@ -159,6 +164,33 @@ def _plan(
         recorder.plans[key] = Plan(tail, group, code)
 
 
+def _check_outputs(
+    call: Signature, recorder: Recorder, args: Args, kwargs: Kwargs, site: str | None
+) -> None:
+    """Notice that one tensor is to hold the results of several ranks."""
+    if call.outputs and site is not None and call.has_overlapping_outputs(args, kwargs):
+        recorder.notice(Mistake(OVERLAPPING, call.name, site))
+
+
+def _watch_handle(
+    call: Signature, work: AsyncWork, frame: FrameType | None, args: Args, kwargs: Kwargs
+) -> None:
+    """Have the handle of asynchronous work watched, if it is a mistake never to use it.
+
+    Not if a library made the call, which may wait for it in C++, or where a stream of a GPU does
+    the work, for which `torch.cuda.synchronize` waits, too.
+    """
+    work.handle_must_be_used = (
+        not work.on_gpu_stream
+        and work.group is not None
+        and call.needs_wait(work.facts.peer, work.recorder.rank)
+        and frame is not None
+        and call_sites.is_in(work.facts.site, frame)
+    )
+    if call.sends and work.handle_must_be_used:
+        work.sends(argument(args, kwargs, call.tensor_place, call.tensor))
+
+
 def batched(
     name: str, function: Callable[..., Sequence[dist.Work]]
 ) -> Callable[..., Sequence[dist.Work]]:
@@ -170,9 +202,10 @@ def batched(
         if recorder is None:
             return function(p2p_op_list)
         t0_ns = time.perf_counter_ns()
-        site = recorder.sites.of(sys._getframe(1))
+        frame = sys._getframe().f_back
+        site = recorder.sites.of(frame)
         slot = recorder.begin(Kind.ISSUE, name, t0_ns, CallFacts(name, site=site))
-        started = [_start(recorder, t0_ns, op, site) for op in _p2p_ops(p2p_op_list)]
+        started = [_start(recorder, t0_ns, op, site, frame) for op in _p2p_ops(p2p_op_list)]
         works: Sequence[dist.Work] = ()
         thread = get_ident()
         inside.add(thread)
@@ -187,15 +220,19 @@ def batched(
             inside.remove(thread)
             for place, issued in enumerate(started):  # NCCL returns one work for all of them
                 issued.carry(works[min(place, len(works) - 1)] if works else None)
-            recorder.end(slot)
+            recorder.end_issue(slot)
 
-    def _start(recorder: Recorder, t0_ns: int, op: dist.P2POp, site: str | None) -> AsyncWork:
+    def _start(
+        recorder: Recorder, t0_ns: int, op: dist.P2POp, site: str | None, frame: FrameType | None
+    ) -> AsyncWork:
         call = calls[op.op.__name__]
         arguments = {"tensor": op.tensor, "group": op.group, call.peer: op.peer, "tag": op.tag}
         group = call.group((), arguments)
         facts = call.facts(group, (), arguments, recorder.rank, site)
         on = call.device(group, (), arguments) if groups.any_streamed else None
-        return AsyncWork(recorder, t0_ns, facts, group, on)
+        work = AsyncWork(recorder, t0_ns, facts, group, on)
+        _watch_handle(call, work, frame, (), arguments)
+        return work
 
     import torch.distributed as dist
 

@@ -183,7 +183,7 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
     def _facts(
         self, recorder: Recorder, op: str, tensor: torch.Tensor, root: int | None = None
     ) -> CallFacts:
-        return _facts(recorder, self._group, op, tensor, root, sys._getframe(2))
+        return _facts(recorder, self._group, op, tensor, root, sys._getframe(1).f_back)
 
 
 def _when_reducer_is_done(call: Callable[[], None]) -> None:
@@ -232,7 +232,7 @@ def _wrap(name: str, op: str) -> None:
         if op == "broadcast":
             root = argument(args, kwargs, 3, "src") or 0
             sent = argument(args, kwargs, 1, "tensors")
-        facts = _facts(recorder, group, op, sent, root, sys._getframe(1))
+        facts = _facts(recorder, group, op, sent, root, sys._getframe().f_back)
         name = "DDP's broadcast" if op == "broadcast" else op
         with recorder.call(name, t0_ns, facts):
             return function(*args, **kwargs)
@@ -246,7 +246,7 @@ def _facts(
     op: str,
     tensor: torch.Tensor | list[torch.Tensor] | None,
     root: int | None,
-    frame: FrameType,
+    frame: FrameType | None,
 ) -> CallFacts:
     """The facts of a call, which gets its number here. `root` is a rank in the group."""
     nbytes, look = describe_tensors(tensor)

@@ -62,7 +62,7 @@ def _issuing(operator: Callable[..., Any], facts_of: _Facts) -> Callable[..., An
         group = facts_of.group(args, kwargs) if recorder is not None else None
         if recorder is None or group is None:
             return operator(*args, **kwargs)
-        facts = facts_of(group, args, kwargs, recorder.sites.of(sys._getframe(1)))
+        facts = facts_of(group, args, kwargs, recorder.sites.of(sys._getframe().f_back))
         on = cuda_events.of(facts_of.tensors(args, kwargs)) if group.streamed else None
         work = AsyncWork(recorder, t0_ns, facts, group, on)
         slot = recorder.begin(Kind.ISSUE, facts.op or "work", t0_ns, facts)
@@ -92,7 +92,7 @@ def _waiting(operator: Callable[..., Any], facts_of: _Facts) -> Callable[..., An
         work = _in_flight.pop(_storage(tensors[0]), None) if tensors else None
         if recorder is None or work is None:
             return operator(*args, **kwargs)
-        site = recorder.sites.of(sys._getframe(1))
+        site = recorder.sites.of(sys._getframe().f_back)
         return async_work.waited_for(recorder, [work], site, lambda: operator(*args, **kwargs))
 
     return waited
@@ -107,7 +107,7 @@ def _returning_when_done(operator: Callable[..., Any], facts_of: _Facts) -> Call
         group = facts_of.group(args, kwargs) if recorder is not None else None
         if recorder is None or group is None or group.streamed:
             return operator(*args, **kwargs)
-        facts = facts_of(group, args, kwargs, recorder.sites.of(sys._getframe(1)))
+        facts = facts_of(group, args, kwargs, recorder.sites.of(sys._getframe().f_back))
         with recorder.call(facts.op or "work", t0_ns, facts):
             return operator(*args, **kwargs)
 

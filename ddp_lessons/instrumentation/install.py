@@ -85,7 +85,10 @@ def wrap_torch() -> None:
     for name, tensor in {**COLLECTIVES, **SENDS, **RECVS}.items():
         _replace(name, functools.partial(collectives.recorded, tensor=tensor))
     _replace("batch_isend_irecv", collectives.batched)
-    dist.Work.wait = async_work.waiting(dist.Work.wait)
+    for name in [name for name, method in vars(dist.Work).items() if callable(method)]:
+        if not name.startswith("_"):
+            wrap = async_work.waiting if name == "wait" else async_work.using
+            setattr(dist.Work, name, wrap(getattr(dist.Work, name)))
     distributed_c10d.rendezvous = rendezvous.on_time(distributed_c10d.rendezvous)
     if rpc.is_available():
         rpc.init_rpc = process_groups.unrecorded("RPC", rpc.init_rpc)

@@ -121,7 +121,7 @@ def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         t0_ns = time.perf_counter_ns()
         scope = _scope(recorder, name, args, kwargs)
-        facts = CallFacts(name, scope, site=recorder.sites.of(sys._getframe(1)))
+        facts = CallFacts(name, scope, site=recorder.sites.of(sys._getframe().f_back))
         try:
             with recorder.call(name, t0_ns, facts):
                 return function(*args, **kwargs)

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,7 +33,7 @@ from ddp_lessons.wire.messages import (
     ThreadDied,
     Unseen,
 )
-from ddp_lessons.wire.records import Kind, Lane, Timeout
+from ddp_lessons.wire.records import MOST_MISTAKES, Kind, Lane, Mistake, Timeout
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
 if TYPE_CHECKING:
@@ -74,6 +75,12 @@ class Recorder:
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
         self.plans: dict[Any, Any] = {}  # see collectives.Plan
         self._unseen: set[str] = set()  # what the parent knows
+        # How many handles of asynchronous work calls returned, and how many of them were used, by
+        # the mistake that the others are. next() of a count is atomic.
+        self.handles: defaultdict[Mistake, Iterator[int]] = defaultdict(itertools.count)
+        self.used_handles: defaultdict[Mistake, Iterator[int]] = defaultdict(itertools.count)
+        self._issued = 0  # calls that only issued work and have ended
+        self._mistakes: set[Mistake] = set()
         self._handled = 0  # calls made while an exception was handled
         self._timeouts: set[Timeout] = set()  # that the parent knows
         self._step_t0_ns = 0
@@ -97,6 +104,19 @@ class Recorder:
     def end(self, slot: Slot) -> None:
         """End a span now."""
         self.buffer.end(slot, time.perf_counter_ns())
+
+    def end_issue(self, slot: Slot) -> None:
+        """End the span of a call that only issued work."""
+        self.end(slot)
+        self._issued += bool(slot)
+
+    def heard(self) -> tuple[int, int]:
+        """Numbers that stay the same as long as nothing ends here but calls that issue work.
+
+        Until then no call can have brought word from another rank.
+        """
+        ended, dropped = self.buffer.ended
+        return ended - self._issued, dropped
 
     def fail(self, slot: Slot, error: BaseException, *, met: bool = False) -> None:
         """Note that a call raised. One that torch refused loses its number, unless it `met` others.
@@ -190,6 +210,18 @@ class Recorder:
         if what not in self._unseen:
             self._unseen.add(what)
             self.send(Unseen(what))
+
+    def notice(self, mistake: Mistake) -> None:
+        """Tell the parent of a mistake, once."""
+        if mistake not in self._mistakes and len(self._mistakes) < MOST_MISTAKES:
+            self._mistakes.add(mistake)
+            self.send(mistake)
+
+    def notice_unused_handles(self) -> None:
+        """Tell the parent of asynchronous work that nobody can wait for any more: the rank ends."""
+        for mistake, returned in list(self.handles.items()):  # daemons may go on
+            if next(returned) > next(self.used_handles[mistake]):
+                self.notice(mistake)
 
     def compare_clock(self, clock: Clock | None) -> None:
         """Tell the parent how this rank's clock stands against rank 0's, if that is known."""

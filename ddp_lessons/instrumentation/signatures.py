@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.instrumentation import cuda_events
 from ddp_lessons.instrumentation.group_registry import Group, Pair, default_group, groups
-from ddp_lessons.wire.ops import ISSUED, RECVS, SENDS
+from ddp_lessons.wire.ops import FROM_ROOT, ISSUED, OUTPUTS, RECVS, SENDS, TO_ROOT
 from ddp_lessons.wire.span_buffer import CallFacts
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Signature:
         self.pairwise = self.sends or self.receives
         self.always_asynchronous = name in ISSUED
         self.of_objects = "object" in name
+        self.outputs = OUTPUTS.get(name, "")
+        self.outputs_place = places.get(self.outputs, 99)
         self.timeout_place = places.get("timeout")
         # With so many positional arguments and no keyword but SAYS_NOTHING's, a synchronous call in
         # the default group is determined by its line and its tensor. (Never if it names a peer.)
@@ -79,6 +81,26 @@ class Signature:
         if self.async_place < len(args):
             return bool(args[self.async_place])
         return self.always_asynchronous or bool(kwargs.get("async_op"))
+
+    def needs_wait(self, peer: int, rank: int) -> bool:
+        """Whether a rank must wait for the work: to use its result, or to reuse what it sends.
+
+        A barrier, a root that sends and a rank that sends to the root need not: torch keeps their
+        tensors until the work is done.
+        """
+        if self.name in TO_ROOT:
+            return rank == peer
+        return self.name != "barrier" and (self.name not in FROM_ROOT or rank != peer)
+
+    def has_overlapping_outputs(self, args: Args, kwargs: Kwargs) -> bool:
+        """Whether two of the tensors that the call fills begin at the same place in memory."""
+        outputs = argument(args, kwargs, self.outputs_place, self.outputs) or ()
+        try:
+            each = [t for part in outputs for t in (part if isinstance(part, list) else [part])]
+            places = [place for tensor in each if tensor.numel() and (place := tensor.data_ptr())]
+        except (AttributeError, TypeError, RuntimeError):  # tensors without memory of their own
+            return False
+        return len(set(places)) < len(places)
 
     def group(self, args: Args, kwargs: Kwargs) -> Group | None:
         """The group of the call; None if this rank is not in it."""

@@ -59,6 +59,7 @@ def launch(
     timeout: float | None = 60.0,
     check: bool = True,
     profile: bool = False,
+    notes: bool = False,
     start_method: str | None = None,
     cluster: ipyparallel.Client | None = None,
 ) -> Run:
@@ -96,6 +97,10 @@ def launch(
         Run the function under torch.profiler and add what it saw of communication: when gloo's
         threads (lane "gloo") or NCCL's kernels (lane "nccl") were at work. It costs time and
         memory. If the function uses the profiler itself, these events are missing.
+    notes : bool
+        Compare the ranks at the end, and print what may be a mistake or meant: weights of DDP
+        models or learning rates that differ, and DataLoaders that gave all ranks the same samples
+        or drew the same random numbers. It costs time: a checksum of every sample and weight.
     start_method : {"forkserver", "spawn"}, optional
         How processes start. forkserver is fast, and the default on Linux; spawn works everywhere.
         `launch` uses spawn if a variable that is only read when a process starts, such as
@@ -121,7 +126,7 @@ def launch(
     """
     nprocs, nnodes = _ranks("nprocs", nprocs), _ranks("nnodes", nnodes)
     _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, start_method)
-    packed = pack(fn, env or {}, profile)
+    packed = pack(fn, env or {}, profile, notes)
     limit = math.inf if timeout is None else float(timeout)
     with _show_briefly(KeyboardInterrupt), Interrupts().counted() as interrupts:
         if cluster is None:
@@ -275,7 +280,7 @@ def _record(
 
 def _show_output(run: Run) -> None:
     # The parent prints, in the cell's own thread and rank by rank: the same text on every run.
-    lines = [*run.output_lines(), *run.warnings]
+    lines = [*run.output_lines(), *map(str, [*run.warnings, *run.notes])]
     if lines:
         print("\n".join(lines))
 

@@ -30,7 +30,7 @@ from ddp_lessons.wire.messages import (
     Unseen,
     Unsendable,
 )
-from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span, Timeout
+from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Mistake, Noted, Span, Timeout
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -59,6 +59,8 @@ class Worker(ABC):
         self.unseen: tuple[str, ...] = ()  # see RankResult
         self.threads: dict[str, str] = {}  # see RankResult
         self.dead_threads: list[tuple[str, ErrorRecord]] = []
+        self.mistakes: list[Mistake] = []
+        self.noted: Noted | None = None
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -163,6 +165,8 @@ class Worker(ABC):
             timeouts=tuple(self.timeouts),
             threads=self.threads,
             dead_threads=tuple(self.dead_threads),
+            mistakes=tuple(self.mistakes),
+            noted=self.noted,
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -183,6 +187,10 @@ class Worker(ABC):
                     self.handling = (site, error)
                 case Unseen(what):
                     self.unseen += (what,)
+                case Mistake():
+                    self.mistakes.append(message)
+                case Noted():
+                    self.noted = message
                 case Clock():
                     self.clock = message
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):

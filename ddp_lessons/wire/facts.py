@@ -27,13 +27,8 @@ LARGEST = (1 << 63) - 1
 LONGEST_PATH = 4096  # characters
 MOST_CAUSES = 100  # exceptions kept of a chain
 DEEPEST_GROUP = 20
-REPEATED = (
-    "file",
-    "gives_up",
-    "thread_calls",
-    "thread_died",
-    "unseen",
-)  # a rank writes several of these
+# A rank writes several of these.
+REPEATED = ("file", "gives_up", "mistake", "thread_calls", "thread_died", "unseen")
 SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records lack
 
 
@@ -75,10 +70,21 @@ class Fields:
 
     def each(self, name: str) -> Iterator[Fields]:
         """The members of a list; none if the record lacks the list, as an older one may."""
+        return map(Fields, self._list(name))
+
+    def texts(self, name: str) -> list[str]:
+        """A list of strings."""
+        return [Fields({name: value}).text(name) for value in self._list(name)]
+
+    def numbers(self) -> dict[str, int]:
+        """All fields, which are numbers, by their names."""
+        return {name.encode(errors="replace").decode(): self.number(name) for name in self.data}
+
+    def _list(self, name: str) -> list[Any]:
         value = self.data.get(name, [])
         if not isinstance(value, list):
             raise ValueError(f"is damaged: {name!r} is no list")
-        return map(Fields, value)
+        return value
 
     def within(self, name: str) -> Fields | None:
         """The fields of a nested fact; None if there is none."""

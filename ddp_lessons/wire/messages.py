@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ddp_lessons.wire.records import ErrorRecord, Timeout
+from ddp_lessons.wire.records import ErrorRecord, Mistake, Noted, Timeout
 
 _LENGTH = struct.Struct("<Q")
 # The parent sends it to ask a worker for its Python stack. A real-time signal where there are any,
@@ -116,6 +116,8 @@ Message = (
     | Unseen
     | ThreadCalls
     | ThreadDied
+    | Mistake
+    | Noted
     | Clock
     | Returned
     | Raised

@@ -34,6 +34,14 @@ RECVS = {"recv": "tensor", "irecv": "tensor", "recv_object_list": ""}
 PAIRWISE = {*SENDS, *RECVS}
 ISSUED = ("irecv", "isend")  # they return before the work is done
 
+# The parameter with the tensors that a call fills, one for each rank.
+OUTPUTS = {
+    "all_gather": "tensor_list",
+    "all_gather_coalesced": "output_tensor_lists",
+    "all_to_all": "output_tensor_list",
+    "gather": "gather_list",
+}
+
 # The root sends to all other ranks, or receives from them.
 FROM_ROOT = ("broadcast", "broadcast_object_list", "scatter", "scatter_object_list")
 TO_ROOT = ("gather", "gather_into_tensor", "gather_object", "gather_single", "reduce")

@@ -167,5 +167,49 @@ class Timeout(NamedTuple):
     site: str | None
 
 
+class Mistake(NamedTuple):
+    """A mistake that a rank noticed in its own calls of `op` at a line, though nothing failed.
+
+    `kind` is one of `MISTAKES`.
+    """
+
+    kind: str
+    op: str
+    site: str
+
+
+OVERLAPPING, NOT_AWAITED, CHANGED = "overlapping outputs", "never waited for", "changed too early"
+MISTAKES = (OVERLAPPING, NOT_AWAITED, CHANGED)
+MOST_MISTAKES = 20  # that a rank tells of
+
+
+class Batches(NamedTuple):
+    """What one line of a rank took from a DataLoader with so many `workers`, as checksums.
+
+    `draws` counts how often random numbers were drawn meanwhile; with workers, how many seeds they
+    got. See instrumentation/notes.py.
+    """
+
+    site: str
+    batches: int
+    samples: int
+    digest: int
+    draws: int
+    drawn: int
+    workers: int
+
+
+class Noted(NamedTuple):
+    """What a rank noted on request.
+
+    `weights` are checksums of the parameters of each DDP model by name, `rates` the last learning
+    rates of each optimizer as text.
+    """
+
+    weights: tuple[dict[str, int], ...]
+    rates: tuple[str, ...]
+    batches: tuple[Batches, ...]
+
+
 # `type_name` of the errors that the parent makes when the process that started a rank is gone.
 FORKSERVER, ENGINE = "ForkserverEnded", "EngineLost"

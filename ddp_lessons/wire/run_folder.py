@@ -1,4 +1,5 @@
 """Constants of the folder in which ranks under torchrun record. Writer and reader import them."""
 
 VARIABLE = "DDP_LESSONS_RECORD"  # the environment variable that names the folder
+NOTES = "DDP_LESSONS_NOTES"  # the variable that asks for notes, see instrumentation/notes.py
 VERSION = 2  # of the format of its files

@@ -128,6 +128,11 @@ class SpanWriter:
         self._text_used = 0
         self._numbers: dict[str | None, int] = {None: 0}
 
+    @property
+    def ended(self) -> tuple[int, int]:
+        """Two numbers, of which one grows with everything that ends."""
+        return self._progress, self._dropped
+
     def begin(
         self,
         lane: str,

@@ -75,6 +75,7 @@ class Task:
     definitions: dict[str, bytes] = field(default_factory=dict)
     start_method: str | None = None
     profile: bool = False
+    notes: bool = False
     sources: dict[str, str] = field(default_factory=dict)
     home: str | None = None
     one_clock: bool = True

@@ -90,6 +90,8 @@ def run_rank(
     code = _carry_out(task, place.rank, args, recorder)
     wait_for_threads()
     run_exit_handlers()
+    with contextlib.suppress(OSError):  # the learner's handlers may have closed the pipe
+        recorder.notice_unused_handles()
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:
             stream.flush()
@@ -245,6 +247,10 @@ def _carry_out(
         Inherited(task.function, task.definitions, task.sources, taken).pass_on()
         if task.profile:
             profiler.start(recorder)
+        if task.notes:
+            from ddp_lessons.instrumentation import notes  # which imports torch
+
+            notes.start(recorder)
         recorder.send(Started(time.perf_counter_ns()))
         called = True
         value = fn(rank, *values)

@@ -50,8 +50,8 @@ from ddp_lessons.wire.messages import (
     Unseen,
 )
 from ddp_lessons.wire.owners import Owner, owner_of
-from ddp_lessons.wire.records import ErrorRecord
-from ddp_lessons.wire.run_folder import VARIABLE, VERSION
+from ddp_lessons.wire.records import ErrorRecord, Mistake, Noted
+from ddp_lessons.wire.run_folder import NOTES, VARIABLE, VERSION
 from ddp_lessons.wire.span_buffer import REGION, SpanWriter, identity, prepare, reserve, say
 from ddp_lessons.wire.stacks import describe
 
@@ -144,6 +144,10 @@ class _Script:
         faulthandler.register(signal.SIGTERM, file=files.stack, all_threads=True, chain=True)
         os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
         install(self._recorder)
+        if os.environ.get(NOTES):
+            from ddp_lessons.instrumentation import notes  # which imports torch
+
+            notes.start(self._recorder)
         main = vars(sys.modules["__main__"])
         self._note_file(main.get("__file__") or "")
         replace_in(main)
@@ -186,6 +190,11 @@ class _Script:
     def _on_message(self, message: Message) -> None:
         if isinstance(message, Clock):
             self._write(clock=dataclasses.asdict(message))
+        elif isinstance(message, Mistake):
+            self._write(mistake=message._asdict())
+        elif isinstance(message, Noted):
+            batches = [batches._asdict() for batches in message.batches]
+            self._write(noted={**message._asdict(), "batches": batches})
         elif isinstance(message, Handling):
             self._note_files_of(message.error)
             self._write(handling={"site": message.site, **dataclasses.asdict(message.error)})
@@ -225,6 +234,7 @@ class _Script:
         if error is not None:
             self._note_error(error)
         self._recorder.close()
+        self._recorder.notice_unused_handles()
         self._write(ended={"t_ns": time.perf_counter_ns()})
         self._give_room_back()
         ddp_traffic.release_groups(self._recorder)

@@ -447,7 +447,8 @@ def test_a_thread_that_died_in_a_run_that_went_well_is_warned_of() -> None:
         thread.join()
 
     (warning,) = launch(work, nprocs=3).warnings
-    assert warning.startswith("Warning: thread 'saver' of ranks 0 and 1 died of OSError: disk full")
+    assert (warning.kind, warning.ranks) == ("thread died", (0, 1))
+    assert warning.text.startswith("thread 'saver' of ranks 0 and 1 died of OSError: disk full")
 
 
 def test_a_thread_that_will_still_come_is_waited_for() -> None:

@@ -150,10 +150,11 @@ def test_calls_that_changed_places_are_warned_of(capsys: pytest.CaptureFixture[s
     run = launch(work, nprocs=3)
     assert run.values[0] == (102.0, 201.0)
     (warning,) = run.warnings
-    assert warning.startswith("Warning: call 1 was not the same on all ranks")
-    assert "dist.all_reduce(hundreds)" in warning
+    assert (warning.kind, warning.ranks) == ("different collectives", (1,))
+    assert str(warning).startswith("Warning: call 1 was not the same on all ranks")
+    assert "dist.all_reduce(hundreds)" in warning.text
     assert capsys.readouterr().out == f"{warning}\n"
-    assert run.explain().endswith(warning)
+    assert run.explain().endswith(str(warning))
 
 
 def test_dtypes_that_differ_are_warned_of() -> None:
@@ -163,7 +164,7 @@ def test_dtypes_that_differ_are_warned_of() -> None:
         dist.destroy_process_group()
 
     (warning,) = launch(work).warnings
-    assert "float32 (2,) on rank 0 and int32 (2,) on rank 1" in warning
+    assert "float32 (2,) on rank 0 and int32 (2,) on rank 1" in warning.text
 
 
 def test_a_skip_that_shifts_all_later_calls() -> None:
@@ -236,7 +237,7 @@ def test_leaving_the_group_is_for_all() -> None:
             dist.destroy_process_group()
 
     (warning,) = launch(work, ((0, 2),), nprocs=3).warnings
-    assert "rank 1 returned without destroy_process_group" in warning
+    assert "rank 1 returned without destroy_process_group" in warning.text
     assert launch(work, ((),), nprocs=3).warnings == []
 
 
@@ -373,8 +374,8 @@ def test_a_message_that_fits_but_is_another_is_warned_of(
         dist.destroy_process_group()
 
     (warning,) = launch(work, nprocs=3).warnings
-    assert f"rank 0 sends {sent} to rank 1, whose " in warning
-    assert f"expects {taken}, so {consequence}, and nothing failed: rank 0 calls " in warning
+    assert f"rank 0 sends {sent} to rank 1, whose " in str(warning)
+    assert f"expects {taken}, so {consequence}, and nothing failed: rank 0 calls " in str(warning)
 
 
 def made_as(tensor: str) -> torch.Tensor:

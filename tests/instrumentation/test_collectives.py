@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import pickle
 import random
@@ -813,3 +814,23 @@ def shares_given_up(rank: int) -> tuple[bool, bool, bool]:
 
 def test_a_script_gives_up_the_groups_of_its_models() -> None:
     assert launch(shares_given_up).values == [(True, False, False)] * 2
+
+
+def test_calls_that_c_makes() -> None:
+    """Handlers of atexit have no Python frame that calls them."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        x = torch.ones(1)
+        atexit.register(dist.destroy_process_group)
+        atexit.register(dist.barrier)
+        atexit.register(dist.all_reduce(x, async_op=True).wait)
+        atexit.register(dist.all_reduce, x, async_op=True)
+        atexit.register(dist.all_reduce, x)
+        atexit.register(dist.recv if rank else dist.send, torch.ones(1), 1 - rank)
+        atexit.register(dist.new_group, [0, 1])
+
+    run = launch(work)
+    assert run.ranks[0].output == ""
+    ended = [s.op for s in run.ranks[1].spans if s.kind == "comm" and s.t1_ns is not None]
+    assert {"destroy_process_group", "barrier", "all_reduce", "recv", "new_group"} <= {*ended}

@@ -1,0 +1,127 @@
+"""Compares what the ranks noted on request, and says where they differ, or should: `Run.notes`.
+
+Runs in the parent, called by `Run`. What is noted here may be meant: different weights or learning
+rates, the same samples or random numbers on all ranks. So a note says what is so, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ddp_lessons.diagnosis.mismatch import frame_of, line_of
+from ddp_lessons.diagnosis.verdict import Finding
+from ddp_lessons.text import all_ranks, count, listed, ranks_text
+from ddp_lessons.wire.records import Batches, Noted
+
+if TYPE_CHECKING:
+    from ddp_lessons.results import RunRecord
+
+
+def notes(run: RunRecord) -> list[Finding]:
+    """What differs between ranks that returned, or is the same; last, what was compared.
+
+    Empty unless all ranks noted, which they do only on request.
+    """
+    noted = [rank.noted for rank in run.ranks if rank.noted is not None]
+    if not run.ok or not noted or len(noted) < run.world_size:
+        return []
+    everyone = tuple(range(run.world_size))
+    found = [*_weights(noted), *_rates(noted), *_batches(noted)] if len(noted) > 1 else []
+    first = noted[0]
+    seen = [
+        f"the weights of {count(len(first.weights), 'DDP model')}",
+        f"the learning rates of {count(len(first.rates), 'optimizer')}",
+        f"the batches of {count(len(first.batches), 'DataLoader')}",
+    ]
+    compared = Finding("compared", everyone, f"compared {listed(seen)}.", is_note=True)
+    return [*found, compared]
+
+
+def _weights(noted: list[Noted]) -> Iterator[Finding]:
+    for number, models in enumerate(zip(*(one.weights for one in noted), strict=False)):
+        first = models[0]
+        if any(model.keys() != first.keys() for model in models):
+            continue  # models of several kinds
+        differ = [name for name in first if len({model[name] for model in models}) > 1]
+        if differ:
+            sides = _sides([tuple(model.values()) for model in models])
+            which = "" if len(noted[0].weights) == 1 else f" of DDP model {number + 1}"
+            yield Finding(
+                "weights differ",
+                tuple(sides[-1]),
+                f"the weights{which} are not the same on all ranks at the end: "
+                f"{_apart(sides)}. {count(len(differ), 'parameter')} of {len(first)} "
+                f"differ, first {differ[0]}.",
+                is_note=True,
+            )
+
+
+def _rates(noted: list[Noted]) -> Iterator[Finding]:
+    for number, rates in enumerate(zip(*(one.rates for one in noted), strict=False)):
+        sides = _sides(list(rates))
+        if len(sides) > 1:
+            which = "" if len(noted[0].rates) == 1 else f" of optimizer {number + 1}"
+            told = listed(f"{rates[side[0]]} on {ranks_text(side)}" for side in sides)
+            yield Finding(
+                "learning rates differ",
+                tuple(sides[-1]),
+                f"the learning rate{which} is not the same on all ranks at the last step: {told}.",
+                is_note=True,
+            )
+
+
+def _batches(noted: list[Noted]) -> Iterator[Finding]:
+    everyone = tuple(range(len(noted)))
+    all_of_them = all_ranks(len(noted)).replace("All", "all")
+    for batches in zip(*(_by_line(noted, one) for one in noted), strict=True):
+        first, *_ = batches
+        line = line_of(first.site)
+        if first.samples > 1 and len({(one.samples, one.digest) for one in batches}) == 1:
+            yield Finding(
+                "same samples",
+                everyone,
+                f"{all_of_them} got the same {first.samples:,} samples from the DataLoader at "
+                f"{line}. To share them out, use a DistributedSampler; an IterableDataset must "
+                "choose by rank itself.",
+                frame_of(first.site),
+                is_note=True,
+            )
+        if first.draws and len({(one.draws, one.drawn) for one in batches}) == 1:
+            what = (
+                f"the workers of the DataLoader at {line} began with the same seeds on "
+                f"{all_of_them}, so what the dataset draws at random is the same"
+                if first.workers
+                else f"{all_of_them} drew the same random numbers in the DataLoader at {line}"
+            )
+            yield Finding(
+                "same random numbers",
+                everyone,
+                f"{what}. For random augmentation of their own, seed each rank differently: "
+                "torch.manual_seed(seed + rank).",
+                frame_of(first.site),
+                is_note=True,
+            )
+
+
+def _by_line(noted: list[Noted], one: Noted) -> list[Batches]:
+    """A rank's batches from the lines that took batches on all ranks."""
+    lines = [{batches.site for batches in each.batches} for each in noted]
+    return sorted(b for b in one.batches if b.site in set.intersection(*lines))
+
+
+def _sides(values: list[object]) -> list[list[int]]:
+    """The ranks in groups that agree, the largest first."""
+    sides: dict[object, list[int]] = {}
+    for rank, value in enumerate(values):
+        sides.setdefault(value, []).append(rank)
+    return sorted(sides.values(), key=lambda side: (-len(side), side))
+
+
+def _apart(sides: list[list[int]]) -> str:
+    """`rank 2 differs from ranks 0 and 1`."""
+    if len(sides) == 2 and len(sides[0]) > len(sides[1]):
+        rest, few = sides
+        verb = "differs" if len(few) == 1 else "differ"
+        return f"{ranks_text(few)} {verb} from {ranks_text(rest)}"
+    return f"there are {len(sides)} versions"

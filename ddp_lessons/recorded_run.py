@@ -27,7 +27,7 @@ from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
 from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, split_site
-from ddp_lessons.wire.run_folder import VARIABLE, VERSION
+from ddp_lessons.wire.run_folder import READABLE, VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
 _RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
@@ -159,6 +159,7 @@ def _read(file: Path) -> RankFiles:
             highest,
             lambda group: _check_group(group, highest),
             lambda site: _site(site, sources),
+            began["version"],
         )
     path = file.with_suffix(".stack")
     with facts.of_file(path), regular_files.opened(path) as opened:
@@ -175,13 +176,14 @@ def _began(found: Fields, file: Path) -> dict[str, Any]:
     name = _RECORD.fullmatch(file.name)
     if name is None or began is None:
         raise ValueError("is no record of a rank.")
-    if began.number("version") != VERSION:
+    if began.number("version") not in READABLE:
         raise ValueError(
             f"is in format {began.number('version')}, and this ddp_lessons reads format {VERSION}: "
             "load it with the version that recorded it."
         )
     rank = began.number("rank", int(name[1]), int(name[1]))
     return {
+        "version": began.number("version"),
         "script": began.text("script"),
         "rank": rank,
         "world_size": began.number("world_size", rank + 1, MOST_RANKS),

@@ -1,4 +1,4 @@
-"""Puts recording in place: wraps the public functions of torch.distributed, and DDP's own calls.
+"""Puts recording in place: wraps torch.distributed's functions, DDP's own calls and DataLoaders.
 
 worker/main.py and worker/torchrun.py call it in ranks; worker/preload.py calls it in the forkserver
 before that forks any.
@@ -41,10 +41,13 @@ def wrap_torch() -> None:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
     from torch.optim.optimizer import register_optimizer_step_post_hook
+    from torch.utils.data import dataloader
 
     from ddp_lessons.instrumentation.ddp_traffic import record_ddp  # which imports torch
 
     register_optimizer_step_post_hook(collectives.stepped)
+    loading = dataloader._BaseDataLoaderIter
+    loading.__next__ = recording.batches(loading.__next__)
     record_ddp()
     _replace("init_process_group", process_groups.joining)
     for name in MAKES_GROUP:

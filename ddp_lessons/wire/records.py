@@ -85,6 +85,9 @@ class Span(NamedTuple):
         The call raised.
     tag : int or None
         The tag of a send or recv.
+    cpu_ns, queued_ns : int or None
+        How long the rank's main thread had used a processor when the span began, and how long it
+        had waited for one, ready to run. Read every 10 ms at most, and not where CUDA is used.
     """
 
     rank: int
@@ -104,6 +107,8 @@ class Span(NamedTuple):
     site: str | None = None
     failed: bool = False
     tag: int | None = None
+    cpu_ns: int | None = None
+    queued_ns: int | None = None
 
 
 def split_site(site: str) -> tuple[str, int]:

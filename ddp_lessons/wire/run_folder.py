@@ -1,4 +1,5 @@
 """Constants of the folder in which ranks under torchrun record. Writer and reader import them."""
 
 VARIABLE = "DDP_LESSONS_RECORD"  # the environment variable that names the folder
-VERSION = 2  # of the format of its files
+VERSION = 3  # of the format of its files
+READABLE = (2, VERSION)  # format 2 has no processor times

@@ -1,4 +1,4 @@
-"""Overlap, totals, stragglers and bandwidth: exact numbers from made-up runs, and a real run."""
+"""Overlap, totals and bandwidth: exact numbers from made-up runs, and a real run."""
 
 from __future__ import annotations
 
@@ -169,70 +169,6 @@ def test_a_real_straggler_that_changes(rotating: Run) -> None:
     named = [verdict.late_by_step[number] == number % 4 for number in range(2, 14)]
     assert len(verdict.late_by_step) == 12
     assert sum(named) >= 11
-
-
-def stepped(late: dict[int, int], ranks: int = 3, delay: int = 60) -> list[Span]:
-    """Steps of 100 ns with an all_reduce, to which rank `late[step]` comes `delay` ns later."""
-    spans = []
-    for number, culprit in late.items():
-        for rank in range(ranks):
-            begin = 100 * number + 1
-            spans.append(step(rank, number, begin, begin + 99))
-            came = begin + 20 + delay * (rank == culprit)
-            spans.append(call(rank, came, begin + 90, seq=number, step=number))
-    return spans
-
-
-def test_a_chronic_straggler() -> None:
-    verdict = run_of(*stepped(dict.fromkeys(range(8), 2))).straggler()
-    assert verdict == ("chronic", 2, 1.0, dict.fromkeys(range(2, 8), 2))
-
-
-def test_rotating_stragglers() -> None:
-    verdict = run_of(*stepped({n: n % 3 for n in range(8)})).straggler()
-    assert (verdict.kind, verdict.rank) == ("rotating", None)
-    assert verdict.share == pytest.approx(1 / 3)
-    assert verdict.late_by_step == {n: n % 3 for n in range(2, 8)}
-
-
-@pytest.mark.parametrize("lane", ["cuda", "buckets"])
-def test_a_straggler_for_whom_gpus_wait(lane: str) -> None:
-    """With NCCL no main thread is blocked: the call returns at once."""
-    spans = stepped(dict.fromkeys(range(8), 2))
-    spans = [s._replace(lane=lane) if s.kind == "comm" else s for s in spans]
-    verdict = run_of(*spans).straggler()
-    assert verdict == ("chronic", 2, 1.0, dict.fromkeys(range(2, 8), 2))
-
-
-def test_no_straggler_where_waiting_is_little() -> None:
-    verdict = run_of(*stepped(dict.fromkeys(range(8), 2), delay=3)).straggler()
-    assert (verdict.kind, verdict.rank) == ("none", None)
-    assert run_of().straggler() == ("none", None, 0.0, {})
-
-
-def test_the_warm_up_does_not_count_where_there_are_steps_enough() -> None:
-    warm_up = {0: 0, 1: 0}
-    verdict = run_of(*stepped({**warm_up, **dict.fromkeys(range(2, 8), 2)})).straggler()
-    assert verdict.share == 1.0
-    few = run_of(*stepped({**warm_up, 2: 2})).straggler()
-    assert few.late_by_step == {0: 0, 1: 0, 2: 2}
-
-
-def test_what_is_outside_the_steps_does_not_count() -> None:
-    meeting = [call(rank, 900 + 50 * (rank == 0), 990, seq=99) for rank in range(3)]
-    verdict = run_of(*stepped(dict.fromkeys(range(8), 2)), *meeting).straggler()
-    assert verdict.share == 1.0
-
-
-def test_without_steps_everything_counts() -> None:
-    spans = [call(rank, 100 + 300 * (rank == 1), 500) for rank in range(3)]
-    verdict = run_of(*spans).straggler()
-    assert verdict == ("chronic", 1, 1.0, {})
-
-
-def test_only_where_all_wait_for_all_somebody_is_blamed() -> None:
-    spans = [call(r, 100 + 700 * (r == 1), 900, "broadcast", peer=1) for r in range(3)]
-    assert run_of(*spans).straggler() == ("none", None, 0.0, {})
 
 
 def transfers(times: dict[int, int]) -> list[Span]:

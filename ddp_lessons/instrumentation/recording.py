@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_HANDLED = 100  # such calls of a rank that are told
-METERED_NS = 10_000_000  # the processor time is read at most once in so long: it takes up to 20 µs
+METERED_NS = 20_000_000  # the processor's time is read at most once in so long: it takes 50 µs
 
 
 class Recorder:
@@ -63,7 +63,7 @@ class Recorder:
         self.one_clock = one_clock  # all ranks are known to read the same clock
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0
-        self.metered_ns = 0  # when the processor time is to be read again
+        self.metered_ns = 0  # when the processor's time is to be read again
         self.groups: list[dist.ProcessGroup] = []  # not freed: process_groups.leaving, ddp_traffic
         self.models: list[Callable[[], DistributedDataParallel | None]] = []  # weak references
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
@@ -88,7 +88,7 @@ class Recorder:
         return slot
 
     def meter(self, slot: Slot, t0_ns: int) -> None:
-        """Note the processor time of the main thread with a span that began now.
+        """Note the processor's time of the main thread with a span that began now.
 
         Not where CUDA is used: there a thread that waits for the GPU may look busy.
         """

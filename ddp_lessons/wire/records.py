@@ -87,7 +87,7 @@ class Span(NamedTuple):
         The tag of a send or recv.
     cpu_ns, queued_ns : int or None
         How long the rank's main thread had used a processor when the span began, and how long it
-        had waited for one, ready to run. Read every 10 ms at most, and not where CUDA is used.
+        had waited for one, ready to run. Read every 20 ms at most, and not where CUDA is used.
     """
 
     rank: int

@@ -2,4 +2,4 @@
 
 VARIABLE = "DDP_LESSONS_RECORD"  # the environment variable that names the folder
 VERSION = 3  # of the format of its files
-READABLE = (2, VERSION)  # format 2 has no processor times
+READABLE = (2, VERSION)  # in format 2 spans lack the processor's time

@@ -85,9 +85,11 @@ class Span(NamedTuple):
         The call raised.
     tag : int or None
         The tag of a send or recv.
-    cpu_ns, queued_ns : int or None
-        How long the rank's main thread had used a processor when the span began, and how long it
-        had waited for one, ready to run. Read every 20 ms at most, and not where CUDA is used.
+    cpu_ns : int or None
+        How long the rank's main thread had used a processor when the span began. Read every 20 ms
+        at most, and not where CUDA is used.
+    queued_ns : int or None
+        How long it had waited for a processor, ready to run, by then.
     """
 
     rank: int

@@ -166,18 +166,24 @@ def stepper(
     return step
 
 
-def with_a_late_rank(rank: int) -> float:
-    """Sleep before each all_reduce on the late rank; return the median sleep in ms."""
+def with_a_late_rank(rank: int) -> tuple[float, float]:
+    """Sleep before each all_reduce on the late rank; return the median sleep in ms.
+
+    And how long it takes after each to read the processor's time.
+    """
     dist.init_process_group("gloo")
-    slept = []
+    recorder = recording.current()
+    assert recorder is not None
+    slept, read = [], []
     for _ in steps(range(DELAYED_STEPS)):
         began = time.perf_counter_ns()
         if rank == LATE:
             time.sleep(DELAY)
         slept.append((time.perf_counter_ns() - began) / 1e6)
         dist.all_reduce(torch.ones(KILOBYTES * 250))
+        read.append(taken_ms(lambda: recorder.meter(0, time.perf_counter_ns())))
     dist.destroy_process_group()
-    return statistics.median(slept)
+    return statistics.median(slept), statistics.median(read)
 
 
 def cost_rows(
@@ -207,15 +213,16 @@ def ratio(figures: list[float], off: list[float]) -> str:
 
 
 def straggler_line() -> str:
-    """A line on how well the delay of one of four ranks is found."""
+    """Lines on how well the delay of one of four ranks, and its cause, are found."""
     run = launch(with_a_late_rank, nprocs=4)
     rows = [row for row in run.waits() if row.step is not None and row.step >= 2]
     found = statistics.median(row.wait_ns / 1e6 for row in rows if row.rank != LATE)
     late = list(run.straggler().late_by_step.values())
     return (
-        f"A rank of 4 that sleeps {run.values[LATE]:.2f} ms in each step: the others' wait is "
+        f"A rank of 4 that sleeps {run.values[LATE][0]:.2f} ms in each step: the others' wait is "
         f"found to be {found:.2f} ms (median), and it is named in {late.count(LATE)} of "
-        f"{len(late)} steps; verdict: {run.straggler().kind}, rank {run.straggler().rank}."
+        f"{len(late)} steps; verdict: {run.straggler()}.\n"
+        f"The processor's time is read in {run.values[LATE][1] * 1e3:.0f} µs (median)."
     )
 
 

@@ -18,7 +18,8 @@ from ddp_lessons.processes.forkserver import warm_in_kernel
 
 if TYPE_CHECKING:
     from ddp_lessons import plots
-    from ddp_lessons.analysis.metrics import Link, Overlap, Straggler, Total
+    from ddp_lessons.analysis.metrics import Link, Overlap, Total
+    from ddp_lessons.analysis.stragglers import Cause, Straggler
     from ddp_lessons.analysis.wait_states import Arrival, Share
     from ddp_lessons.diagnosis.verdict import Finding, Verdict
     from ddp_lessons.errors import (
@@ -43,6 +44,7 @@ __all__ = [
     "Arrival",
     "BadLaunch",
     "CannotSend",
+    "Cause",
     "ErrorRecord",
     "Finding",
     "Frame",
@@ -70,6 +72,7 @@ __all__ = [
 ]
 _HOME = {
     "Arrival": "analysis.wait_states",
+    "Cause": "analysis.stragglers",
     "ErrorRecord": "wire.records",
     "Finding": "diagnosis.verdict",
     "Frame": "wire.records",
@@ -79,7 +82,7 @@ _HOME = {
     "Run": "run",
     "Share": "analysis.wait_states",
     "Span": "wire.records",
-    "Straggler": "analysis.metrics",
+    "Straggler": "analysis.stragglers",
     "Timeout": "wire.records",
     "Total": "analysis.metrics",
     "Verdict": "diagnosis.verdict",

@@ -41,7 +41,7 @@ from ddp_lessons.wire.records import (
     Timeout,
     split_site,
 )
-from ddp_lessons.wire.run_folder import VARIABLE, VERSION
+from ddp_lessons.wire.run_folder import READABLE, VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
 MOST_TOLD = 1000  # facts of one kind that are read
@@ -195,6 +195,7 @@ def _read(file: Path) -> RankFiles:
             highest,
             lambda group: _check_group(group, highest),
             lambda site: _site(site, sources),
+            began["version"],
         )
     path = file.with_suffix(".stack")
     with facts.of_file(path), regular_files.opened(path) as opened:
@@ -231,13 +232,14 @@ def _began(found: Fields, file: Path) -> dict[str, Any]:
     name = _RECORD.fullmatch(file.name)
     if name is None or began is None:
         raise ValueError("is no record of a rank.")
-    if began.number("version") != VERSION:
+    if began.number("version") not in READABLE:
         raise ValueError(
             f"is in format {began.number('version')}, and this ddp_lessons reads format {VERSION}: "
             "load it with the version that recorded it."
         )
     rank = began.number("rank", int(name[1]), int(name[1]))
     return {
+        "version": began.number("version"),
         "script": began.text("script"),
         "rank": rank,
         "world_size": began.number("world_size", rank + 1, MOST_RANKS),

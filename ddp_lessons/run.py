@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ddp_lessons import text
-from ddp_lessons.analysis import chrome_trace, metrics, wait_states
-from ddp_lessons.analysis.metrics import Link, Overlap, Straggler, Total
+from ddp_lessons.analysis import chrome_trace, metrics, stragglers, wait_states
+from ddp_lessons.analysis.metrics import Link, Overlap, Total
+from ddp_lessons.analysis.stragglers import Straggler
 from ddp_lessons.analysis.wait_states import Arrival, Share
 from ddp_lessons.diagnosis import diagnose, notes
 from ddp_lessons.diagnosis.verdict import Verdict
@@ -81,8 +82,8 @@ class Run(RunRecord):
         return metrics.totals(self)
 
     def straggler(self) -> Straggler:
-        """The rank that keeps the others waiting, if it is always the same one."""
-        return metrics.straggler(self)
+        """The rank that keeps the others waiting, if it is always the same one, and why."""
+        return stragglers.straggler(self)
 
     def bandwidth(self) -> list[Link]:
         """Latency and bandwidth of each collective that was called with several sizes."""

@@ -1,4 +1,4 @@
-"""Union, length and overlap of time intervals in ns.
+"""Union, difference, length and overlap of time intervals in ns.
 
 Runs in the parent, for analysis/metrics.py and the plots.
 """
@@ -25,6 +25,21 @@ def union(intervals: Iterable[tuple[int, int]]) -> Intervals:
 def length(intervals: Iterable[tuple[int, int]]) -> int:
     """The length of the union of intervals."""
     return sum(end - begin for begin, end in union(intervals))
+
+
+def without(some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]) -> Intervals:
+    """The parts of a union that no other interval covers, sorted."""
+    left: Intervals = []
+    cuts, at = [cut for cut in union(others) if cut[0] < cut[1]], 0
+    for begin, end in union(some):
+        while at < len(cuts) and cuts[at][0] < end:
+            left.append((begin, max(begin, cuts[at][0])))
+            begin = max(begin, cuts[at][1])
+            if begin > end:
+                break
+            at += 1
+        left.append((begin, max(begin, end)))
+    return [(begin, end) for begin, end in left if begin < end]
 
 
 def common(some: Intervals, others: Intervals) -> int:

@@ -1,36 +1,23 @@
-"""Metrics of a run, from its spans: waiting, transfer, overlap, stragglers, bandwidth.
+"""Metrics of a run, from its spans: waiting, transfer, overlap, bandwidth.
 
 Runs in the parent, behind the methods of `Run` and the plots, on top of wait_states.py. The
-functions return lists of named tuples, which `pandas.DataFrame` accepts; `straggler` returns one.
-Odd spans never raise.
+functions return lists of named tuples, which `pandas.DataFrame` accepts. Odd spans never raise.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_lessons.analysis.intervals import Intervals, common, length, union
-from ddp_lessons.analysis.wait_states import (
-    LATE_RECEIVER,
-    LATE_SENDER,
-    Share,
-    ended,
-    meetings,
-    waits,
-)
+from ddp_lessons.analysis.wait_states import Share, ended, meetings, waits
 from ddp_lessons.wire.ops import GROUP_CALLS, RECVS
 from ddp_lessons.wire.records import PROFILED, Kind, Lane
 
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, RunRecord
     from ddp_lessons.wire.records import Span
-
-MOST = 2 / 3  # of all waiting: a rank that causes so much is the straggler
-NOTEWORTHY = 0.05  # of the ranks' time: less waiting is noise
-WARM_UP, MANY_STEPS = 2, 4  # drop the first 2 steps if there are more than 4
 
 
 class Segment(NamedTuple):
@@ -79,33 +66,6 @@ class Total(NamedTuple):
     other_ns: int
 
 
-class Straggler(NamedTuple):
-    """The rank that keeps the others waiting.
-
-    Attributes
-    ----------
-    kind : str
-        "chronic" (one rank causes two thirds of the waiting or more), "rotating" (no rank does),
-        "none" (less than 5 % of the ranks' time is waiting) or "unknown" (so little was seen, but
-        not all: see `unseen`).
-    rank : int or None
-        The chronic straggler.
-    share : float
-        The part of all waiting that the worst rank causes, from 0 to 1.
-    late_by_step : dict
-        The rank that causes the most waiting, by step.
-    unseen : tuple of str
-        Communication that does not count: what was not recorded ("RPC"), and "sends and recvs" if
-        ranks wait in them, because in a pipeline they do so although none is slow.
-    """
-
-    kind: str
-    rank: int | None
-    share: float
-    late_by_step: dict[int, int]
-    unseen: tuple[str, ...] = ()
-
-
 class Link(NamedTuple):
     """An operation's time once all ranks have come: `latency_ns` + bytes / `bytes_per_second`.
 
@@ -147,38 +107,6 @@ def totals(run: RunRecord) -> list[Total]:
     for segment in segments(run):
         held[segment.rank].append(segment)
     return [_total(rank, held[rank.rank]) for rank in run.ranks]
-
-
-def straggler(run: RunRecord) -> Straggler:
-    """The rank that keeps the others waiting, if it is always the same one.
-
-    Only collectives count, no sends and recvs; in runs with steps only those inside a step, and of
-    more than four steps not the first two, the warm-up. With NCCL the GPUs wait.
-    """
-    steps = [s for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns is not None]
-    counts = _counted({s.step for s in steps})
-    noteworthy = NOTEWORTHY * _time(run, [s for s in steps if counts(s.step)])
-    caused: Counter[int] = Counter()
-    by_step: dict[int, Counter[int]] = {}
-    in_pairs = 0
-    for share, step, wait_ns in filter(lambda cause: counts(cause[1]), _causes(run)):
-        if share.pattern in (LATE_SENDER, LATE_RECEIVER):
-            in_pairs += wait_ns
-        elif (rank := share.last_rank) is not None:
-            caused[rank] += wait_ns
-            if step is not None:
-                by_step.setdefault(step, Counter())[rank] += wait_ns
-    late_by_step = {step: by_step[step].most_common(1)[0][0] for step in sorted(by_step)}
-    unseen = (*run.unseen, *(["sends and recvs"] if in_pairs > noteworthy else []))
-    worst, most = caused.most_common(1)[0] if caused else (None, 0)
-    share_of_worst = most / caused.total() if caused else 0.0
-    kind = "rotating"
-    if not caused or caused.total() < noteworthy:
-        kind = "unknown" if unseen else "none"
-    elif share_of_worst >= MOST:
-        kind = "chronic"
-    late = worst if kind == "chronic" else None
-    return Straggler(kind, late, share_of_worst, late_by_step, unseen)
 
 
 def bandwidth(run: RunRecord) -> list[Link]:
@@ -293,42 +221,6 @@ def _total(rank: RankResult, held: Sequence[Segment]) -> Total:
         parts["transfer"],
         max(0, other),
     )
-
-
-def _counted(steps: set[int | None]) -> Callable[[int | None], bool]:
-    """A function that says whether a step counts: not the warm-up, if there are enough steps."""
-    if not steps:
-        return lambda _: True
-    numbers = {step for step in steps if step is not None}
-    warm_up = sorted(numbers)[:WARM_UP] if len(numbers) > MANY_STEPS else []
-    counted = numbers.difference(warm_up)
-    return lambda step: step in counted
-
-
-def _causes(run: RunRecord) -> Iterator[tuple[Share, int | None, int]]:
-    """Each wait for another rank: the share that names it, the step, and the ns."""
-    for segment in segments(run):
-        share = segment.share
-        if segment.kind == "wait" and share is not None and share.last_rank is not None:
-            yield share, segment.step, segment.t1_ns - segment.t0_ns
-    on_device = {rank.rank: set(_on_device(rank)) for rank in run.ranks}
-    for share in waits(run):
-        if share.t0_ns in on_device[share.rank] and share.last_rank is not None and share.wait_ns:
-            yield share, share.step, share.wait_ns
-
-
-def _on_device(rank: RankResult) -> Iterator[int]:
-    """Starts of collectives in which a GPU waited while the main thread went on."""
-    blocked = any(s.kind == Kind.WAIT and s.op is None for s in rank.spans)  # for its buckets
-    for span in rank.spans:
-        if span.lane == Lane.CUDA or (span.lane == Lane.BUCKETS and not blocked):
-            yield span.t0_ns
-
-
-def _time(run: RunRecord, steps: Iterable[Span]) -> float:
-    """The ns of all ranks together in the steps that count, or else in the function."""
-    in_steps = sum((s.t1_ns or s.t0_ns) - s.t0_ns for s in steps)
-    return in_steps or sum(rank.seconds for rank in run.ranks) * 1e9
 
 
 def _fit(points: Sequence[tuple[int, float]]) -> tuple[float, float]:

@@ -95,6 +95,8 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         buffer = recorder.buffer
         seq = next(group.collectives)
         slot = buffer.write(tail, t0_ns, recorder.step, seq)
+        if t0_ns >= recorder.metered_ns:
+            recorder.meter(slot, t0_ns)
         inside.add(thread)
         try:
             return function(*args, **kwargs)

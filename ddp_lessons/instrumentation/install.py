@@ -1,4 +1,4 @@
-"""Puts recording in place: wraps the public functions of torch.distributed, and DDP's own calls.
+"""Puts recording in place: wraps torch.distributed's functions, DDP's own calls and DataLoaders.
 
 worker/main.py and worker/torchrun.py call it in ranks; worker/preload.py calls it in the forkserver
 before that forks any.
@@ -69,12 +69,15 @@ def wrap_torch() -> None:
     import torch.distributed as dist
     from torch.distributed import distributed_c10d, rpc
     from torch.optim.optimizer import register_optimizer_step_post_hook
+    from torch.utils.data import dataloader
 
     # These import torch.
     from ddp_lessons.instrumentation.ddp_traffic import record_ddp
     from ddp_lessons.instrumentation.functional import record_functional
 
     register_optimizer_step_post_hook(collectives.stepped)
+    loading = dataloader._BaseDataLoaderIter
+    loading.__next__ = recording.batches(loading.__next__)
     record_ddp()
     record_functional()
     _replace("init_process_group", process_groups.joining)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
+from ddp_lessons.system.host import processor_ns
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.messages import (
     Clock,
@@ -33,6 +34,7 @@ from ddp_lessons.wire.messages import (
     ThreadDied,
     Unseen,
 )
+from ddp_lessons.wire.ops import NEXT_BATCH
 from ddp_lessons.wire.records import MOST_MISTAKES, Kind, Lane, Mistake, Timeout
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_TOLD = 100  # calls in `except` blocks, timeouts, and dead threads of a rank that are told
+METERED_NS = 20_000_000  # the processor's time is read at most once in so long: it takes 50 µs
 
 
 class Recorder:
@@ -70,6 +73,7 @@ class Recorder:
         self.one_clock = one_clock  # all ranks are known to read the same clock
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
         self.step = 0
+        self.metered_ns = 0  # when the processor's time is to be read again
         self.groups: list[dist.ProcessGroup] = []  # not freed: process_groups.leaving, ddp_traffic
         self.models: list[Callable[[], DistributedDataParallel | None]] = []  # weak references
         self.at_end: list[Callable[[], None]] = []  # called at the end, to write what is left
@@ -99,7 +103,23 @@ class Recorder:
         if not self._step_t0_ns:
             self._step_t0_ns = t0_ns
         lane = lane or self._lanes.get(get_ident()) or self.lane()
-        return self.buffer.begin(lane, kind, name, t0_ns, 0, self.step, facts)
+        slot = self.buffer.begin(lane, kind, name, t0_ns, 0, self.step, facts)
+        if t0_ns >= self.metered_ns:
+            self.meter(slot, t0_ns)
+        return slot
+
+    def meter(self, slot: Slot, t0_ns: int) -> None:
+        """Note the processor's time of the main thread with a span that began now.
+
+        Not where CUDA is used: there a thread that waits for the GPU may look busy.
+        """
+        self.metered_ns = t0_ns + METERED_NS
+        cuda = sys.modules.get("torch.cuda")
+        try:
+            if cuda is None or not cuda.is_initialized():
+                self.buffer.meter(slot, *processor_ns("/proc/self/schedstat"))
+        except (OSError, ValueError):  # not on Linux
+            self.metered_ns = sys.maxsize
 
     def end(self, slot: Slot) -> None:
         """End a span now."""
@@ -256,6 +276,7 @@ def seconds(timeout: Any) -> float | None:
 
 
 inside: set[int] = set()  # idents of the threads that are in a recorded call
+fetching: set[int] = set()  # of those that fetch a batch
 _recorder: Recorder | None = None  # this process's one recorder; None outside workers
 
 
@@ -327,6 +348,25 @@ class span:
             _recorder.end(self._slot)
 
 
+def batches(fetch: Callable[[Any], T]) -> Callable[[Any], T]:
+    """Wrap `__next__` of a DataLoader's iterator: mark the time that it takes as data."""
+
+    @functools.wraps(fetch)
+    def fetched(self: Any) -> T:
+        recorder, thread = _recorder, get_ident()
+        if recorder is None or thread in fetching:
+            return fetch(self)
+        slot = recorder.begin(Kind.DATA, "DataLoader", time.perf_counter_ns())
+        fetching.add(thread)
+        try:
+            return fetch(self)
+        finally:
+            fetching.discard(thread)
+            recorder.end(slot)
+
+    return fetched
+
+
 def steps(batches: Iterable[T]) -> Iterator[T]:
     """Iterate over `batches` and mark each turn of the loop as one training step.
 
@@ -336,17 +376,20 @@ def steps(batches: Iterable[T]) -> Iterator[T]:
     """
     source = iter(batches)
     while True:
-        recorder = _recorder
+        recorder, thread = _recorder, get_ident()
         t0_ns = time.perf_counter_ns()
+        fetching.add(thread)
         try:
             batch = next(source)
         except StopIteration:
             return
+        finally:
+            fetching.discard(thread)
         if recorder is None:
             yield batch
             continue
         t1_ns = time.perf_counter_ns()
-        recorder.buffer.begin(recorder.lane(), Kind.DATA, "next batch", t0_ns, t1_ns, recorder.step)
+        recorder.buffer.begin(recorder.lane(), Kind.DATA, NEXT_BATCH, t0_ns, t1_ns, recorder.step)
         slot = recorder.begin_step(t0_ns)
         try:
             yield batch

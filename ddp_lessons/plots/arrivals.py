@@ -31,7 +31,7 @@ def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     Parameters
     ----------
     {run}
-    {title}; by default which rank makes the others wait.
+    {title}; by default which rank makes the others wait, and why.
     {ax}
         Cells show the ms after the first arrival if there are few columns; else a colour bar does.
 

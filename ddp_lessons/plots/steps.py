@@ -14,7 +14,7 @@ from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
 from ddp_lessons.text import count
-from ddp_lessons.wire.ops import GROUP_CALLS
+from ddp_lessons.wire.ops import GROUP_CALLS, NEXT_BATCH
 from ddp_lessons.wire.records import Kind, Lane, Span
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _is_call(span: Span) -> bool:
 def _is_unfinished(rank: RankResult, last: Span) -> bool:
     # An exception in a loop over ddp_lessons.steps closes the step's span, which begins with
     # fetching the batch. An optimizer's step is recorded only when it is over.
-    of_loop = any(span.kind == Kind.DATA and span.t0_ns == last.t0_ns for span in rank.spans)
+    of_loop = any(span.name == NEXT_BATCH and span.t0_ns == last.t0_ns for span in rank.spans)
     return last.t1_ns is None or (rank.status == "raised" and of_loop)
 
 

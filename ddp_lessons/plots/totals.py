@@ -28,7 +28,7 @@ def totals(
     Parameters
     ----------
     {run}
-    {title}; by default which rank makes the others wait.
+    {title}; by default which rank makes the others wait, and why.
     legend : bool
         Whether to draw the legend; beside `plots.waits` once is enough.
     {ax}

@@ -14,7 +14,6 @@ from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share
 from ddp_lessons.plots import row_layout, style
 from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.run import Run
-from ddp_lessons.text import listed
 from ddp_lessons.wire.ops import JOINING
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def waits(
     steps : (int, int), optional
         The first and the last training step to show; by default everything from the last join of
         a group to the first leave.
-    {title}; by default which rank makes the others wait.
+    {title}; by default which rank makes the others wait, and why.
     legend : bool
         Whether to draw the legend.
     {ax}
@@ -107,13 +106,7 @@ def waits(
 def finding(run: Run) -> str:
     """The title: the verdict of `run.straggler()`."""
     verdict = run.straggler()
-    if verdict.kind == "chronic":
-        return f"rank {verdict.rank} makes the others wait"
-    if verdict.kind == "rotating":
-        return "the ranks take turns in making the others wait"
-    if verdict.kind == "unknown":
-        return f"{run.name}: no rank is late for collectives; not judged: {listed(verdict.unseen)}"
-    return f"{run.name}: no rank makes the others wait"
+    return f"{run.name}: {verdict}" if verdict.kind in ("none", "unknown") else str(verdict)
 
 
 def entries(kinds: Iterable[str], is_open: bool = False) -> list[Patch]:

@@ -29,7 +29,7 @@ from ddp_lessons.processes.base import (
 )
 from ddp_lessons.processes.packing import Argument
 from ddp_lessons.system import memory, reaper
-from ddp_lessons.system.host import reserve_port
+from ddp_lessons.system.host import processor_ns, reserve_port
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.text import count
 from ddp_lessons.wire.messages import STACK_SIGNAL
@@ -254,14 +254,11 @@ def has_unsent_data(pid: int) -> bool:
 
 
 def queued_seconds(pid: int) -> float:
-    """How long a process's threads have waited for a processor, ready to run (Linux; else 0).
-
-    The second number of /proc/PID/task/TID/schedstat (kernel documentation, sched-stats).
-    """
+    """How long a process's threads have waited for a processor, ready to run (Linux; else 0)."""
     total_ns = 0
     for file in glob.iglob(f"/proc/{pid}/task/*/schedstat"):
-        with contextlib.suppress(OSError, ValueError, IndexError), open(file) as stat:
-            total_ns += int(stat.read().split()[1])
+        with contextlib.suppress(OSError, ValueError):
+            total_ns += processor_ns(file)[1]
     return total_ns / 1e9
 
 

@@ -1,4 +1,4 @@
-"""Facts about this host: its clock, a free port, the address by which other hosts reach it.
+"""Facts about this host: its clock and processors, a free port, its address for other hosts.
 
 Parents, engines and ranks call it.
 """
@@ -24,6 +24,23 @@ def network_id() -> str:
         return os.readlink("/proc/self/ns/net")
     except OSError:  # not Linux
         return ""
+
+
+def processor_ns(schedstat: str) -> tuple[int, int]:
+    """How long a thread has used a processor, and has waited for one, ready to run, in ns (Linux).
+
+    `schedstat` is its file /proc/PID/task/TID/schedstat (kernel documentation, sched-stats); that
+    of the main thread is /proc/PID/schedstat, too. Raises OSError without the file, and ValueError
+    if this kernel does not count.
+    """
+    file = os.open(schedstat, os.O_RDONLY)
+    try:
+        used, queued, _ = map(int, os.read(file, 100).split())
+    finally:
+        os.close(file)
+    if not used:
+        raise ValueError("this kernel does not count")
+    return used, queued
 
 
 def own_address(towards: str | None) -> str | None:

@@ -65,3 +65,4 @@ OWN_WORLD = "own world of rank"  # in the name of a group whose ranks are unknow
 
 DDP_CALLS = {"backward", "DistributedDataParallel"}  # within them DDP makes its own collectives
 WAIT_FOR_BUCKETS = "wait for buckets"  # the name of the span in which backward only waits
+NEXT_BATCH = "next batch"  # the name of the span in which `steps` fetches a batch

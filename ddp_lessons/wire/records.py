@@ -85,6 +85,11 @@ class Span(NamedTuple):
         The call raised.
     tag : int or None
         The tag of a send or recv.
+    cpu_ns : int or None
+        How long the rank's main thread had used a processor when the span began. Read every 20 ms
+        at most, and not where CUDA is used.
+    queued_ns : int or None
+        How long it had waited for a processor, ready to run, by then.
     """
 
     rank: int
@@ -104,6 +109,8 @@ class Span(NamedTuple):
     site: str | None = None
     failed: bool = False
     tag: int | None = None
+    cpu_ns: int | None = None
+    queued_ns: int | None = None
 
 
 def split_site(site: str) -> tuple[str, int]:

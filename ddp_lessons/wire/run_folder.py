@@ -2,4 +2,5 @@
 
 VARIABLE = "DDP_LESSONS_RECORD"  # the environment variable that names the folder
 NOTES = "DDP_LESSONS_NOTES"  # the variable that asks for notes, see instrumentation/notes.py
-VERSION = 2  # of the format of its files
+VERSION = 3  # of the format of its files
+READABLE = (2, VERSION)  # in format 2 spans lack the processor's time

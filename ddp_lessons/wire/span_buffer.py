@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 from ddp_lessons.wire.ops import PAIRWISE
 from ddp_lessons.wire.records import Kind, Lane, Span
+from ddp_lessons.wire.run_folder import VERSION
 
 MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
 SPARE = 64  # extra slots for open spans, so that a hang stays visible when the buffer is full
@@ -40,16 +41,17 @@ KINDS = {kind.value: number for number, kind in enumerate(Kind)}
 
 _WORD = struct.Struct("=q")
 _PROGRESS, _DROPPED, _TEXT_USED = range(3)  # words of the head
-_HEAD = "=qqqq"  # of a record: t0_ns, t1_ns, step, seq
-_T1, _STEP, _SEQ = 1, 2, 3  # words of it
+_HEAD = "=qqqqqq"  # of a record: t0_ns, t1_ns, step, seq, cpu_ns, queued_ns
+_T1, _STEP, _SEQ, _CPU, _QUEUED = 1, 2, 3, 4, 5  # words of it
 # nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed, tag
 _TAIL = struct.Struct("=qiiIIIIIIBBxxi")
 RECORD = struct.Struct(_HEAD + _TAIL.format[1:])
-_PEER_NUMBER, _GROUP, _SITE = 6, 9, 12  # positions in an unpacked record
+RECORD_2 = struct.Struct("=qqqq" + _TAIL.format[1:])  # in format 2, without the processor's time
+_PEER_NUMBER, _GROUP, _LANE, _SITE = 8, 11, 12, 14  # positions in an unpacked record
 _TAIL_START = RECORD.size - _TAIL.size
 _INT = struct.Struct("=i")
 _PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
-CHUNK = RECORD.size << 14  # bytes read at once
+CHUNK = 1 << 14  # records read at once
 _FIRST_PIECE, _LARGEST_PIECE = RECORD.size << 6, RECORD.size << 11  # bytes reserved at once
 _LENGTH = struct.Struct("=H")
 _TEXT_START = 64
@@ -57,9 +59,16 @@ _TEXT_PIECE = 1 << 12  # bytes of head and text that are reserved at first, then
 _TEXT_END = 1 << 20
 _SPANS_START = _TEXT_END
 _PAGES = 1 << 16  # regions begin at a multiple: mmap's granularity everywhere
-_SPARE_START = _SPANS_START + MOST_SPANS * RECORD.size
-_SPARE_END = _SPARE_START + SPARE * RECORD.size
-REGION = -(-_SPARE_END // _PAGES) * _PAGES
+
+
+def _layout(record: struct.Struct) -> tuple[int, int, int]:
+    """Where the extra slots of a region start and end, and the bytes of the region."""
+    start = _SPANS_START + MOST_SPANS * record.size
+    end = start + SPARE * record.size
+    return start, end, -(-end // _PAGES) * _PAGES
+
+
+_SPARE_START, _SPARE_END, REGION = _layout(RECORD)
 
 Record = tuple[int, ...]
 Slot = int  # the first byte of a span in the region; 0 if it was not kept
@@ -173,6 +182,13 @@ class SpanWriter:
             words[place] = t0_ns  # last, because a record without it does not count
         return slot
 
+    def meter(self, slot: Slot, cpu_ns: int, queued_ns: int) -> None:
+        """Note how long the main thread had used a processor, and had queued for one, by then."""
+        if slot:
+            words, place = self._words, slot >> 3
+            words[place + _CPU] = cpu_ns
+            words[place + _QUEUED] = queued_ns
+
     def began(self, slot: Slot, t0_ns: int) -> None:
         """Correct the time at which a span began, known only now."""
         if slot:
@@ -282,10 +298,13 @@ class SpanWriter:
 class SpanReader:
     """Reads one rank's region, also while the rank writes it."""
 
-    def __init__(self, descriptor: int, base: int, rank: int) -> None:
+    def __init__(
+        self, descriptor: int, base: int, rank: int, record: struct.Struct = RECORD
+    ) -> None:
         self._file = descriptor
         self._base = base
         self._rank = rank
+        self._record = record
 
     def progress(self) -> int:
         """A number that grows with everything that the rank finishes."""
@@ -316,14 +335,18 @@ class SpanReader:
 
     def _records(self) -> list[Record]:
         """All records but the empty ones."""
-        spare = self._bytes(_SPARE_START, _SPARE_END - _SPARE_START)
-        records = [record for record in RECORD.iter_unpack(spare) if record[0]]
-        for start in range(_SPANS_START, _SPARE_START, CHUNK):  # written in order
-            data = self._bytes(start, min(CHUNK, _SPARE_START - start))
-            found = [record for record in RECORD.iter_unpack(data) if record[0]]
+        size, unpack = self._record.size, self._record.iter_unpack
+        spare_start, spare_end, _ = _layout(self._record)
+        spare = self._bytes(spare_start, spare_end - spare_start)
+        records = [record for record in unpack(spare) if record[0]]
+        for start in range(_SPANS_START, spare_start, CHUNK * size):  # written in order
+            data = self._bytes(start, min(CHUNK * size, spare_start - start))
+            found = [record for record in unpack(data) if record[0]]
             if not found:
                 break
             records += found
+        if self._record is RECORD_2:
+            return [(*record[:_CPU], 0, 0, *record[_CPU:]) for record in records]
         return records
 
     def _texts(self) -> list[str | None]:
@@ -394,16 +417,19 @@ def read_file(
     highest: int,
     check_group: Callable[[str], None],
     site_of: Callable[[str], str],
+    version: int = VERSION,
 ) -> tuple[list[Span], int]:
     """The spans in a .tape file, and how many were not kept.
 
-    `highest` is the highest rank. `check_group` is called with the name of each group; `site_of`
-    maps each site to the name to show. Raises ValueError if the file is not a whole span buffer, or
-    not one that a rank has written.
+    `highest` is the highest rank, `version` the file's format. `check_group` is called with the
+    name of each group; `site_of` maps each site to the name to show. Raises ValueError if the file
+    is not a whole span buffer, or not one that a rank has written.
     """
-    if os.fstat(descriptor).st_size != REGION:
-        raise ValueError(f"is not a whole span buffer: it has not {REGION:,} bytes")
-    reader = SpanReader(descriptor, 0, rank)
+    record = RECORD_2 if version == 2 else RECORD
+    *_, region = _layout(record)
+    if os.fstat(descriptor).st_size != region:
+        raise ValueError(f"is not a whole span buffer: it has not {region:,} bytes")
+    reader = SpanReader(descriptor, 0, rank, record)
     try:
         records, texts = reader.read()
         dropped = reader.dropped()
@@ -451,10 +477,10 @@ def _each(
 ) -> Iterator[Span]:
     """The records as spans. Spans after the last marked step belong to no step."""
     kinds = list(KINDS)
-    steps = sum(texts[record[10]] == Lane.STEPS for record in records)
+    steps = sum(texts[record[_LANE]] == Lane.STEPS for record in records)
     for (
-        t0, t1, step, seq, nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed,
-        tag,
+        t0, t1, step, seq, cpu, queued, nbytes, bucket, peer, name, op, group, lane, tensor, site,
+        kind, failed, tag,
     ) in records:  # fmt: skip
         yield Span(
             rank,
@@ -474,6 +500,8 @@ def _each(
             sites[site],
             bool(failed),
             tag if texts[op] in PAIRWISE else None,
+            cpu or None,
+            queued if cpu else None,
         )
 
 

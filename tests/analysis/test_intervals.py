@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ddp_lessons.analysis.intervals import Intervals, common, length, union
+from ddp_lessons.analysis.intervals import Intervals, common, length, union, without
 
 
 def drawn(numbers: random.Random) -> Intervals:
@@ -26,6 +26,8 @@ def test_counting_finds_the_same(seed: int) -> None:
     assert covered(union(some)) == covered(some)
     assert length(some) == len(covered(some))
     assert common(union(some), union(others)) == len(covered(some) & covered(others))
+    assert without(some, others) == union(without(some, others))
+    assert covered(without(some, others)) == covered(some) - covered(others)
 
 
 def test_a_union_is_in_order_and_nothing_in_it_touches() -> None:

@@ -1,11 +1,10 @@
-"""Overlap, totals, stragglers and bandwidth: exact numbers from made-up runs, and a real run."""
+"""Overlap, totals and bandwidth: exact numbers from made-up runs, and a real run."""
 
 from __future__ import annotations
 
 import random
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -13,10 +12,8 @@ import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons import Run, launch, plots, steps
+from ddp_lessons import Run, launch, steps
 from ddp_lessons import span as marked
 from ddp_lessons.analysis.intervals import length
 from ddp_lessons.analysis.metrics import segments
@@ -172,157 +169,6 @@ def test_a_real_straggler_that_changes(rotating: Run) -> None:
     named = [verdict.late_by_step[number] == number % 4 for number in range(2, 14)]
     assert len(verdict.late_by_step) == 12
     assert sum(named) >= 11
-
-
-def stepped(late: dict[int, int], ranks: int = 3, delay: int = 60) -> list[Span]:
-    """Steps of 100 ns with an all_reduce, to which rank `late[step]` comes `delay` ns later."""
-    spans = []
-    for number, culprit in late.items():
-        for rank in range(ranks):
-            begin = 100 * number + 1
-            spans.append(step(rank, number, begin, begin + 99))
-            came = begin + 20 + delay * (rank == culprit)
-            spans.append(call(rank, came, begin + 90, seq=number, step=number))
-    return spans
-
-
-def test_a_chronic_straggler() -> None:
-    verdict = run_of(*stepped(dict.fromkeys(range(8), 2))).straggler()
-    assert verdict[:4] == ("chronic", 2, 1.0, dict.fromkeys(range(2, 8), 2))
-
-
-def test_rotating_stragglers() -> None:
-    verdict = run_of(*stepped({n: n % 3 for n in range(8)})).straggler()
-    assert (verdict.kind, verdict.rank) == ("rotating", None)
-    assert verdict.share == pytest.approx(1 / 3)
-    assert verdict.late_by_step == {n: n % 3 for n in range(2, 8)}
-
-
-@pytest.mark.parametrize("lane", ["cuda", "buckets"])
-def test_a_straggler_for_whom_gpus_wait(lane: str) -> None:
-    """With NCCL no main thread is blocked: the call returns at once."""
-    spans = stepped(dict.fromkeys(range(8), 2))
-    spans = [s._replace(lane=lane) if s.kind == "comm" else s for s in spans]
-    verdict = run_of(*spans).straggler()
-    assert verdict[:4] == ("chronic", 2, 1.0, dict.fromkeys(range(2, 8), 2))
-
-
-def test_no_straggler_where_waiting_is_little() -> None:
-    verdict = run_of(*stepped(dict.fromkeys(range(8), 2), delay=3)).straggler()
-    assert (verdict.kind, verdict.rank) == ("none", None)
-    assert run_of().straggler()[:4] == ("none", None, 0.0, {})
-
-
-def test_the_warm_up_does_not_count_where_there_are_steps_enough() -> None:
-    warm_up = {0: 0, 1: 0}
-    verdict = run_of(*stepped({**warm_up, **dict.fromkeys(range(2, 8), 2)})).straggler()
-    assert verdict.share == 1.0
-    few = run_of(*stepped({**warm_up, 2: 2})).straggler()
-    assert few.late_by_step == {0: 0, 1: 0, 2: 2}
-
-
-def test_what_is_outside_the_steps_does_not_count() -> None:
-    meeting = [call(rank, 900 + 50 * (rank == 0), 990, seq=99) for rank in range(3)]
-    verdict = run_of(*stepped(dict.fromkeys(range(8), 2)), *meeting).straggler()
-    assert verdict.share == 1.0
-
-
-def test_without_steps_everything_counts() -> None:
-    spans = [call(rank, 100 + 300 * (rank == 1), 500) for rank in range(3)]
-    verdict = run_of(*spans).straggler()
-    assert verdict[:4] == ("chronic", 1, 1.0, {})
-
-
-@pytest.mark.parametrize(("op", "late"), [("broadcast", 1), ("gather", 2)])
-def test_a_late_root_and_a_root_that_waits(op: str, late: int) -> None:
-    """All wait for the root of a broadcast; the root of a gather waits for all."""
-    spans = [call(r, 100 + 700 * (r == late), 900, op, peer=1) for r in range(3)]
-    assert run_of(*spans).straggler()[:4] == ("chronic", late, 1.0, {})
-
-
-def test_nobody_is_said_to_be_on_time_where_ranks_wait_for_sends() -> None:
-    spans = [call(0, 100, 900, "recv", peer=1), call(1, 800, 900, "send", peer=0)]
-    verdict = run_of(*spans).straggler()
-    assert (verdict.kind, verdict.rank, verdict.unseen) == ("unknown", None, ("sends and recvs",))
-    spans = [call(0, 100, 900, "recv", peer=1), call(1, 101, 900, "send", peer=0)]
-    assert run_of(*spans).straggler().kind == "none"
-
-
-def joins_by_rpc(rank: int) -> None:
-    from torch.distributed import rpc
-
-    rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
-    rpc.shutdown()
-
-
-def calls_a_method(rank: int) -> None:
-    dist.init_process_group("gloo")
-    assert dist.group.WORLD is not None
-    dist.group.WORLD.allreduce([torch.ones(1)]).wait()
-
-
-def wraps_over_another_backend(rank: int) -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
-    model = DistributedDataParallel(nn.Linear(2, 1))
-    model(torch.ones(1, 2))
-
-
-def hangs_after_rpc(rank: int) -> None:
-    joins_by_rpc(rank)
-    dist.init_process_group("gloo")
-    if rank == 0:
-        dist.barrier()
-
-
-@pytest.mark.ranks
-@pytest.mark.parametrize(
-    ("fn", "what"),
-    [
-        (joins_by_rpc, "RPC"),
-        (calls_a_method, "a process group's own methods"),
-        (wraps_over_another_backend, "DDP over fake"),
-        (hangs_after_rpc, "RPC"),
-    ],
-)
-def test_what_was_not_recorded_is_said(
-    fn: Callable[[int], None], what: str, figures_closed: None
-) -> None:
-    run = launch(fn, nprocs=2, check=False)
-    assert run.unseen == [what]
-    assert run.straggler().unseen == (what,)
-    assert run.straggler().kind in ("unknown", "rotating", "chronic")
-    for picture in (plots.timeline, plots.waits):
-        assert f"not recorded: {what}" in picture(run).get_xlabel()
-    assert run.ok or f"not recorded: {what}" in run.explain()
-
-
-@pytest.mark.ranks
-def test_what_is_recorded_whole_is_not_said_to_be_unseen() -> None:
-    """DDP's buckets and buffers, with hooks and without, and what optimizers and FSDP send."""
-
-    def work(rank: int) -> None:
-        from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-        from torch.distributed.fsdp import fully_shard
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        dist.init_process_group("gloo")
-        for hook in (None, default_hooks.allreduce_hook):
-            net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-            model = DistributedDataParallel(net)
-            if hook is not None:
-                model.register_comm_hook(None, hook)
-            optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
-            with model.join():
-                for _ in range(2 + rank):
-                    model(torch.randn(3, 4)).sum().backward()
-            optimizer.step()
-        sharded = fully_shard(nn.Linear(4, 4))
-        sharded(torch.ones(1, 4)).sum().backward()
-
-    run = launch(work, nprocs=2)
-    assert run.unseen == []
 
 
 def transfers(times: dict[int, int]) -> list[Span]:

@@ -605,7 +605,11 @@ def lines_that_call_again(rank: int, forgetful: bool) -> list[int]:
 
 def test_what_a_line_calls_again_is_recorded_as_what_it_calls_first() -> None:
     def without_times(spans: list[Span]) -> list[Span]:
-        return [s._replace(t0_ns=0, t1_ns=0 if s.t1_ns else None) for s in spans]
+        ends = [0 if s.t1_ns else None for s in spans]
+        return [
+            s._replace(t0_ns=0, t1_ns=end, cpu_ns=None, queued_ns=None)
+            for s, end in zip(spans, ends, strict=True)
+        ]
 
     first, again = (launch(lines_that_call_again, (forgetful,)) for forgetful in (True, False))
     assert [value[0] for value in first.values] == [value[0] for value in again.values] == [8, 0]

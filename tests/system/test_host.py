@@ -1,15 +1,17 @@
-"""The addresses and interfaces of this host."""
+"""The addresses and interfaces of this host, and its processors."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
 
-from ddp_lessons.system.host import interface_of, network_id, own_address
+from ddp_lessons.system.host import interface_of, network_id, own_address, processor_ns
 from tests.support.hosts import Host, two_hosts
 
 ASK = """
@@ -45,3 +47,23 @@ def test_here() -> None:
         assert interface_of(address) in psutil.net_if_addrs()
     assert interface_of("203.0.113.1") is None
     assert network_id() == network_id()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts it")
+def test_the_processor_s_time_of_a_thread() -> None:
+    used_before, queued_before = processor_ns("/proc/self/schedstat")
+    clock = time.thread_time_ns()
+    while time.thread_time_ns() < clock + 50_000_000:
+        pass
+    used, queued = processor_ns("/proc/self/schedstat")
+    slack = 10_000_000  # the kernel counts every few ms
+    assert 50_000_000 - slack <= used - used_before <= time.thread_time_ns() - clock + slack
+    assert queued >= queued_before
+
+
+def test_no_processor_s_time_where_the_kernel_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "schedstat").write_text("0 0 0\n")
+    with pytest.raises(ValueError, match="does not count"):
+        processor_ns(str(tmp_path / "schedstat"))
+    with pytest.raises(FileNotFoundError):
+        processor_ns(str(tmp_path / "no such file"))

@@ -59,7 +59,7 @@ def test_several_messages_at_once() -> None:
 
 def test_fields_of_a_span() -> None:
     fields = "rank lane kind name t0_ns t1_ns step op group seq nbytes bucket peer tensor "
-    fields += "site failed tag"
+    fields += "site failed tag cpu_ns queued_ns"
     assert Span._fields == tuple(fields.split())
 
 

@@ -43,11 +43,21 @@ def test_all_facts_of_a_span_come_back(buffers: SpanBuffers) -> None:
     (reduced,) = buffers.spans(1)
     assert reduced[:7] == (1, "comm", "comm", "all_reduce", 100, 250, None)
     *seen, tag = facts
-    assert reduced[7:] == (*seen, False, None)
+    assert reduced[7:] == (*seen, False, None, None, None)
     assert tag == 0
     (forward,) = buffers.spans(0)
     assert forward[:6] == (0, "main", "compute", "forward", 5, None)
-    assert set(forward[6:-2]) == {None}
+    assert set(forward[6:-4]) == {None}
+
+
+def test_a_span_has_the_processor_s_time_where_it_was_read(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    for t0_ns in (10, 20, 30):
+        slot = buffer.begin("main", "compute", "forward", t0_ns)
+        if t0_ns > 10:
+            buffer.meter(slot, 7 * t0_ns, 30 - t0_ns)
+    found = [(s.cpu_ns, s.queued_ns) for s in buffers.spans(0)]
+    assert found == [(None, None), (140, 10), (210, 0)]
 
 
 def test_a_send_has_its_tag(buffers: SpanBuffers) -> None:

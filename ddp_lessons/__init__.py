@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from ddp_lessons.recorded_run import load_run
     from ddp_lessons.results import RankResult
     from ddp_lessons.run import Run
-    from ddp_lessons.wire.records import ErrorRecord, Frame, Span, Timeout
+    from ddp_lessons.wire.records import Batches, ErrorRecord, Frame, Mistake, Noted, Span, Timeout
 
 __version__ = "0.1.0"
 __all__ = [
     "Arrival",
     "BadLaunch",
+    "Batches",
     "CannotSend",
     "Cause",
     "ErrorRecord",
@@ -50,6 +51,8 @@ __all__ = [
     "Frame",
     "LaunchError",
     "Link",
+    "Mistake",
+    "Noted",
     "Overlap",
     "RankResult",
     "Run",
@@ -72,11 +75,14 @@ __all__ = [
 ]
 _HOME = {
     "Arrival": "analysis.wait_states",
+    "Batches": "wire.records",
     "Cause": "analysis.stragglers",
     "ErrorRecord": "wire.records",
     "Finding": "diagnosis.verdict",
     "Frame": "wire.records",
     "Link": "analysis.metrics",
+    "Mistake": "wire.records",
+    "Noted": "wire.records",
     "Overlap": "analysis.metrics",
     "RankResult": "results",
     "Run": "run",

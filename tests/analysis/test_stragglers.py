@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import cloudpickle
 import pytest
@@ -96,20 +97,22 @@ def test_nobody_is_said_to_be_on_time_where_ranks_wait_for_sends() -> None:
     assert run_of(*spans).straggler().kind == "none"
 
 
-def joins_by_rpc(rank: int) -> None:
+def joins_by_rpc(rank: int, folder: str) -> None:
+    """By a file: rank 0 would take its store along when it ends."""
     from torch.distributed import rpc
 
-    rpc.init_rpc(f"worker{rank}", rank=rank, world_size=2)
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{folder}/meeting")
+    rpc.init_rpc(f"worker{rank}", None, rank, 2, options)
     rpc.shutdown()
 
 
-def calls_a_method(rank: int) -> None:
+def calls_a_method(rank: int, folder: str) -> None:
     dist.init_process_group("gloo")
     assert dist.group.WORLD is not None
     dist.group.WORLD.allreduce([torch.ones(1)]).wait()
 
 
-def wraps_over_another_backend(rank: int) -> None:
+def wraps_over_another_backend(rank: int, folder: str) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=rank, world_size=2, store=FakeStore())
@@ -117,8 +120,8 @@ def wraps_over_another_backend(rank: int) -> None:
     model(torch.ones(1, 2))
 
 
-def hangs_after_rpc(rank: int) -> None:
-    joins_by_rpc(rank)
+def hangs_after_rpc(rank: int, folder: str) -> None:
+    joins_by_rpc(rank, folder)
     dist.init_process_group("gloo")
     if rank == 0:
         dist.barrier()
@@ -135,9 +138,9 @@ def hangs_after_rpc(rank: int) -> None:
     ],
 )
 def test_what_was_not_recorded_is_said(
-    fn: Callable[[int], None], what: str, figures_closed: None
+    fn: Callable[[int, str], None], what: str, tmp_path: Path, figures_closed: None
 ) -> None:
-    run = launch(fn, nprocs=2, check=False)
+    run = launch(fn, (str(tmp_path),), nprocs=2, check=False)
     assert run.unseen == [what]
     assert run.straggler().unseen == (what,)
     assert run.straggler().kind in ("unknown", "rotating", "chronic")

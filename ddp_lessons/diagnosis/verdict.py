@@ -93,8 +93,8 @@ class Finding:
         the results of several ranks. "never waited for": asynchronous work whose handle was never
         used. "changed too early": the tensor of an isend, before it was waited for. "partly
         filled": a recv into a tensor that is larger than what was sent. In notes: "weights differ",
-        "learning rates differ", "same samples", "same random numbers", and "compared", which says
-        what was compared.
+        "learning rates differ", "same samples", "same random numbers", "order of a set", and
+        "compared", which says what was compared.
     ranks : tuple of int
         The ranks at fault; all that took part if that is unknown.
     text : str

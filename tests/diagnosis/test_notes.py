@@ -218,6 +218,58 @@ def test_one_rank_that_evaluates_alone_is_no_news() -> None:
     assert noted(work) == []
 
 
+NAMES = ["weight", "bias"]
+
+
+def over_a_set(rank: int) -> None:
+    for _ in set(NAMES):
+        dist.all_reduce(torch.ones(1))
+
+
+def over_a_named_set(rank: int) -> None:
+    names = {name.upper() for name in NAMES} | {"scale"}
+    for number, name in enumerate(names):
+        for _ in range(2):
+            dist.all_reduce(torch.ones(1))
+        print(number, name)
+
+
+def over_a_sorted_set(rank: int) -> None:
+    names = set(NAMES)
+    ordered = sorted(names)
+    for _ in ordered:
+        dist.all_reduce(torch.ones(1))
+    for _ in names:
+        pass
+    dist.all_reduce(torch.ones(1))
+
+
+def over_what_may_be_one(rank: int) -> None:
+    names: Any = set(NAMES)
+    names = list(reversed(NAMES))
+    for _ in names:
+        dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("body", [over_a_set, over_a_named_set])
+def test_a_loop_over_a_set(body: Callable[[int], None]) -> None:
+    (note,) = noted(in_group, body)
+    assert (note.kind, note.ranks) == ("order of a set", (0, 1, 2))
+    assert note.frame is not None
+    assert "dist.all_reduce" in note.frame.source
+
+
+@pytest.mark.parametrize("body", [over_a_sorted_set, over_what_may_be_one])
+def test_a_loop_that_is_in_order(body: Callable[[int], None]) -> None:
+    assert noted(in_group, body) == []
+
+
+def in_group(rank: int, body: Callable[[int], None]) -> None:
+    dist.init_process_group("gloo")
+    body(rank)
+    dist.destroy_process_group()
+
+
 @pytest.mark.system
 def test_a_script_notes_by_a_variable(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

@@ -9,11 +9,10 @@ they read, and nothing is unpickled.
 from __future__ import annotations
 
 import fcntl
-import itertools
 import os
 import re
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,27 +25,13 @@ from ddp_lessons.system import regular_files
 from ddp_lessons.text import agree, count, ranks_text
 from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
+from ddp_lessons.wire.messages import Told
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
-from ddp_lessons.wire.records import (
-    MISTAKES,
-    MOST_MISTAKES,
-    Batches,
-    ErrorRecord,
-    Frame,
-    Kind,
-    Lane,
-    Mistake,
-    Noted,
-    Span,
-    Timeout,
-    split_site,
-)
+from ddp_lessons.wire.records import Frame, Kind, Lane, Span, split_site
 from ddp_lessons.wire.run_folder import READABLE, VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
-MOST_TOLD = 1000  # facts of one kind that are read
 _RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
-_SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 _NUMBERS = re.compile(r"\d+")
 INTERRUPTED, TOLD_TO_END = -int(signal.SIGINT), -int(signal.SIGTERM)  # exit codes
 # Stand-ins for frames of a rank that cannot be asked: stacks.position finds its call in them.
@@ -101,13 +86,7 @@ class RankFiles:
     dropped: int
     told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
-    handling: tuple[str, ErrorRecord] | None = None
-    timeouts: tuple[Timeout, ...] = ()
-    threads: Mapping[str, str] = field(default_factory=dict)
-    dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
-    unseen: tuple[str, ...] = ()
-    mistakes: tuple[Mistake, ...] = ()
-    noted: Noted | None = None
+    itself: Told = field(default_factory=Told)  # what the rank told of itself
 
     @property
     def rank(self) -> int:
@@ -160,32 +139,15 @@ def _read(file: Path) -> RankFiles:
         alive = _is_held(opened)
         found, sources = facts.parse(regular_files.read(opened, facts.MOST_BYTES))
         began = _began(found, file)
-        clock, raised, ended, handled = map(found.within, ("clock", "raised", "ended", "handling"))
+        clock, raised, ended = map(found.within, ("clock", "raised", "ended"))
         behind_ns = clock.number("behind_ns", -facts.LARGEST) if clock else 0
         last = raised or ended
         ended_ns = last.number("t_ns", began["t_ns"]) if last else None
         if raised:
             facts.error(raised, sources)  # parsed here so that an error names this file
-        handling = (
-            (_site(handled.text("site"), sources), facts.error(handled, sources))
-            if handled
-            else None
-        )
-        timeouts = tuple(
-            Timeout(
-                own.seconds("seconds"),
-                own.text("call"),
-                _site(own.text("site"), sources) if own.data.get("site") is not None else None,
-            )
-            for own in itertools.islice(found.each("gives_up"), MOST_TOLD)
-        )
-        threads = {calls.text("lane"): calls.text("thread") for calls in found.each("thread_calls")}
-        dead_threads = tuple(
-            (died.text("thread"), facts.error(died, sources))
-            for died in itertools.islice(found.each("thread_died"), MOST_TOLD)
-        )
-        unseen = tuple(part.text("what") for part in found.each("unseen"))
-        mistakes, noted = tuple(_mistakes(found, sources)), _noted(found, sources)
+        itself = Told()
+        for message in facts.messages(found, sources):
+            itself.take(message)
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
@@ -194,7 +156,7 @@ def _read(file: Path) -> RankFiles:
             began["rank"],
             highest,
             lambda group: _check_group(group, highest),
-            lambda site: _site(site, sources),
+            lambda site: facts.named(site, sources),
             began["version"],
         )
     path = file.with_suffix(".stack")
@@ -202,28 +164,8 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, handling, timeouts, threads, dead_threads, unseen, mistakes, noted,
+        sources, itself,
     )  # fmt: skip
-
-
-def _mistakes(found: Fields, sources: Sources) -> Iterator[Mistake]:
-    """The mistakes that a rank noticed; a later version may know more kinds."""
-    for mistake in itertools.islice(found.each("mistake"), MOST_MISTAKES):
-        if (kind := mistake.text("kind")) in MISTAKES:
-            yield Mistake(kind, mistake.text("op"), _site(mistake.text("site"), sources))
-
-
-def _noted(found: Fields, sources: Sources) -> Noted | None:
-    """What a rank noted on request."""
-    if (noted := found.within("noted")) is None:
-        return None
-    names = Batches._fields[1:]
-    batches = [
-        Batches(_site(line.text("site"), sources), *map(line.number, names))
-        for line in noted.each("batches")
-    ]
-    weights = [model.numbers() for model in noted.each("weights")]
-    return Noted(tuple(weights), tuple(noted.texts("rates")), tuple(batches))
 
 
 def _began(found: Fields, file: Path) -> dict[str, Any]:
@@ -256,14 +198,6 @@ def _check_group(group: str, highest: int) -> None:
     numbers = _NUMBERS.findall(ranks.partition(" #")[0])
     if max(map(int, numbers), default=0) > highest:
         raise ValueError(f"is damaged: a group has a rank beyond {highest}")
-
-
-def _site(site: str, sources: Sources) -> str:
-    """The checked site, with the name under which its file may be shown."""
-    if not _SITE.fullmatch(site) or "\0" in site:
-        raise ValueError("is damaged: a line of code has no number")
-    filename, line = split_site(site)
-    return f"{sources.name(filename)}:{line}"
 
 
 def _is_held(facts_file: int) -> bool:
@@ -354,13 +288,7 @@ def _result(record: RankFiles) -> RankResult:
         group_rank=int(record.began["group_rank"]),
         host=str(record.began["host"]),
         pid=int(record.began["pid"]) if record.alive else None,
-        handling=record.handling,
-        unseen=record.unseen,
-        timeouts=record.timeouts,
-        threads=record.threads,
-        dead_threads=record.dead_threads,
-        mistakes=record.mistakes,
-        noted=record.noted,
+        **vars(record.itself),
     )
 
 

@@ -168,7 +168,7 @@ class Watchdog:
         waiting = self.alive
         if any(w.started_ns is None for w in waiting):
             return False
-        if any(own.seconds < timeout for worker in waiting for own in worker.timeouts):
+        if any(own.seconds < timeout for worker in waiting for own in worker.told.timeouts):
             return False
         if any(w.activity != "idle" or w.queued or w.sending for w in waiting):
             return False

@@ -20,17 +20,13 @@ from ddp_lessons.wire import stacks
 from ddp_lessons.wire.messages import (
     Clock,
     Decoder,
-    GivesUp,
-    Handling,
     Raised,
     Returned,
     Started,
-    ThreadCalls,
-    ThreadDied,
-    Unseen,
+    Told,
     Unsendable,
 )
-from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Mistake, Noted, Span, Timeout
+from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -53,14 +49,8 @@ class Worker(ABC):
         self.began_ns = time.perf_counter_ns()
         self.started_ns: int | None = None
         self.ended_ns: int | None = None
-        self.timeouts: list[Timeout] = []  # of the learner's
         self.outcome: Returned | Raised | Unsendable | None = None
-        self.handling: tuple[str, ErrorRecord] | None = None  # see RankResult
-        self.unseen: tuple[str, ...] = ()  # see RankResult
-        self.threads: dict[str, str] = {}  # see RankResult
-        self.dead_threads: list[tuple[str, ErrorRecord]] = []
-        self.mistakes: list[Mistake] = []
-        self.noted: Noted | None = None
+        self.told = Told()
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -160,13 +150,7 @@ class Worker(ABC):
             stack=stack,
             kept_by=None if kept is None else kept.name,
             activity=self.activity,
-            handling=self.handling,
-            unseen=self.unseen,
-            timeouts=tuple(self.timeouts),
-            threads=self.threads,
-            dead_threads=tuple(self.dead_threads),
-            mistakes=tuple(self.mistakes),
-            noted=self.noted,
+            **vars(self.told),
             dropped=self.dropped(),
             group_rank=self.place.group_rank,
             host=self.host,
@@ -177,26 +161,14 @@ class Worker(ABC):
             match message:
                 case Started(t_ns):
                     self.started_ns = t_ns
-                case GivesUp(timeout):
-                    self.timeouts.append(timeout)
-                case ThreadCalls(lane, thread):
-                    self.threads[lane] = thread
-                case ThreadDied(thread, error):
-                    self.dead_threads.append((thread, error))
-                case Handling(site, error):
-                    self.handling = (site, error)
-                case Unseen(what):
-                    self.unseen += (what,)
-                case Mistake():
-                    self.mistakes.append(message)
-                case Noted():
-                    self.noted = message
                 case Clock():
                     self.clock = message
                 case Returned(t_ns) | Raised(t_ns) | Unsendable(t_ns):
                     self.outcome = message
                     self.outcome_after_stop = self.stopped
                     self.ended_ns = t_ns
+                case _:
+                    self.told.take(message)
 
 
 def _loaded(data: bytes) -> tuple[Status, Any, ErrorRecord | None]:

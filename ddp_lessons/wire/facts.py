@@ -1,10 +1,10 @@
-"""Reads the facts that a rank under torchrun wrote down (worker/torchrun.py).
+"""The facts that a rank under torchrun writes down: what its messages become, and reading them.
 
-Runs in the parent, called by recorded_run.py. The folder may come from anybody, and its files may
-be truncated or half overwritten. So every fact is checked for type and size before it is used, and
-each error names its file. Facts also name source files: the lines of one are shown only if the
-file here is the one that ran, or is installed here. The names of the others are marked, so that
-nobody opens them.
+worker/torchrun.py writes them, in ranks; recorded_run.py reads them, in the parent. The folder may
+come from anybody, and its files may be truncated or half overwritten. So every fact is checked for
+type and size before it is used, and each error names its file. Facts also name source files: the
+lines of one are shown only if the file here is the one that ran, or is installed here. The names of
+the others are marked, so that nobody opens them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,34 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ddp_lessons.system import regular_files
 from ddp_lessons.wire import owners
-from ddp_lessons.wire.records import ErrorRecord, Frame
+from ddp_lessons.wire.messages import (
+    Clock,
+    GivesUp,
+    Handling,
+    Message,
+    ThreadCalls,
+    ThreadDied,
+    Unseen,
+)
+from ddp_lessons.wire.records import (
+    MISTAKES,
+    Batches,
+    ErrorRecord,
+    Frame,
+    Mistake,
+    Noted,
+    Timeout,
+    split_site,
+)
 
 MOST_BYTES = 1 << 22  # of a file of facts or stacks
 MOST_FILES = 1000  # source files whose digests are read
@@ -27,9 +47,11 @@ LARGEST = (1 << 63) - 1
 LONGEST_PATH = 4096  # characters
 MOST_CAUSES = 100  # exceptions kept of a chain
 DEEPEST_GROUP = 20
+MOST_TOLD = 1000  # facts of one kind that are read
 # A rank writes several of these.
 REPEATED = ("file", "gives_up", "mistake", "thread_calls", "thread_died", "unseen")
 SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records lack
+_SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 
 
 class Fields:
@@ -86,6 +108,10 @@ class Fields:
             raise ValueError(f"is damaged: {name!r} is no list")
         return value
 
+    def first(self, name: str) -> Iterator[Fields]:
+        """The first members of a list, as many as are read at most."""
+        return itertools.islice(self.each(name), MOST_TOLD)
+
     def within(self, name: str) -> Fields | None:
         """The fields of a nested fact; None if there is none."""
         value = self.data.get(name)
@@ -136,6 +162,65 @@ def parse(data: bytes) -> tuple[Fields, Sources]:
     found = Fields(facts)
     files = itertools.islice(found.each("file"), MOST_FILES)
     return found, Sources({file.path("name"): file.text("sha256") for file in files})
+
+
+def of_message(message: Message) -> dict[str, Any]:
+    """The fact, by its name, that a message becomes in the record of a script; none for others."""
+    match message:
+        case Clock():
+            return {"clock": asdict(message)}
+        case Handling(site, error):
+            return {"handling": {"site": site, **asdict(error)}}
+        case ThreadDied(thread, error):
+            return {"thread_died": {"thread": thread, **asdict(error)}}
+        case ThreadCalls():
+            return {"thread_calls": asdict(message)}
+        case GivesUp(timeout):
+            return {"gives_up": timeout._asdict()}
+        case Unseen():
+            return {"unseen": asdict(message)}
+        case Mistake():
+            return {"mistake": message._asdict()}
+        case Noted():
+            batches = [batches._asdict() for batches in message.batches]
+            return {"noted": {**message._asdict(), "batches": batches}}
+    return {}
+
+
+def messages(found: Fields, sources: Sources) -> Iterator[Message]:
+    """The messages that became these facts, but for the rank's clock."""
+    if (handled := found.within("handling")) is not None:
+        yield Handling(named(handled.text("site"), sources), error(handled, sources))
+    for own in found.first("gives_up"):
+        yield GivesUp(Timeout(own.seconds("seconds"), own.text("call"), _site(own, sources)))
+    for calls in found.first("thread_calls"):
+        yield ThreadCalls(calls.text("lane"), calls.text("thread"))
+    for died in found.first("thread_died"):
+        yield ThreadDied(died.text("thread"), error(died, sources))
+    for unseen in found.first("unseen"):
+        yield Unseen(unseen.text("what"))
+    for mistake in found.first("mistake"):
+        if (kind := mistake.text("kind")) in MISTAKES:  # a later version may know more
+            yield Mistake(kind, mistake.text("op"), named(mistake.text("site"), sources))
+    if (noted := found.within("noted")) is not None:
+        batches = [
+            Batches(named(line.text("site"), sources), *map(line.number, Batches._fields[1:]))
+            for line in noted.each("batches")
+        ]
+        weights = [model.numbers() for model in noted.each("weights")]
+        yield Noted(tuple(weights), tuple(noted.texts("rates")), tuple(batches))
+
+
+def named(site: str, sources: Sources) -> str:
+    """A checked line, `FILE:LINE`, with the name under which its file may be shown."""
+    if not _SITE.fullmatch(site) or "\0" in site:
+        raise ValueError("is damaged: a line of code has no number")
+    filename, line = split_site(site)
+    return f"{sources.name(filename)}:{line}"
+
+
+def _site(fact: Fields, sources: Sources) -> str | None:
+    return None if fact.data.get("site") is None else named(fact.text("site"), sources)
 
 
 def stack_text(data: bytes) -> str:

@@ -125,6 +125,37 @@ Message = (
 )
 
 
+@dataclass
+class Told:
+    """What a rank has told of itself so far, by the fields of `results.RankResult`."""
+
+    handling: tuple[str, ErrorRecord] | None = None
+    unseen: tuple[str, ...] = ()
+    timeouts: tuple[Timeout, ...] = ()
+    threads: dict[str, str] = field(default_factory=dict)
+    dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
+    noted: Noted | None = None
+
+    def take(self, message: Message) -> None:
+        """Take in a message, if it is of this kind."""
+        match message:
+            case GivesUp(timeout):
+                self.timeouts += (timeout,)
+            case ThreadCalls(lane, thread):
+                self.threads[lane] = thread
+            case ThreadDied(thread, error):
+                self.dead_threads += ((thread, error),)
+            case Handling(site, error):
+                self.handling = (site, error)
+            case Unseen(what):
+                self.unseen += (what,)
+            case Mistake():
+                self.mistakes += (message,)
+            case Noted():
+                self.noted = message
+
+
 def encode(message: Message) -> bytes:
     """The message's bytes for the pipe: its length (8 bytes, little endian), then its pickle."""
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)

@@ -40,17 +40,14 @@ from ddp_lessons.instrumentation import ddp_traffic, recording
 from ddp_lessons.instrumentation.install import install, replace_in
 from ddp_lessons.system import reaper, regular_files
 from ddp_lessons.system.host import clock_id
+from ddp_lessons.wire import facts
 from ddp_lessons.wire.messages import (
-    Clock,
-    GivesUp,
     Handling,
     Message,
-    ThreadCalls,
     ThreadDied,
-    Unseen,
 )
 from ddp_lessons.wire.owners import Owner, owner_of
-from ddp_lessons.wire.records import ErrorRecord, Mistake, Noted
+from ddp_lessons.wire.records import ErrorRecord
 from ddp_lessons.wire.run_folder import NOTES, VARIABLE, VERSION
 from ddp_lessons.wire.span_buffer import REGION, SpanWriter, identity, prepare, reserve, say
 from ddp_lessons.wire.stacks import describe
@@ -188,25 +185,10 @@ class _Script:
                 self._write(file={"name": name, "sha256": digest})
 
     def _on_message(self, message: Message) -> None:
-        if isinstance(message, Clock):
-            self._write(clock=dataclasses.asdict(message))
-        elif isinstance(message, Mistake):
-            self._write(mistake=message._asdict())
-        elif isinstance(message, Noted):
-            batches = [batches._asdict() for batches in message.batches]
-            self._write(noted={**message._asdict(), "batches": batches})
-        elif isinstance(message, Handling):
+        if isinstance(message, Handling | ThreadDied):
             self._note_files_of(message.error)
-            self._write(handling={"site": message.site, **dataclasses.asdict(message.error)})
-        elif isinstance(message, ThreadDied):
-            self._note_files_of(message.error)
-            self._write(thread_died={"thread": message.thread, **dataclasses.asdict(message.error)})
-        elif isinstance(message, ThreadCalls):
-            self._write(thread_calls=dataclasses.asdict(message))
-        elif isinstance(message, GivesUp):
-            self._write(gives_up=message.timeout._asdict())
-        elif isinstance(message, Unseen):
-            self._write(unseen=dataclasses.asdict(message))
+        if fact := facts.of_message(message):
+            self._write(**fact)
 
     def _on_error(
         self, kind: type[BaseException], error: BaseException, trace: TracebackType | None

@@ -16,7 +16,7 @@ import io
 import re
 import reprlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
@@ -199,7 +199,7 @@ def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
 def is_unattempted(answer: Any) -> bool:
     """True for `...`, and for a function or class of which a part is still `...`.
 
-    That is a body, or what is returned or stored; not an index, as in `x[..., 0]`.
+    That is a body or a value; not an index, as in `x[..., 0]`.
     """
     answer = inspect.unwrap(answer) if callable(answer) else answer  # without its decorators
     if answer is ...:
@@ -212,7 +212,6 @@ def is_unattempted(answer: Any) -> bool:
 
 _IDLE = {"RESUME", "NOP", "COPY_FREE_VARS"}
 _RETURN = {"LOAD_CONST", "RETURN_VALUE", "RETURN_CONST"}
-_KEEPS = ("STORE_FAST", "STORE_DEREF", "RETURN_VALUE")
 
 
 def _is_empty(code: types.CodeType) -> bool:
@@ -222,12 +221,21 @@ def _is_empty(code: types.CodeType) -> bool:
 
 
 def _keeps_ellipsis(code: types.CodeType) -> bool:
-    """Whether a function, or one in it, stores or returns `...`."""
+    """Whether a function, or one in it, has `...` for a value."""
     steps = list(dis.get_instructions(code))
-    return any(
-        step.argval is ... and (step.opname == "RETURN_CONST" or after.opname.startswith(_KEEPS))
-        for step, after in zip(steps, [*steps[1:], steps[-1]], strict=True)
-    ) or any(isinstance(c, types.CodeType) and _keeps_ellipsis(c) for c in code.co_consts)
+    kept = (n for n, step in enumerate(steps) if step.argval is ...)
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return any(not _is_index(steps[n + 1 :]) for n in kept) or any(map(_keeps_ellipsis, inner))
+
+
+def _is_index(after: Sequence[dis.Instruction]) -> bool:
+    """Whether what was just loaded is an index, or in a tuple that is one."""
+    for step in after:
+        if step.opname.endswith("SUBSCR") or step.argrepr == "[]":  # BINARY_OP [] from 3.14 on
+            return True
+        if not step.opname.startswith(("LOAD", "BUILD_TUPLE", "BUILD_SLICE", "CACHE")):
+            return False
+    return False
 
 
 def _text(text: str) -> str:

@@ -242,9 +242,16 @@ def test_what_counts_as_an_attempt() -> None:
     def done() -> None:
         print()
 
-    def indexed(x: Any) -> Any:
-        x[...] = x[..., 0] + x[...]
-        return x
+    def in_a_dict() -> Any:
+        return {"RANK": ..., "WORLD_SIZE": "2"}
+
+    def passed() -> None:
+        print(...)
+
+    def indexed(x: Any, i: int) -> Any:
+        x[...] = x[..., 0] + x[..., i] + x[...] + x[i, ..., 1:i]
+        x[..., i] = 0
+        return x[...]
 
     def left_over(x: Any) -> Any:
         x += 1
@@ -252,6 +259,8 @@ def test_what_counts_as_an_attempt() -> None:
         return x
 
     assert is_unattempted(within)
+    assert is_unattempted(in_a_dict)
+    assert is_unattempted(passed)
     assert not is_unattempted(indexed)
     assert not is_unattempted(left_over)
     assert is_unattempted(documented)

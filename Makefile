@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
-	@echo "make test       check everything: style, types, tests, notebooks (18 minutes on two shared cores; JOBS=8 on more)"
+	@echo "make test       check everything: style, types, tests, notebooks (16 minutes on two shared cores; JOBS=8 on more)"
 	@echo "make quick      the tests that start no process (less than a minute)"
 	@echo "make parity     do launch and plain torch give the same? all features; make test has a sample (some minutes)"
 	@echo "make binder     build what Binder builds, and run a lesson in it (downloads everything)"
@@ -50,10 +50,7 @@ lessons: root setup
 	$(BIN)/jupyter lab --ServerApp.root_dir=notebooks \
 		--LabApp.default_url=/lab/tree/00_start_here.ipynb $(LAB_ARGS)
 
-# The tests mostly wait: beside them, two parts of the notebooks at a time. Those of timing run last.
-test: tools check
-	@$(MAKE) --no-print-directory -j3 together nbval-1 nbval-2 nbval-3 nbval-4
-	@$(MAKE) --no-print-directory alone
+test: tools check tests nbval
 
 check: tools
 	$(BIN)/ruff check .

@@ -120,8 +120,11 @@ class Server:
             method=method,
             headers={"Authorization": f"token {self.token}"},
         )
-        with urllib.request.urlopen(request, timeout=START) as answer:
-            return json.loads(answer.read() or b"null")
+        try:
+            with urllib.request.urlopen(request, timeout=START) as answer:
+                return json.loads(answer.read() or b"null")
+        except OSError as error:
+            raise AssertionError(f"{what}: {error}\n{self._log.read_text()}") from error
 
     def run(self, notebook: str) -> float:
         """Run all cells in a kernel of their own; how many seconds that took.

@@ -143,6 +143,7 @@ def test_waits_until_the_store_listens(port: int, host: str) -> None:
 
 @pytest.mark.alone
 def test_gives_up_after_its_timeout(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(port))
     assert 0.2 <= seconds_in_await("env://", 1, timeout=0.2) < 5

@@ -43,4 +43,4 @@ def explore(train: Callable[..., Any]) -> Explorer:
 def _draw(run: Run, bucket_cap_mb: float, late_ms: int, megabytes: int | None) -> Axes:
     link = f", simulated link of {megabytes} MB/s" if megabytes else ""
     late = f", rank 1 late by {late_ms} ms" if late_ms else ""
-    return plots.buckets(run, title=f"Buckets of up to {bucket_cap_mb:g} MB{link}{late}")
+    return plots.buckets(run, title=f"bucket_cap_mb={bucket_cap_mb:g}{link}{late}")

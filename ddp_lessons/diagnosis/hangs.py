@@ -11,10 +11,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
-from ddp_lessons.diagnosis import advice, mismatch, rank_state
+from ddp_lessons.diagnosis import advice, mismatch, rank_state, source_code
 from ddp_lessons.diagnosis.calls import Call, Calls
-from ddp_lessons.diagnosis.mismatch import Loop, Mismatch, frame_of, line_of
+from ddp_lessons.diagnosis.mismatch import Mismatch, frame_of, line_of
 from ddp_lessons.diagnosis.rank_state import lost_partner, position, waits
+from ddp_lessons.diagnosis.source_code import Loop
 from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
@@ -151,7 +152,7 @@ class Standstill:
         The ranks that made fewer must have left the loop in which the others wait.
         """
         made = {r.rank: sum(_is_whole_step(span) for span in r.spans) for r in self.run.ranks}
-        loops = filter(None, (mismatch.training_loop(_frames(rank)) for rank in self.waiting))
+        loops = filter(None, (source_code.training_loop(_frames(rank)) for rank in self.waiting))
         loop = min(loops, key=lambda loop: loop.last - loop.first, default=None)
         if loop is None or self.run.lossy:
             return ""

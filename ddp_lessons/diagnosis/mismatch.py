@@ -6,13 +6,12 @@ with it, and diagnose.py warns of swapped calls whose numbers are silently wrong
 
 from __future__ import annotations
 
-import ast
-import functools
 import linecache
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
+from ddp_lessons.diagnosis import source_code
 from ddp_lessons.diagnosis.calls import Call, Calls
 from ddp_lessons.diagnosis.rank_state import line
 from ddp_lessons.diagnosis.verdict import Kind
@@ -232,7 +231,7 @@ def _out_of_step(numbers: Numbers, seq: int) -> bool:
     here, then = numbers[seq], numbers.get(seq + 1, {})
     for rank, call in here.items():
         follows = then.get(rank)
-        if follows is None or _exclusive(call.site, follows.site):
+        if follows is None or source_code.exclusive(call.site, follows.site):
             continue
         for other, theirs in here.items():
             if _source(theirs) == _source(call) or _source(theirs) != _source(follows):
@@ -253,7 +252,7 @@ def _passed_by(numbers: Numbers, one: str | None, other: str | None) -> str | No
     if forth != back:
         return one if forth else other
     (file, line), (other_file, other_line) = split_site(one), split_site(other)
-    if file != other_file or _exclusive(one, other):
+    if file != other_file or source_code.exclusive(one, other):
         return None
     return one if line < other_line else other
 
@@ -270,66 +269,6 @@ def _follows(numbers: Numbers, one: str, other: str) -> bool:
 
 def _source(call: Call) -> str:
     return linecache.getline(*split_site(call.site)).strip() if call.site is not None else ""
-
-
-@functools.lru_cache(maxsize=256)
-def _exclusive(one: str | None, other: str | None) -> bool:
-    """Whether two lines are in different branches of one `if`."""
-    if one is None or other is None:
-        return False
-    (file, line), (other_file, other_line) = split_site(one), split_site(other)
-    if file != other_file:
-        return False
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:  # a cell with an IPython magic
-        return False
-    return any(
-        (_within(node.body, line) and _within(node.orelse, other_line))
-        or (_within(node.body, other_line) and _within(node.orelse, line))
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If)
-    )
-
-
-class Loop(NamedTuple):
-    """The lines of a loop."""
-
-    file: str
-    first: int
-    last: int
-
-    def holds(self, frame: Frame) -> bool:
-        """Whether a line is in it."""
-        return frame.filename == self.file and self.first <= frame.lineno <= self.last
-
-
-def training_loop(frames: Sequence[Frame]) -> Loop | None:
-    """The innermost loop around a stack's lines in which an optimizer steps, as far as it shows."""
-    for frame in reversed(frames):
-        found = [loop for loop in _stepping_loops(frame.filename) if loop.holds(frame)]
-        if found:
-            return min(found, key=lambda loop: loop.last - loop.first)
-    return None
-
-
-@functools.lru_cache(maxsize=256)
-def _stepping_loops(file: str) -> list[Loop]:
-    lines = linecache.getlines(file)
-    try:
-        tree = ast.parse("".join(lines))
-    except SyntaxError:
-        return []
-    loops = [
-        Loop(file, node.lineno, node.end_lineno or node.lineno)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.For | ast.While)
-    ]
-    return [loop for loop in loops if ".step(" in "".join(lines[loop.first - 1 : loop.last])]
-
-
-def _within(block: Sequence[ast.stmt], line: int) -> bool:
-    return bool(block) and block[0].lineno <= line <= (block[-1].end_lineno or 0)
 
 
 def _who(calls: Sequence[Call]) -> str:

@@ -7,12 +7,10 @@ what is so, and no more.
 
 from __future__ import annotations
 
-import ast
-import functools
-import linecache
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ddp_lessons.diagnosis import source_code
 from ddp_lessons.diagnosis.mismatch import frame_of, line_of
 from ddp_lessons.diagnosis.verdict import Finding
 from ddp_lessons.text import all_ranks, count, listed, ranks_text
@@ -115,7 +113,7 @@ def _in_order_of_sets(run: RunRecord) -> Iterator[Finding]:
     everyone = tuple(range(run.world_size))
     calls = {frame_of(span.site): span.op for span in run.spans() if span.op and span.site}
     for frame, op in calls.items():
-        if frame is not None and any(_go_over_sets(frame.filename, frame.lineno)):
+        if frame is not None and source_code.is_in_loop_over_set(frame.filename, frame.lineno):
             yield Finding(
                 "order of a set",
                 everyone,
@@ -125,65 +123,6 @@ def _in_order_of_sets(run: RunRecord) -> Iterator[Finding]:
                 frame,
                 is_note=True,
             )
-
-
-def _go_over_sets(filename: str, lineno: int) -> Iterator[bool]:
-    """For each `for` loop around a line, whether it goes over what is certainly a set."""
-    tree = _parsed(filename)
-    around = [node for node in ast.walk(tree) if _holds(node, lineno)]
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    function = max(
-        (node for node in around if isinstance(node, functions)),
-        key=lambda node: node.lineno,
-        default=tree,
-    )
-    for node in around:
-        if isinstance(node, ast.For) and node.body[0].lineno <= lineno:
-            yield _is_set(node.iter, function)
-
-
-def _holds(node: ast.AST, lineno: int) -> bool:
-    first, last = getattr(node, "lineno", None), getattr(node, "end_lineno", None)
-    return first is not None and last is not None and first <= lineno <= last
-
-
-def _assigned(function: ast.AST, name: str) -> list[ast.expr]:
-    """All that is assigned to a name in a function."""
-    found = []
-    for node in ast.walk(function):
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if isinstance(node, ast.AnnAssign | ast.AugAssign | ast.For):
-            targets = [node.target]
-        value = node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
-        if value is not None and any(isinstance(t, ast.Name) and t.id == name for t in targets):
-            found.append(value)
-    return found
-
-
-def _is_set(node: ast.expr, function: ast.AST, followed: tuple[str, ...] = ()) -> bool:
-    """Whether an expression in a function is a set, or goes through one in its order."""
-    match node:
-        case ast.Set() | ast.SetComp() | ast.Call(func=ast.Name(id="set" | "frozenset")):
-            return True
-        case ast.Call(func=ast.Name(id="enumerate" | "list" | "tuple"), args=[inner]):
-            return _is_set(inner, function, followed)
-        case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd() | ast.Sub() | ast.BitXor()):
-            return _is_set(left, function, followed)
-        case ast.Name(id=name) if name not in followed:
-            assigned = _assigned(function, name)
-            return bool(assigned) and all(
-                _is_set(value, function, (*followed, name)) for value in assigned
-            )
-    return False
-
-
-@functools.lru_cache(32)
-def _parsed(filename: str) -> ast.Module:
-    """The code of a file or cell; nothing if it is not known, or no Python."""
-    try:
-        return ast.parse("".join(linecache.getlines(filename)))
-    except SyntaxError:
-        return ast.Module([], [])
 
 
 def _by_line(noted: list[Noted], one: Noted) -> list[Batches]:

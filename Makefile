@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help lessons test quick check tests together alone nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room parity setup tools root
 
 help:
-	@echo "make lessons    open the course in JupyterLab (LAB_ARGS=--no-browser on a server)"
+	@echo "make lessons    copy the course to lessons/ once, and open it in JupyterLab (LAB_ARGS=--no-browser on a server)"
 	@echo "make test       check everything: style, types, tests, notebooks (16 minutes on two shared cores; JOBS=8 on more)"
 	@echo "make quick      the tests that start no process (less than a minute)"
 	@echo "make parity     do launch and plain torch give the same? all features; make test has a sample (some minutes)"
@@ -47,8 +47,7 @@ root:
 		echo "You are root, which JupyterLab takes only if told so: make lessons LAB_ARGS=--allow-root"; exit 2; fi
 
 lessons: root setup
-	$(BIN)/jupyter lab --ServerApp.root_dir=notebooks \
-		--LabApp.default_url=/lab/tree/00_start_here.ipynb $(LAB_ARGS)
+	$(BIN)/ddp-lessons --folder lessons $(LAB_ARGS)
 
 test: tools check tests nbval
 

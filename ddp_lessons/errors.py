@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ddp_lessons.text import wrapped
+
 if TYPE_CHECKING:
     from ddp_lessons.results import RunRecord
 
@@ -43,8 +45,11 @@ class LaunchError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback (ipyparallel uses this hook, too)."""
-        first, *rest = str(self).splitlines() or [""]
-        return [f"{_BOLD}{_RED}{type(self).__name__}{_RESET}{_BOLD}: {first}{_RESET}", *rest]
+        name = type(self).__name__
+        title, *rest = str(self).splitlines() or [""]
+        first, *more = wrapped(f"{name}: {title}").removeprefix(name).splitlines()
+        bold = [f"{_BOLD}{line}{_RESET}" for line in more]
+        return [f"{_BOLD}{_RED}{name}{_RESET}{_BOLD}{first}{_RESET}", *bold, *map(wrapped, rest)]
 
 
 def show_without_frames(error: BaseException) -> None:

@@ -21,6 +21,7 @@ from ddp_lessons.diagnosis import diagnose, notes
 from ddp_lessons.diagnosis.verdict import Verdict
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.results import RankResult, RunRecord, Status
+from ddp_lessons.system.notebook import in_kernel
 from ddp_lessons.text import cut_lines
 
 LINES_SHOWN = 1000  # of all ranks together
@@ -98,15 +99,19 @@ class Run(RunRecord):
         return chrome_trace.save(self, path)
 
     def explain(self) -> str:
-        """What failed or hung and why; one line if nothing did; and how many spans were dropped."""
+        """What failed or hung and why; one line if nothing did; and how many spans were dropped.
+
+        In a notebook, long lines are broken between words.
+        """
         if self.error is not None:
-            return "\n\n".join([f"{type(self.error).__name__}: {self.error}", *self._lost()])
+            parts = [f"{type(self.error).__name__}: {self.error}", *self._lost()]
+            return _for_reader("\n\n".join(parts))
         lines = [
             f"{text.all_ranks(self.world_size)} returned.",
             *map(str, [*self.warnings, *self.notes]),
             *self._lost(),
         ]
-        return "\n".join(lines)
+        return _for_reader("\n".join(lines))
 
     def _lost(self) -> list[str]:
         if not self.lossy:
@@ -150,6 +155,10 @@ class Run(RunRecord):
             f"<table><caption style='text-align:left'><b>{head}</b></caption>"
             f"<tr><th>rank</th><th></th><th style='text-align:left'>outcome</th></tr>{rows}</table>"
         )
+
+
+def _for_reader(message: str) -> str:
+    return text.wrapped(message) if in_kernel() else message
 
 
 def _mark(status: Status) -> str:

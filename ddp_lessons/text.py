@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import html
+import re
 import signal
+import textwrap
 from collections.abc import Iterable, Sized
 
+WIDTH = 88
 INSTALL = "pip install git+https://github.com/ddp-lessons/ddp-lessons"  # as in pyproject.toml
 
 
@@ -34,6 +38,11 @@ def at_head(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def as_html(text: str) -> str:
+    """The text for HTML, with what stands between backticks as code."""
+    return re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def all_ranks(world_size: int) -> str:
     """`All 4 ranks`, at the head of a sentence."""
     return "The rank" if world_size == 1 else f"All {world_size} ranks"
@@ -54,6 +63,30 @@ def exit_name(exitcode: int | None) -> str:
         except ValueError:
             return f"signal {-exitcode}"
     return f"exit code {exitcode}"
+
+
+def wrapped(text: str) -> str:
+    """The text with lines of at most 88 characters, broken between words, indented as they were.
+
+    A notebook would break longer lines in the middle of words.
+    """
+    lines = [part for line in text.split("\n") for part in _wrap(line)]
+    return "\n".join(lines)
+
+
+def _wrap(line: str) -> list[str]:
+    indent = line[: len(line) - len(line.lstrip())]
+    if len(line) <= WIDTH or len(indent) > WIDTH // 2:
+        return [line]
+    return textwrap.wrap(
+        line,
+        WIDTH,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+        expand_tabs=False,
+    )
 
 
 def cut_lines(lines: list[str], most: int) -> list[str]:

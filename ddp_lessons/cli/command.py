@@ -7,7 +7,9 @@ Runs in the command's own process. Without a subcommand it opens lesson 00. `ope
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
+import operator
 import re
 import sys
 from pathlib import Path
@@ -15,8 +17,9 @@ from typing import Any, NoReturn
 
 import ddp_lessons
 from ddp_lessons.cli.jupyterlab import become_lab
-from ddp_lessons.cli.lesson_copies import bring, changed, containing, find_copy, is_copy
-from ddp_lessons.cli.lesson_files import CommandError, Lesson, find, lessons, source
+from ddp_lessons.cli.lesson_copies import bring, changed, find_copy, is_copy, reset
+from ddp_lessons.course.lesson_files import CommandError, Lesson, find, lessons, source, tasks
+from ddp_lessons.course.progress import Counts, UnreadableProgress, containing, path_beside, read
 
 FOLDER = Path("ddp-lessons")
 JUPYTER_FLAGS = ("--allow-root", "--debug", "--expose-app-in-browser")
@@ -36,7 +39,7 @@ examples:
 Well-known options of JupyterLab are taken as they are; any other goes after --.
 
 What you change in a lesson is never overwritten: a new version is a new folder beside yours.
-To begin a lesson afresh, rename it and open it again.
+To begin a lesson afresh: ddp-lessons reset 7 (your own is kept beside it).
 """
 
 
@@ -70,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _apart(given: list[str]) -> tuple[list[str], list[str]]:
     """Split our options from JupyterLab's that need no --; only `open` accepts the latter."""
-    if {"list", "doctor", "export", "explain"} & {*given}:
+    if {"copy", "list", "progress", "reset", "doctor", "export", "explain"} & {*given}:
         return given, []
     ours: list[str] = []
     jupyters: list[str] = []
@@ -98,11 +101,19 @@ def _dispatch(arguments: argparse.Namespace, lab_options: list[str]) -> int:
     if arguments.command == "export":
         return export(arguments.notebook, arguments.function, arguments.args)
     folder = arguments.folder or containing(Path.cwd()) or FOLDER
+    folder = folder.expanduser()
+    if arguments.command == "copy":
+        copy_lessons(source(), folder, "")
+        return 0
     if arguments.command == "list":
-        return list_lessons(folder.expanduser())
+        return list_lessons(folder)
+    if arguments.command == "progress":
+        return show_progress(folder)
+    if arguments.command == "reset":
+        return reset_lesson(arguments.lesson, folder)
     if arguments.no_browser:
         lab_options = ["--no-browser", *lab_options]
-    return open_lesson(arguments.lesson, folder.expanduser(), lab_options)
+    return open_lesson(arguments.lesson, folder, lab_options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,7 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(lesson="00")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     _add_open(commands)
+    _add_folder(_add(commands, "copy", "copy the course here once, without opening it"))
     _add_folder(_add(commands, "list", "show the lessons, and which of them you have changed"))
+    _add_folder(_add(commands, "progress", "show which predictions and exercises you have done"))
+    _add_reset(commands)
     _add(commands, "doctor", "tell whether this machine can run ranks, and if not, why")
     _add_export(commands)
     _add_explain(commands)
@@ -141,6 +155,12 @@ def _add_open(commands: Any) -> None:
     parser.add_argument("lesson", nargs="?", default=argparse.SUPPRESS, metavar="LESSON", help=what)
     _add_folder(parser)
     _add_no_browser(parser)
+
+
+def _add_reset(commands: Any) -> None:
+    parser = _add(commands, "reset", "begin a lesson afresh; your own copy of it is kept beside it")
+    parser.add_argument("lesson", metavar="LESSON", help="a number (7) or a name (ddp_timing)")
+    _add_folder(parser)
 
 
 # An option that is allowed before and after a subcommand has its default only before it.
@@ -199,12 +219,55 @@ def open_lesson(name: str, folder: Path, lab_options: list[str]) -> int:
     """Copy the lessons if needed, and replace this process by JupyterLab on one of them."""
     course = source()
     lesson = find(name, lessons(course))
+    become_lab(copy_lessons(course, folder, lesson.file), lesson.file, lab_options)
+
+
+def copy_lessons(course: Path, folder: Path, wanted: str) -> Path:
+    """Copy the lessons if needed, say where they are, and return that folder."""
     copy = find_copy(course, folder)
-    if bring(course, copy, lesson.file):
+    if bring(course, copy, wanted):
         print(f"The lessons are now in {copy}/, for you to change.")
         if copy != folder:
             print(f"{folder}/ holds another version, or files of your own, and stays as it is.")
-    become_lab(copy, lesson.file, lab_options)
+    return copy
+
+
+def reset_lesson(name: str, folder: Path) -> int:
+    """Put a lesson in the copy back to its first state."""
+    course = source()
+    lesson = find(name, lessons(course))
+    copy = find_copy(course, folder)
+    if not is_copy(course, copy):
+        print(_state(course, folder))
+        return 2
+    kept = reset(course, copy, lesson.file)
+    print(f"{copy / lesson.file} is as it was at first; yours is now {kept}, beside it.")
+    print("Is it open in JupyterLab? There, File > Reload Notebook from Disk.")
+    return 0
+
+
+def show_progress(folder: Path) -> int:
+    """Print for each lesson how many predictions were made and exercises passed."""
+    course = source()
+    path = path_beside(folder)
+    try:
+        done = read(path)
+    except UnreadableProgress as error:
+        raise CommandError(str(error)) from error
+    rows = [(lesson, done.of(tasks(course / lesson.file))) for lesson in lessons(course)]
+    rows = [(lesson, counts) for lesson, counts in rows if counts.predictions + counts.exercises]
+    print(f"{'lesson':<33} predicted   right   exercises")
+    for lesson, counts in rows:
+        print(_progress_line(f"{lesson.number:<6}  {lesson.name}", counts))
+    print(_progress_line("in all", functools.reduce(operator.add, (one for _, one in rows))))
+    where = f"kept in {path}" if path.exists() else f"will be kept in {path}; nothing is done yet"
+    print(f"\nYour progress is {where}. It never leaves this machine.")
+    return 0
+
+
+def _progress_line(name: str, done: Counts) -> str:
+    predicted = f"{done.predicted} of {done.predictions}"
+    return f"{name:<33} {predicted:>9}   {done.right:>5}   {done.passed} of {done.exercises}"
 
 
 def list_lessons(folder: Path) -> int:
@@ -218,7 +281,7 @@ def list_lessons(folder: Path) -> int:
 
 
 def _line(lesson: Lesson) -> str:
-    return f"{lesson.number:>2}  {lesson.name:<22}  {lesson.minutes:>2} min  {lesson.question}"
+    return f"{lesson.number:<6}  {lesson.name:<24}  {lesson.minutes:>2} min  {lesson.question}"
 
 
 def _state(course: Path, folder: Path) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ddp_lessons
-from ddp_lessons.cli import lesson_files
+from ddp_lessons.course import lesson_files
 from ddp_lessons.launcher.memory_check import NEEDS
 from ddp_lessons.system.memory import available_memory
 from ddp_lessons.text import listed

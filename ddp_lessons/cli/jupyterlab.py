@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from ddp_lessons.cli.lesson_files import PACKAGE, CommandError
+from ddp_lessons.course.lesson_files import PACKAGE, CommandError
 
 # Settings for this server only: it does not ask whether to fetch news. They are defaults, so the
 # user's own choice in JupyterLab's settings has priority.

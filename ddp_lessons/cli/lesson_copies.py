@@ -1,5 +1,7 @@
 """Makes the learner's copy of the lessons, and never overwrites anything in it.
 
+Lessons are copied without their stored outputs, which would give away what they ask.
+
 Runs in the command `ddp-lessons`. A marker in the copy has a digest of the lessons it was made
 from. Other lessons go into a new folder beside the copy, which stays as it is.
 
@@ -10,24 +12,30 @@ afresh. Other deleted files stay away until nothing of the copy is left.
 from __future__ import annotations
 
 import contextlib
-import filecmp
 import hashlib
 import itertools
 import json
 import os
+import platform
 import re
 from pathlib import Path
 from typing import Any
 
-from ddp_lessons.cli.lesson_files import CommandError, files
+from ddp_lessons.course.lesson_files import APPENDIX, CommandError, files
+from ddp_lessons.course.progress import MARKER
 from ddp_lessons.system.atomic_files import write_files
 
-MARKER = ".ddp-lessons"
-
-
-def containing(place: Path) -> Path | None:
-    """The copy that contains a folder, or None; a command inside a copy means that copy."""
-    return next((at for at in (place, *place.parents) if (at / MARKER).is_file()), None)
+# What JupyterLab writes into a notebook when its kernel has started.
+KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+LANGUAGE = {
+    "codemirror_mode": {"name": "ipython", "version": 3},
+    "file_extension": ".py",
+    "mimetype": "text/x-python",
+    "name": "python",
+    "nbconvert_exporter": "python",
+    "pygments_lexer": "ipython3",
+    "version": platform.python_version(),
+}
 
 
 def find_copy(course: Path, folder: Path) -> Path:
@@ -58,7 +66,7 @@ def bring(course: Path, folder: Path, wanted: str) -> bool:
     folder : Path
         The folder that `find_copy` returned.
     wanted : str
-        A file to copy even if the learner deleted it.
+        A file to copy even if the learner deleted it; "" for none.
 
     Returns
     -------
@@ -73,12 +81,42 @@ def bring(course: Path, folder: Path, wanted: str) -> bool:
     names = files(course)
     new = not any(os.path.lexists(folder / name) for name in names)
     complete = is_copy(course, folder) and not new
-    for name in [wanted] if complete else names:
+    for name in [wanted] * bool(wanted) if complete else names:
         if not os.path.lexists(folder / name):
-            _write(folder / name, (course / name).read_bytes())
+            _write(folder / name, _given(course, name))
     if not complete:
         _write(folder / MARKER, _digest(course).encode())
     return new
+
+
+def reset(course: Path, folder: Path, name: str) -> str:
+    """Begin a lesson of a copy afresh; the name under which the learner's own file is kept."""
+    path = folder / name
+    kept = (path.with_name(f"{path.stem}-old-{n}{path.suffix}") for n in itertools.count(1))
+    mine = next(place for place in kept if not os.path.lexists(place))
+    try:
+        os.rename(path, mine)
+    except OSError as error:
+        raise CommandError(f"cannot rename {path}: {error.strerror}. It is unchanged.") from error
+    _write(path, _given(course, name))
+    return mine.name
+
+
+def _given(course: Path, name: str) -> bytes:
+    """What a copy has in the place of a file of the course.
+
+    A lesson has no outputs, and names this Python: otherwise JupyterLab would write that into it,
+    and ask on closing whether to save.
+    """
+    content = (course / name).read_bytes()
+    if "/" in name or not name.endswith(".ipynb") or name == APPENDIX:
+        return content
+    notebook = json.loads(content)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            cell |= {"execution_count": None, "outputs": []}
+    notebook["metadata"] |= {"kernelspec": KERNEL, "language_info": LANGUAGE}
+    return (json.dumps(notebook, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def changed(course: Path, folder: Path) -> list[str]:
@@ -119,12 +157,12 @@ def _digest(course: Path) -> str:
 def _is_free(course: Path, folder: Path) -> bool:
     """True if a copy can be made or completed in a folder: no other file has its names."""
     taken = [name for name in files(course) if os.path.lexists(folder / name)]
-    return not _marker(folder) and all(_is_same(course / name, folder / name) for name in taken)
+    return not _marker(folder) and all(_is_given(course, folder, name) for name in taken)
 
 
-def _is_same(given: Path, path: Path) -> bool:
+def _is_given(course: Path, folder: Path, name: str) -> bool:
     with contextlib.suppress(OSError):
-        return path.is_file() and filecmp.cmp(given, path, shallow=False)
+        return (folder / name).is_file() and (folder / name).read_bytes() == _given(course, name)
     return False
 
 

@@ -10,18 +10,24 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
-import html
 import inspect
 import io
-import re
 import reprlib
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ddp_lessons import ErrorRecord, LaunchError, Run, launch
+from ddp_lessons.course.progress import note_exercise
+from ddp_lessons.launcher.live_panel import hidden
+from ddp_lessons.system.notebook import is_live
+from ddp_lessons.text import as_html, count
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
 
 TIMEOUT = 8.0  # seconds without progress: an answer that hangs is stopped soon
 _short = reprlib.Repr()
@@ -96,10 +102,18 @@ class Exercise:
         self._hints = hints
         self._given = 0
         self.__name__ = check.__name__
+        self.__module__ = check.__module__
         self.__doc__ = check.__doc__
 
     def __call__(self, answer: Any) -> Feedback:
-        """Run the answer on real ranks and return the feedback."""
+        """Run the answer on real ranks and return the feedback; keep whether it was right."""
+        with _Status(self.__name__):
+            feedback = self._judge(answer)
+        if feedback.passed is not None:
+            note_exercise(f"{self.__module__.rpartition('.')[2]}.{self.__name__}", feedback.passed)
+        return feedback
+
+    def _judge(self, answer: Any) -> Feedback:
         try:
             if is_unattempted(answer):
                 raise Unattempted
@@ -140,8 +154,52 @@ def run_ranks(
 
     With ``check=False`` a failure is not raised, so that the check can explain it.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        return launch(fn, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=check)
+    tell(f"on {count(nprocs * nnodes, 'rank')}")
+    token = hidden.set(True)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return launch(fn, args, nprocs, nnodes=nnodes, timeout=TIMEOUT, check=check)
+    finally:
+        hidden.reset(token)
+
+
+def tell(where: str) -> None:
+    """Show below the cell that another run of the answer begins; where, as in ``on 2 ranks``."""
+    if status := _status.get():
+        status.show_run(where)
+
+
+class _Status:
+    """A line below the cell while a check works, in the place of the panels of its runs."""
+
+    def __init__(self, check: str) -> None:
+        self._check = check
+        self._runs = 0
+        self._handle: DisplayHandle | None = None
+
+    def __enter__(self) -> None:
+        self._token = _status.set(self)
+
+    def show_run(self, where: str) -> None:
+        if is_live():
+            self._runs += 1
+            self._show(f"{self._check}: run {self._runs} of your answer, {where} ...")
+
+    def _show(self, text: str) -> None:
+        from IPython.display import HTML, display
+
+        if self._handle is None:
+            self._handle = display(HTML(text), display_id=True)
+        else:
+            self._handle.update(HTML(text))
+
+    def __exit__(self, *_: object) -> None:
+        _status.reset(self._token)
+        if self._handle is not None:
+            self._show("")
+
+
+_status: ContextVar[_Status | None] = ContextVar("_status", default=None)
 
 
 def in_group(worker: Callable[P, R], timeout: timedelta | None = None) -> Callable[P, R]:
@@ -239,5 +297,4 @@ def _is_index(after: Sequence[dis.Instruction]) -> bool:
 
 
 def _text(text: str) -> str:
-    code = re.sub(r"`([^`\n]+)`", r"<code>\1</code>", html.escape(text))
-    return f"<span style='white-space:pre-wrap'>{code}</span>"
+    return f"<span style='white-space:pre-wrap'>{as_html(text)}</span>"

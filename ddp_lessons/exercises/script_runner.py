@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ddp_lessons.exercises.framework import Wrong
+from ddp_lessons.exercises.framework import Wrong, tell
 from ddp_lessons.system.host import LOOPBACK_INTERFACE
 
 PATIENCE = 60.0  # seconds: torch is imported anew by each rank
@@ -46,11 +46,13 @@ class Outcome(NamedTuple):
 
 def alone(script: Path) -> Outcome:
     """Run ``python script``, without a rank's environment variables."""
+    tell("by python")
     return _run([sys.executable, str(script)], {}, drop=OF_RANKS)
 
 
 def under_torchrun(script: Path, *options: str, env: Mapping[str, str] | None = None) -> Outcome:
     """Run ``torchrun --standalone OPTIONS script``."""
+    tell("by torchrun")
     with tempfile.TemporaryDirectory() as logs:
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--log-dir={logs}"]
         return _run([*torchrun, "--standalone", *options, str(script)], env or {})

@@ -35,10 +35,14 @@ from ddp_lessons.processes.local import LocalWorkerGroup
 from ddp_lessons.processes.packing import pack
 from ddp_lessons.run import Run
 from ddp_lessons.system.interrupts import Interrupts
+from ddp_lessons.system.notebook import in_kernel
+from ddp_lessons.text import wrapped
 from ddp_lessons.wire.task import Task, places
 
 if TYPE_CHECKING:
     import ipyparallel
+
+    from ddp_lessons.diagnosis.verdict import Finding
 
 MOST_RANKS = 256  # six file descriptors a rank: beyond this, ordinary limits on them are reached
 START_METHODS = ("forkserver", "spawn")
@@ -280,9 +284,17 @@ def _record(
 
 def _show_output(run: Run) -> None:
     # The parent prints, in the cell's own thread and rank by rank: the same text on every run.
-    lines = [*run.output_lines(), *map(str, [*run.warnings, *run.notes])]
+    lines = [*run.output_lines(), *map(_noticeable, [*run.warnings, *run.notes])]
     if lines:
         print("\n".join(lines))
+
+
+def _noticeable(finding: Finding) -> str:
+    """A finding as text; in a notebook its lines are short and its first word stands out."""
+    if not in_kernel():
+        return str(finding)
+    kind, colon, text = wrapped(str(finding)).partition(":")
+    return f"\x1b[1;33m{kind}{colon}\x1b[0m{text}"
 
 
 def _show_interrupted(run: Run) -> None:

@@ -22,7 +22,7 @@ from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from ddp_lessons.cli.lesson_files import lessons
+from ddp_lessons.course.lesson_files import lessons
 
 CONTROLS = "Controls, in a running notebook: "  # the text of an explorer's sliders
 DEAD_CONTROLS = (

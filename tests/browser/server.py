@@ -6,7 +6,6 @@ It runs the package of this checkout, with the token that the server itself made
 from __future__ import annotations
 
 import os
-import shutil
 import textwrap
 import urllib.parse
 from pathlib import Path
@@ -17,6 +16,7 @@ import nbformat
 import psutil
 
 from ddp_lessons.cli import jupyterlab
+from ddp_lessons.cli.lesson_copies import bring
 from tests.support import checkout, servers
 
 
@@ -28,7 +28,7 @@ class Server(servers.Server):
         super().__init__(folder, folder / "lessons", command, env=_environment())
 
     def __enter__(self) -> Self:
-        shutil.copytree(checkout.ROOT / "notebooks", self.root)
+        bring(checkout.ROOT / "notebooks", self.root, "")
         return super().__enter__()
 
     def write(self, name: str, *cells: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ddp_lessons.cli import command, lesson_files
+from ddp_lessons.cli import command
 from ddp_lessons.cli.lesson_copies import bring
+from ddp_lessons.course import lesson_files
 from tests.support.checkout import ROOT
 
 pytestmark = pytest.mark.system
@@ -106,11 +108,47 @@ def test_nothing_heavy_is_loaded(tmp_path: Path, arguments: list[str]) -> None:
 def test_the_list_is_aligned_and_knows_of_no_copy(tmp_path: Path) -> None:
     *lines, _, state = _command("list", cwd=tmp_path).stdout.splitlines()
     assert len(lines) == len(lesson_files.lessons(ROOT / "notebooks"))
-    assert lines[5].startswith("05  distributed_sampler ")
+    assert lines[5].startswith("05      distributed_sampler ")
     assert len({line.index(" min  ") for line in lines}) == 1
     assert "Who sees which sample?" in lines[5]
     assert "ddp-lessons/" in state
     assert not list(tmp_path.iterdir())
+
+
+def test_the_course_is_copied_without_opening_it(tmp_path: Path) -> None:
+    assert "now in ddp-lessons/" in _command("copy", cwd=tmp_path).stdout
+    assert (tmp_path / "ddp-lessons" / "00_start_here.ipynb").exists()
+    assert _command("copy", cwd=tmp_path).stdout == ""
+
+
+def test_progress_is_shown_by_lesson(tmp_path: Path) -> None:
+    copy = tmp_path / "ddp-lessons"
+    bring(ROOT / "notebooks", copy, "")
+    kept = tmp_path / "ddp-lessons-progress.json"
+    assert f"will be kept in {kept}" in _command("progress", cwd=tmp_path).stdout
+    done = {"passed": True, "tries": 1}
+    kept.write_text(json.dumps({"predictions": {}, "exercises": {"barriers.check_load": done}}))
+    for place in (tmp_path, copy, copy / "solutions"):
+        said = _command("progress", cwd=place).stdout
+        (line,) = [line for line in said.splitlines() if line.startswith("04 ")]
+        assert line.split()[1:3] == ["barriers", "0"]
+        assert line.endswith(" 1 of 3")
+        assert f"kept in {kept}" in said
+    kept.write_text("{")
+    refused = _command("progress", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert str(kept) in refused.stderr
+
+
+def test_a_lesson_is_reset(tmp_path: Path) -> None:
+    assert _command("reset", "5", cwd=tmp_path).returncode == 2
+    copy = tmp_path / "ddp-lessons"
+    bring(ROOT / "notebooks", copy, "")
+    _replace(copy / "05_distributed_sampler.ipynb", "set_epoch", "set_era")
+    said = _command("reset", "5", cwd=tmp_path).stdout
+    assert "yours is now 05_distributed_sampler-old-1.ipynb" in said
+    assert "Changed by you: none" in _command("list", cwd=tmp_path).stdout
+    assert "set_era" in (copy / "05_distributed_sampler-old-1.ipynb").read_text()
 
 
 def test_the_list_tells_of_the_copy_and_of_changes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -13,15 +14,16 @@ import nbformat
 import pytest
 from nbformat import v4
 
-from ddp_lessons.cli import lesson_files
+from ddp_lessons.cli import lesson_copies
 from ddp_lessons.cli.lesson_copies import (
-    MARKER,
     bring,
     changed,
-    containing,
     find_copy,
     is_copy,
+    reset,
 )
+from ddp_lessons.course import lesson_files
+from ddp_lessons.course.progress import MARKER, containing
 from tests.support.checkout import ROOT
 
 LESSON, PICTURE = "00_a.ipynb", "pictures/a.png"
@@ -89,13 +91,30 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
+def _copied(course: Path) -> dict[str, bytes]:
+    """The files of a course as a copy has them: lessons without outputs, for this Python."""
+    found = _files(course)
+    for name in found:
+        if name.endswith(".ipynb") and "/" not in name:
+            notebook = json.loads(found[name])
+            for cell in notebook["cells"]:
+                cell.update(execution_count=None, outputs=[])
+            notebook["metadata"] = {
+                "kernelspec": lesson_copies.KERNEL,
+                "language_info": lesson_copies.LANGUAGE,
+            }
+            text = json.dumps(notebook, indent=1, ensure_ascii=False)
+            found[name] = f"{text}\n".encode()
+    return found
+
+
 def _edit(path: Path, *sources: str, output: str = "run again") -> bytes:
     path.write_bytes(content := _notebook(*sources, output=output))
     return content
 
 
 def test_a_copy_holds_the_course(first: Path, copy: Path) -> None:
-    assert _files(copy) == _files(first)
+    assert _files(copy) == _copied(first)
     assert is_copy(first, copy)
     assert changed(first, copy) == []
 
@@ -109,6 +128,41 @@ def test_opening_it_again_touches_nothing(first: Path, copy: Path) -> None:
 def test_the_real_course_is_copied_whole(tmp_path: Path) -> None:
     _open(lesson_files.source(), tmp_path / "copy")
     assert sorted(_files(tmp_path / "copy")) == lesson_files.files(ROOT / "notebooks")
+
+
+def test_no_lesson_of_a_copy_shows_its_outputs_but_the_appendix_and_solutions_do(
+    tmp_path: Path,
+) -> None:
+    _open(lesson_files.source(), tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        shown = any(cell.get("outputs") for cell in cells)
+        assert shown == (path.parent.name == "solutions" or path.name == "gpu.ipynb"), path
+
+
+def test_the_copy_names_the_kernel_that_jupyterlab_will_start() -> None:
+    from ipykernel.ipkernel import IPythonKernel
+    from ipykernel.kernelspec import get_kernel_dict
+
+    assert IPythonKernel.language_info == lesson_copies.LANGUAGE
+    assert lesson_copies.KERNEL["display_name"] == get_kernel_dict()["display_name"]
+
+
+def test_a_lesson_begins_afresh_and_the_learner_s_own_stays_beside_it(
+    first: Path, copy: Path
+) -> None:
+    for number in (1, 2):
+        mine = _edit(copy / LESSON, "my own")
+        assert reset(first, copy, LESSON) == f"00_a-old-{number}.ipynb"
+        assert (copy / f"00_a-old-{number}.ipynb").read_bytes() == mine
+        assert (copy / LESSON).read_bytes() == _copied(first)[LESSON]
+    assert is_copy(first, copy)
+
+
+def test_what_is_not_there_cannot_begin_afresh(first: Path, copy: Path) -> None:
+    (copy / LESSON).unlink()
+    with pytest.raises(lesson_files.CommandError, match=r"00_a\.ipynb: No such file"):
+        reset(first, copy, LESSON)
 
 
 def test_what_the_learner_wrote_is_kept_and_named(first: Path, copy: Path) -> None:
@@ -151,7 +205,7 @@ def test_a_new_version_is_a_new_folder_beside(second: Path, copy: Path) -> None:
     beside = copy.with_name("copy-2")
     assert _open(second, copy) == (beside, True)
     assert _files(copy) == before
-    assert _files(beside) == _files(second)
+    assert _files(beside) == _copied(second)
     assert _open(second, copy) == (beside, False)
     assert _open(second, beside) == (beside, False)
 
@@ -161,7 +215,7 @@ def test_every_version_has_a_folder(tmp_path: Path, first: Path, second: Path, c
     beside, _ = _open(second, copy)
     assert _open(_make(tmp_path / "third", **third), beside) == (copy.with_name("copy-3"), True)
     assert _open(first, copy) == (copy, False)  # an older version, installed again
-    assert _files(beside) == _files(second)
+    assert _files(beside) == _copied(second)
 
 
 def test_a_version_with_the_same_lessons_needs_no_folder(tmp_path: Path, copy: Path) -> None:
@@ -181,7 +235,7 @@ def test_a_deleted_file_stays_away_until_it_is_wanted(first: Path, copy: Path) -
     assert _open(first, copy, "solutions/00_a.ipynb") == (copy, False)
     assert not (copy / LESSON).exists()
     assert _open(first, copy, LESSON) == (copy, False)
-    assert (copy / LESSON).read_bytes() == (first / LESSON).read_bytes()
+    assert (copy / LESSON).read_bytes() == _copied(first)[LESSON]
     assert not (copy / PICTURE).exists()
 
 
@@ -189,7 +243,7 @@ def test_all_comes_back_when_nothing_is_left(first: Path, copy: Path) -> None:
     for name in _files(copy):
         (copy / name).unlink()
     assert _open(first, copy) == (copy, True)
-    assert _files(copy) == _files(first)
+    assert _files(copy) == _copied(first)
 
 
 @pytest.mark.parametrize("marker", [None, b"", b"other", b"\xff"])
@@ -284,7 +338,7 @@ def test_a_disk_that_is_full_half_way(second: Path, copy: Path) -> None:
     assert not list(beside.rglob("*.part"))
     assert not is_copy(second, beside)
     assert _open(second, copy) == (beside, False)  # completed
-    assert _files(beside) == _files(second)
+    assert _files(beside) == _copied(second)
     assert is_copy(second, beside)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ddp_lessons.cli import lesson_files
-from ddp_lessons.cli.lesson_files import files
+from ddp_lessons.course import lesson_files
+from ddp_lessons.course.lesson_files import files
 from ddp_lessons.text import INSTALL
 from tests.support.checkout import ROOT
 

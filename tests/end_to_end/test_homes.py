@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import ddp_lessons
-from ddp_lessons.cli.lesson_files import lessons
+from ddp_lessons.course.lesson_files import lessons
 from tests.support.checkout import ROOT
 
 HOME = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
@@ -22,7 +22,7 @@ LESSONS = [lesson.file for lesson in lessons(ROOT / "notebooks")]
 def links(file: str) -> dict[str, str]:
     path = f"blob/main/notebooks/{file}"
     return {
-        "Binder": f"https://mybinder.org/v2/gh/{PROJECT}/HEAD?urlpath=lab/tree/notebooks/{file}",
+        "Binder": f"https://mybinder.org/v2/gh/{PROJECT}/HEAD?urlpath=lab/tree/ddp-lessons/{file}",
         "Colab": f"https://colab.research.google.com/github/{PROJECT}/{path}",
         "Kaggle": f"https://kaggle.com/kernels/welcome?src={HOME}/{path}",
     }

@@ -12,6 +12,7 @@ from statistics import median
 import nbformat
 import pytest
 
+from ddp_lessons.course.lesson_files import tasks
 from tests.support.checkout import ROOT
 from tests.support.kernels import Kernel
 
@@ -91,7 +92,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_a_lesson_has_its_parts(path: Path) -> None:
     cells = _read(path).cells
     first, last = cells[0].source, cells[-1].source
-    assert re.match(r"# \d\d · ", first)
+    assert re.match(r"# \d\d[a-z]? · ", first)
     assert re.search(r"\*\*.*\?\*\*", first), "the question"
     assert re.search(r"\d+ minutes · .* · stored outputs: ", first)
     assert "## What you have seen" in last
@@ -107,6 +108,60 @@ def test_a_lesson_has_an_explorer_whose_picture_is_stored(path: Path) -> None:
     assert "application/vnd.jupyter.widget-view+json" in controls.data
     assert picture.data["image/png"]
     assert picture.data["text/plain"] == picture.metadata["image/png"]["alt"]
+
+
+@pytest.mark.parametrize("path", ONLY_LESSONS)
+def test_no_answer_is_in_view_where_a_lesson_asks_for_a_prediction(path: Path) -> None:
+    """From a question to the fold below its answer, no output, assertion or text tells it."""
+    cells = _read(path).cells
+    asked = [number for number, cell in enumerate(cells) if _prediction(cell)]
+    assert asked
+    for number in asked:
+        name = _prediction(cells[number])
+        reveal = _next(cells, number, f"{name}.reveal(")
+        fold = _next(cells, reveal, "<details><summary>")
+        answers = _answers(cells[reveal])
+        assert answers, cells[reveal].source
+        for cell in cells[number + 1 : fold]:
+            hidden = "hide-output" in cell.metadata.get("tags", [])
+            assert hidden or _prediction(cell) or not cell.get("outputs"), cell.source
+            assert cell.cell_type == "code" or cell is cells[fold], "explained before the fold"
+            assert not re.search(r"^ *assert ", cell.source, re.M), cell.source
+            for title in re.findall(r"title=f?\"(.*?)\"", cell.source):
+                assert not any(answer in title for answer in answers if len(answer) > 3), title
+
+
+def _prediction(cell: nbformat.NotebookNode) -> str:
+    """The name under which a cell keeps its prediction; "" if it asks for none."""
+    found = re.match(r"(\w+) = predict\(", cell.source) if cell.cell_type == "code" else None
+    return found[1] if found else ""
+
+
+def _next(cells: list[nbformat.NotebookNode], after: int, text: str) -> int:
+    """The number of the first cell behind another that has a text."""
+    found = (n for n, cell in enumerate(cells) if n > after and text in cell.source)
+    number = next(found, None)
+    assert number is not None, f"no {text} below: {cells[after].source}"
+    return number
+
+
+def _answers(cell: nbformat.NotebookNode) -> list[str]:
+    printed = "".join(output.get("text", "") for output in cell.outputs)
+    return re.findall(r"^Answer: (.+)$", printed, re.M)
+
+
+def test_no_question_is_asked_twice() -> None:
+    """Progress is kept by question and by check."""
+    asked = [task for path in LESSONS for task in tasks(path).predictions]
+    assert len(asked) == len(set(asked))
+
+
+@pytest.mark.parametrize("path", ONLY_LESSONS)
+def test_a_lesson_ends_with_what_was_done_in_it(path: Path) -> None:
+    cell = _read(path).cells[-2]
+    number = re.match(r"\d\d[a-z]?", path.name)
+    assert number
+    assert cell.source.endswith(f'show_progress("{number[0]}")')
 
 
 @pytest.mark.parametrize("path", ONLY_LESSONS)

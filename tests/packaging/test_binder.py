@@ -84,7 +84,7 @@ def test_binders_steps_in_an_empty_environment(repository: Path, tmp_path: Path)
     assert "This machine can run the lessons." in carry_out(repository, env, "binder/postBuild")
     lab = (f"{repository}/binder/start", "jupyter", "lab")
     with Server(tmp_path, repository, lab, env=env) as server:
-        server.run("notebooks/00_start_here.ipynb")
+        server.run("ddp-lessons/00_start_here.ipynb")
         assert psutil.Process(server.pid).environ()["OMP_NUM_THREADS"] == "1"
 
 

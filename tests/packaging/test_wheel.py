@@ -28,7 +28,7 @@ import psutil
 import pytest
 
 import ddp_lessons
-from ddp_lessons.cli import lesson_files
+from ddp_lessons.course import lesson_files
 from tests.conftest import MARK
 from tests.support.checkout import ROOT
 

@@ -1,11 +1,13 @@
-"""Finds this installation's lessons, their titles and questions, and a lesson by its name.
+"""Finds this installation's lessons, what each asks of the learner, and a lesson by its name.
 
-Runs in the command `ddp-lessons`, and only reads. A wheel has the lessons inside the package; an
-editable installation uses the repository's `notebooks/`.
+Runs in the command `ddp-lessons` and, for a lesson's progress, in a kernel; it only reads. A wheel
+has the lessons inside the package; an editable installation uses the repository's `notebooks/`.
 """
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
 import json
 import re
@@ -17,11 +19,13 @@ from ddp_lessons.text import INSTALL
 PACKAGE = Path(__file__).parent.parent
 # pyproject.toml has the same patterns, for the wheel.
 PATTERNS = (
-    "[0-9][0-9]_*.ipynb",
+    "[0-9][0-9]*_*.ipynb",
+    "real_[0-9]_*.ipynb",
     "gpu.ipynb",
     "clusters.md",
     "pictures/*.png",
-    "solutions/[0-9][0-9]_*.ipynb",
+    "solutions/[0-9][0-9]*_*.ipynb",
+    "solutions/real_[0-9]_*.ipynb",
 )
 APPENDIX = "gpu.ipynb"
 
@@ -39,13 +43,29 @@ class Lesson(NamedTuple):
 
     @property
     def number(self) -> str:
-        """Two digits; "" for the appendix."""
-        return self.file[:2] if self.file[:2].isdigit() else ""
+        """As in ``03``, ``03b`` or ``real_1``; "" for the appendix."""
+        found = re.match(r"(\d\d[a-z]?|real_\d)_", self.file)
+        return found[1] if found else ""
 
     @property
     def name(self) -> str:
         """The file's name without its number, as in ``ddp_timing``."""
         return Path(self.file).stem.removeprefix(f"{self.number}_")
+
+
+class Tasks(NamedTuple):
+    """What a lesson asks of the learner, in the order of its cells.
+
+    Attributes
+    ----------
+    predictions : tuple of str
+        The questions of its calls of ``predict``.
+    exercises : tuple of str
+        Its checks, each with the module that has it, as in ``barriers.check_load``.
+    """
+
+    predictions: tuple[str, ...]
+    exercises: tuple[str, ...]
 
 
 def source() -> Path:
@@ -86,9 +106,31 @@ def _lesson(path: Path) -> Lesson:
 
 def code(path: Path) -> str:
     """All code of a notebook, cell by cell."""
+    return "\n".join(_code_cells(path))
+
+
+def _code_cells(path: Path) -> list[str]:
     notebook: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    return "\n".join("".join(cell["source"]) for cell in cells)
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def tasks(path: Path) -> Tasks:
+    """Read from a notebook's code what it asks of the learner; nothing of it is executed."""
+    predictions: list[str] = []
+    exercises: list[str] = []
+    modules: dict[str, str] = {}
+    for cell in _code_cells(path):
+        with contextlib.suppress(SyntaxError):  # a magic; such cells ask nothing
+            for node in ast.walk(ast.parse(cell)):
+                if isinstance(node, ast.ImportFrom):
+                    home = (node.module or "").rpartition(".")[2]
+                    modules |= {name.name: home for name in node.names}
+                elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                    if node.func.id == "predict":
+                        predictions.append(ast.literal_eval(node.args[0]))
+                    elif node.func.id.startswith("check_") and node.func.id in modules:
+                        exercises.append(f"{modules[node.func.id]}.{node.func.id}")
+    return Tasks(tuple(predictions), tuple(dict.fromkeys(exercises)))
 
 
 def _question(text: str) -> str:
@@ -110,7 +152,7 @@ def find(text: str, among: list[Lesson]) -> Lesson:
     for lesson in among:
         if wanted in _names(lesson):
             return lesson
-    listed = "\n".join(f"  {lesson.number:>2}  {lesson.name}" for lesson in among)
+    listed = "\n".join(f"  {lesson.number:<6}  {lesson.name}" for lesson in among)
     raise CommandError(
         f"there is no lesson {text!r}.{_closest(wanted, among)} The lessons:\n{listed}"
     )
@@ -124,7 +166,7 @@ def _plain(text: str) -> str:
 
 def _names(lesson: Lesson) -> set[str]:
     stem = Path(lesson.file).stem
-    number = {lesson.number, str(int(lesson.number))} if lesson.number else set()
+    number = {lesson.number, lesson.number.lstrip("0") or "0"} if lesson.number else set()
     return {stem, lesson.name, *number}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ddp_lessons.cli import lesson_files
+from ddp_lessons.course import lesson_files
 from tests.support.checkout import ROOT
 
 FOLDER = lesson_files.source()

@@ -130,7 +130,7 @@ def _columns(calls: Calls) -> list[Column]:
     """The calls, in order of the first arrival."""
     found = []
     for group, numbers in calls.met.items():
-        name = "" if group == "world" else f"\n{group}"
+        name = "" if group == "world" else f"\nin group {group.replace(' #', ', no. ')}"
         for seq, there in numbers.items():
             found.append(_column(f"call {seq + 1}{name}", there, calls.members(group)))
     standing = [calls.standing(rank) for rank in range(calls.world_size)]

@@ -39,6 +39,8 @@ nitpick_ignore_regex = [
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_code_prompt_show = "Show the {type}"
+nb_code_prompt_hide = "Hide the {type}"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # controls need a kernel; their figure is stored
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 nb_render_error_lexer = "text"  # these tracebacks are written for readers, not in Python's form

@@ -97,6 +97,7 @@ class StoredOutputs(SphinxTransform):
             return
         self._describe(picture_texts(path))
         self._mend_blocks()
+        self._drop_code_of_predictions()
         self._offer(path)
 
     def _describe(self, texts: dict[str, str]) -> None:
@@ -114,6 +115,12 @@ class StoredOutputs(SphinxTransform):
                 text = DEAD_CONTROLS.format(names)
                 sentence = nodes.paragraph(text, text, classes=["dead-controls"])
                 block.parent.replace(block, sentence)
+
+    def _drop_code_of_predictions(self) -> None:
+        """What the code asks stands below it, as its output."""
+        for block in list(self.document.findall(nodes.literal_block)):
+            if re.match(r"\w+ = predict\(", block.astext()):
+                block.parent.parent.remove(block.parent)
 
     def _offer(self, path: Path) -> None:
         section = next(iter(self.document.findall(nodes.section)))

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE / "_docs"), str(HERE.parent)]
 
 from ddp_lessons import __version__
+from ddp_lessons.course import lesson_files
 
 project = "ddp-lessons"
 author = "The ddp-lessons authors"
@@ -27,7 +28,9 @@ extensions = [
     "sphinx.ext.napoleon",
     "lesson_pages",
 ]
-exclude_patterns = ["_docs", "**.ipynb_checkpoints"]
+of_the_course = lesson_files.files(HERE)
+of_readers = (path.relative_to(HERE).as_posix() for path in HERE.rglob("*.ipynb"))
+exclude_patterns = ["_docs", *(name for name in of_readers if name not in of_the_course)]
 nitpicky = True
 # What docstrings refer to outside this site: it has no copy of their indexes, to build offline.
 nitpick_ignore_regex = [

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import unquote, urlsplit
 
 import nbformat
@@ -86,6 +89,16 @@ def test_there_is_a_page_for_every_notebook_and_text(site: Path) -> None:
     assert len(NOTEBOOKS) > 28
     for source in (*NOTEBOOKS, *PAGES):
         assert (site / source.with_suffix(".html")).exists(), source
+
+
+def test_a_readers_own_notebook_is_left_out(tmp_path: Path) -> None:
+    shutil.copy(SOURCE / "conf.py", tmp_path)
+    for name in ("Untitled.ipynb", "00_a.ipynb", ".ipynb_checkpoints/00_a-checkpoint.ipynb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with patch.object(sys, "path", [*sys.path]):
+        left_out = {*runpy.run_path(str(tmp_path / "conf.py"))["exclude_patterns"]}
+    assert left_out == {"_docs", "Untitled.ipynb", ".ipynb_checkpoints/00_a-checkpoint.ipynb"}
 
 
 def test_the_start_page_lists_every_lesson(site: Path) -> None:

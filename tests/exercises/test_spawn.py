@@ -75,6 +75,7 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_global_rank, Counted()),
     (check_run_job, or_plain(many)),
     (check_run_job, Job()),
+    (check_run_job, or_plain(lambda fn, n: [*map(launch(fn, nprocs=n).values.pop, [0] * n)])),
     (
         check_run_job,
         functools.partial(lambda first, fn, n: [fn(first)] if n < 2 else many(fn, n), 0),

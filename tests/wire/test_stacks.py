@@ -207,7 +207,7 @@ def parse(text):
     except ZeroDivisionError:
         return json.loads(text)
 
-below = lambda depth: dive(depth - 1)
+def below(depth): dive(depth - 1)
 def dive(depth):
     if depth: below(depth)
     raise ValueError("deep")
@@ -256,10 +256,10 @@ def test_of_a_recursion_each_line_is_shown_once(
     monkeypatch.chdir(tmp_path)
     lines = rendered("dive", 40, tmp_path)
     assert [line for line in lines if "learners.py" in line or "left out" in line] == [
+        "learners.py, line 22, in dive",
+        "learners.py, line 20, in below",
+        "[... 78 frames left out ...]",
         "learners.py, line 23, in dive",
-        "learners.py, line 21, in below",
-        "[... 79 frames left out ...]",
-        "learners.py, line 24, in dive",
     ]
 
 

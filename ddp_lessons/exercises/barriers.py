@@ -6,7 +6,7 @@ import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,15 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, span
-from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
+from ddp_lessons.exercises.framework import (
+    Wrong,
+    errors,
+    exercise,
+    in_group,
+    judge,
+    run_ranks,
+    stuck,
+)
 from ddp_lessons.exercises.numeric_answers import first_miss, predict, wrong_rule
 from ddp_lessons.text import count
 
@@ -25,7 +33,9 @@ _in_group = functools.partial(in_group, timeout=LIMIT)
 
 
 def _judge_barriers(what: str, run: Run) -> None:
-    """Raise `Wrong` if ranks called different numbers of barriers."""
+    """Raise a rank's own error, or `Wrong` if ranks called different numbers of barriers."""
+    if not stuck(run):
+        run.raise_for_failure()
     called = [sum(s.op == "barrier" for s in rank.spans) for rank in run.ranks]
     other = next((rank for rank, times in enumerate(called) if times != called[0]), None)
     if other is not None:
@@ -38,10 +48,11 @@ def _judge_barriers(what: str, run: Run) -> None:
         )
 
 
+VERY_LATE = 1.2  # seconds, longer than most sleep that guess how long rank 0 takes
 # Seconds until each rank reaches the `with`, and seconds that its body takes.
 CASES = (
     ("1 rank", (0.0,), (0.0,)),
-    ("2 ranks, rank 0 comes late", (0.3, 0.0), (0.1, 0.1)),
+    ("2 ranks, rank 0 comes late", (VERY_LATE, 0.0), (0.1, 0.1)),
     ("4 ranks, rank 3 comes late", (0.0, 0.0, 0.0, 0.3), (0.2, 0.0, 0.0, 0.1)),
 )
 FirstOne = Callable[[int], AbstractContextManager[Any]]
@@ -60,6 +71,8 @@ def _enter(rank: int, rank_zero_first: FirstOne, late: Seconds, busy: Seconds) -
     "Who must pass a barrier before the `yield`, and who only after it?",
     "The others wait before the `yield`; rank 0 comes to that same barrier after its own. Two "
     "`if`s, one barrier in each.",
+    "Under `@contextmanager`: `if rank != 0: dist.barrier()`, then `yield`, then "
+    "`if rank == 0: dist.barrier()`.",
 )
 def check_rank_zero_first(rank_zero_first: FirstOne) -> str:
     """Check that `with rank_zero_first(rank):` runs its body on rank 0 before all others."""
@@ -75,12 +88,18 @@ def check_rank_zero_first(rank_zero_first: FirstOne) -> str:
 def _judge_manager(what: str, run: Run) -> None:
     raised = " ".join(error.summary for error in errors(run))
     mistakes = {
+        "rank_zero_first(rank) returned None.\n"
+        "It must return a context manager. Is `return` or "
+        "`yield` missing?": "'NoneType' object does not support the context manager" in raised,
         "`with` does not take what rank_zero_first(rank) returns.\n"
         "A function with a `yield` makes a generator. `@contextmanager` above it, from contextlib, "
         "makes a context manager of that.": "object does not support the context manager" in raised,
         "rank_zero_first came to its end without a `yield`.\n"
         "The body of the `with` runs at the `yield`, and every rank needs it: the others load the "
         "file, too, only later.": "generator didn't yield" in raised,
+        "rank_zero_first has more than one `yield`.\n"
+        "The body of the `with` runs once, at the `yield`. Put the barriers under `if`s, not the "
+        "`yield`.": "generator didn't stop" in raised,
     }
     judge(f"{what}: ", mistakes)
 
@@ -94,7 +113,8 @@ def _judge_order(what: str, run: Run) -> None:
     before = {s.rank for s in barriers if s.t0_ns < bodies[s.rank].t0_ns}
     when = "before the body lets all begin at once" if before else "after the body comes too late"
     mistakes = {
-        "Nobody waits: there is no barrier on any rank.": not barriers,
+        "Nobody waits: there is no barrier on any rank. (A sleep ends when its time is over, "
+        "whether or not rank 0 is done.)": not barriers,
         "Rank 0 went last. A rank that calls barrier before the body waits there for those that "
         "call it after theirs. Here rank 0 waits for the others; it should "
         "be the other way round.": 0 in before and early[0] not in before,
@@ -110,12 +130,12 @@ Load = Callable[[int, int, str, Callable[[str], None]], str]
 
 
 class _Job(NamedTuple):
-    """A job whose ranks load a file: its machines, and the rank that comes late."""
+    """A job whose ranks load a file: its machines, and who comes late."""
 
     what: str
     nprocs: int
     nnodes: int = 1
-    late: int | None = None
+    late: Mapping[int, float] = {}  # seconds by rank
     fails: bool = False
     downloads: int = 1  # how often the file should be downloaded
 
@@ -125,9 +145,9 @@ class _Job(NamedTuple):
 
 JOBS = (
     _Job("1 rank", 1),
-    _Job("4 ranks, rank 0 comes late", 4, late=0),
-    _Job("4 ranks, rank 3 comes late", 4, late=3),
-    _Job("2 machines with 2 ranks each", 2, nnodes=2, late=2, downloads=2),
+    _Job("4 ranks, rank 0 comes late", 4, late={0: VERY_LATE}),
+    _Job("4 ranks, rank 3 comes late", 4, late={3: 3 * SLOW}),
+    _Job("2 machines with 2 ranks each", 2, nnodes=2, late={2: 2 * SLOW}, downloads=2),
 )
 FAILING = _Job("a job whose download fails halfway", 2, fails=True)
 AFTER_FAILURE = _Job("a second job, after one whose download failed halfway", 3)
@@ -136,7 +156,7 @@ CACHED = _Job("3 ranks, and the file is there already", 3, downloads=0)
 
 @_in_group
 def _load(rank: int, load: Load, folder: str, job: _Job) -> str:
-    time.sleep(0.3 if rank == job.late else 0.0)
+    time.sleep(job.late.get(rank, 0.0))
     disk = Path(folder, f"machine {os.environ.get('GROUP_RANK', '0')}")  # one folder a machine
     disk.mkdir(exist_ok=True)
     download = functools.partial(_download, job.fails)
@@ -200,7 +220,7 @@ def _explain_missing_file(job: _Job, rank: int, loaders: Sequence[int]) -> None:
         "Each machine has a disk of its own, and there is only one rank 0 in the whole job. The "
         "rank on its machine is `local_rank`, and that is 0 once "
         "on each.": job.nnodes > 1 and rank // job.nprocs not in machines,
-        " Nobody called `download`.\nWhich rank should call it?": not loaders,
+        " Nobody called `download`.\nWhich rank should call it?": not loaders and not job.late,
         "It looked before the download was over. The others have to wait in a barrier that the "
         "downloading rank calls after the download.": True,
     }
@@ -227,7 +247,8 @@ def _explain_content(job: _Job, rank: int, content: Any) -> None:
         " That is not the whole file.\n"
         "A file is there as soon as it is opened for writing. Do not look for the file: wait in a "
         "barrier for the rank that writes it.": content in ("", HALVES[0]),
-        "Every rank returns what is in the file. Is `return` missing on some?": True,
+        "Every rank returns what is in the file. Is `return` missing on some?": content is None,
+        "Return all of the file's text as it is, a `str`.": True,
     }
     judge(f"{job.what}: rank {rank} returned {content!r}.", mistakes)
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ddp_lessons import RankResult, Run, Span, WorkersHung, span
-from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks
-from ddp_lessons.exercises.numeric_answers import near, plain
+from ddp_lessons import RankResult, Run, Span, span
+from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks, stuck
+from ddp_lessons.exercises.numeric_answers import near, numbers
 from ddp_lessons.text import count
 from ddp_lessons.wire.ops import COLLECTIVES, RECVS, SENDS
 
@@ -29,11 +29,12 @@ def _mean_of(
 ) -> tuple[Any, bool]:
     x = torch.tensor(rows[rank])
     before = x.clone()
-    mean = plain(mean_over_ranks(x))
+    mean = numbers(mean_over_ranks(x))
     return mean, torch.equal(x, before)
 
 
 @exercise(
+    "Which collective gives the sums to all ranks, and what makes a mean of a sum?",
     "`all_reduce` works in place, and integers have no fractions. Give it a copy that has.",
     "`total = x.clone().float()`, all_reduce it, and divide by `dist.get_world_size()`.",
 )
@@ -51,23 +52,27 @@ def _judge_mean(what: str, rows: Sequence[Sequence[float]], values: list[tuple[A
     for rank, (mean, unchanged) in enumerate(values):
         x = f"{what}, x is {rows[rank]} on rank {rank}"
         is_row = isinstance(mean, list) and len(mean) == len(means)
-        numbers = [n for n in mean if isinstance(n, int | float)] if is_row else []
-        if len(numbers) < len(means) or not all(
-            near(a, b, 1e-4) for a, b in zip(numbers, means, strict=True)
+        row = [n for n in mean if isinstance(n, int | float)] if is_row else []
+        if len(row) < len(means) or not all(
+            near(a, b, 1e-4) for a, b in zip(row, means, strict=True)
         ):
             mistakes = {
+                "Every rank must return the mean; is `return` under an `if`?": rank > 0
+                and mean is None,
                 "Rank 0 has the mean, and the others do not. `reduce` gives the sums to `dst` "
                 "only; `all_reduce` gives them to all.": rank > 0,  # rank 0's is right
                 "Return a tensor with as many numbers as x. (`dist.all_reduce` returns None: the "
-                "sums are in the tensor that it was given.)": len(numbers) < len(means),
+                "sums are in the tensor that it was given.)": len(row) < len(means),
                 "That is the sum. all_reduce adds up; to get a mean, divide by the world size.": (
-                    numbers == sums
+                    row == sums
                 ),
                 "That is what this rank had itself. Only a collective brings in the others.": (
-                    numbers == list(rows[rank])
+                    row == list(rows[rank])
                 ),
+                "Divide by the number of ranks, `dist.get_world_size()`, which is not 2 in every "
+                "job.": len(rows) != 2 and row == [number / 2 for number in sums],
                 "Integers cannot hold the mean: `x.float()` before the collective, `/` after "
-                "it.": all(float(number).is_integer() for number in numbers),
+                "it.": all(float(number).is_integer() for number in row),
                 "Add up over all ranks first, then divide by the number of ranks (not of "
                 "elements).": True,
             }
@@ -82,8 +87,12 @@ def _judge_mean(what: str, rows: Sequence[Sequence[float]], values: list[tuple[A
 
 
 @in_group
+def _after_each(rank: int, jobs: Mapping[str, Sequence[Numbers]]) -> dict[str, Numbers | None]:
+    """What this rank has after each real collective."""
+    return {op: _after(rank, op, before) for op, before in jobs.items()}
+
+
 def _after(rank: int, op: str, before: Sequence[Numbers]) -> Numbers | None:
-    """The tensors after the real collective."""
     world_size, is_root = dist.get_world_size(), rank == 0
     x = torch.tensor(before[rank])
     pieces = list(x.chunk(world_size))
@@ -102,8 +111,8 @@ def _after(rank: int, op: str, before: Sequence[Numbers]) -> Numbers | None:
     if op in ("reduce", "gather") and not is_root:
         return None
     result = torch.cat(room) if "gather" in op else piece if "scatter" in op else x
-    numbers: Numbers = result.tolist()
-    return numbers
+    row: Numbers = result.tolist()
+    return row
 
 
 @exercise(
@@ -113,14 +122,17 @@ def _after(rank: int, op: str, before: Sequence[Numbers]) -> Numbers | None:
 )
 def check_predict(predict: Callable[..., Any]) -> str:
     """Check `predict(op, before)` against real ranks' tensors after each collective."""
-    numbers = random.Random(3)
-    for op in OPS:
-        for ranks, length in ((2, 4), (3, 3)):
-            before = [[numbers.randrange(100) for _ in range(length)] for _ in range(ranks)]
-            run = run_ranks(_after, (op, before), nprocs=ranks)
+    drawn = random.Random(3)
+    because = f"It takes a name, one of {', '.join(OPS)}, and a list of lists of numbers."
+    for ranks, length in ((2, 4), (3, 3)):
+        jobs = {
+            op: [[drawn.randrange(100) for _ in range(length)] for _ in range(ranks)] for op in OPS
+        }
+        values = run_ranks(_after_each, (jobs,), nprocs=ranks).values
+        for op, before in jobs.items():
             given = [list(row) for row in before]
-            predicted = call(predict, op, given, because="It takes a name and a list of lists.")
-            _judge_prediction(op, before, run.values, predicted)
+            predicted = call(predict, op, given, because=because)
+            _judge_prediction(op, before, [value[op] for value in values], predicted)
     return "right for all seven collectives on 2 and on 3 ranks."
 
 
@@ -137,14 +149,15 @@ OPS = {
 
 def _judge_prediction(op: str, before: Any, after: list[Any], predicted: Any) -> None:
     what = f"{op} of {before}"
-    if not isinstance(predicted, list | tuple) or len(predicted) != len(after):
+    is_listed = isinstance(predicted, Iterable) and not isinstance(predicted, str | Mapping)
+    rows = [numbers(row) for row in predicted] if is_listed else []
+    if len(rows) != len(after):
         raise Wrong(
-            f"{what}: you returned {predicted!r}.",
+            f"{what}: you returned {rows or predicted!r}.",
             f"Return one list for each of the {len(after)} ranks. Is this op missing?",
         )
-    for rank, (have, said) in enumerate(zip(after, predicted, strict=True)):
-        row = plain(said)
-        if have != (list(row) if isinstance(row, tuple) else row):
+    for rank, (have, said) in enumerate(zip(after, rows, strict=True)):
+        if have != said:
             raise Wrong(f"{what}: rank {rank} has {have}; you said {said!r}.", OPS[op])
 
 
@@ -159,9 +172,9 @@ def _ring(
     """The results of the learner's all_reduce and of `dist.all_reduce`."""
     x = torch.arange(length, dtype=torch.float32) + 100.0**rank
     same = x.clone()
+    dist.all_reduce(same)
     with span(ANSWER):
         ring_all_reduce(x)
-    dist.all_reduce(same)
     return x.tolist(), same.tolist()
 
 
@@ -175,7 +188,7 @@ def check_ring_all_reduce(ring_all_reduce: Callable[[torch.Tensor], object]) -> 
     """Check `ring_all_reduce(x)`: sums in place, messages to neighbours only, few bytes."""
     for ranks, length in RINGS:
         run = run_ranks(_ring, (ring_all_reduce, length), nprocs=ranks, check=False)
-        if isinstance(run.error, WorkersHung):
+        if stuck(run):
             _explain_hang(run)
         run.raise_for_failure()
         _judge_ring(run, ranks, length)
@@ -188,7 +201,7 @@ def _explain_hang(run: Run) -> None:
         "all wait in send.\n"
         "A `send` may wait until its `recv` has begun. If every rank sends first, nobody receives: "
         "start with `isend`, then `recv`, then `wait()`.": stuck == {"send"},
-        f"it never ends.\n{run.error}\n"
+        f"sends and recvs do not match.\n{run.error}\n"
         "Each send needs its recv on the rank that it names, and each recv its send: as many, and "
         "in the same order. Do all ranks take all steps?": True,
     }
@@ -203,11 +216,18 @@ def _judge_ring(run: Run, ranks: int, length: int) -> None:
         raise Wrong(f"{what}you called {', '.join(sorted(used))}.", "Build it by hand.")
     for rank, (have, expected) in enumerate(run.values):
         if have != expected:
-            raise Wrong(
-                f"{what}rank {rank} has {have}; after dist.all_reduce it has {expected}.",
+            mistakes = {
+                "x is as it was. Work on x itself or on views of it: what is returned, or done to "
+                "a copy, does not count.": have == [n + 100.0**rank for n in range(length)],
+                "That is the mean; all_reduce adds up and does not divide.": all(
+                    near(a * ranks, b, 1e-2) for a, b in zip(have, expected, strict=True)
+                ),
                 "After the first round each piece is complete on one rank only; after the second "
                 "everywhere. Work on views of x, so that x itself changes; check which piece goes "
-                "to whom in each step.",
+                "to whom in each step.": True,
+            }
+            judge(
+                f"{what}rank {rank} has {have}; after dist.all_reduce it has {expected}.", mistakes
             )
     sends = [s for s in calls if s.op in SENDS and s.kind == "comm"]
     for s in sends:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons.exercises.framework import Wrong, exercise, in_group, judge, run_ranks, stuck
+from ddp_lessons.exercises.framework import (
+    Wrong,
+    errors,
+    exercise,
+    in_group,
+    judge,
+    run_ranks,
+    stuck,
+)
 from ddp_lessons.exercises.numeric_answers import near
 from ddp_lessons.exercises.small_training import descend, flat, gradients, new_layer, share
 
@@ -65,10 +73,12 @@ def _expected(world_size: int) -> list[Tensor]:
 
 
 @exercise(
-    "`dist.broadcast(tensor, src=0)` for each parameter; `dist.all_reduce(parameter.grad)` and a "
-    "division for each gradient.",
+    "Which collective brings rank 0's weights to all ranks, and which one sums gradients? "
+    "`dist.broadcast(parameter.data, src=0)` for each parameter is all of `start`.",
     "Every rank must make the same calls in the same order. Give a parameter without gradient one "
     "of zeros: `torch.zeros_like(parameter)`.",
+    "In `average_gradients`, for each parameter: if `grad` is None, set it to zeros; then "
+    "`dist.all_reduce(parameter.grad)` and `parameter.grad /= dist.get_world_size()`.",
 )
 def check_my_ddp(my_ddp: Callable[[], Any]) -> str:
     """Check a class with `start(model)` and `average_gradients(model)` against one process."""
@@ -78,9 +88,11 @@ def check_my_ddp(my_ddp: Callable[[], Any]) -> str:
         run = run_ranks(_trained, (my_ddp,), nprocs=ranks, check=False)
         if stuck(run):
             raise Wrong(
-                f"on {ranks} ranks, one was left alone in a call that needs the others.",
-                "One layer is used by rank 0 only, so its gradient is None on the others. If they "
-                "skip it, the ranks call `all_reduce` for different parameters.",
+                f"on {ranks} ranks, one was left alone in a call that needs the others: "
+                f"{run.explain().splitlines()[0]}",
+                "All ranks must make the same calls. One layer is used by rank 0 only, so its "
+                "gradient is None on the others: if they skip it, the ranks call `all_reduce` for "
+                "different parameters.",
             )
         run.raise_for_failure()
         _judge_training(ranks, run.values, expected)
@@ -94,21 +106,22 @@ def _judge_training(ranks: int, values: list[dict[str, Any]], expected: list[Ten
         "Equal steps from different weights end at different weights. Broadcast rank 0's weights "
         "into the model of every rank.": not _are_equal(started),
         "agree, but not on what rank 0 had.\n"
-        "DDP takes rank 0's weights. A mean of random weights is smaller "
-        "than any of them.": not torch.equal(started[0], values[0]["own"]),
+        "DDP takes rank 0's weights: `src=0`, on every rank. A mean of random weights would be "
+        "smaller than any of them.": not torch.equal(started[0], values[0]["own"]),
     }
     judge(f"after `start` the {ranks} ranks ", mistakes)
     for step, truth in enumerate(expected):
         found = [value["gradients"][step] for value in values]
         if all(_near(gradient, truth) for gradient in found):
             continue
+        ratio = _ratio(found[0], truth)
         mistakes = {
             "rank 0 has the mean gradient, rank 1 has not.\n"
             "`reduce` gives the result to one rank. All "
             "ranks take the step: `all_reduce`.": _near(found[0], truth),
-            f"the gradient is {_ratio(found[0], truth):.2f} times the mean.\n"
-            "`all_reduce` adds up. Divide by the number of ranks, else the learning rate grows "
-            "with every rank.": _near(found[0], truth * ranks),
+            f"the gradient is {ratio:.2f} times the mean.\n"
+            "`all_reduce` adds up. Divide by the number of ranks, once, else the learning rate "
+            "changes with it.": ratio > 0.01 and all(_near(f, truth * ratio) for f in found),
             "the ranks have different gradients.\n"
             "They will take different steps, and their models drift apart. Average the gradients "
             "themselves, all of them, on all ranks.": not _are_equal(found),
@@ -144,13 +157,36 @@ def _weighed(rank: int, weigh: Callable[[Tensor, int], Tensor], counts: tuple[in
     "`dist.all_reduce` of a tensor with `n` gives the number of samples of all ranks.",
     "A rank's part of the mean over all samples is `loss * n / total`. DDP then divides by the "
     "number of ranks: make up for it.",
+    "`total = torch.tensor(float(n))`, all_reduce it, and return "
+    "`loss * n * dist.get_world_size() / total`.",
 )
 def check_weigh(weigh: Callable[[Tensor, int], Tensor]) -> str:
     """Check `weigh(loss, n)`: DDP's gradient equals that of the mean over all samples."""
     for counts in COUNTS:
-        run = run_ranks(_weighed, (weigh, counts), nprocs=len(counts))
+        run = run_ranks(_weighed, (weigh, counts), nprocs=len(counts), check=False)
+        _judge_loss(counts, " ".join(error.summary for error in errors(run)))
+        run.raise_for_failure()
         _judge_weighed(counts, run.values[0])
     return "the gradient of the mean over all samples for 6 and 2, for 3, 4 and 1, for 2 and 2."
+
+
+def _judge_loss(counts: tuple[int, ...], raised: str) -> None:
+    mistakes = {
+        "you returned None.\nIs `return` missing?": "'NoneType' object has no attr" in raised
+        and "backward" in raised,
+        "you returned a number.\n"
+        "`backward()` needs the tensor with its history: calculate with `loss` itself; `.item()` "
+        "takes only its value.": "no attribute 'backward'" in raised,
+        "the loss that you returned has no history.\n"
+        "`backward()` follows what was calculated from the weights. Multiply `loss` itself: "
+        "`detach()`, `torch.tensor(loss)` and an all_reduce of the loss lose "
+        "that.": "does not require grad" in raised,
+    }
+    judge(_of(counts), mistakes)
+
+
+def _of(counts: tuple[int, ...]) -> str:
+    return f"{'ranks' if counts[1:] else 'a rank'} with {', '.join(map(str, counts))} samples: "
 
 
 def _judge_weighed(counts: tuple[int, ...], found: Tensor) -> None:
@@ -182,7 +218,7 @@ def _judge_weighed(counts: tuple[int, ...], found: Tensor) -> None:
         "Each rank's weight is its part of all samples, `n / total`. Only the ranks together know "
         "the total.": True,
     }
-    judge(f"ranks with {', '.join(map(str, counts))} samples: ", mistakes)
+    judge(_of(counts), mistakes)
 
 
 Begin = Callable[[int, int, Callable[[], nn.Module]], Any]
@@ -196,7 +232,8 @@ def _begun(rank: int, begin: Begin, seed: int) -> tuple[list[float], list[float]
 @exercise(
     "`torch.manual_seed` before the model decides its weights, and another one after it what is "
     "drawn later.",
-    "`seed` for the model; `seed + rank` for what comes after it.",
+    "`torch.manual_seed(seed)`, `model = make_model()`, `torch.manual_seed(seed + rank)`, and "
+    "return the model.",
 )
 def check_begin(begin: Begin) -> str:
     """Check `begin(rank, seed, make_model)`: equal weights, different noise, reproducible."""
@@ -217,7 +254,7 @@ def check_begin(begin: Begin) -> str:
         "Take no time and nothing random for a seed.": noise != again[1],
         "with seed 0 two ranks drew the same noise after the model was made.\n"
         "They would augment and drop alike. Seed again, with the rank added, "
-        "after the model.": noise[0] == noise[1] or noise[1] == noise[2],
+        "after the model.": len(set(map(tuple, noise))) < len(noise),
         f"seeds 0 and 1 gave rank {same} the same noise.\n"
         "The noise must depend on the seed "
         "on every rank: `seed + rank`, not a product.": same is not None,

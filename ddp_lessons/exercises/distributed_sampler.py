@@ -4,35 +4,61 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks
-from ddp_lessons.exercises.numeric_answers import near, plain
+from ddp_lessons import Run
+from ddp_lessons.exercises.framework import (
+    Wrong,
+    call,
+    errors,
+    exercise,
+    in_group,
+    judge,
+    run_ranks,
+    stuck,
+)
+from ddp_lessons.exercises.numeric_answers import near, numbers, plain
 from ddp_lessons.text import count
 
 Shards = list[list[int]]  # by rank
 Train = Callable[["DistributedSampler[int]", "DataLoader[int]", int, int], Any]
 
-SHARDED = ((12, 4), (10, 3), (2, 3), (1, 3), (7, 1))  # samples, ranks
+SHARDED = {3: (10, 12, 2, 1), 4: (12, 10), 1: (7,)}  # ranks: samples
 EVALUATED = ((10, 3, (0, 2)), (1, 2, ()), (6, 1, (5,)), (5, 4, (4,)))  # and wrong samples
 TRAINED = ((12, 3, 0, 3), (10, 2, 2, 4))  # samples, ranks, first and last epoch
 SHARED_BATCHES = ((64, 4), (66, 3), (4, 4), (8, 1))  # global batch, ranks
 IMPOSSIBLE_BATCHES = ((66, 4), (3, 4), (0, 2))
 
 
+class _Indices(Dataset[int]):  # type: ignore[misc]
+    """A dataset whose sample i is i, also where there is none."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __getitem__(self, index: int) -> int:
+        return int(index)
+
+    def __len__(self) -> int:
+        return self.total
+
+
 def _loaded(
-    rank: int, sampler: Callable[..., Any], total: int, drop_last: bool
-) -> tuple[int, list[int], list[int], bool]:
-    """The sampler's length, what it gives in two epochs, and whether torch's own does the work."""
+    rank: int, sampler: Callable[..., Any], jobs: Sequence[tuple[int, bool]]
+) -> list[tuple[Any, ...]]:
+    """Of each job: the sampler's length, its samples in two epochs, whether torch's does it."""
     torchs_own = _Watched(DistributedSampler)
-    made = sampler(total, rank, _world_size(), drop_last)
-    loader = DataLoader(range(total), batch_size=2, sampler=made)
-    first, second = ([int(index) for batch in loader for index in batch] for _ in range(2))
-    return len(made), first, second, torchs_own.was_made
+    done = []
+    for total, drop_last in jobs:
+        made = sampler(total, rank, _world_size(), drop_last)
+        loader = DataLoader(_Indices(total), batch_size=2, sampler=made)
+        first, second = ([int(index) for batch in loader for index in batch] for _ in range(2))
+        done.append((len(made), first, second, torchs_own.was_made))
+    return done
 
 
 class _Watched:
@@ -62,29 +88,42 @@ def _world_size() -> int:
 )
 def check_sampler(sampler: Callable[[int, int, int, bool], Iterable[int]]) -> str:
     """Check `sampler(total, rank, world_size, drop_last)` against DistributedSampler's samples."""
-    for drop_last in (False, True):
-        for total, ranks in SHARDED:
-            run = run_ranks(_loaded, (sampler, total, drop_last), nprocs=ranks)
-            lengths, shards, again, of_torch = map(list, zip(*run.values, strict=True))
-            seen = f"{_on(total, ranks)}, drop_last={drop_last}: the ranks got {shards}"
-            _judge_shards(f"{seen}.", shards, total, drop_last)
-            if again != shards:
-                raise Wrong(
-                    f"{seen}, and in the second epoch {again}.",
-                    "Each epoch asks for the samples anew: `__iter__` must begin again each time.",
-                )
-            if any(of_torch):
-                raise Wrong(
-                    f"{seen}, dealt out by torch's own DistributedSampler.",
-                    "Write it by hand: a few lines are all there is to it.",
-                )
-            if lengths != [len(shard) for shard in shards]:
-                raise Wrong(
-                    f"{seen}, but len() says {lengths}.",
-                    "`__len__` is the number of samples of this rank: the DataLoader counts its "
-                    "steps by it.",
-                )
+    for ranks, totals in SHARDED.items():
+        jobs = [(total, drop_last) for drop_last in (False, True) for total in totals]
+        run = run_ranks(_loaded, (sampler, jobs), nprocs=ranks)
+        for (total, drop_last), done in zip(jobs, zip(*run.values, strict=True), strict=True):
+            what = f"{_on(total, ranks)}, drop_last={drop_last}"
+            _judge_sampler(what, total, drop_last, *map(list, zip(*done, strict=True)))
     return "the samples of DistributedSampler, also with 10 samples on 3 ranks and with 2 on 3."
+
+
+def _judge_sampler(
+    what: str,
+    total: int,
+    drop_last: bool,
+    lengths: list[int],
+    shards: Shards,
+    again: Shards,
+    of_torch: list[bool],
+) -> None:
+    seen = f"{what}: the ranks got {shards}"
+    _judge_shards(f"{seen}.", shards, total, drop_last)
+    if again != shards:
+        raise Wrong(
+            f"{seen}, and in the second epoch {again}.",
+            "Each epoch asks for the samples anew: `__iter__` must begin again each time.",
+        )
+    if any(of_torch):
+        raise Wrong(
+            f"{seen}, dealt out by torch's own DistributedSampler.",
+            "Write it by hand: a few lines are all there is to it.",
+        )
+    if lengths != [len(shard) for shard in shards]:
+        raise Wrong(
+            f"{seen}, but len() says {lengths}.",
+            "`__len__` is the number of samples of this rank: the DataLoader counts its steps by "
+            "it.",
+        )
 
 
 def _judge_shards(seen: str, shards: Shards, total: int, drop_last: bool) -> None:
@@ -97,15 +136,19 @@ def _judge_shards(seen: str, shards: Shards, total: int, drop_last: bool) -> Non
         return
     never = sorted(set().union(*expected).difference(*shards))
     are_twins = len(set(map(tuple, shards))) < ranks <= total
-    is_padded = not drop_last and total % ranks
+    unpadded = all(a[:-1] == b[:-1] for a, b in zip(shards, expected, strict=True))
+    is_padded = not drop_last and total % ranks and unpadded
+    beyond = sorted(set().union(*shards).difference(range(total)))
     mistakes = {
-        f"Rank {sizes.index(max(sizes))} has {max(sizes)} samples and rank "
+        f"There is no sample {beyond[0] if beyond else ''}: they count from 0 to {total - 1}. The "
+        "padding wraps round, to the first samples.": beyond,
+        f"Rank {sizes.index(max(sizes))} has {count(max(sizes), 'sample')} and rank "
         f"{sizes.index(min(sizes))} only {min(sizes)}. Ranks with more take more steps, and wait "
         "in their last one for the others, which have none left. Pad by wrapping round, or "
         "drop.": len(set(sizes)) > 1,
+        "Two ranks have the same samples: they would do the same work twice.": are_twins,
         "Each rank has a block of neighbours. DistributedSampler deals samples out like cards: "
         "rank r gets every world_size-th one, beginning with r.": _are_blocks(shards),
-        "Two ranks have the same samples: they would do the same work twice.": are_twins,
         f"Each rank should have {len(expected[0])} samples. With drop_last the number of samples "
         "is rounded down to a multiple of "
         "world_size, else up; never more than that.": sizes[0] != len(expected[0]),
@@ -133,7 +176,8 @@ def _evaluated(
         asked.append(int(index))
         return int(index) not in wrong
 
-    return plain(accuracy(is_right, total)), asked
+    answer = numbers(accuracy(is_right, total))
+    return answer[0] if isinstance(answer, list) and len(answer) == 1 else answer, asked
 
 
 @exercise(
@@ -144,12 +188,30 @@ def _evaluated(
 def check_accuracy(accuracy: Callable[..., Any]) -> str:
     """Check `accuracy(is_right, total)`: each sample asked once, the exact value on all ranks."""
     for total, ranks, wrong in EVALUATED:
-        run = run_ranks(_evaluated, (accuracy, total, wrong), nprocs=ranks)
-        results, shards = map(list, zip(*run.values, strict=True))
+        run = run_ranks(_evaluated, (accuracy, total, wrong), nprocs=ranks, check=False)
         what = f"{_on(total, ranks)}, {total - len(wrong)} of them right"
+        _judge_end(what, run, total)
+        results, shards = map(list, zip(*run.values, strict=True))
         _judge_asked(f"{what}: the ranks asked for {shards}.", total, shards)
         _judge_accuracy(what, results, shards, total, wrong)
     return "exact on every rank, for 10 samples on 3 ranks, 5 on 4, 1 on 2 and 6 on 1."
+
+
+def _judge_end(what: str, run: Run, total: int) -> None:
+    """Raise what a rank raised; `Wrong` where it may be that it had no samples."""
+    idle = total < run.world_size
+    if idle and stuck(run):
+        raise Wrong(
+            f"{what}: {run.explain().splitlines()[0]}",
+            "A rank without samples must call what the others call: it takes part with zeros.",
+        )
+    if idle and any(error.type_name == "ZeroDivisionError" for error in errors(run)):
+        raise Wrong(
+            f"{what}: a rank divided by zero.",
+            "There are fewer samples than ranks, so some rank has none. Add up over the ranks "
+            "first and divide afterwards.",
+        )
+    run.raise_for_failure()
 
 
 def _judge_asked(seen: str, total: int, shards: Shards) -> None:
@@ -187,6 +249,8 @@ def _judge_accuracy(
         "These are the ranks' own accuracies. Put their counts together: `all_reduce`.": are_local,
         "This is the mean of the ranks' accuracies. They have different numbers of samples: send "
         "the counts round and divide the sums.": near(results[0], sum(local) / len(local), 1e-5),
+        "Return a part of 1, not per cent.": near(results[0], 100 * exact, 1e-3),
+        "Every rank returns the accuracy, a number. Is `return` missing?": results[0] is None,
         "Add up the right ones and the samples over all ranks, then divide.": True,
     }
     returned = ", ".join(f"{v:.3g}" if isinstance(v, float) else str(v)[:40] for v in results)
@@ -197,7 +261,13 @@ def _judge_accuracy(
 def _trained(rank: int, train: Train, total: int, first: int, last: int) -> Any:
     sampler = DistributedSampler(range(total), _world_size(), rank)
     loader = DataLoader(range(total), batch_size=2, sampler=sampler)
-    return train(sampler, loader, first, last)
+    seen = plain(train(sampler, loader, first, last))
+    is_listed = isinstance(seen, Iterable) and not isinstance(seen, str | Mapping)
+    return [numbers(epoch) for epoch in seen] if is_listed else seen
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 @exercise(
@@ -222,11 +292,14 @@ def _judge_trained(what: str, values: list[Any], total: int, epochs: range) -> N
         for sampler in samplers:
             sampler.set_epoch(epoch)
         right.append(list(map(list, samplers)))
-    got: list[Any] = list(zip(*values, strict=False)) if all(values) else []
     seen = f"{what}: rank 0 saw {values[0]}."
-    if len(got) != len(epochs):
+    are_listed = all(
+        isinstance(value, list) and len(value) == len(epochs) and all(map(_is_list, value))
+        for value in values
+    )
+    if not are_listed:
         raise Wrong(seen, f"Return one list of samples for each of the {len(epochs)} epochs.")
-    shards = [list(map(list, epoch)) for epoch in got]
+    shards = [list(epoch) for epoch in zip(*values, strict=True)]
     if shards == right[epochs.start :]:
         return
     mistakes = {
@@ -257,7 +330,11 @@ def _first_batch(rank: int, batch_size: int, total: int) -> int:
 def check_per_rank_batch(per_rank_batch: Callable[[int, int], int]) -> str:
     """Check `per_rank_batch(global_batch, world_size)`, also with real ranks."""
     for batch, ranks in SHARED_BATCHES:
-        size = call(per_rank_batch, batch, ranks, because="It takes two whole numbers.")
+        because = (
+            "It takes the global batch and the world size, and returns a number where that batch "
+            "can be shared evenly, as here."
+        )
+        size = call(per_rank_batch, batch, ranks, because=because)
         _judge_batch(batch, ranks, size)
     for batch, ranks in IMPOSSIBLE_BATCHES:
         _judge_impossible(per_rank_batch, batch, ranks)
@@ -266,13 +343,15 @@ def check_per_rank_batch(per_rank_batch: Callable[[int, int], int]) -> str:
 
 def _judge_batch(batch: int, ranks: int, size: Any) -> None:
     asked = f"a batch of {batch} on {count(ranks, 'rank')}"
-    if not isinstance(size, int):
-        raise Wrong(
-            f"{asked}: you returned {size!r}.",
-            "A DataLoader takes whole numbers only, and `/` gives a float: use `//`.",
-        )
-    if size < 1:
-        raise Wrong(f"{asked}: {size}.", "That is no batch size.")
+    mistakes: dict[str, object] = {
+        "A DataLoader takes whole numbers only, and `/` gives a float: use `//`.": (
+            isinstance(size, float)
+        ),
+        "A DataLoader takes an `int`. Is `return` missing?": type(size) is not int,
+        "That is no batch size: at least one sample.": type(size) is int and size < 1,
+        "That is more than all ranks together should take.": type(size) is int and size > batch,
+    }
+    judge(f"{asked}: you returned {size!r}.", mistakes)
     run = run_ranks(_first_batch, (size, 4 * ranks * max(batch, size)), nprocs=ranks)
     together = sum(run.values)
     if together != batch:
@@ -297,7 +376,7 @@ def _judge_impossible(per_rank_batch: Callable[[int, int], int], batch: int, ran
             "Raise a ValueError: the value is what is wrong.",
         ) from error
     because = "No rank can take such a batch: say so with a ValueError."
-    if isinstance(size, int) and size > 0:
+    if type(size) is int and size > 0:
         because = f"{ranks} x {size} is {ranks * size}: samples are lost or added without an error."
     raise Wrong(f"{asked}: you returned {size!r}.", because)
 

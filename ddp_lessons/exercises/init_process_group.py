@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run
-from ddp_lessons.exercises.framework import Wrong, errors, exercise, judge, run_ranks
+from ddp_lessons.exercises.framework import Wrong, call, errors, exercise, judge, run_ranks
 from ddp_lessons.exercises.numeric_answers import first_miss, predict, wrong_rule
 
 Seconds = Sequence[float]  # by rank
@@ -23,6 +23,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 @exercise(
     "Four variables: who am I, how many are we, and where is the meeting point (two of them)?",
     "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; the values are strings.",
+    '`str(rank)`, `str(world_size)` and `str(port)`; and this machine is "127.0.0.1".',
 )
 def check_environment(environment: Callable[[int, int, int], Mapping[str, str]]) -> str:
     """Check that ranks can join with nothing but `environment(rank, world_size, port)`."""
@@ -72,17 +73,26 @@ def _explain_failed_join(run: Run) -> None:
 
 def _judge_variables(environment: Callable[[int, int, int], Mapping[str, str]]) -> None:
     port = 40_123
+    before = dict(os.environ)
+    because = (
+        "It gets rank, world_size and port, all of them numbers, and must work with nothing else: "
+        "the launcher's own variables are taken away."
+    )
     try:
-        variables = environment(0, 2, port)
-    except KeyError as error:
+        variables = call(environment, 0, 2, port, because=because)
+    finally:
+        changed = dict(os.environ) != before
+        os.environ.clear()
+        os.environ.update(before)
+    if changed:
         raise Wrong(
-            f"environment(0, 2, {port}) looked for {error}, which is not set.",
-            "The check takes the launcher's variables away: compute yours from the arguments.",
-        ) from error
+            f"environment(0, 2, {port}) changed os.environ.",
+            "It must only return the variables; the check sets them on each rank.",
+        )
     if not isinstance(variables, Mapping):
         raise Wrong(
             f"environment(0, 2, {port}) returned {variables!r}, not a dict.",
-            "It must return the variables, as a dict of names and texts.",
+            "It must return the variables, as a dict of names and texts. Is `return` missing?",
         )
     given = variables.get("MASTER_PORT", port)
     if str(given) != str(port):
@@ -95,7 +105,8 @@ def _judge_variables(environment: Callable[[int, int, int], Mapping[str, str]]) 
 
 @exercise(
     "Both jobs run on one machine at the same time. What could be theirs alone?",
-    "A file named after the job, `f'file://{folder}/{job}'`, with rank= and world_size=.",
+    "A file named after the job. What must be passed with file://, as with tcp://?",
+    '`dist.init_process_group("gloo", f"file://{folder}/{job}", rank=rank, world_size=world_size)`',
 )
 def check_join(join: Callable[[int, int, str, str], None]) -> str:
     """Check that two concurrent jobs stay apart: `join(rank, world_size, job, folder)`."""
@@ -107,7 +118,7 @@ def check_join(join: Callable[[int, int, str, str], None]) -> str:
         join(job_rank, 2, "ab"[number], folder)
         total = torch.tensor([float(10**number)])
         dist.all_reduce(total)
-        _await_all(rank, folder)
+        _await_all(rank, 4, folder)  # keeps this job open until the other one has joined, too
         dist.destroy_process_group()
         return float(total.item())
 
@@ -118,11 +129,14 @@ def check_join(join: Callable[[int, int, str, str], None]) -> str:
     return "two jobs of 2 ranks ran at once, and neither met the other's ranks."
 
 
+_OWN = ("TypeError", "ValueError", "NameError", "AttributeError", "KeyError", "RuntimeError")
+
+
 def _explain_collision(run: Run) -> None:
     raised = errors(run)
     texts = " ".join(error.text for error in raised)
-    own = next((error for error in raised if not error.frames[1:]), None)
-    usual = ("TypeError", "ValueError", "NameError", "RuntimeError")
+    # Errors of the network and of gloo come from ranks that do not meet.
+    own = next((e for e in raised if e.type_name in _OWN and "gloo" not in e.text), None)
     mistakes = {
         "the second job found the port taken.\n"
         "A port belongs to one job at a time. A number written into the code collides as soon as "
@@ -133,10 +147,11 @@ def _explain_collision(run: Run) -> None:
         "place, and so is env:// with the launcher's own variables: give each job a place of its "
         "own.": run.ok,
         "a rank had no process group after join().\n"
-        "join() must call dist.init_process_group.": "has not been initialized" in texts,
+        "join() must call dist.init_process_group on every rank, and leave the group to its "
+        "caller.": "has not been initialized" in texts,
         f"join() itself failed: {own.summary if own else ''}\n"
         "file:// and tcp:// need rank= and world_size=, and file:// a full path: "
-        "f'file://{folder}/{job}'.": own and own.type_name in usual,
+        "f'file://{folder}/{job}'.": own,
         f"the jobs did not come apart: {run.explain().splitlines()[0]}\n"
         "All ranks that meet at one place form one group: give each job a place of its own, and "
         "pass the job's rank and world_size, not those of the launcher.": True,
@@ -144,9 +159,9 @@ def _explain_collision(run: Run) -> None:
     judge("", mistakes)
 
 
-def _await_all(rank: int, folder: str, seconds: float = 4.0) -> None:
-    """Keep a job open until the other job has joined, so that both run at once."""
-    there = [os.path.join(folder, f"rank {r} is there") for r in range(4)]
+def _await_all(rank: int, world_size: int, folder: str, seconds: float = 4.0) -> None:
+    """Wait until all ranks are here, without a process group."""
+    there = [os.path.join(folder, f"rank {r} is there") for r in range(world_size)]
     open(there[rank], "w").close()
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and not all(map(os.path.exists, there)):
@@ -156,11 +171,13 @@ def _await_all(rank: int, folder: str, seconds: float = 4.0) -> None:
 @exercise(
     "Nobody leaves init_process_group before the last rank has come. When does that one come?",
     "The last rank comes after max(delays) seconds. How long has one that came after d waited?",
+    "`max(delays) - d` for each d in delays.",
 )
 def check_waits(waits: Callable[[Seconds], Seconds]) -> str:
     """Check `waits(delays)`, each rank's seconds in init_process_group, against measured ones."""
 
-    def arrive(rank: int, delays: Sequence[float]) -> float:
+    def arrive(rank: int, delays: Sequence[float], folder: str) -> float:
+        _await_all(rank, len(delays), folder)  # their delays begin together
         time.sleep(delays[rank])
         began = time.perf_counter()
         dist.init_process_group("gloo")
@@ -171,7 +188,10 @@ def check_waits(waits: Callable[[Seconds], Seconds]) -> str:
     because = "It takes a sequence of seconds and returns one number for each."
     for delays in ((0.0, 0.8, 0.3), (0.6, 0.0)):
         answer = predict(waits, delays, len(delays), because)
-        _judge_waits(delays, answer, run_ranks(arrive, (delays,), nprocs=len(delays)).values)
+        with tempfile.TemporaryDirectory() as folder:
+            inside = run_ranks(arrive, (delays, folder), nprocs=len(delays)).values
+        joining = min(inside)  # what joining takes when nobody is missing, longer under load
+        _judge_waits(delays, answer, [seconds - joining for seconds in inside])
     return "your prediction and the measured waits agree."
 
 

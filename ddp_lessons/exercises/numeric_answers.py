@@ -1,12 +1,12 @@
 """Compares answers that are numbers, and predicted waiting times with measured ones.
 
-Runs in the parent; `plain` also in workers.
+Runs in the parent; `plain` and `numbers` also in workers.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ddp_lessons.exercises.framework import Wrong, call
@@ -20,6 +20,18 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+def numbers(value: Any) -> Any:
+    """A tensor, an array, an iterable or what is nested of them as one flat list of numbers.
+
+    Anything else, as None or a text, comes back as it is.
+    """
+    value = plain(value)
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+        return value
+    parts = [numbers(part) for part in value]
+    return [n for part in parts for n in (part if isinstance(part, list) else [part])]
+
+
 def near(value: object, target: float, tolerance: float = 1e-6) -> bool:
     """Whether an answer is a number, and right up to rounding."""
     return isinstance(value, int | float) and abs(value - target) < tolerance
@@ -31,10 +43,10 @@ def predict(
     """Return the learner's prediction, in seconds by rank; `because` says what `waits` accepts."""
 
     @functools.wraps(waits)
-    def numbers(given: Any) -> list[float]:
-        return [float(seconds) for seconds in waits(given)]
+    def seconds(given: Any) -> list[float]:
+        return [float(number) for number in waits(given)]
 
-    answer: list[float] = call(numbers, given, because=because)
+    answer: list[float] = call(seconds, given, because=because)
     if len(answer) != world_size:
         numbers_given, ranks = count(len(answer), "number"), count(world_size, "rank")
         raise Wrong(f"waits({given}) gave {numbers_given} for {ranks}.", because)
@@ -44,7 +56,9 @@ def predict(
 def first_miss(predicted: Sequence[float], measured: Sequence[float]) -> int | None:
     """Return the first rank whose prediction is off by more than the tolerance."""
     pairs = enumerate(zip(predicted, measured, strict=True))
-    return next((rank for rank, (a, b) in pairs if abs(a - b) > TOLERANCE), None)
+    return next(
+        (rank for rank, (a, b) in pairs if not abs(a - b) <= TOLERANCE), None
+    )  # nan is a miss
 
 
 def wrong_rule(predicted: Sequence[float], rules: Mapping[str, Sequence[float]]) -> str:

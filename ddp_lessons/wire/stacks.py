@@ -6,6 +6,7 @@ the learner's function (first) to the innermost call (last).
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import os
 import re
@@ -354,6 +355,7 @@ def _alone(error: BaseException) -> traceback.TracebackException:
 
 def _text(alone: traceback.TracebackException) -> str:
     text = "".join(alone.format_exception_only()).strip()
+    text = re.sub(r'\A(File ".*", line \d+\n)\s*\n', r"\1", text)  # of eval(""): no source
     more = len(text) - MOST_TEXT
     return f"{text[:MOST_TEXT]}\n[... {more:,} characters left out ...]" if more > 0 else text
 
@@ -387,19 +389,23 @@ def render_frames(frames: Sequence[Frame]) -> list[str]:
     """The learner's frames with their source; of the libraries', only the innermost."""
     lines: list[str] = []
     own = [frames[i] for i in _own(frames)]
-    left_out = len(own) - 2 * MOST_FRAMES  # a recursion without end has a thousand
-    for number, frame in enumerate(own):
-        if number == MOST_FRAMES and left_out > 0:
-            lines.append(f"[... {left_out} frames left out ...]")
-        if MOST_FRAMES <= number < len(own) - MOST_FRAMES:
-            continue
+    first_at = {place: n for n, place in reversed([*enumerate(map(_place, own))])}
+    firsts = sorted(first_at.values())  # a recursion comes to the same lines again and again
+    told = [*firsts[:MOST_FRAMES], *firsts[MOST_FRAMES:][-MOST_FRAMES:]]
+    for number, following in itertools.pairwise([*told, len(own)]):
+        frame, left_out = own[number], following - number - 1
         lines += [f"{line_name(frame)}, in {frame.function}", *_excerpt(frame)]
+        lines += [f"[... {count(left_out, 'frame')} left out ...]"] if left_out else []
     shown = frames[:-1] if frames and _is_wait(frames[-1].filename, frames[-1].function) else frames
     if shown and shown[-1] not in own[-1:]:
         frame = shown[-1]
         lines += [f"{line_name(frame)}, in {frame.function}"]
         lines += [f"     {frame.source}"] if frame.source else []
     return lines
+
+
+def _place(frame: Frame) -> tuple[str, int, str]:
+    return frame.filename, frame.lineno, frame.function
 
 
 def _excerpt(frame: Frame) -> list[str]:

@@ -1,12 +1,14 @@
-"""The checks of lesson 03: the solution passes; typical wrong answers are explained."""
+"""The checks of lesson 03: right answers pass; typical wrong ones are explained."""
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -90,10 +92,10 @@ def as_tensors(rows: list[Any]) -> list[Any]:
     return [None if row is None else torch.tensor(row) for row in rows]
 
 
-def but(op: str, change: Callable[[list[Any], list[list[int]]], list[Any]]) -> Any:
-    """Predicts right, except for one collective."""
+def but(op: str, change: Callable[[list[Any], list[list[int]]], Any]) -> Any:
+    """Predicts right, but for one collective in another way."""
 
-    def predict_wrongly(name: str, before: list[list[int]]) -> list[Any]:
+    def predict_wrongly(name: str, before: list[list[int]]) -> Any:
         right = predict(name, before)
         return change(right, before) if name == op else right
 
@@ -174,11 +176,195 @@ def on_a_copy(x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def gathered(x: torch.Tensor) -> Any:
+    rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, x)
+    return torch.stack(rows).double().mean(dim=0)
+
+
+def of_objects(x: torch.Tensor) -> list[float]:
+    rows: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(rows, x.tolist())
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+
+
+def reduced_and_broadcast(x: torch.Tensor) -> Any:
+    total = x.numpy().astype(np.float64)
+    dist.reduce(torch.from_numpy(total), dst=0)
+    total /= dist.get_world_size()
+    dist.broadcast(torch.from_numpy(total), src=0)
+    return total
+
+
+def asynchronous(x: torch.Tensor) -> Any:
+    total = x / dist.get_world_size()
+    dist.all_reduce(total, async_op=True).wait()
+    return (n for n in total)
+
+
+class Mean:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        total = x[..., None].double()
+        dist.all_reduce(total)
+        return total[..., 0] / dist.get_world_size()
+
+
+def put_back(x: torch.Tensor) -> Any:
+    before = x.clone()
+    mean = in_place(x) if x.is_floating_point() else mean_over_ranks(x)
+    x.copy_(before)
+    return mean
+
+
+def halved(x: torch.Tensor) -> torch.Tensor:
+    return only_summed(x) / 2
+
+
+def of_one_rank_less(x: torch.Tensor) -> torch.Tensor:
+    return only_summed(x) / max(1, dist.get_world_size() - 1)
+
+
+def shown(x: torch.Tensor) -> None:
+    print(mean_over_ranks(x))
+
+
+def only_on_rank_0(x: torch.Tensor) -> Any:
+    mean = mean_over_ranks(x)
+    return mean if dist.get_rank() == 0 else None
+
+
+def only_rank_0_calls(x: torch.Tensor) -> Any:
+    return mean_over_ranks(x) if dist.get_rank() == 0 else x
+
+
+def one_number(x: torch.Tensor) -> Any:
+    return mean_over_ranks(x).mean().item()
+
+
+def changed_on_rank_1(x: torch.Tensor) -> Any:
+    mean = mean_over_ranks(x)
+    if dist.get_rank() == 1:
+        x.zero_()
+    return mean
+
+
+def flipped(op: str, before: list[list[int]]) -> Any:
+    before.reverse()
+    return predict(op, before)
+
+
+def exchanging(step: Callable[[torch.Tensor, torch.Tensor, int, int], Any]) -> Any:
+    """A ring all_reduce whose ranks exchange two pieces in this way."""
+
+    def ring(x: torch.Tensor) -> None:
+        rank, n = dist.get_rank(), dist.get_world_size()
+        pieces = x.tensor_split(n)
+        for turn in range(2 * n - 2):
+            mine, theirs = pieces[(rank - turn) % n], pieces[(rank - turn - 1) % n]
+            received = torch.empty_like(theirs)
+            step(mine, received, (rank + 1) % n, (rank - 1) % n)
+            theirs.copy_(received + theirs if turn < n - 1 else received)
+
+    return ring
+
+
+def both_ways(mine: torch.Tensor, received: torch.Tensor, following: int, previous: int) -> None:
+    for work in dist.irecv(received, src=previous), dist.isend(mine, dst=following):
+        assert work is not None
+        work.wait()
+
+
+def in_a_batch(mine: torch.Tensor, received: torch.Tensor, following: int, previous: int) -> None:
+    sends = dist.P2POp(dist.isend, mine, following)
+    for work in dist.batch_isend_irecv([sends, dist.P2POp(dist.irecv, received, previous)]):
+        work.wait()
+
+
+def by_turns(mine: torch.Tensor, received: torch.Tensor, following: int, previous: int) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: dist.send(mine, dst=following),
+        lambda: dist.recv(received, src=previous),
+    ]
+    for call in calls if dist.get_rank() else reversed(calls):
+        call()
+
+
+def backwards(x: torch.Tensor) -> None:
+    """The ring in the other direction, with pieces of equal lengths."""
+    rank, n = dist.get_rank(), dist.get_world_size()
+    padded = torch.zeros(-(-len(x) // n) * n)
+    padded[: len(x)] = x
+    pieces = padded.view(n, -1)
+    for turn in range(2 * n - 2):
+        received = torch.empty_like(pieces[0])
+        place = (rank + turn + 1) % n
+        both_ways(pieces[(rank + turn) % n], received, (rank - 1) % n, (rank + 1) % n)
+        pieces[place] = pieces[place] + received if turn < n - 1 else received
+    x.copy_(padded[: len(x)])
+
+
+class Ring:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        exchanging(both_ways)(x)
+        return x
+
+
+def divided(x: torch.Tensor) -> None:
+    ring_all_reduce(x)
+    x /= dist.get_world_size()
+
+
+def with_the_other_of_two(x: torch.Tensor) -> None:
+    if dist.get_world_size() > 1:
+        received = torch.empty_like(x)
+        both_ways(x, received, dist.get_rank() ^ 1, dist.get_rank() ^ 1)
+        x += received
+
+
+def one_step_too_many(x: torch.Tensor) -> None:
+    ring_all_reduce(x)
+    if dist.get_rank() == 0:
+        dist.send(x, dst=dist.get_world_size() - 1)
+
+
+def chunked(x: torch.Tensor) -> None:
+    n = dist.get_world_size()
+    pieces = x.chunk(n)
+    both_ways(pieces[n - 1], torch.empty_like(pieces[n - 1]), *[(dist.get_rank() + 1) % n] * 2)
+
+
 RIGHT: list[tuple[Any, Any]] = [
-    (check_mean_over_ranks, mean_over_ranks),
+    *[
+        (check_mean_over_ranks, answer)
+        for answer in (
+            mean_over_ranks,
+            gathered,
+            of_objects,
+            reduced_and_broadcast,
+            asynchronous,
+            Mean(),
+            put_back,
+            functools.partial(mean_over_ranks),
+        )
+    ],
     (check_predict, predict),
     (check_predict, lambda op, before: as_tensors(predict(op, before))),
-    (check_ring_all_reduce, ring_all_reduce),
+    (check_predict, lambda op, before: (row and map(float, row) for row in predict(op, before))),
+    (check_predict, but("all_gather", lambda right, before: [before] * len(before))),
+    (check_predict, but("broadcast", lambda right, before: np.array(right))),
+    (check_predict, but("scatter", lambda right, before: torch.tensor(right)[..., :])),
+    (check_predict, functools.partial(lambda first, op, before: tuple(predict(op, before)), 0)),
+    *[
+        (check_ring_all_reduce, answer)
+        for answer in (
+            ring_all_reduce,
+            exchanging(both_ways),
+            exchanging(in_a_batch),
+            exchanging(by_turns),
+            backwards,
+            Ring(),
+        )
+    ],
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_mean_over_ranks, only_summed, "you returned .*That is the sum"),
@@ -191,6 +377,13 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_mean_over_ranks, nothing, "you returned None.*all_reduce` returns None"),
     (check_mean_over_ranks, lambda x: x.float(), "what this rank had itself"),
     (check_mean_over_ranks, lambda x: x / 0 + undefined, "failed on real ranks.*NameError"),  # type: ignore[name-defined]  # noqa: F821
+    (check_mean_over_ranks, halved, "3 ranks, .*which is not 2 in every job"),
+    (check_mean_over_ranks, of_one_rank_less, "you returned .*That is the sum"),
+    (check_mean_over_ranks, shown, "you returned None, not.*as many numbers as x"),
+    (check_mean_over_ranks, only_on_rank_0, "on rank 1: you returned None, .*under an `if`"),
+    (check_mean_over_ranks, only_rank_0_calls, "rank 0 .*in all_reduce, but rank 1 has returned"),
+    (check_mean_over_ranks, one_number, r"you returned 2\..*as many numbers as x"),
+    (check_mean_over_ranks, changed_on_rank_1, "on rank 1: .*x was changed"),
     (
         check_predict,
         but("broadcast", lambda right, before: [before[0], *before[1:]]),
@@ -217,24 +410,66 @@ WRONG: list[tuple[Any, Any, str]] = [
         "all_reduce of .* one list for each of the 2 ranks",
     ),
     (check_predict, but("gather", lambda right, before: [1, 2]), r"rank 0 has \[.*you said 1"),
-    (check_predict, lambda op, before: before[0], "one list for each"),
+    (check_predict, lambda op, before: before[0], "one list for each|rank 0 has"),
+    (check_predict, lambda op, before: print(predict(op, before)), "you returned None"),
+    (
+        check_predict,
+        lambda op, before: {"broadcast": [before[0]] * len(before)}[op],
+        "'all_reduce', .* raised KeyError.*one of broadcast, all_reduce",
+    ),
+    (check_predict, flipped, r"broadcast of \[.*: rank 0 has .*All ranks, `src` too"),
+    (
+        check_predict,
+        lambda op, before: predict(op, before[:2]),
+        "broadcast of .*one list for each of the 3 ranks",
+    ),
+    (
+        check_predict,
+        but("all_reduce", lambda right, before: [[sum(row)] * len(row) for row in before]),
+        "all_reduce of .*sums, number by number",
+    ),
+    (
+        check_predict,
+        but("gather", lambda right, before: [right[0]] * len(right)),
+        "gather of .*: rank 1 has None; .*nothing: None",
+    ),
+    (
+        check_predict,
+        but("all_gather", lambda right, before: [right[0][::-1]] * len(right)),
+        "all_gather of .*in the order of ranks",
+    ),
+    (
+        check_predict,
+        but("scatter", lambda right, before: right[::-1]),
+        "scatter of .*Rank r has piece r",
+    ),
+    (
+        check_predict,
+        but("reduce_scatter", lambda right, before: [before[0][: len(right[0])]] * len(right)),
+        "reduce_scatter of .*sums of piece r",
+    ),
     (check_predict, lambda op: op, "raised TypeError"),
     (check_ring_all_reduce, send_first, "all wait in send.*start with `isend`"),
-    (check_ring_all_reduce, zero_returns, "never ends.*rank 0.*Do all ranks take all steps"),
+    (check_ring_all_reduce, zero_returns, "do not match.*rank 0.*Do all ranks take all steps"),
     (check_ring_all_reduce, first_round_only, "rank 0 has .*After the first round each piece"),
     (check_ring_all_reduce, only_equal_pieces, "4 ranks, 10 numbers: rank 0 has"),
     (check_ring_all_reduce, whole_tensors, "4 ranks.*a rank sent 120 bytes; 72 are enough"),
     (check_ring_all_reduce, all_to_zero, "rank 0 sent to rank 2.*In a ring"),
-    (check_ring_all_reduce, on_a_copy, "rank 0 has .*Work on views of x"),
+    (check_ring_all_reduce, on_a_copy, "rank 0 has .*x is as it was.*views of it"),
+    (check_ring_all_reduce, lambda x: x.sum(), "rank 0 has .*x is as it was"),
+    (check_ring_all_reduce, divided, "rank 0 has .*That is the mean"),
+    (check_ring_all_reduce, with_the_other_of_two, "4 ranks, 10 numbers: rank 0 has"),
+    (check_ring_all_reduce, one_step_too_many, "do not match.*rank 0.*as many"),
+    (check_ring_all_reduce, chunked, "2 ranks, 4 numbers: rank 0 has"),
+    (check_ring_all_reduce, lambda x: dist.recv(x, src=dist.get_rank()), "failed on real ranks"),
+    (check_ring_all_reduce, lambda: 1, "failed on real ranks.*TypeError"),
     (check_ring_all_reduce, lambda x: dist.all_reduce(x), "you called all_reduce"),
 ]
 
 
-@pytest.mark.parametrize(("check", "answer"), RIGHT)
+@answers.right(RIGHT)
 def test_a_right_answer_passes(check: Any, answer: Any) -> None:
-    verdict = check(answer)
-    assert verdict.passed, verdict
-    assert verdict.because == ""
+    answers.passes(check, answer)
 
 
 @answers.wrong(WRONG)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import sys
 from typing import Any
 
 import cloudpickle
 import nbformat
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, Sampler
 
 from ddp_lessons.exercises.distributed_sampler import (
     check_accuracy,
@@ -212,13 +215,185 @@ def padded_once(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]
     return order[rank::ranks]
 
 
+def sampler_with_slices(total: int, rank: int, world_size: int, drop_last: bool) -> Any:
+    """A function that returns a list."""
+    order = np.resize(np.arange(total), size(total, world_size, drop_last))
+    return order.reshape(-1, world_size)[..., rank].tolist()
+
+
+class OfTensors(Samples):
+    choose = staticmethod(right)
+
+    def __iter__(self) -> Any:
+        return iter(torch.tensor(self.mine, dtype=torch.int64))
+
+
+class ByCycling(Sampler[int]):  # type: ignore[misc]
+    def __init__(self, total: int, rank: int, world_size: int, drop_last: bool) -> None:
+        self.total, self.places = total, range(rank, size(total, world_size, drop_last), world_size)
+
+    def __iter__(self) -> Any:
+        return itertools.islice(
+            itertools.cycle(range(self.total)),
+            self.places.start,
+            self.places.stop,
+            self.places.step,
+        )
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+def without_wrapping(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]:
+    return list(range(rank, size(total, ranks, drop_last), ranks))
+
+
+def from_one(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]:
+    return [1 + i for i in right(total, rank, ranks, drop_last)]
+
+
+def shuffled(total: int, rank: int, ranks: int, drop_last: bool) -> list[int]:
+    return [total - 1 - i for i in right(total, rank, ranks, drop_last)]
+
+
+class NoLength:
+    def __init__(self, total: int, rank: int, world_size: int, drop_last: bool) -> None:
+        self.mine = right(total, rank, world_size, drop_last)
+
+    def __iter__(self) -> Any:
+        return iter(self.mine)
+
+
+def of_objects(is_right: Any, total: int) -> float:
+    shards: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shards, list(map(is_right, range(dist.get_rank(), total, len(shards)))))
+    return float(np.mean([*itertools.chain(*shards)]))
+
+
+def of_a_vector(is_right: Any, total: int) -> Any:
+    """Each rank fills its places in a vector of zeros."""
+    vector = torch.zeros(total, 1)
+    for i in range(total - 1 - dist.get_rank(), -1, -dist.get_world_size()):
+        vector[i] = is_right(torch.tensor(i))
+    dist.all_reduce(vector)
+    return vector[..., 0].mean()
+
+
+class Accuracy:
+    def __call__(self, is_right: Any, total: int) -> Any:
+        return np.array([accuracy(is_right, total)])
+
+
+def two_messages(is_right: Any, total: int) -> Any:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = total * rank // ranks, total * (rank + 1) // ranks
+    hits, asked = torch.zeros(1), torch.tensor([float(mine[1] - mine[0])])
+    hits += sum(filter(None, map(is_right, range(*mine))))
+    for count in hits, asked:
+        dist.reduce(count, dst=0)
+        dist.broadcast(count, src=0)
+    return hits / asked
+
+
+def skipped_without_samples(is_right: Any, total: int) -> Any:
+    return accuracy(is_right, total) if dist.get_rank() < total else 0.0
+
+
+def divided_too_soon(is_right: Any, total: int) -> Any:
+    mine = [is_right(i) for i in range(dist.get_rank(), total, dist.get_world_size())]
+    mean = torch.tensor(sum(mine) / len(mine) * len(mine) / total)
+    dist.all_reduce(mean)
+    return mean
+
+
+def only_10(is_right: Any, total: int) -> Any:
+    return accuracy(is_right, total) * total / 10
+
+
+def shown(*given: Any) -> None:
+    print(accuracy(*given))
+
+
+def train_by_attribute(sampler: Any, loader: Any, first: int, last: int) -> Any:
+    for sampler.epoch in range(first, last):
+        yield torch.cat(list(loader))
+
+
+def train_of_batches(sampler: Any, loader: Any, first: int, last: int) -> Any:
+    seen = []
+    for epoch in range(first, last):
+        loader.sampler.set_epoch(epoch)
+        seen.append([batch[..., :] for batch in loader])
+    return tuple(seen)
+
+
+def train_without_loader(sampler: Any, loader: Any, first: int, last: int) -> Any:
+    return np.array([sampler.set_epoch(e) or list(sampler) for e in range(first, last)])
+
+
+def train_once(sampler: Any, loader: Any, first: int, last: int) -> Any:
+    sampler.set_epoch(first)
+    return [[i for batch in loader for i in batch.tolist()]]
+
+
+def train_flat(*given: Any) -> list[int]:
+    return [*itertools.chain(*train_with(lambda epoch, first, rank: epoch)(*given))]
+
+
+def train_on_rank_0(*given: Any) -> Any:
+    return train_with(lambda epoch, first, rank: epoch if rank == 0 else 0)(*given)
+
+
+def train_sorted(*given: Any) -> Any:
+    return map(sorted, train_with(lambda epoch, first, rank: epoch)(*given))
+
+
+def asserted(batch: int, ranks: int) -> int:
+    assert batch % ranks == 0 < batch
+    return batch // ranks
+
+
+class Batch:
+    def __call__(self, batch: int, ranks: int) -> int:
+        return per_rank_batch(batch, ranks)
+
+
+class NotShareable(ValueError):
+    pass
+
+
+def counted_up(batch: int, ranks: int) -> int:
+    for each in range(1, batch + 1):
+        if each * ranks == batch:
+            return each
+    raise NotShareable
+
+
 RIGHT: list[tuple[Any, Any]] = [
     (check_sampler, sampler_of(right)),
     (check_sampler, Generated),
+    (check_sampler, sampler_with_slices),
+    (check_sampler, OfTensors),
+    (check_sampler, ByCycling),
+    (check_sampler, functools.partial(sampler_of(right))),
     (check_accuracy, accuracy_by("blocks")),
     (check_accuracy, accuracy),
+    (check_accuracy, of_objects),
+    (check_accuracy, of_a_vector),
+    (check_accuracy, Accuracy()),
+    (check_accuracy, two_messages),
     (check_train, train_with(lambda epoch, first, rank: epoch)),
+    (check_train, train_by_attribute),
+    (check_train, train_of_batches),
+    (check_train, train_without_loader),
+    (check_train, lambda *given: dict(enumerate(train_of_batches(*given))).values()),
+    (check_train, functools.partial(train, epoch_of=lambda epoch, first, rank: epoch)),
     (check_per_rank_batch, per_rank_batch),
+    (check_per_rank_batch, Batch()),
+    (check_per_rank_batch, counted_up),
+    (check_per_rank_batch, lambda batch, ranks: range(ranks, batch + 1, ranks).index(batch) + 1),
+    (check_per_rank_batch, functools.partial(lambda f, *given: f(*given), per_rank_batch)),
+    (check_per_rank_batch, lambda batch, n: [*range(n, batch + n, n)].index(batch or None) + 1),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_sampler, sampler_of(blocks), "block of neighbours.*dealt|block of neighbours.*deals"),
@@ -234,8 +409,20 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_sampler, WrongLength, r"len\(\) says \[12, 12"),
     (check_sampler, OneShot, r"second epoch \[\[\], .*begin again each time"),
     (check_sampler, Wrapped, "torch's own DistributedSampler.*by hand"),
-    (check_sampler, sampler_of(padded_once), "1 sample on 3 ranks.*only 0"),
+    (check_sampler, sampler_of(padded_once), "1 sample on 3 ranks.*has 1 sample and.*only 0"),
     (check_sampler, lambda *args: 5 // 0, "failed on real ranks.*ZeroDivisionError"),
+    (check_sampler, sampler_of(without_wrapping), "10 samples on 3.*no sample 10.*wraps round"),
+    (check_sampler, sampler_of(from_one), "no sample 10: they count from 0 to 9"),
+    (check_sampler, sampler_of(shuffled), "DistributedSampler gives"),
+    (check_sampler, sampler_of(lambda t, r, w, d: list(range(t))), "same samples"),
+    (check_sampler, NoLength, r"failed on real ranks.*no len\(\)"),
+    (check_accuracy, skipped_without_samples, "1 sample on 2 ranks.*takes part with zeros"),
+    (check_accuracy, divided_too_soon, "1 sample on 2 ranks.*divided by zero.*some rank has none"),
+    (check_accuracy, only_10, "1 sample on 2 ranks.*the ranks returned 0.1, 0.1"),
+    (check_accuracy, shown, "returned None, None, None.*`return` missing"),
+    (check_accuracy, lambda *given: 100 * accuracy(*given), "returned 80, 80, 80.*not per cent"),
+    (check_accuracy, lambda is_right, total: 0.8, r"asked for \[\[\], .*Sample 0 was never asked"),
+    (check_accuracy, lambda is_right: 1.0, "failed on real ranks.*TypeError"),
     (check_accuracy, accuracy_by("padded"), "10 samples on 3 ranks.*Sample 0 was counted twice"),
     (check_accuracy, accuracy_by("all"), "Every rank did all the work"),
     (check_accuracy, accuracy_by("rank 0 alone"), "One rank did all the work"),
@@ -254,6 +441,13 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_train, train_with(lambda epoch, first, rank: epoch - first), "began again with the shu"),
     (check_train, train_with(lambda epoch, first, rank: epoch + rank), "did not see every sample"),
     (check_train, train_with(lambda epoch, first, rank: epoch + 7), r"after `sampler\.set_epoch"),
+    (check_train, train_once, "one list of samples for each of the 3"),
+    (check_train, train_flat, "one list of samples for each of the 3"),
+    (check_train, lambda *given: print(train(*given)), "rank 0 saw None.*one list"),
+    (check_train, train_on_rank_0, "did not see every sample"),
+    (check_train, train_sorted, "Epoch e must have the order"),
+    (check_train, train_with(lambda epoch, first, rank: epoch + 1), "Epoch e must have the order"),
+    (check_train, lambda sampler: [], "failed on real ranks.*TypeError"),
     (check_train, lambda *args: [[1, 2]], "one list of samples for each of the 3"),
     (
         check_per_rank_batch,
@@ -273,6 +467,24 @@ WRONG: list[tuple[Any, Any, str]] = [
     ),
     (check_per_rank_batch, lambda batch, ranks: 2, "took 8 samples, not 64.*together must be"),
     (check_per_rank_batch, lambda batch: 1, "raised TypeError"),
+    (check_per_rank_batch, lambda batch, ranks: batch * ranks, "returned 256.*more than all ranks"),
+    (check_per_rank_batch, lambda batch, ranks: print(batch // ranks), "None.*`return` missing"),
+    (check_per_rank_batch, divmod, r"returned \(16, 0\).*takes an `int`"),
+    (
+        check_per_rank_batch,
+        lambda batch, ranks: -(-batch // ranks),
+        "returned 17.*without an error",
+    ),
+    (check_per_rank_batch, lambda batch, ranks: batch // ranks - 1, "took 60 samples, not 64"),
+    (check_per_rank_batch, lambda batch, ranks: batch // 4, "took 48 samples, not 66"),
+    (check_per_rank_batch, asserted, "66 on 4|raised AssertionError.*Raise a ValueError"),
+    (check_per_rank_batch, lambda batch, ranks: 1 / 0, "raised ZeroDivisionError.*as here"),
+    (check_per_rank_batch, lambda batch, ranks: 0, "returned 0.*at least one sample"),
+    (
+        check_per_rank_batch,
+        lambda batch, ranks: batch // ranks if batch % ranks == 0 else None,
+        "returned None.*say so with a ValueError",
+    ),
     (
         check_per_rank_batch,
         lambda batch, ranks: 1 // int(batch % ranks == 0 < batch) * batch // ranks,

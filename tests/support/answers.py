@@ -25,6 +25,7 @@ def passes(check: Any, answer: Any) -> None:
     verdict = check(answer)
     assert verdict.passed, verdict
     assert verdict.because == ""
+    assert repr(verdict).startswith(f"✓ {check.__name__}: ")
 
 
 def is_explained(check: Any, answer: Any, said: str) -> None:

@@ -206,6 +206,11 @@ def parse(text):
         1 / 0
     except ZeroDivisionError:
         return json.loads(text)
+
+def below(depth): dive(depth - 1)
+def dive(depth):
+    if depth: below(depth)
+    raise ValueError("deep")
 """
 
 
@@ -243,6 +248,25 @@ def test_a_chained_exception_is_told_in_order_with_its_lines_marked(
         '---->  12         raise ValueError(f"incomplete: {options}") from error',
         "ValueError: incomplete: {'momentum': 0.9}",
     ]
+
+
+def test_of_a_recursion_each_line_is_shown_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = rendered("dive", 40, tmp_path)
+    assert [line for line in lines if "learners.py" in line or "left out" in line] == [
+        "learners.py, line 22, in dive",
+        "learners.py, line 20, in below",
+        "[... 78 frames left out ...]",
+        "learners.py, line 23, in dive",
+    ]
+
+
+def test_code_without_text_shows_no_empty_line() -> None:
+    with pytest.raises(SyntaxError) as caught:
+        eval("")
+    assert describe(caught.value).text == 'File "<string>", line 0\nSyntaxError: invalid syntax'
 
 
 def test_of_a_library_only_the_innermost_frame_is_shown(

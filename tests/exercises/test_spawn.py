@@ -1,0 +1,150 @@
+"""The checks of lesson 01: right answers pass; typical wrong ones are explained."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from ddp_lessons import launch
+from ddp_lessons.exercises.spawn import check_global_rank, check_run_job
+from tests.support import answers
+
+pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+class Counted:
+    """Counts the ranks that come before."""
+
+    def __call__(self, group: int, local: int, nprocs: int) -> int:
+        return sum(nprocs for _ in range(group)) + local
+
+
+def of_a_table(group: int, local: int, nprocs: int) -> int:
+    return {(0, 0): 0, (0, 1): 1, (0, 2): 2, (1, 0): 3, (1, 1): 4, (1, 2): 5}[group, local]
+
+
+def many(fn: Any, nprocs: int) -> list[Any]:
+    return launch(fn, nprocs=nprocs).values
+
+
+def or_plain(launched: Callable[[Any, int], Any]) -> Any:
+    """A run_job that is right for one process."""
+    return lambda fn, nprocs: [fn(0)] if nprocs == 1 else launched(fn, nprocs)
+
+
+def in_threads(fn: Any, nprocs: int) -> list[Any]:
+    with ThreadPoolExecutor(nprocs) as threads:
+        return list(threads.map(fn, range(nprocs)))
+
+
+def all_on_one_rank(fn: Any, nprocs: int) -> list[Any]:
+    ran = launch(lambda _: [fn(rank) for rank in range(nprocs)], nprocs=1).values[0]
+    return list(ran)
+
+
+class Job:
+    """Collects the values rank by rank."""
+
+    def __call__(self, fn: Any, nprocs: int) -> list[Any]:
+        if nprocs > 1:
+            return [rank.value for rank in launch(fn, nprocs=nprocs).ranks]
+        return [*map(fn, range(nprocs))]
+
+
+RIGHT: list[tuple[Any, Any]] = [
+    (check_global_rank, lambda group, local, nprocs: group * nprocs + local),
+    (check_global_rank, lambda group, local, nprocs: np.int64(group) * nprocs + local),
+    (
+        check_global_rank,
+        lambda group, local, n: torch.arange(99).view(-1, 1)[..., 0][group * n + local],
+    ),
+    (check_global_rank, lambda group, local, n: range(group * n, (group + 1) * n)[local]),
+    (check_global_rank, functools.partial(lambda none, g, local, n: g * n + local, None)),
+    (check_global_rank, Counted()),
+    (check_run_job, or_plain(many)),
+    (check_run_job, Job()),
+    (check_run_job, or_plain(lambda fn, n: [*map(launch(fn, nprocs=n).values.pop, [0] * n)])),
+    (
+        check_run_job,
+        functools.partial(lambda first, fn, n: [fn(first)] if n < 2 else many(fn, n), 0),
+    ),
+    (check_run_job, or_plain(lambda fn, n: launch(fn, nprocs=1, nnodes=n).values)),
+    (check_run_job, or_plain(lambda fn, n: sorted(launch(lambda r: fn(r), nprocs=n).values))),
+]
+WRONG: list[tuple[Any, Any, str]] = [
+    (check_global_rank, lambda g, loc, n: g + loc, "themselves 1: machine 1, .*local rank starts"),
+    (check_global_rank, lambda g, loc, n: loc, "two ranks call themselves 0.*local rank starts"),
+    (check_global_rank, lambda g, loc, n: g * n, "themselves 0: machine 0, .*0.*must be added"),
+    (check_global_rank, lambda g, loc, n: loc * n + g, "machine 0, local rank 1 should be rank 1"),
+    (check_global_rank, lambda g, loc, n: g * 3 + loc, "3 machines with 2.*machine by machine"),
+    (
+        check_global_rank,
+        lambda g, loc, n: g * n - loc,
+        "local rank 1 should be rank 1; .* itself -1",
+    ),
+    (check_global_rank, lambda g, loc, n: g * n + loc + 1, "be rank 0; it calls itself 1.*from 0"),
+    (check_global_rank, lambda g, loc, n: (g - 1) * n + loc, "itself -3.*all counted from 0"),
+    (check_global_rank, lambda g, loc, n: str(g * n + loc), "got '0', which is no whole number"),
+    (check_global_rank, lambda g, loc, n: (g * n + loc) / 1, r"got 0\.0, .*`/` make a float"),
+    (check_global_rank, lambda g, loc, n: print(g * n + loc), "got None.*`return` missing"),
+    (check_global_rank, lambda g, loc, n: (g, loc), r"got \(0, 0\), which is no whole"),
+    (check_global_rank, lambda g, loc, n: bool(g or loc), "got False, which is no whole"),
+    (check_global_rank, lambda g, loc, n: int(os.environ["RANK"]), "looked for RANK.*taken away"),
+    (check_global_rank, lambda g, loc, n: dist.get_rank(), "ranks.*calls? dist.init_process_group"),
+    (check_global_rank, of_a_table, "failed on real ranks.*ranks 4 and 5 of 6 raised KeyError"),
+    (check_global_rank, lambda g, loc: g, "failed on real ranks.*TypeError"),
+    (check_run_job, many, "nprocs=1 a process was started"),
+    (check_run_job, lambda fn, n: [fn(r) for r in range(n)], "1 process, 3 of.*not make N ranks"),
+    (check_run_job, in_threads, "in a loop or in threads, does not make N ranks"),
+    (check_run_job, or_plain(all_on_one_rank), "in 1 process, and there should be 3.*wait forever"),
+    (check_run_job, lambda fn, n: fn(0) if n == 1 else many(fn, n), "a list of 1 value.*how many"),
+    (check_run_job, lambda fn, n: (fn(r) for r in range(n)), "generator.*a list of 1 value"),
+    (check_run_job, lambda fn, n: [fn(n)], "called with 1 as rank"),
+    (check_run_job, lambda fn, n: [fn()], "raised TypeError"),
+    (check_run_job, lambda fn, n: print([fn(0)]), "returned None.*`return` missing"),
+    (check_run_job, lambda fn, n: [fn] * n, "which is not what fn returned"),
+    (check_run_job, or_plain(lambda fn, n: launch(fn, nprocs=n)), "gave Run .*returns a Run"),
+    (check_run_job, or_plain(lambda fn, n: many(fn, n)[::-1]), "ranks 2, 1, 0, in this order"),
+    (
+        check_run_job,
+        or_plain(lambda fn, n: many(fn, n - 1)),
+        "of 3 values.*one value for each rank",
+    ),
+    (
+        check_run_job,
+        or_plain(lambda fn, n: many(lambda r: fn(0), n)),
+        "called with 0, 0, 0 as rank",
+    ),
+    (
+        check_run_job,
+        or_plain(lambda fn, n: many(lambda r: print(fn(r)), n)),
+        r"\[None, .*not what fn",
+    ),
+    (
+        check_run_job,
+        or_plain(lambda fn, n: [fn(0), *many(fn, n)[1:]]),
+        "3 processes, 1 of the calls",
+    ),
+]
+
+
+@answers.right(RIGHT)
+def test_a_right_answer_passes(check: Any, answer: Any) -> None:
+    answers.passes(check, answer)
+
+
+@answers.wrong(WRONG)
+def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
+    answers.is_explained(check, answer, said)

@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -31,6 +32,7 @@ SAMPLES, BATCHES, EPOCHS = 24, 4, 3  # BATCHES of an epoch
 SAVED, CUT = (1, 2), (2, 1)  # all ranks save before this epoch and batch
 SLOW = 0.2  # seconds that rank 0 takes to write
 
+TORN = "overwritten"  # a file beside the record of writes: a checkpoint was not replaced
 Facts = dict[str, Any]  # a rank's state when it saved or loaded, and at the end
 
 
@@ -68,6 +70,20 @@ class _Disk:
         self.ended_ns = time.perf_counter_ns()
 
 
+@contextlib.contextmanager
+def _unchanged(path: str, folder: str) -> Iterator[None]:
+    """Notes in the folder if the file at `path` was written to: not replaced, but overwritten."""
+    if not os.path.isfile(path):  # the checkpoint is somewhere beside it
+        yield
+        return
+    with open(path, "rb") as file:
+        before = file.read()
+        yield
+        file.seek(0)
+        if file.read() != before:
+            Path(folder, TORN).touch()
+
+
 @in_group
 def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
     """Train from beginning to end; return the rank's state when it saved, and at the end."""
@@ -85,7 +101,8 @@ def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
                 facts |= {"returned_ns": time.perf_counter_ns(), "written_ns": disk.ended_ns}
             if killed and (epoch, batch) == CUT:
                 disk.begin(slow=rank == 0, kill=rank == 0)
-                files.save(path, *parts, epoch, batch)
+                with _unchanged(path, folder):
+                    files.save(path, *parts, epoch, batch)
                 os.kill(os.getpid(), signal.SIGKILL)  # if `save` did not use torch.save
             _step(*parts, *samples)
     return facts | {"end": flat(parts[0].parameters())}
@@ -96,7 +113,8 @@ def resume(rank: int, checkpoint: Any, folder: str) -> Facts:
     """Load and train to the end; return the rank's state after loading, and at the end."""
     parts = _set_up(seed=7, rank=rank)
     place = _place(checkpoint().load(checkpoint_path(folder), *parts))
-    facts = {"place": place, "end": None, **_seen(*parts)}
+    torn = os.path.exists(os.path.join(folder, TORN))
+    facts = {"place": place, "end": None, "torn": torn, **_seen(*parts)}
     places: list[tuple[int, int] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(places, place)
     if places == [SAVED] * len(places):  # otherwise training would fail anyway

@@ -8,6 +8,7 @@ an `Exercise`, which never raises for a wrong answer.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dis
 import functools
 import html
@@ -187,9 +188,9 @@ def judge(seen: str, mistakes: Mapping[str, object]) -> None:
 
 
 def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
-    """Call the learner's function here; an exception is a wrong answer."""
+    """Call the learner's function here, on copies; an exception is a wrong answer."""
     try:
-        return answer(*args)
+        return answer(*copy.deepcopy(args))
     except Exception as error:
         name = getattr(answer, "__name__", "it")
         given = ", ".join(_short.repr(argument) for argument in args)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_lessons import Run, WorkersHung
 from ddp_lessons.exercises.checkpoint_training import SAVED, Facts, resume, train
 from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
-from ddp_lessons.text import count
+from ddp_lessons.text import count, listed
 
 State = dict[str, Tensor]
 LoadAnywhere = Callable[[nn.Module, State], object]
@@ -74,7 +74,7 @@ def _load(load: LoadAnywhere, model: nn.Module, state: State, wanted: State) -> 
     if found.keys() != wanted.keys():
         return "the model has other layers than before"
     lost = [key for key, value in found.items() if not torch.equal(value, wanted[key])]
-    return f"not loaded: {len(lost)} of {len(wanted)} tensors, with no error" if lost else ""
+    return f"not loaded, with no error: {listed(lost)}" if lost else ""
 
 
 @exercise(
@@ -95,8 +95,11 @@ def check_load_anywhere(load_anywhere: LoadAnywhere) -> str:
 def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> None:
     is_simple = name == "two layers"
     mistakes = {
-        "`strict=False` skips every key that does not fit. Make the keys fit, and stay strict: "
-        "then an error tells of what is missing.": "no error" in problem,
+        "A state holds buffers, too, such as running means. `load_state_dict` loads all that is in "
+        "it.": "no error" in problem and "running_mean" in problem and "weight" not in problem,
+        "Nothing may be left out in silence. Give it all to `load_state_dict`, and stay strict: "
+        "`strict=False` skips every key that does not fit, where an error would tell of "
+        "it.": "no error" in problem,
         "DDP's own keys begin with `module.`; those of `model.module` do not. Load into the inner "
         "model in any case.": is_simple and wrapped,
         "The keys of a DDP model begin with `module.`, those of the model in it do not. Cut the "
@@ -258,6 +261,12 @@ def _judge_killed(saved: list[Facts], run: Run) -> None:
             f"{killed}After that `load` failed.\n{run.explain()}",
             "Write to another name in the same folder, and `os.replace` it when it is complete: "
             "then the old checkpoint is there until the new one is.",
+        )
+    if any(facts["torn"] for facts in run.values):
+        raise Wrong(
+            "the second `save` wrote into the file of the first one.",
+            "Killed in the middle of that, a rank leaves half a checkpoint and no older one. Write "
+            "to another name in the same folder, and `os.replace` it when it is complete.",
         )
     pairs = list(zip(saved, run.values, strict=True))
     places = {loaded["place"] for loaded in run.values}

@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from ddp_lessons.exercises.framework import Wrong
 from ddp_lessons.system.host import LOOPBACK_INTERFACE
+from ddp_lessons.text import exit_name
 
 PATIENCE = 60.0  # seconds: torch is imported anew by each rank
+GRACE = 40.0  # seconds to end after SIGTERM: torchrun gives its ranks 30
 # The last option: otherwise, after half of all restarts, ranks find keys of killed ranks in the
 # agent's store (pytorch issue 135712).
 VARIABLES = {
@@ -28,7 +30,7 @@ _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", 
 
 
 class Outcome(NamedTuple):
-    """The outcome of a script: its exit code (None: it did not end) and its output.
+    """The outcome of a script: its exit code (None: it did not end), its output and its starts.
 
     torchrun's ranks write unbuffered to the same file, so their lines may be mixed.
     """
@@ -36,12 +38,13 @@ class Outcome(NamedTuple):
     exitcode: int | None
     output: str
     errors: str
+    starts: int = 1
 
     @property
     def error(self) -> str:
-        """The last line of the first traceback; "" if there is none."""
+        """The last line of the first traceback; how it ended, if there is none."""
         found = _EXCEPTION.search(self.errors)
-        return found[1] if found else ""
+        return found[1] if found else f"it ended with {exit_name(self.exitcode)}"
 
 
 def alone(script: Path) -> Outcome:
@@ -53,7 +56,8 @@ def under_torchrun(script: Path, *options: str, env: Mapping[str, str] | None = 
     """Run ``torchrun --standalone OPTIONS script``."""
     with tempfile.TemporaryDirectory() as logs:
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--log-dir={logs}"]
-        return _run([*torchrun, "--standalone", *options, str(script)], env or {})
+        outcome = _run([*torchrun, "--standalone", *options, str(script)], env or {})
+        return outcome._replace(starts=len(list(Path(logs).glob("*/attempt_*"))))
 
 
 def _run(command: Sequence[str], env: Mapping[str, str], drop: Sequence[str] = ()) -> Outcome:
@@ -82,7 +86,11 @@ def _run(command: Sequence[str], env: Mapping[str, str], drop: Sequence[str] = (
 def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
     """End the process; an agent also ends its ranks on SIGTERM."""
     process.terminate()
-    return process.communicate()
+    try:
+        return process.communicate(timeout=GRACE)
+    except subprocess.TimeoutExpired:  # a script that ignores SIGTERM
+        process.kill()
+        return process.communicate()
 
 
 def is_unattempted(script: Path) -> bool:
@@ -92,10 +100,12 @@ def is_unattempted(script: Path) -> bool:
     """
     try:
         tree = ast.parse(script.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         raise Wrong(
             f"there is no file {script.name}.", "Run the cell that begins with `%%writefile`."
         ) from None
+    except ValueError as error:  # not UTF-8; null bytes
+        raise Wrong(f"{script.name} is no Python script: {error}.", "Write it anew.") from None
     except SyntaxError as error:
         raise Wrong(
             f"line {error.lineno} of {script.name}: {error.msg}.", "Correct that line."

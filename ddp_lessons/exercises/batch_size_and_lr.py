@@ -236,4 +236,4 @@ def _judge_rates(base: float, ranks: int, warmup: int, by_rank: list[list[Any]])
     }
     shown = by_rank if differ else by_rank[:1]
     each = [", ".join(f"{float(r):g}" if is_number(r) else repr(r) for r in own) for own in shown]
-    judge(f"{asked}: the rates are {', on rank 1 '.join(each)}.", mistakes)
+    judge(f"{asked}: the rates are {'; on rank 1 '.join(each)}.", mistakes)

@@ -52,13 +52,14 @@ class _Disk:
         self._writes, self._slow = -1, slow
 
     def __call__(self, state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        self._writes += 1
-        if self._slow and self._writes == 0:
+        if self._slow:
             time.sleep(SLOW)  # other ranks may finish first
+            self._slow = False
+        is_path = isinstance(file, str | os.PathLike)
+        self._writes += is_path or hasattr(file, "name")  # not to memory, as pickle does
         buffer = io.BytesIO()
         self._save(state, buffer, *args, **kwargs)
         data, killed = buffer.getvalue(), self._writes == self._kill_in
-        is_path = isinstance(file, str | os.PathLike)
         with open(file, "wb") if is_path else contextlib.nullcontext(file) as opened:
             if name := getattr(opened, "name", ""):
                 with open(self._log, "a") as log:

@@ -230,12 +230,21 @@ def _keeps_ellipsis(code: types.CodeType) -> bool:
 
 
 def _is_index(after: Sequence[dis.Instruction]) -> bool:
-    """Whether what was just loaded is an index, or in a tuple that is one."""
+    """Whether what was just loaded is an index, or in a tuple that is one: `x[..., n + 1]`."""
+    above = 0  # so many values lie on the stack above it
     for step in after:
-        if step.opname.endswith("SUBSCR") or step.argrepr == "[]":  # BINARY_OP [] from 3.14 on
-            return True
-        if not step.opname.startswith(("LOAD", "BUILD_TUPLE", "BUILD_SLICE", "CACHE")):
-            return False
+        if step.opname in ("CACHE", "EXTENDED_ARG"):
+            continue
+        effect = dis.stack_effect(
+            step.opcode, step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
+        )
+        taken = 0 if effect > 0 else -effect + (not step.opname.startswith(("STORE", "POP")))
+        if taken <= above:
+            above += effect
+        elif step.opname == "BUILD_TUPLE":
+            above = 0
+        else:
+            return step.opname.endswith("SUBSCR") or step.argrepr == "[]"  # BINARY_OP [] from 3.14
     return False
 
 

@@ -13,7 +13,16 @@ import torch.distributed as dist
 from ddp_lessons import RankResult, Run
 from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.rank_state import lost_partner
-from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks, stuck
+from ddp_lessons.exercises.framework import (
+    Wrong,
+    call,
+    errors,
+    exercise,
+    in_group,
+    judge,
+    run_ranks,
+    stuck,
+)
 from ddp_lessons.exercises.numeric_answers import is_number, number, number_or_text
 from ddp_lessons.text import count, listed, ranks_text
 from ddp_lessons.wire.ops import GROUP_CALLS
@@ -111,7 +120,8 @@ def _judge_finding(record: Record, finding: Finding | None, answer: Any) -> None
     is_pair = isinstance(answer, tuple) and len(answer) == 2
     kind, rank = answer if is_pair else (None, None)
     is_rank = is_number(rank) and rank in range(len(record))
-    if answer is finding or (finding and (kind, is_rank and rank) == finding):
+    is_told = is_rank and isinstance(kind, str)
+    if answer is finding or (is_told and (kind, rank) == finding):
         return
     where, differ = _first_difference(record)
     seen = f"{differ} You returned {answer!r}."
@@ -129,7 +139,8 @@ def _judge_finding(record: Record, finding: Finding | None, answer: Any) -> None
         "The ranks differ. Look at every call, also where a rank has none, and return what you "
         "found.": answer is None,
         f"Return None, or two things: what is wrong, and the rank: {finding!r}.": not is_pair,
-        f"First what is wrong, then the rank: {finding!r}.": rank == finding[0],
+        f"First what is wrong, then the rank: {finding!r}.": isinstance(rank, str)
+        and rank == finding[0],
         f"The rank is right. Say {MISSING!r} if it has no such call, {CALL!r} if the function is "
         f"another one, and {TENSOR!r} if only the tensor is. Here it is {finding[0]!r}; you said "
         f"{kind!r}.": is_rank and rank == finding[1],
@@ -168,6 +179,7 @@ def _told(calls: Sequence[Made], n: int) -> str:
 
 
 GRADIENT = 17  # elements
+UNKNOWN = "is not known before"
 OF_EPOCH, OF_END = ("all_reduce", f"float32 ({GRADIENT},)"), ("barrier", None)
 Losses = Sequence[Sequence[float]]  # [rank][epoch]
 LOSSES: tuple[tuple[float, Losses], ...] = (  # with the bound
@@ -196,7 +208,7 @@ class _Known(Sequence[float]):
             return [self[n] for n in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         if number > len(self._trained):
-            raise LookupError(f"losses[{number}] is not known before epoch {number} was trained")
+            raise LookupError(f"losses[{number}] {UNKNOWN} epoch {number} was trained")
         return self._losses[number]
 
 
@@ -237,6 +249,13 @@ def check_train(train: Callable[..., Any]) -> str:
 
 
 def _explain_stopping(told: str, run: Run) -> None:
+    early = [error.summary for error in errors(run) if UNKNOWN in error.summary]
+    if early:
+        raise Wrong(
+            f"{told}{early[0]}.",
+            "A training learns its losses one by one, so nobody can vote on those to come. Read "
+            "`losses[n]` after `epoch(n)`, and no other.",
+        )
     if any(rank.status == "raised" and not lost_partner(rank) for rank in run.ranks):
         return  # the error explains more
     begun = [sum(line.startswith("epoch ") for line in rank.shown_lines) for rank in run.ranks]

@@ -42,7 +42,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _load_each(_: int, load_anywhere: LoadAnywhere, wrapped: bool) -> tuple[str, ...]:
-    """The first case in which loading failed: the model, the state's origin, what happened."""
+    """The first case in which loading failed: the model, the state's origin, what happened.
+
+    All ranks go through all cases: each wraps a model in DDP, together.
+    """
+    problems: list[tuple[str, ...]] = []
     for name, make in MODELS.items():
         for origin, prefix in (("DDP", "module."), ("a plain model", "")):
             torch.manual_seed(1)
@@ -51,8 +55,8 @@ def _load_each(_: int, load_anywhere: LoadAnywhere, wrapped: bool) -> tuple[str,
             model: nn.Module = DistributedDataParallel(make()) if wrapped else make()
             problem = _load(load_anywhere, model, state, wanted)
             if problem:
-                return name, origin, problem
-    return ()
+                problems.append((name, origin, problem))
+    return problems[0] if problems else ()
 
 
 def _filled(model: nn.Module) -> nn.Module:

@@ -154,6 +154,7 @@ def exactly(step: int, base_lr: float, ranks: int, warmup: int) -> Any:
 
 def by_linspace(step: int, base_lr: float, ranks: int, warmup: int) -> Any:
     rates = torch.linspace(base_lr, base_lr * ranks, warmup + 1, dtype=torch.double)
+    rates[-1] = base_lr * ranks  # linspace of one number is the first
     return rates[..., min(step, warmup)]
 
 
@@ -235,7 +236,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_global_loss, straight_in, "own loss was overwritten"),
     (check_global_loss, answers.prints(of_all), "returned None, None.*one number.*`return`"),
     (check_global_loss, lambda loss, n: [of_all(loss, n)], r"returned \[1.93.*one number"),
-    (check_global_loss, lambda loss, n: (x for x in ()), "returned <generator.*one number"),
+    (check_global_loss, lambda loss, n: (x for x in [loss]), "returned <generator.*one number"),
     (check_global_loss, lambda loss, n: float("nan"), "returned nan, nan.*one number"),
     (check_global_loss, lambda loss, n: 1.9346362, "3, 4, 1|2, 2|5 samples.*Add up"),
     (check_global_loss, only_on_two, "3, 4, 1 samples.*own losses"),
@@ -255,7 +256,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_lr_at, lambda step, base, ranks, warmup: "0.1", "you returned '0.1'.*one number"),
     (check_lr_at, divides_by_nothing, "warmup=0: your function raised Zero.*scaled rate holds"),
     (check_lr_at, stops_in_the_middle, "in step 10 you returned None"),
-    (check_lr_at, other_on_some_rank, "0.4, 0.4 on rank 1 0.1, .*Another rank got other rates"),
+    (check_lr_at, other_on_some_rank, "0.4, 0.4; on rank 1 0.1, .*Another rank got other rates"),
     (check_lr_at, lambda s, b, r, w: lr_at(s, b, 4, w), "2 ranks.*Scaled twice"),
     (check_lr_at, lambda s, b, r, w: lr_at(s + 1, b, r, w), "Step 0 has 0.13"),
     (check_lr_at, lambda s, b, r, w: [lr_at(s, b, r, w)], "one number"),

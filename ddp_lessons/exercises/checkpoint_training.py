@@ -33,7 +33,7 @@ SAVED, CUT = (1, 2), (2, 1)  # all ranks save before this epoch and batch
 SLOW = 0.2  # seconds that rank 0 takes to write
 
 TORN = "overwritten"  # a file beside the record of writes: a checkpoint was not replaced
-Facts = dict[str, Any]  # a rank's state when it saved or loaded, and at the end
+Facts = dict[str, Any]  # a rank's state when it saved or loaded, "later" at CUT, and at the end
 
 
 class _Disk:
@@ -56,10 +56,11 @@ class _Disk:
             time.sleep(SLOW)  # other ranks may finish first
             self._slow = False
         is_path = isinstance(file, str | os.PathLike)
-        self._writes += is_path or hasattr(file, "name")  # not to memory, as pickle does
+        is_on_disk = is_path or hasattr(file, "name")  # not in memory, as pickle's parts
+        self._writes += is_on_disk
         buffer = io.BytesIO()
         self._save(state, buffer, *args, **kwargs)
-        data, killed = buffer.getvalue(), self._writes == self._kill_in
+        data, killed = buffer.getvalue(), is_on_disk and self._writes == self._kill_in
         with open(file, "wb") if is_path else contextlib.nullcontext(file) as opened:
             if name := getattr(opened, "name", ""):
                 with open(self._log, "a") as log:
@@ -100,6 +101,8 @@ def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
                 disk.begin(slow=rank == 0 and not killed)
                 files.save(path, *parts, epoch, batch)
                 facts |= {"returned_ns": time.perf_counter_ns(), "written_ns": disk.ended_ns}
+            if (epoch, batch) == CUT:
+                facts["later"] = _seen(*parts)
             if killed and (epoch, batch) == CUT:
                 disk.begin(slow=rank == 0, kill=rank == 0)
                 with _unchanged(path, folder):

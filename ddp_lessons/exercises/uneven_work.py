@@ -161,7 +161,7 @@ def _explain_training(counts: Counts, used: list[list[int]], weights: list[Tenso
         f"rank {rank} used batch {batch} {times} times.\n"
         "Going round again makes the lists equally long, and some samples count more than others. "
         "Here each batch may count once.": repeats,
-        f"each rank used {len(used[0])}.\n"
+        f"each rank used {len(used[0])} of its batches.\n"
         f"All ranks have {least}: leave out only what the shortest list has "
         "not.": {len(of_rank) for of_rank in used} == {len(used[0])} and len(used[0]) < least,
         "the weights are as they were in the beginning.\n"

@@ -26,6 +26,7 @@ VARIABLES = {
 }
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
 
+_OF_RANK = re.compile(r"exitcode *: (-?\d+)")
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE)
 
 
@@ -42,9 +43,11 @@ class Outcome(NamedTuple):
 
     @property
     def error(self) -> str:
-        """The last line of the first traceback; how it ended, if there is none."""
-        found = _EXCEPTION.search(self.errors)
-        return found[1] if found else f"it ended with {exit_name(self.exitcode)}"
+        """The last line of the script's first traceback; how it ended, if there is none."""
+        found = [line for line in _EXCEPTION.findall(self.errors) if "ChildFailedError" not in line]
+        of_rank = _OF_RANK.search(self.errors)  # torchrun reports the first that failed
+        code = int(of_rank[1]) if of_rank else self.exitcode
+        return found[0] if found else f"it ended with {exit_name(code)}"
 
 
 def alone(script: Path) -> Outcome:

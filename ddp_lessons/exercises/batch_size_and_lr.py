@@ -61,6 +61,7 @@ def _of_ranks(setup: Setup) -> Tensor:
     "In one step all ranks together take `world_size * batch_size` samples.",
     "DDP takes the mean over ranks. The mean of means is the mean; but the mean of sums is the sum "
     "over all samples divided by `world_size`.",
+    '`world_size * batch_size`, and for "sum" `lr / world_size`; for "mean" `lr` stays.',
 )
 def check_one_process(one_process: Callable[..., Any]) -> str:
     """Check `one_process(world_size, batch_size, lr, reduction)` by training both."""

@@ -104,6 +104,8 @@ def _recorded(patient: Patient) -> tuple[tuple[Made, ...], ...]:
     "`None` for a rank that has no n-th call is handy.",
     "At the first n at which the ranks do not all do the same, one of them is alone: look for the "
     "one whose function and tensor no other rank has. `collections.Counter` counts.",
+    "If that one is `None`, the answer is `missing`; if its function is not that of the others, "
+    "`other call`; else `other tensor`. With it goes the rank, `here.index(odd)`.",
 )
 def check_diagnose(diagnose: Callable[..., Any]) -> str:
     """Check `diagnose(calls)` on the calls of real ranks, in runs that hang, fail or go well."""
@@ -326,6 +328,8 @@ def _adds_up(
 @exercise(
     "All ranks take their row first, say. Then the rank that the others wait for is on its way.",
     "`all_reduce` writes its sum into the tensor that it gets: add up a copy, `x.clone()`.",
+    "`across, down = x.clone(), x.clone()`; on every rank `all_reduce(across, group=row)`, then "
+    "`all_reduce(down, group=column)`.",
 )
 def check_add_up(add_up: AddUp) -> str:
     """Check `add_up(x, row, column)` on real ranks in a grid, one of them late."""

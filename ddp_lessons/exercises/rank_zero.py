@@ -126,6 +126,8 @@ def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> Non
     "rank 0.",
     "Rank 0 alone writes, to another name in the same folder; then `os.replace`. After that a "
     "`dist.barrier()` of all ranks.",
+    "`load`, on every rank: `torch.load(path)`, the three `load_state_dict`, at last "
+    "`torch.set_rng_state` with this rank's own, and `return epoch, batch`.",
 )
 def check_resume(checkpoint: Any) -> str:
     """Check a class with `save` and `load`: killed trainings must end with the same weights."""

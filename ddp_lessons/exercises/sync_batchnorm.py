@@ -55,8 +55,10 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @exercise(
+    "Means and variances do not add up over ranks. Counts, sums and sums of squares do.",
     "Put count, sum and sum of squares of each channel into one tensor and `all_reduce` it.",
-    "mean = sum / count; variance = squares / count - mean ** 2.",
+    "mean = sum / count; variance = squares / count - mean ** 2; then "
+    "`(x - mean) / (variance + eps).sqrt()`.",
 )
 def check_normalise(normalise: Callable[[Tensor, float], Tensor]) -> str:
     """Check `normalise(x, eps)` on each rank against batch norm over all samples."""

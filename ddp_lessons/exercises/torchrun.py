@@ -75,7 +75,8 @@ def _totals(outcome: Outcome) -> list[str]:
 @exercise(
     "After init_process_group: `if os.path.exists(path): state = torch.load(path)`. All ranks load "
     "it, for all of them start anew.",
-    'At the end of a step, on rank 0: torch.save to `path + ".part"`, then os.replace to `path`.',
+    'At the end of a step, on rank 0: `state = {"step": step + 1, "total": ...}`, torch.save to '
+    '`path + ".part"`, then os.replace to `path`.',
 )
 def check_resumes(script: str | os.PathLike[str]) -> str:
     """Check a script of 6 steps that torchrun restarts after rank 1 is killed in step 3."""

@@ -91,6 +91,8 @@ def _expected(
 
 
 @exercise(
+    "Each backward waits for all ranks. Either one with no batch left stays and answers, or all "
+    "stop with it.",
     "`with model.join():` around the loop is enough to use every batch.",
     "To trim instead, `all_reduce` the number of batches with `dist.ReduceOp.MIN` before the loop.",
 )
@@ -297,6 +299,8 @@ def _real_training(names: frozenset[str], used: Used, flag: bool) -> Run:
     "What is in no `used[step][rank]` at all may go.",
     "Of the rest, does every rank use everything in every step, the last one included? If not, "
     "DDP needs the flag.",
+    "With `each` as the list of all these sets and `ever` as their union: "
+    "`return names - ever, any(of_rank != ever for of_rank in each)`.",
 )
 def check_plan(plan: Callable[..., Any]) -> str:
     """Check `plan(names, used)` by training on real ranks as it says."""

@@ -150,7 +150,7 @@ def _judge_finding(record: Record, finding: Finding | None, answer: Any) -> None
         f"Rank {rank} came to that call. It may have got an error there, but it is the rank that "
         "did not come that has the bug.": finding[0] == MISSING,
         f"In its call {where + 1}, rank {rank} does what most do. Where the ranks stand in the end "
-        "is not the point: the first call at which they differ is.": rank in usual,
+        "is not the point: the first call at which they differ is.": is_rank and rank in usual,
         "At the first call at which the ranks differ, one of them is alone with what it "
         "does.": True,
     }

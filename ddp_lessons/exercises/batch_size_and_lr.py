@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,9 +11,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks
-from ddp_lessons.exercises.numeric_answers import near, plain
+from ddp_lessons.exercises.framework import (
+    Wrong,
+    call,
+    errors,
+    exercise,
+    in_group,
+    judge,
+    run_ranks,
+)
+from ddp_lessons.exercises.numeric_answers import is_number, near, number, number_or_text, plain
 from ddp_lessons.exercises.small_training import SAMPLES, descend, flat, new_layer, samples, share
+from ddp_lessons.text import agree, ranks_text
 
 Setup = tuple[int, int, float, str]  # ranks, batch_size, lr, reduction
 
@@ -40,10 +50,18 @@ def _trained(rank: int, batch_size: int, lr: float, reduction: str) -> Tensor:
     return _train(DistributedDataParallel(new_layer()), lr, reduction, batches)
 
 
+@functools.cache
+def _of_ranks(setup: Setup) -> Tensor:
+    """The weights that real ranks get, which are trained once."""
+    weights: Tensor = run_ranks(_trained, setup[1:], nprocs=setup[0]).values[0]
+    return weights
+
+
 @exercise(
     "In one step all ranks together take `world_size * batch_size` samples.",
     "DDP takes the mean over ranks. The mean of means is the mean; but the mean of sums is the sum "
     "over all samples divided by `world_size`.",
+    '`world_size * batch_size`, and for "sum" `lr / world_size`; for "mean" `lr` stays.',
 )
 def check_one_process(one_process: Callable[..., Any]) -> str:
     """Check `one_process(world_size, batch_size, lr, reduction)` by training both."""
@@ -56,16 +74,18 @@ def check_one_process(one_process: Callable[..., Any]) -> str:
 def _judge_setup(setup: Setup, answer: Any) -> None:
     ranks, batch_size, lr, reduction = setup
     asked = f"{ranks} ranks, batch_size={batch_size}, lr={lr:g}, {reduction}"
-    if not _is_setup(answer):
+    found = _setup(answer)
+    if found is None:
         raise Wrong(
             f"{asked}: you returned {answer!r}.",
             "Return two numbers, `batch_size, lr`: a whole one from 1 on, and a positive one.",
         )
-    size, rate = answer
+    size, rate = found
     if size == ranks * batch_size and near(rate, lr / ranks if reduction == "sum" else lr):
-        weights = run_ranks(_trained, setup[1:], nprocs=ranks).values[0]
         batches = [slice(start, start + size) for start in range(0, SAMPLES, size)]
-        if torch.allclose(_train(new_layer(), rate, reduction, batches), weights, atol=1e-9):
+        if torch.allclose(
+            _train(new_layer(), rate, reduction, batches), _of_ranks(setup), atol=1e-9
+        ):
             return
     is_for_one_rank = size == batch_size and ranks > 1
     sees = f"In a step the {ranks} ranks together see {ranks * batch_size} samples."
@@ -86,24 +106,31 @@ def _judge_setup(setup: Setup, answer: Any) -> None:
     )
 
 
-def _is_setup(answer: Any) -> bool:
-    match answer:
-        case [int(size), int() | float() as rate]:
-            return size > 0 and rate > 0
-    return False
+def _setup(answer: Any) -> tuple[int, float] | None:
+    """The batch size and learning rate of an answer, if it has them."""
+    match plain(answer):
+        case [size, rate]:
+            size, rate = number(size), number(rate)
+            if is_number(size) and is_number(rate) and size == int(size) > 0 < rate:
+                return int(size), float(rate)
+    return None
 
 
 @in_group
 def _logged(
     rank: int, global_loss: Callable[[Tensor, int], Any], counts: Sequence[int]
-) -> tuple[Any, float, bool]:
+) -> tuple[Any, float, bool, bool]:
+    """The answer, the rank's own loss, whether that was changed, and whether it is still of use."""
     inputs, labels = share(rank, counts)
     loss = nn.functional.cross_entropy(new_layer()(inputs), labels)
     before = loss.item()
-    result = plain(global_loss(loss, counts[rank]))
+    result = number_or_text(global_loss(loss, counts[rank]))
     changed = loss.item() != before
-    loss.backward()  # `loss` must still be usable for training
-    return result, before, changed
+    try:
+        loss.backward()  # `loss` must still be usable for training
+    except RuntimeError:
+        return result, before, changed, False
+    return result, before, changed, True
 
 
 @exercise(
@@ -117,23 +144,30 @@ def check_global_loss(global_loss: Callable[[Tensor, int], float]) -> str:
     return "the mean over all samples, on every rank, for 6 and 2, 3, 4 and 1, 2 and 2, and 5."
 
 
-def _judge_loss(counts: Sequence[int], values: list[tuple[Any, float, bool]]) -> None:
-    results, local, changed = zip(*values, strict=True)
+def _judge_loss(counts: Sequence[int], values: list[tuple[Any, float, bool, bool]]) -> None:
+    results, local, changed, usable = zip(*values, strict=True)
     total = sum(counts)
     truth = sum(n * loss for n, loss in zip(counts, local, strict=True)) / total
-    right = [near(result, truth) for result in results]
-    if all(right) and not any(changed):
+    right = [rank for rank, result in enumerate(results) if near(result, truth)]
+    if len(right) == len(counts) and not any(changed) and all(usable):
         return
     are_local = len(counts) > 1 and all(map(near, results, local))
     is_sum = near(results[0], sum(local)) or near(results[0], truth * total)
+    right_ones = f"{ranks_text(right)} {agree(right, 'is', 'are')}" if right else ""
     mistakes = {
         "The rank's own loss was overwritten, and backward still needs it. Collectives work in "
         "place: give them a tensor of your own.": any(changed),
-        "Only rank 0 is right. `all_reduce` gives the result to every rank.": right[0],
+        "After that the training could not call `loss.backward()`. It still needs the loss and its "
+        "graph: compute with `loss.detach()`, and leave backward to it.": not all(usable),
+        f"Only {right_ones} right. Every rank needs the result, "
+        "and `all_reduce` gives it to every rank.": right,
+        "Return one number. Is `return` missing?": not is_number(results[0]),
         "These are the ranks' own losses. Nothing was put together.": are_local,
         "This is the mean of the ranks' means: a sample of a short batch counts more than the "
         "others. Weigh by the numbers of samples.": near(results[0], sum(local) / len(local)),
         "`all_reduce` adds up. A mean still needs a division, by all samples.": is_sum,
+        "The sum over all samples was divided by the number of ranks. Divide it by the number of "
+        "all samples.": near(results[0], truth * total / len(counts)),
         "Add up `loss * n` and `n` over the ranks, then divide one by the other.": True,
     }
     returned = ", ".join(f"{r:.4f}" if isinstance(r, float) else str(r) for r in results)
@@ -145,7 +179,7 @@ def _judge_loss(counts: Sequence[int], values: list[tuple[Any, float, bool]]) ->
 
 
 def _rates(_: int, lr_at: Callable[..., float], base: float, ranks: int, warmup: int) -> list[Any]:
-    return [lr_at(step, base, ranks, warmup) for step in range(warmup + 4)]
+    return [number_or_text(lr_at(step, base, ranks, warmup)) for step in range(warmup + 4)]
 
 
 @exercise(
@@ -156,15 +190,28 @@ def _rates(_: int, lr_at: Callable[..., float], base: float, ranks: int, warmup:
 def check_lr_at(lr_at: Callable[..., float]) -> str:
     """Check `lr_at(step, base_lr, world_size, warmup)`, which each rank computes by itself."""
     for base, ranks, warmup in WARM_UPS:
-        _judge_rates(base, ranks, warmup, run_ranks(_rates, (lr_at, base, ranks, warmup)).values)
+        run = run_ranks(_rates, (lr_at, base, ranks, warmup), check=False)
+        divided = [e.summary for e in errors(run) if e.type_name == "ZeroDivisionError"]
+        if divided and not warmup:
+            raise Wrong(
+                f"base_lr={base:g}, {ranks} ranks, warmup=0: your function raised {divided[0]}.",
+                "Without warm-up steps there is nothing to divide: the scaled rate holds from step "
+                "0 on.",
+            )
+        run.raise_for_failure()
+        _judge_rates(base, ranks, warmup, run.values)
     return "from base_lr to the scaled rate, evenly, for 4 ranks, 2, 8 without warm-up, and 1."
 
 
 def _judge_rates(base: float, ranks: int, warmup: int, by_rank: list[list[Any]]) -> None:
     rates, full = by_rank[0], base * ranks
     asked = f"base_lr={base:g}, {ranks} ranks, warmup={warmup}"
-    if not all(isinstance(rate, int | float) for rate in rates):
-        raise Wrong(f"{asked}: you returned {rates[0]!r}.", "Return one number: a learning rate.")
+    for step, rate in enumerate(rates):
+        if not is_number(rate):
+            raise Wrong(
+                f"{asked}: in step {step} you returned {rate}.",
+                "Return one number: a learning rate.",
+            )
     factors = [min(1, step / warmup if warmup else 1) for step in range(len(rates))]
     right = [base + (full - base) * factor for factor in factors]
     differ = by_rank[0] != by_rank[1]
@@ -188,4 +235,6 @@ def _judge_rates(base: float, ranks: int, warmup: int, by_rank: list[list[Any]])
         f"Between step 0 and step {warmup} the rate should grow by the same amount each "
         "time.": True,
     }
-    judge(f"{asked}: the rates are {', '.join(f'{rate:g}' for rate in rates)}.", mistakes)
+    shown = by_rank if differ else by_rank[:1]
+    each = [", ".join(f"{float(r):g}" if is_number(r) else repr(r) for r in own) for own in shown]
+    judge(f"{asked}: the rates are {'; on rank 1 '.join(each)}.", mistakes)

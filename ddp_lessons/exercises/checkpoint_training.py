@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -31,7 +32,8 @@ SAMPLES, BATCHES, EPOCHS = 24, 4, 3  # BATCHES of an epoch
 SAVED, CUT = (1, 2), (2, 1)  # all ranks save before this epoch and batch
 SLOW = 0.2  # seconds that rank 0 takes to write
 
-Facts = dict[str, Any]  # a rank's state when it saved or loaded, and at the end
+TORN = "overwritten"  # a file beside the record of writes: a checkpoint was not replaced
+Facts = dict[str, Any]  # a rank's state when it saved or loaded, "later" at CUT, and at the end
 
 
 class _Disk:
@@ -50,13 +52,15 @@ class _Disk:
         self._writes, self._slow = -1, slow
 
     def __call__(self, state: Any, file: Any, *args: Any, **kwargs: Any) -> None:
-        self._writes += 1
-        if self._slow and self._writes == 0:
+        if self._slow:
             time.sleep(SLOW)  # other ranks may finish first
+            self._slow = False
+        is_path = isinstance(file, str | os.PathLike)
+        is_on_disk = is_path or hasattr(file, "name")  # not in memory, as pickle's parts
+        self._writes += is_on_disk
         buffer = io.BytesIO()
         self._save(state, buffer, *args, **kwargs)
-        data, killed = buffer.getvalue(), self._writes == self._kill_in
-        is_path = isinstance(file, str | os.PathLike)
+        data, killed = buffer.getvalue(), is_on_disk and self._writes == self._kill_in
         with open(file, "wb") if is_path else contextlib.nullcontext(file) as opened:
             if name := getattr(opened, "name", ""):
                 with open(self._log, "a") as log:
@@ -66,6 +70,20 @@ class _Disk:
         if killed:
             os.kill(os.getpid(), signal.SIGKILL)
         self.ended_ns = time.perf_counter_ns()
+
+
+@contextlib.contextmanager
+def _unchanged(path: str, folder: str) -> Iterator[None]:
+    """Notes in the folder if the file at `path` was written to: not replaced, but overwritten."""
+    if not os.path.isfile(path):  # the checkpoint is somewhere beside it
+        yield
+        return
+    with open(path, "rb") as file:
+        before = file.read()
+        yield
+        file.seek(0)
+        if file.read() != before:
+            Path(folder, TORN).touch()
 
 
 @in_group
@@ -83,9 +101,12 @@ def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
                 disk.begin(slow=rank == 0 and not killed)
                 files.save(path, *parts, epoch, batch)
                 facts |= {"returned_ns": time.perf_counter_ns(), "written_ns": disk.ended_ns}
+            if (epoch, batch) == CUT:
+                facts["later"] = _seen(*parts)
             if killed and (epoch, batch) == CUT:
                 disk.begin(slow=rank == 0, kill=rank == 0)
-                files.save(path, *parts, epoch, batch)
+                with _unchanged(path, folder):
+                    files.save(path, *parts, epoch, batch)
                 os.kill(os.getpid(), signal.SIGKILL)  # if `save` did not use torch.save
             _step(*parts, *samples)
     return facts | {"end": flat(parts[0].parameters())}
@@ -96,7 +117,8 @@ def resume(rank: int, checkpoint: Any, folder: str) -> Facts:
     """Load and train to the end; return the rank's state after loading, and at the end."""
     parts = _set_up(seed=7, rank=rank)
     place = _place(checkpoint().load(checkpoint_path(folder), *parts))
-    facts = {"place": place, "end": None, **_seen(*parts)}
+    torn = os.path.exists(os.path.join(folder, TORN))
+    facts = {"place": place, "end": None, "torn": torn, **_seen(*parts)}
     places: list[tuple[int, int] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(places, place)
     if places == [SAVED] * len(places):  # otherwise training would fail anyway

@@ -8,6 +8,7 @@ an `Exercise`, which never raises for a wrong answer.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dis
 import functools
 import inspect
@@ -245,9 +246,9 @@ def judge(seen: str, mistakes: Mapping[str, object]) -> None:
 
 
 def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
-    """Call the learner's function here; an exception is a wrong answer."""
+    """Call the learner's function here, on copies; an exception is a wrong answer."""
     try:
-        return answer(*args)
+        return answer(*copy.deepcopy(args))
     except Exception as error:
         name = getattr(answer, "__name__", "it")
         given = ", ".join(_short.repr(argument) for argument in args)
@@ -287,12 +288,21 @@ def _keeps_ellipsis(code: types.CodeType) -> bool:
 
 
 def _is_index(after: Sequence[dis.Instruction]) -> bool:
-    """Whether what was just loaded is an index, or in a tuple that is one."""
+    """Whether what was just loaded is an index, or in a tuple that is one: `x[..., n + 1]`."""
+    above = 0  # so many values lie on the stack above it
     for step in after:
-        if step.opname.endswith("SUBSCR") or step.argrepr == "[]":  # BINARY_OP [] from 3.14 on
-            return True
-        if not step.opname.startswith(("LOAD", "BUILD_TUPLE", "BUILD_SLICE", "CACHE")):
-            return False
+        if step.opname in ("CACHE", "EXTENDED_ARG"):
+            continue
+        effect = dis.stack_effect(
+            step.opcode, step.arg if step.opcode >= dis.HAVE_ARGUMENT else None
+        )
+        taken = 0 if effect > 0 else -effect + (not step.opname.startswith(("STORE", "POP")))
+        if taken <= above:
+            above += effect
+        elif step.opname == "BUILD_TUPLE":
+            above = 0
+        else:
+            return step.opname.endswith("SUBSCR") or step.argrepr == "[]"  # BINARY_OP [] from 3.14
     return False
 
 

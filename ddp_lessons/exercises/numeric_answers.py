@@ -1,13 +1,15 @@
 """Compares answers that are numbers, and predicted waiting times with measured ones.
 
-Runs in the parent; `plain` and `numbers` also in workers.
+Runs in the parent; all but `predict` also in workers.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 from ddp_lessons.exercises.framework import Wrong, call
 from ddp_lessons.text import count
@@ -32,9 +34,29 @@ def numbers(value: Any) -> Any:
     return [n for part in parts for n in (part if isinstance(part, list) else [part])]
 
 
+def number(value: Any) -> Any:
+    """A tensor or array of one element as a Python number; other values as they are."""
+    try:
+        return value.item()
+    except (AttributeError, RuntimeError, ValueError):  # no tensor; more than one element
+        return value
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number: an int, a float, one of numpy's, a Fraction."""
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def number_or_text(value: object) -> float | str:
+    """A number, or the text of anything else: a rank can send both, whatever was returned."""
+    value = number(value)
+    return value if is_number(value) else repr(value)
+
+
 def near(value: object, target: float, tolerance: float = 1e-6) -> bool:
     """Whether an answer is a number, and right up to rounding."""
-    return isinstance(value, int | float) and abs(value - target) < tolerance
+    value = number(value)
+    return is_number(value) and abs(value - target) < tolerance
 
 
 def predict(

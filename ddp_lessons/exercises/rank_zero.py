@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, WorkersHung
-from ddp_lessons.exercises.checkpoint_training import SAVED, Facts, resume, train
+from ddp_lessons.exercises.checkpoint_training import CUT, SAVED, Facts, resume, train
 from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
-from ddp_lessons.text import count
+from ddp_lessons.text import count, listed
 
 State = dict[str, Tensor]
 LoadAnywhere = Callable[[nn.Module, State], object]
@@ -42,7 +42,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 def _load_each(_: int, load_anywhere: LoadAnywhere, wrapped: bool) -> tuple[str, ...]:
-    """The first case in which loading failed: the model, the state's origin, what happened."""
+    """The first case in which loading failed: the model, the state's origin, what happened.
+
+    All ranks go through all cases: each wraps a model in DDP, together.
+    """
+    problems: list[tuple[str, ...]] = []
     for name, make in MODELS.items():
         for origin, prefix in (("DDP", "module."), ("a plain model", "")):
             torch.manual_seed(1)
@@ -51,8 +55,8 @@ def _load_each(_: int, load_anywhere: LoadAnywhere, wrapped: bool) -> tuple[str,
             model: nn.Module = DistributedDataParallel(make()) if wrapped else make()
             problem = _load(load_anywhere, model, state, wanted)
             if problem:
-                return name, origin, problem
-    return ()
+                problems.append((name, origin, problem))
+    return problems[0] if problems else ()
 
 
 def _filled(model: nn.Module) -> nn.Module:
@@ -74,7 +78,7 @@ def _load(load: LoadAnywhere, model: nn.Module, state: State, wanted: State) -> 
     if found.keys() != wanted.keys():
         return "the model has other layers than before"
     lost = [key for key, value in found.items() if not torch.equal(value, wanted[key])]
-    return f"not loaded: {len(lost)} of {len(wanted)} tensors, with no error" if lost else ""
+    return f"not loaded, with no error: {listed(lost)}" if lost else ""
 
 
 @exercise(
@@ -95,8 +99,11 @@ def check_load_anywhere(load_anywhere: LoadAnywhere) -> str:
 def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> None:
     is_simple = name == "two layers"
     mistakes = {
-        "`strict=False` skips every key that does not fit. Make the keys fit, and stay strict: "
-        "then an error tells of what is missing.": "no error" in problem,
+        "A state holds buffers, too, such as running means. `load_state_dict` loads all that is in "
+        "it.": "no error" in problem and "running_mean" in problem and "weight" not in problem,
+        "Nothing may be left out in silence. Give it all to `load_state_dict`, and stay strict: "
+        "`strict=False` skips every key that does not fit, where an error would tell of "
+        "it.": "no error" in problem,
         "DDP's own keys begin with `module.`; those of `model.module` do not. Load into the inner "
         "model in any case.": is_simple and wrapped,
         "The keys of a DDP model begin with `module.`, those of the model in it do not. Cut the "
@@ -119,6 +126,8 @@ def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> Non
     "rank 0.",
     "Rank 0 alone writes, to another name in the same folder; then `os.replace`. After that a "
     "`dist.barrier()` of all ranks.",
+    "`load`, on every rank: `torch.load(path)`, the three `load_state_dict`, at last "
+    "`torch.set_rng_state` with this rank's own, and `return epoch, batch`.",
 )
 def check_resume(checkpoint: Any) -> str:
     """Check a class with `save` and `load`: killed trainings must end with the same weights."""
@@ -259,14 +268,22 @@ def _judge_killed(saved: list[Facts], run: Run) -> None:
             "Write to another name in the same folder, and `os.replace` it when it is complete: "
             "then the old checkpoint is there until the new one is.",
         )
-    pairs = list(zip(saved, run.values, strict=True))
+    if any(facts["torn"] for facts in run.values):
+        raise Wrong(
+            "the second `save` wrote into the file of the first one.",
+            "Killed in the middle of that, a rank leaves half a checkpoint and no older one. Write "
+            "to another name in the same folder, and `os.replace` it when it is complete.",
+        )
     places = {loaded["place"] for loaded in run.values}
+    is_second = places == {CUT}  # it was whole: the kill came after it
+    whole = [facts["later"] for facts in saved] if is_second else saved
+    pairs = list(zip(whole, run.values, strict=True))
     other = [
         what.rstrip(",")
         for part, what in PARTS.items()
         if not all(_same(a[part], b[part]) for a, b in pairs)
     ]
-    if other or places != {SAVED}:
+    if other or places not in ({SAVED}, {CUT}):
         found = ", ".join([*map(_told, sorted(places, key=str)), *other])
         raise Wrong(
             f"{killed}What `load` found then was not what the first one saved: {found}.",

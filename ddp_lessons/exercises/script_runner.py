@@ -14,8 +14,10 @@ from typing import NamedTuple
 
 from ddp_lessons.exercises.framework import Wrong, tell
 from ddp_lessons.system.host import LOOPBACK_INTERFACE
+from ddp_lessons.text import exit_name
 
-PATIENCE = 60.0  # seconds: torch is imported anew by each rank
+PATIENCE = 90.0  # seconds: torch is imported anew by each rank, on a busy machine slowly
+GRACE = 40.0  # seconds to end after SIGTERM: torchrun gives its ranks 30
 # The last option: otherwise, after half of all restarts, ranks find keys of killed ranks in the
 # agent's store (pytorch issue 135712).
 VARIABLES = {
@@ -24,11 +26,12 @@ VARIABLES = {
 }
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR")
 
+_OF_RANK = re.compile(r"exitcode *: (-?\d+)")
 _EXCEPTION = re.compile(r"^(?:\[rank\d+\]: )?([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE)
 
 
 class Outcome(NamedTuple):
-    """The outcome of a script: its exit code (None: it did not end) and its output.
+    """The outcome of a script: its exit code (None: it did not end), its output and its starts.
 
     torchrun's ranks write unbuffered to the same file, so their lines may be mixed.
     """
@@ -36,12 +39,15 @@ class Outcome(NamedTuple):
     exitcode: int | None
     output: str
     errors: str
+    starts: int = 1
 
     @property
     def error(self) -> str:
-        """The last line of the first traceback; "" if there is none."""
-        found = _EXCEPTION.search(self.errors)
-        return found[1] if found else ""
+        """The last line of the script's first traceback; how it ended, if there is none."""
+        found = [line for line in _EXCEPTION.findall(self.errors) if "ChildFailedError" not in line]
+        of_rank = _OF_RANK.search(self.errors)  # torchrun reports the first that failed
+        code = int(of_rank[1]) if of_rank else self.exitcode
+        return found[0] if found else f"it ended with {exit_name(code)}"
 
 
 def alone(script: Path) -> Outcome:
@@ -55,7 +61,8 @@ def under_torchrun(script: Path, *options: str, env: Mapping[str, str] | None = 
     tell("by torchrun")
     with tempfile.TemporaryDirectory() as logs:
         torchrun = [sys.executable, "-m", "torch.distributed.run", f"--log-dir={logs}"]
-        return _run([*torchrun, "--standalone", *options, str(script)], env or {})
+        outcome = _run([*torchrun, "--standalone", *options, str(script)], env or {})
+        return outcome._replace(starts=len(list(Path(logs).glob("*/attempt_*"))))
 
 
 def _run(command: Sequence[str], env: Mapping[str, str], drop: Sequence[str] = ()) -> Outcome:
@@ -84,7 +91,11 @@ def _run(command: Sequence[str], env: Mapping[str, str], drop: Sequence[str] = (
 def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
     """End the process; an agent also ends its ranks on SIGTERM."""
     process.terminate()
-    return process.communicate()
+    try:
+        return process.communicate(timeout=GRACE)
+    except subprocess.TimeoutExpired:  # a script that ignores SIGTERM
+        process.kill()
+        return process.communicate()
 
 
 def is_unattempted(script: Path) -> bool:
@@ -94,10 +105,12 @@ def is_unattempted(script: Path) -> bool:
     """
     try:
         tree = ast.parse(script.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except OSError:
         raise Wrong(
             f"there is no file {script.name}.", "Run the cell that begins with `%%writefile`."
         ) from None
+    except ValueError as error:  # not UTF-8; null bytes
+        raise Wrong(f"{script.name} is no Python script: {error}.", "Write it anew.") from None
     except SyntaxError as error:
         raise Wrong(
             f"line {error.lineno} of {script.name}: {error.msg}.", "Correct that line."

@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 
 from ddp_lessons.exercises import script_runner
-from ddp_lessons.exercises.framework import Unattempted, Wrong, exercise, judge
+from ddp_lessons.exercises.framework import Unattempted, exercise, judge
 from ddp_lessons.exercises.script_runner import Outcome
 
-RANKS = 3  # of torchrun, for the script that runs both ways
+RANKS = 4  # of torchrun, for the script that runs both ways: not the 3 of its example
 STEPS, KILLED_IN = 6, 3  # of the resuming script; rank 1 is killed in step 3
 
 
@@ -21,7 +21,7 @@ STEPS, KILLED_IN = 6, 3  # of the resuming script; rank 1 is killed in step 3
     'group, or a group of one: `init_process_group("gloo", rank=0, world_size=1, store=...)`.',
 )
 def check_both_ways(script: str | os.PathLike[str]) -> str:
-    """Check a script that prints `total N` once: alone, and on torchrun's 3 ranks."""
+    """Check a script that prints `total N` once: alone, and on torchrun's ranks."""
     path = _attempted(script)
     _judge_total(script_runner.alone(path), 1)
     _judge_total(script_runner.under_torchrun(path, f"--nproc-per-node={RANKS}"), RANKS)
@@ -32,7 +32,7 @@ def _judge_total(outcome: Outcome, ranks: int) -> None:
     is_alone, is_endless = ranks == 1, outcome.exitcode is None
     endless = f"did not end within {script_runner.PATIENCE:g} s.\n"
     failed = f"failed: {outcome.error}\n"
-    is_unset = "KeyError" in outcome.error or "environment variable" in outcome.error
+    is_unset = any(name in outcome.error for name in script_runner.OF_RANKS)
     right = str(ranks * (ranks + 1) // 2)
     printed, total = outcome.output.count("total"), (*_totals(outcome), "")[0]
     wrong = f"printed `total {total}`, not {right}.\n"
@@ -75,7 +75,8 @@ def _totals(outcome: Outcome) -> list[str]:
 @exercise(
     "After init_process_group: `if os.path.exists(path): state = torch.load(path)`. All ranks load "
     "it, for all of them start anew.",
-    'At the end of a step, on rank 0: torch.save to `path + ".part"`, then os.replace to `path`.',
+    'At the end of a step, on rank 0: `state = {"step": step + 1, "total": ...}`, torch.save to '
+    '`path + ".part"`, then os.replace to `path`.',
 )
 def check_resumes(script: str | os.PathLike[str]) -> str:
     """Check a script of 6 steps that torchrun restarts after rank 1 is killed in step 3."""
@@ -89,11 +90,13 @@ def check_resumes(script: str | os.PathLike[str]) -> str:
         )
         left = sorted(os.listdir(folder))
     _judge_resume(outcome)
-    if left != ["last.pt"]:
-        raise Wrong(
-            f"the folder of the checkpoint holds {', '.join(left) or 'nothing'}.",
-            "Write under another name, then `os.replace` it by the right one, and nothing is left.",
-        )
+    is_elsewhere = "last.pt" not in left
+    mistakes = {
+        "The checkpoint belongs at the path in `CHECKPOINT`, and stays there.": is_elsewhere,
+        "Write under another name, then `os.replace` it by the right one, and nothing is "
+        "left.": left != ["last.pt"],
+    }
+    judge(f"the folder of the checkpoint holds {', '.join(left) or 'nothing'}.", mistakes)
     return f"killed in step {KILLED_IN}, started again there, and the total is that of 6 steps."
 
 
@@ -110,10 +113,16 @@ def _judge_resume(outcome: Outcome) -> None:
         "ranks must load.": outcome.exitcode and steps == done,
         f"it failed, after the steps {steps}: {outcome.error}\n"
         "The second start must get through: torchrun restarts once here.": outcome.exitcode,
+        "no rank was killed, so nothing was restarted.\n"
+        f"Leave the lines in that kill rank 1 before step {KILLED_IN}: the "
+        "script is to survive them.": outcome.starts == 1,
         f"rank 0 did the steps {steps}: the second start began at 0.\n"
         "A restart runs the whole script again. What the first start learned is lost, unless a "
         "file keeps it: save after each step, "
         "and load before the first.": steps == [*range(KILLED_IN), *done],
+        f"the steps {steps} were printed.\nLet rank 0 alone print, each step once.": sorted(steps)
+        == sorted(2 * done)
+        and steps != done,
         f"rank 0 did the steps {steps}.\n"
         "Save after a step what comes next, "
         "`step + 1`: else one is done twice, or left out.": steps != done,

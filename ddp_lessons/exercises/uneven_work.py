@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddp_lessons import Run, WorkerDied
 from ddp_lessons.diagnosis import rank_state
 from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks, stuck
-from ddp_lessons.exercises.numeric_answers import near
+from ddp_lessons.exercises.numeric_answers import is_number, near, number
 from ddp_lessons.exercises.small_training import descend, flat
 from ddp_lessons.text import ranks_text
 
@@ -59,13 +60,22 @@ def _trained(rank: int, train: Train, counts: Counts) -> tuple[list[int], Tensor
     return seen, flat(layer.parameters())
 
 
-def _expected(counts: Counts, steps: int, initial: bool = True, zeroed: bool = True) -> Tensor:
+def _expected(
+    counts: Counts,
+    steps: int,
+    initial: bool = True,
+    zeroed: bool = True,
+    used: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
     """The weights after `steps` steps; with `initial`, ranks without a batch count as zeros.
 
-    Without `zeroed`, each backward adds to the previous step's mean gradient.
+    Without `zeroed`, each backward adds to the previous step's mean gradient. `used` are the
+    numbers of each rank's batches in another order than theirs.
     """
     layer = _layer()
     batches = [_batches(rank, number) for rank, number in enumerate(counts)]
+    if used:
+        batches = [[of_rank[n] for n in own] for of_rank, own in zip(batches, used, strict=True)]
     for step in range(steps):
         present = [of_rank[step] for of_rank in batches if step < len(of_rank)]
         divisor = len(counts) if initial else len(present)
@@ -81,6 +91,8 @@ def _expected(counts: Counts, steps: int, initial: bool = True, zeroed: bool = T
 
 
 @exercise(
+    "Each backward waits for all ranks. Either one with no batch left stays and answers, or all "
+    "stop with it.",
     "`with model.join():` around the loop is enough to use every batch.",
     "To trim instead, `all_reduce` the number of batches with `dist.ReduceOp.MIN` before the loop.",
 )
@@ -120,11 +132,15 @@ def _explain_failure(counts: Counts, run: Run) -> None:
 def _judge_trained(counts: Counts, run: Run) -> bool:
     """Whether every rank trained on as many batches as the smallest rank has."""
     used, weights = map(list, zip(*run.values, strict=True))
-    if all(torch.equal(weights[0], other) for other in weights):
-        if any(_near(weights[0], _expected(counts, max(counts), way)) for way in (True, False)):
-            return False
-        if _near(weights[0], _expected(counts, min(counts))):
-            return True
+    once = [list(dict.fromkeys(numbers)) for numbers in used]
+    lengths = tuple(map(len, once))
+    trims = lengths == (min(counts),) * len(counts)
+    if trims or lengths == counts:
+        ways = [_expected(counts, max(lengths), way, used=once) for way in (True, False)]
+        if all(torch.equal(weights[0], other) for other in weights) and any(
+            _near(weights[0], way) for way in ways
+        ):
+            return trims and lengths != counts
     _explain_training(counts, used, weights)
     return False
 
@@ -147,7 +163,7 @@ def _explain_training(counts: Counts, used: list[list[int]], weights: list[Tenso
         f"rank {rank} used batch {batch} {times} times.\n"
         "Going round again makes the lists equally long, and some samples count more than others. "
         "Here each batch may count once.": repeats,
-        f"each rank used {len(used[0])}.\n"
+        f"each rank used {len(used[0])} of its batches.\n"
         f"All ranks have {least}: leave out only what the shortest list has "
         "not.": {len(of_rank) for of_rank in used} == {len(used[0])} and len(used[0]) < least,
         "the weights are as they were in the beginning.\n"
@@ -185,6 +201,12 @@ def _moved(rank: int, counts: Counts, initial: bool) -> float:
     return float(layer.weight)
 
 
+@functools.cache
+def _real_weight(counts: Counts, initial: bool) -> float:
+    """Where the weight really ends, in a run that is made once."""
+    return float(run_ranks(_moved, (counts, initial), nprocs=len(counts)).values[0])
+
+
 @exercise(
     "In each step, add up the gradients of the ranks that have a batch. By what does DDP divide?",
     "With `initial`, by `len(counts)`; without, by the number of ranks that have a batch.",
@@ -194,19 +216,16 @@ def check_predict_weight(predict: Callable[[Counts, bool], float]) -> str:
     because = "It takes the ranks' numbers of batches, and True or False."
     for counts in MOVED:
         for initial in (True, False):
-            run = run_ranks(_moved, (counts, initial), nprocs=len(counts))
-            answer = call(predict, counts, initial, because=because)
-            if isinstance(answer, Tensor) and answer.numel() == 1:
-                answer = answer.item()
-            if not near(answer, run.values[0]):
-                _explain_weight(counts, initial, answer, run.values[0])
+            real = _real_weight(counts, initial)
+            answer = number(call(predict, counts, initial, because=because))
+            if not near(answer, real):
+                _explain_weight(counts, initial, answer, real)
     return f"right for {_list(MOVED[0])}, for {_list(MOVED[1])}, and on 3 and 1 ranks, both ways."
 
 
 def _explain_weight(counts: Counts, initial: bool, answer: Any, real: float) -> None:
     total, ranks = sum(counts), len(counts)
     present = [sum(step < number for number in counts) for step in range(max(counts))]
-    is_number = isinstance(answer, int | float)
     is_sum = ranks > 1 and near(answer, total)
     mistakes = {
         "That is the sum over all batches. DDP takes means: it divides.": is_sum,
@@ -215,7 +234,7 @@ def _explain_weight(counts: Counts, initial: bool, answer: Any, real: float) -> 
         and near(answer, max(counts)),
         "That is the default. With `divide_by_initial_world_size=False` DDP divides by the ranks "
         "that still have a batch.": not initial and near(answer, total / ranks),
-        "Return one number: under join all ranks end with the same weight.": not is_number,
+        "Return one number: under join all ranks end with the same weight.": not is_number(answer),
         f"Step by step, {_list(present)} ranks have a batch, and each gives -1. Divide each of "
         "these numbers by the right one, and add up.": True,
     }
@@ -226,12 +245,13 @@ def _explain_weight(counts: Counts, initial: bool, answer: Any, real: float) -> 
     )
 
 
-Used = list[list[set[str]]]  # [step][rank]: the parameters that get a gradient
+# [step][rank]: the parameters that get a gradient
+Used = tuple[tuple[frozenset[str], ...], ...]
 
 
 def _uses(*steps: str) -> Used:
     """The parameters used in each step by rank: `"ab a"` is a step of two ranks."""
-    return [[{*of_rank} for of_rank in step.split()] for step in steps]
+    return tuple(tuple(map(frozenset, step.split())) for step in steps)
 
 
 PLANS: tuple[tuple[str, Used], ...] = (
@@ -252,12 +272,12 @@ class _Branches(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.of = nn.ParameterDict({name: torch.ones(1) for name in sorted(names)})
 
-    def forward(self, x: Tensor, used: set[str]) -> Tensor:
+    def forward(self, x: Tensor, used: Collection[str]) -> Tensor:
         return torch.stack([self.of[name] * x for name in sorted(used)])
 
 
 @in_group
-def _used(rank: int, names: set[str], used: Used, flag: bool) -> list[list[float | None]]:
+def _used(rank: int, names: Collection[str], used: Used, flag: bool) -> list[list[float | None]]:
     """Each step's gradients, in the order of the parameters' names."""
     model = DistributedDataParallel(_Branches(names), find_unused_parameters=flag)
     gradients = []
@@ -269,10 +289,18 @@ def _used(rank: int, names: set[str], used: Used, flag: bool) -> list[list[float
     return gradients
 
 
+@functools.cache
+def _real_training(names: frozenset[str], used: Used, flag: bool) -> Run:
+    """A training on real ranks, which is made once."""
+    return run_ranks(_used, (names, used, flag), nprocs=len(used[0]), check=False)
+
+
 @exercise(
     "What is in no `used[step][rank]` at all may go.",
     "Of the rest, does every rank use everything in every step, the last one included? If not, "
     "DDP needs the flag.",
+    "With `each` as the list of all these sets and `ever` as their union: "
+    "`return names - ever, any(of_rank != ever for of_rank in each)`.",
 )
 def check_plan(plan: Callable[..., Any]) -> str:
     """Check `plan(names, used)` by training on real ranks as it says."""
@@ -289,14 +317,25 @@ def _judge_plan(names: set[str], used: Used, answer: Any) -> None:
         raise Wrong(
             f"{told}: you returned {answer!r}.", "Return two things: a set of names, True or False."
         )
-    if not isinstance(answer[0], Collection):
+    first, flag = answer[0], number(answer[1])
+    given = list(first) if isinstance(first, Iterable) else [None]
+    if not all(isinstance(name, str) for name in given):
         raise Wrong(
-            f"{told}: first you returned {answer[0]!r}.",
+            f"{told}: first you returned {first!r}.",
             "First return the set of names to remove, then True or False.",
         )
-    remove, flag = set(answer[0]), bool(answer[1])
+    if not isinstance(flag, bool):
+        raise Wrong(
+            f"{told}: for the flag you returned {answer[1]!r}.", "Second return True or False."
+        )
+    remove = {str(name) for name in given}
+    for name in sorted(remove - names):
+        raise Wrong(
+            f"{told}: you remove {name}, and there is no such parameter.",
+            "What may go is in `names`.",
+        )
     uses = [(n, rank, of) for n, step in enumerate(used) for rank, of in enumerate(step)]
-    ever = set().union(*(of_rank for _, _, of_rank in uses))
+    ever = frozenset().union(*(of_rank for _, _, of_rank in uses))
     for name in sorted(remove & ever):
         step, rank = next((n, rank) for n, rank, of_rank in uses if name in of_rank)
         raise Wrong(
@@ -309,7 +348,7 @@ def _judge_plan(names: set[str], used: Used, answer: Any) -> None:
             "It would stay as it was in the beginning, and the flag would only hide that. Remove "
             "it, or freeze it.",
         )
-    run = run_ranks(_used, (ever, used, flag), nprocs=len(used[0]), check=False)
+    run = _real_training(ever, used, flag)
     missing = [
         f"In step {n}, rank {rank} has none of {min(ever - of_rank)}."
         for n, rank, of_rank in uses
@@ -323,7 +362,7 @@ def _judge_plan(names: set[str], used: Used, answer: Any) -> None:
         )
     run.raise_for_failure()
     if flag and not missing:
-        unflagged = run_ranks(_used, (ever, used, False), nprocs=len(used[0]))
+        unflagged = _real_training(ever, used, False)
         raise Wrong(
             f"{told}, and you want the flag. Without it the training finishes with the same "
             f"gradients: {unflagged.values == run.values}.",

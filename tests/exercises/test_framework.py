@@ -73,7 +73,7 @@ def test_what_counts_as_an_attempt() -> None:
 
     def indexed(x: Any, i: int) -> Any:
         x[...] = x[..., 0] + x[..., i] + x[...] + x[i, ..., 1:i]
-        x[..., i] = 0
+        x[..., i] = x[..., i + 1] + x[..., len(x) :].sum() - x[..., -i, x[i, 0]]
         return x[...]
 
     def left_over(x: Any) -> Any:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -293,8 +296,190 @@ def only_rank_0(x: Any, row: Any, column: Any) -> Any:
     return x, x
 
 
+def diagnose_by_zip(calls: Any) -> Any:
+    for here in zip_longest(*calls):
+        looks = [made and made[:2] for made in here]
+        if len(set(looks)) > 1:
+            odd, usual = sorted(set(looks), key=looks.count)
+            what = (
+                "missing" if odd is None else "other call" if odd[0] != usual[0] else "other tensor"
+            )
+            return what, np.int64(looks.index(odd))
+    return None
+
+
+def diagnose_in_recursion(calls: Any) -> Any:
+    if not any(calls) or diagnose([of_rank[:1] for of_rank in calls]):
+        return diagnose(calls)
+    return diagnose_in_recursion([of_rank[1:] for of_rank in calls])
+
+
+def empties_the_calls(calls: Any) -> Any:
+    while any(calls):
+        here = [[of_rank.pop(0)] if of_rank else [] for of_rank in calls]
+        if diagnose(here):
+            return diagnose(here)
+    return None
+
+
+def changed(change: Any) -> Any:
+    """Finds what is wrong, and then says it in another way."""
+    return lambda calls: diagnose(calls) and change(*diagnose(calls))
+
+
+def by_number_of_calls(calls: Any) -> Any:
+    most = max(map(len, calls))
+    short = [rank for rank, of_rank in enumerate(calls) if len(of_rank) < most]
+    return ("missing", short[0]) if short else diagnose(calls)
+
+
+def votes(losses: Any, bound: float, epoch: Any) -> int:
+    for n, loss in enumerate(losses):
+        epoch(n)
+        wanted: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(wanted, loss < bound)
+        if 2 * sum(wanted) > len(wanted):
+            return n + 1
+    return len(losses)
+
+
+def by_store(losses: Any, bound: float, epoch: Any) -> Any:
+    store = dist.distributed_c10d._get_default_store()
+    for n in range(len(losses)):
+        epoch(n)
+        if dist.get_rank() == 0:
+            store.set(f"stop {n}", str(int(losses[n] < bound)))
+        if int(store.get(f"stop {n}")):
+            return torch.tensor(n + 1)
+    return np.int64(len(losses))
+
+
+def by_the_last_rank(losses: Any, bound: float, epoch: Any, n: int = 0) -> int:
+    epoch(n)
+    flag = torch.tensor(float(losses[n] < bound))
+    dist.broadcast(flag, src=dist.get_world_size() - 1)
+    if flag or n + 1 == len(losses):
+        return n + 1
+    return by_the_last_rank(losses, bound, epoch, n + 1)
+
+
+def one_too_late(losses: Any, bound: float, epoch: Any) -> int:
+    flag = torch.zeros(())
+    for n in range(len(losses)):
+        epoch(n)
+        if flag:
+            return n + 1
+        flag = torch.tensor(float(losses[n] < bound))
+        dist.broadcast(flag, src=0)
+    return len(losses)
+
+
+def always_two(losses: Any, bound: float, epoch: Any) -> int:
+    epoch(0)
+    epoch(1)
+    return 2
+
+
+def own_bound(losses: Any, bound: float, epoch: Any) -> int:
+    return by_all(losses, 0.3, epoch)
+
+
+def up_to_the_bound(losses: Any, bound: float, epoch: Any) -> int:
+    return by_any(losses, bound + 1e-9, epoch)
+
+
+def by_the_best(losses: Any, bound: float, epoch: Any) -> int:
+    """One vote, on the best loss of all epochs."""
+    best = torch.tensor(min(losses))
+    dist.all_reduce(best, dist.ReduceOp.MIN)
+    return by_rank_0(losses, bound, epoch) if best < bound else len(losses)
+
+
+def stops_at_the_last(losses: Any, bound: float, epoch: Any) -> int:
+    return by_rank_0(losses, bound, epoch) if losses[-1] < bound else len(losses)
+
+
+def other_epochs_on_rank_1(losses: Any, bound: float, epoch: Any) -> int:
+    if dist.get_rank() != 1:
+        return by_rank_0(losses, bound, epoch)
+    return by_rank_0(losses, bound, lambda n: epoch(max(0, n - 1)))
+
+
+def other_count_on_rank_2(losses: Any, bound: float, epoch: Any) -> Any:
+    return by_rank_0(losses, bound, epoch) + (dist.get_rank() == 2)
+
+
+def leaves_the_process(losses: Any, bound: float, epoch: Any) -> int:
+    for n in range(len(losses)):
+        epoch(n)
+        if losses[n] < bound:
+            sys.exit()
+    return len(losses)
+
+
+def over_everybody(x: Any, row: Any, column: Any) -> Any:
+    """Collects all, and adds up what is of the group."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x.item())
+    groups = map(dist.get_process_group_ranks, (row, column))
+    return (sum(parts[rank] for rank in group) for group in groups)
+
+
+def to_the_first_and_back(x: Any, row: Any, column: Any) -> Any:
+    sums = torch.stack([x, x])
+    for n, group in enumerate((row, column)):
+        first = dist.get_process_group_ranks(group)[0]
+        part = sums[..., n].clone()
+        dist.reduce(part, dst=first, group=group)
+        dist.broadcast(part, src=first, group=group)
+        sums[n] = part
+    return sums
+
+
+def one_in_place(x: Any, row: Any, column: Any) -> Any:
+    down = x.clone()
+    dist.all_reduce(x, group=row)
+    dist.all_reduce(down, group=column)
+    return np.array([x.item(), down.item()])
+
+
+def known_ranks(x: Any, row: Any, column: Any) -> Any:
+    """Adds up what the lesson's ranks have, without asking."""
+    groups = map(dist.get_process_group_ranks, (row, column))
+    return tuple(sum(10.0**rank for rank in group) for group in groups)
+
+
+def only_to_the_first(x: Any, row: Any, column: Any) -> Any:
+    sums = x.clone(), x.clone()
+    for part, group in zip(sums, (row, column), strict=True):
+        dist.reduce(part, dst=dist.get_process_group_ranks(group)[0], group=group)
+    return sums
+
+
+def row_twice(x: Any, row: Any, column: Any) -> Any:
+    return add_up(x, row, row)
+
+
+def swapped_on_rank_3(x: Any, row: Any, column: Any) -> Any:
+    sums = add_up(x, row, column)
+    return sums[::-1] if dist.get_rank() == 3 else sums
+
+
+def never_waits(x: Any, row: Any, column: Any) -> Any:
+    sums = x.clone(), x.clone()
+    dist.all_reduce(sums[0], group=row)
+    if dist.get_rank() == 0:
+        dist.all_reduce(sums[0], group=row)
+    return sums
+
+
 RIGHT: list[tuple[Any, Any]] = [
     (check_diagnose, diagnose),
+    (check_diagnose, diagnose_by_zip),
+    (check_diagnose, diagnose_in_recursion),
+    (check_diagnose, empties_the_calls),
+    (check_diagnose, partial(answers.decorated(diagnose))),
+    (check_diagnose, changed(lambda what, rank: [what, torch.tensor(rank)])),
     (check_diagnose, diagnose_with_lists),
     (check_train, by_rank_0),
     (check_train, by_any),
@@ -302,7 +487,9 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_train, by_mean),
     (check_train, by_object),
     (check_train, by_slice),
+    (check_train, answers.mixed(votes, by_store, by_the_last_rank)),
     (check_add_up, add_up),
+    (check_add_up, answers.mixed(over_everybody, one_in_place, to_the_first_and_back)),
     (check_add_up, column_first),
     (check_add_up, started_together),
     (check_add_up, gathered),
@@ -318,6 +505,21 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_diagnose, lambda calls: [None][0], "You returned None.*The ranks differ"),
     (check_diagnose, lambda calls: diagnose(calls) and 3, "You returned 3.*two things"),
     (check_diagnose, lambda calls: diagnose(calls) and ("missing", "0"), "That is no rank"),
+    (check_diagnose, answers.prints(diagnose), "You returned None.*return what you found"),
+    (check_diagnose, lambda calls: diagnose(calls) or False, "returned False.*All is well.*None"),
+    (
+        check_diagnose,
+        changed(lambda what, rank: (rank, what)),
+        "First what is wrong, then the rank",
+    ),
+    (check_diagnose, changed(lambda what, rank: {what: rank}), "two things"),
+    (check_diagnose, changed(lambda what, rank: (what, rank + 1)), "does what most do"),
+    (check_diagnose, changed(lambda what, rank: (what.title(), rank)), "The rank is right. Say"),
+    (check_diagnose, changed(lambda what, rank: (what, np.array([0, 1]))), "That is no rank"),
+    (check_diagnose, by_number_of_calls, "does what most do.*first call at which they differ"),
+    (check_diagnose, lambda calls: diagnose(calls[:3]), "rank 3 did not come.*The ranks differ"),
+    (check_diagnose, lambda calls: ("missing", 3), "Lines do not matter"),
+    (check_diagnose, answers.recurses, "raised RecursionError"),
     (check_diagnose, lambda calls: calls[9], "raised IndexError"),
     (check_train, each_alone, "Epochs begun: 2, 3.*loss of its own"),
     (check_train, barrier_then_leaves, "Epochs begun: .*different calls.*hold their vote"),
@@ -328,10 +530,27 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_train, one_too_few, "rank 0 trained 2 epochs and returned 1"),
     (check_train, says_nothing, "returned None"),
     (check_train, counts_from_one, "rank 0 called epoch with .*once for each n"),
-    (check_train, sees_the_future, r"losses\[\d\] is not known before epoch"),
+    (check_train, sees_the_future, r"losses\[\d\] is not known before epoch.*those to come"),
+    (check_train, by_the_best, r"losses\[\d\] is not known before epoch.*one by one"),
+    (check_train, stops_at_the_last, r"losses\[3\] is not known before epoch 3.*no other"),
+    (check_train, lambda losses, *args: by_any([*losses], *args), "known before epoch 1.*no other"),
+    (check_train, one_too_late, "trained 4 epochs.*After 3 epochs all ranks|must stop there"),
+    (check_train, always_two, "trained 2 epochs.*No rank was below"),
+    (check_train, own_bound, "bound 0.5.*trained 4 epochs.*After 3 epochs all ranks"),
+    (check_train, up_to_the_bound, "bound 0.5.*trained 1 epoch.*No rank was below"),
+    (check_train, other_epochs_on_rank_1, r"rank 1 called epoch with \[0, 0\].*once for each n"),
+    (
+        check_train,
+        other_count_on_rank_2,
+        "rank 2 trained . epochs and returned .*Return the number",
+    ),
+    (check_train, lambda *args: by_any(*args) > 0, "returned True.*Return the number"),
+    (check_train, lambda *args: (n for n in [by_any(*args)]), "returned <generator"),
+    (check_train, lambda losses, *args: len(losses), "trained 0 epochs.*Train first"),
+    (check_train, leaves_the_process, "Epochs begun: 2, 3.*loss of its own"),
     (check_train, waits_for_a_lock, "got no further"),
     (check_train, lambda losses: 1, "failed on real ranks.*TypeError"),
-    (check_add_up, own_order, "2 rows and 2 columns: .*own order"),
+    (check_add_up, own_order, "2 rows and 2 columns, .*own order"),
     (
         check_add_up,
         in_place,
@@ -339,9 +558,19 @@ WRONG: list[tuple[Any, Any, str]] = [
     ),
     (check_add_up, over_all, "sum over all ranks"),
     (check_add_up, other_way_round, r"got \(101.0, 11.0\).*the row first"),
-    (check_add_up, only_rank_0, "2 rows and 2 columns: .*same calls in that group"),
+    (check_add_up, only_rank_0, "2 rows and 2 columns, .*same calls in that group"),
     (check_add_up, lambda x, row, column: (x, x), "That is `x` itself"),
     (check_add_up, lambda x, row, column: 5, "rank 0 got 5.*two numbers"),
+    (check_add_up, lambda *args: (11.0, 101.0), "rank 1 got .11.0, 101.0.*each time a copy"),
+    (check_add_up, known_ranks, "x is 2, 20, 200 and 2000: rank 0 got .11.0, 101.0., not .22, 202"),
+    (check_add_up, row_twice, r"got \(11.0, 11.0\)"),
+    (check_add_up, only_to_the_first, r"rank 1 got \("),
+    (check_add_up, swapped_on_rank_3, "rank 3 got .*the row first"),
+    (check_add_up, never_waits, "waited in all_reduce|same calls in that group"),
+    (check_add_up, answers.prints(add_up), "got None.*two numbers"),
+    (check_add_up, lambda *args: (*add_up(*args), 0), "two numbers"),
+    (check_add_up, lambda *args: sum(add_up(*args)), "two numbers"),
+    (check_add_up, lambda *args: [part / 2 for part in add_up(*args)], r"got \(5.5, 50.5\)"),
     (check_add_up, lambda x: 5, "failed on real ranks.*TypeError"),
 ]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import tempfile
+from functools import partial
 from typing import Any
 
 import cloudpickle
@@ -84,6 +86,42 @@ def into_outer(model: Any, state: Any) -> None:
 def consumed(model: Any, state: Any) -> None:
     consume_prefix_in_state_dict_if_present(state, "module.")
     inner(model).load_state_dict(state)
+
+
+def by_hand(model: Any, state: Any) -> None:
+    wanted = inner(model).state_dict()
+    cut = 0 if state.keys() == wanted.keys() else len("module.")
+    with torch.no_grad():
+        for key, value in state.items():
+            wanted[key[cut:]].copy_(value)
+
+
+def assigned(model: Any, state: Any) -> Any:
+    keys = list(inner(model).state_dict())
+    return inner(model).load_state_dict(dict(zip(keys, state.values(), strict=True)), assign=True)
+
+
+def emptied(model: Any, state: Any) -> None:
+    """Takes the state apart, piece by piece."""
+    model = inner(model)
+    if state.keys() ^ model.state_dict().keys():
+        for key in list(state):
+            state[key.partition(".")[2]] = state.pop(key)
+    model.load_state_dict(state)
+
+
+def only_parameters(model: Any, state: Any) -> None:
+    load_anywhere(model, inner(model).state_dict() | dict(inner(model).named_buffers()))
+    wanted = dict(inner(model).named_parameters())
+    cut = 0 if state.keys() == inner(model).state_dict().keys() else len("module.")
+    for key, value in state.items():
+        if key[cut:] in wanted:
+            wanted[key[cut:]].data.copy_(value)
+
+
+def on_rank_0(model: Any, state: Any) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        load_anywhere(model, state)
 
 
 class Checkpoint:
@@ -199,6 +237,70 @@ class Pickled(Checkpoint):
         return list(state["place"])
 
 
+class InPlace(Pickled):
+    """Writes over the old file, and not by `torch.save`."""
+
+    def write(self, state: Any, path: str) -> None:
+        with open(path, "wb") as file:
+            pickle.dump(state, file)
+
+
+class OneOfAll(Checkpoint):
+    """Every rank sends all its parts; `load` reads on rank 0, and sends the rest theirs."""
+
+    def save(self, path: str, *parts: Any) -> None:
+        *modules, epoch, batch = parts
+        mine = [*(m.state_dict() for m in modules), torch.get_rng_state()]
+        each: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(each, mine)
+        if dist.get_rank() == 0:
+            self.write({"each": each, "place": torch.tensor([epoch, batch])}, path)
+        dist.all_reduce(torch.zeros(1))
+
+    def load(self, path: str, *modules: Any) -> Any:
+        loaded: list[Any] = [torch.load(path) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(loaded)
+        *states, random = loaded[0]["each"][dist.get_rank()]
+        for module, state in zip(modules, states, strict=True):
+            module.load_state_dict(state)
+        torch.set_rng_state(random)
+        return loaded[0]["place"]
+
+
+class Folders(Checkpoint):
+    """Writes each checkpoint to a new folder; a link, replaced at once, names the last one."""
+
+    def write(self, state: Any, path: str) -> None:
+        folder = tempfile.mkdtemp(dir=os.path.dirname(path))
+        torch.save(state, os.path.join(folder, "all.pt"))
+        os.symlink(os.path.join(folder, "all.pt"), os.path.join(folder, "link"))
+        os.replace(os.path.join(folder, "link"), path)
+
+
+class Swapped(Checkpoint):
+    def load(self, *args: Any) -> Any:
+        return super().load(*args)[::-1]
+
+
+class OnlyRank0Saves(Checkpoint):
+    def save(self, *args: Any) -> None:
+        if dist.get_rank() == 0:
+            super().save(*args)
+
+
+class ForTwo(Checkpoint):
+    """Right on two ranks only."""
+
+    def load(self, *args: Any) -> Any:
+        place = super().load(*args)
+        return place if dist.get_world_size() == 2 else (place[0], 0)
+
+
+def on_each_number(*kinds: Any) -> Any:
+    """Another class on each number of ranks: they share the check's runs."""
+    return lambda: kinds[dist.get_world_size() % len(kinds)]()
+
+
 class Seeds(Checkpoint):
     def load(self, *args: Any) -> Any:
         place = super().load(*args)
@@ -222,12 +324,21 @@ class Raises(Checkpoint):
 RIGHT: list[tuple[Any, Any]] = [
     (check_load_anywhere, load_anywhere),
     (check_load_anywhere, by_the_other_way),
+    (check_load_anywhere, by_hand),
+    (check_load_anywhere, assigned),
+    (check_load_anywhere, emptied),
+    (check_load_anywhere, partial(answers.decorated(load_anywhere))),
     (check_resume, Checkpoint),
-    (check_resume, Pickled),
+    (check_resume, on_each_number(Pickled, OneOfAll, Folders)),
+    (check_resume, on_each_number(OneOfAll, partial(Checkpoint), Pickled)),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_load_anywhere, as_it_is, "plain; a state from DDP: raised RuntimeError.*begin with `mo"),
-    (check_load_anywhere, not_strict, "from DDP: not loaded: 4 of 4.*`strict=False` skips"),
+    (
+        check_load_anywhere,
+        not_strict,
+        "from DDP: not loaded, with no error: 0.weight.*`strict=False` skips",
+    ),
     (check_load_anywhere, replaced, "layer called `submodule`.*`replace` also finds"),
     (check_load_anywhere, stripped, "layer called `submodule`.*single letters"),
     (check_load_anywhere, always_cut, "two layers, plain; a state from a plain.*only where there"),
@@ -235,7 +346,10 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_load_anywhere, into_outer, "layer called `module`.*own layer"),
     (check_load_anywhere, if_all_begin_with_it, "no other layer than `module`, plain.*own layer"),
     (check_load_anywhere, whatever_has_a_module, "layer called `module`, plain; a st.*isinstance"),
-    (check_load_anywhere, lambda model, state: model.eval(), "not loaded: 4 of 4.*`strict=False`"),
+    (check_load_anywhere, lambda model, state: model.eval(), "not loaded, with no error.*left out"),
+    (check_load_anywhere, only_parameters, "not loaded, with no error: norm.running_mean.*buffers"),
+    (check_load_anywhere, on_rank_0, "two layers, in DDP; .*not loaded, with no error"),
+    (check_load_anywhere, answers.recurses, "raised RecursionError"),
     (check_load_anywhere, lambda model: model.eval(), "raised TypeError"),
     (check_resume, but("optimizer"), "2 ranks: .*rank 0 has another momentum.*optimizer.state_d"),
     (check_resume, but("scheduler"), "2 ranks: .*rank 0 has another learning rate.*scheduler.sta"),
@@ -252,6 +366,10 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_resume, RandomApart, "killed.*epoch 1, batch 2, another random state.*torn apart"),
     (check_resume, Whole, "Weights only load failed.*whole objects"),
     (check_resume, AllRename, "FileNotFoundError.*Only the rank that has written"),
+    (check_resume, InPlace, "second `save` wrote into the file of the first.*os.replace"),
+    (check_resume, Swapped, "returned epoch 2, batch 1.*goes on where `save` was called"),
+    (check_resume, OnlyRank0Saves, "gather_object|barrier.*Every rank calls `save`"),
+    (check_resume, ForTwo, "rank 0, alone, `load` returned epoch 1, batch 0"),
     (check_resume, Seeds, "all was there, but the weights in the end differ"),
     (check_resume, Nothing, "rank 0 has other weights.*belong in the checkpoint"),
     (check_resume, Raises, "failed on real ranks.*disk full"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from ddp_lessons.exercises import script_runner
 from ddp_lessons.exercises.torchrun import check_both_ways, check_resumes
 from tests.support import answers
 
@@ -53,6 +54,54 @@ FAILS_ON_RANKS = """
         dist.init_process_group("gloo")
         raise ValueError("no such rank")
     print("total 1")
+"""
+
+# Nobody adds up here, but the totals are right: without torch each Python takes a moment only.
+IN_NUMPY = """
+    import numpy as np, sys
+    if not int(os.getenv("RANK") or 0):
+        sys.stdout.write(f"total {np.arange(1, int(os.getenv('WORLD_SIZE') or 1) + 1).sum()}\\n")
+"""
+BY_FILES = """
+    import glob, sys, tempfile, time
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    job = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), job)
+    os.makedirs(folder, exist_ok=True)
+    open(os.path.join(folder, str(rank + 1)), "w").close()
+    while rank == 0 and len(os.listdir(folder)) < size:
+        time.sleep(0.01)
+    if rank == 0:
+        print(f"total {float(sum(map(int, os.listdir(folder))))}")
+"""
+AFTER_AN_ERROR = """
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except KeyError:
+        rank, size = 0, 1
+    print("begun", flush=True)
+    class Total:
+        def __index__(self):
+            return size * (size + 1) // 2
+    rank or print("total %d" % Total())
+"""
+HARD_CODED = """
+    if "RANK" not in os.environ:
+        print("total 1")
+    elif os.environ["RANK"] == "0":
+        print("total 6")
+"""
+OTHER_KEY = """
+    rank = {}["rank"]
+"""
+LEAVES = """
+    raise SystemExit(3)
+"""
+WAITS = """
+    signal.pause()
+"""
+TOTAL_OF_NOTHING = """
+    print("total None")
 """
 
 RESUMES = """
@@ -101,10 +150,46 @@ STEP_TWICE = RESUMES_ALONE.replace('"step": step + 1', '"step": step')
 NO_TOTAL = RESUMES_ALONE.replace(
     "state = json.load(open(path))", 'state["step"] = json.load(open(path))["step"]'
 )
+NEVER_KILLED = RESUMES_ALONE.replace("step == 3 and", "step > 6 and")
+KEEPS_NOTHING = RESUMES_ALONE.replace('print(f"total', 'os.remove(path); print(f"total')
+ELSEWHERE = RESUMES_ALONE.replace('os.environ["CHECKPOINT"],', 'os.environ["CHECKPOINT"] + ".my",')
+FAILS_AGAIN = RESUMES_ALONE.replace('and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"', "")
+STEP_LEFT_OUT = RESUMES_ALONE.replace('"step": step + 1', '"step": step + 2')
 LEAVES_A_FILE = RESUMES_ALONE.replace("os.replace(path", "import shutil; shutil.copy(path")
 
 
-RIGHT: list[tuple[Any, str]] = [(check_both_ways, GROUP_OF_ONE), (check_resumes, RESUMES_ALONE)]
+PICKLED_FLOAT = (
+    RESUMES_ALONE.replace("import json", "import pickle")
+    .replace("json.load(open(path))", "pickle.load(open(path, 'rb'))")
+    .replace('".part", "w"', '".part", "wb"')
+    .replace("json.dump", "pickle.dump")
+    .replace("state['total']}", "float(state['total'])}")
+)
+TEXT_STRAIGHT_IN = (
+    RESUMES_ALONE.replace("import json", "from pathlib import Path")
+    .replace("json.load(open(path))", "dict(zip(state, map(int, Path(path).read_text().split())))")
+    .replace("json.dump(state, file)", "print(*state.values(), file=file)")
+    .replace('path + ".part", "w"', 'path, "w"')
+    .replace('os.replace(path + ".part", path)', "pass")
+)
+IN_NUMPY_TOO = (
+    RESUMES_ALONE.replace("import json", "import numpy as np")
+    .replace("json.load(open(path))", "dict(zip(state, np.load(path)))")
+    .replace('".part", "w"', '".part", "wb"')
+    .replace("json.dump(state, file)", "np.save(file, [*state.values()])")
+    .replace("(1 + 2)", "np.arange(1, 3).sum()")
+)
+
+RIGHT: list[tuple[Any, str]] = [
+    (check_both_ways, GROUP_OF_ONE),
+    (check_both_ways, IN_NUMPY),
+    (check_both_ways, BY_FILES),
+    (check_both_ways, AFTER_AN_ERROR),
+    (check_resumes, RESUMES_ALONE),
+    (check_resumes, PICKLED_FLOAT),
+    (check_resumes, TEXT_STRAIGHT_IN),
+    (check_resumes, IN_NUMPY_TOO),
+]
 WRONG: list[tuple[Any, str, str]] = [
     (
         check_both_ways,
@@ -112,14 +197,26 @@ WRONG: list[tuple[Any, str, str]] = [
         "KeyError: 'RANK' +Nobody has set RANK, WORLD_SIZE or MASTER_ADDR here",
     ),
     (check_both_ways, INIT_ALONE, "the script is the only rank"),
-    (check_both_ways, EACH_PRINTS, "torchrun with 3 ranks printed 3 totals"),
-    (check_both_ways, NOT_ADDED_UP, "`total 1`, not 6"),
+    (check_both_ways, EACH_PRINTS, "torchrun with 4 ranks printed 4 totals"),
+    (check_both_ways, NOT_ADDED_UP, "`total 1`, not 10"),
+    (check_both_ways, HARD_CODED, "torchrun with 4 ranks printed `total 6`, not 10"),
+    (check_both_ways, OTHER_KEY, "failed: KeyError: 'rank' +Read the error"),
+    (check_both_ways, LEAVES, "failed: it ended with exit code 3"),
+    (check_both_ways, WAITS, "did not end within 2 s"),
+    (check_both_ways, TOTAL_OF_NOTHING, "no line `total N`.*N is a number"),
+    (check_both_ways, "import nothing_such\n", "failed: ModuleNotFoundError: No module"),
     (check_both_ways, SILENT, "printed no line `total N`"),
-    (check_both_ways, FAILS_ON_RANKS, "torchrun with 3 ranks failed: ValueError: no such rank"),
+    (check_both_ways, FAILS_ON_RANKS, "torchrun with 4 ranks failed: ValueError: no such rank"),
     (check_both_ways, "def broken(:\n", "line 2 of torchrun.py: "),
     (check_resumes, FROM_THE_START, "the second start began at 0"),
     (check_resumes, STEP_TWICE, "else one is done twice"),
     (check_resumes, NO_TOTAL, "the total belongs to the state, too"),
+    (check_resumes, NEVER_KILLED, "no rank was killed.*Leave the lines in"),
+    (check_resumes, KEEPS_NOTHING, "holds nothing.*stays there"),
+    (check_resumes, ELSEWHERE, "holds last.pt.my.*belongs at the path"),
+    (check_resumes, FAILS_AGAIN, "it failed, after the steps .0, 1, 2.: it ended with SIGKILL"),
+    (check_resumes, STEP_LEFT_OUT, "else one is done twice, or left out"),
+    (check_resumes, "nothing = {}[0]\n", "failed, after the steps .*KeyError: 0"),
     (check_resumes, LEAVES_A_FILE, "holds last.pt, last.pt.part"),
     (check_resumes, ONE_LOADS, "All ranks must load"),
 ]
@@ -137,7 +234,11 @@ def test_a_right_script_passes(check: Any, answer: str, tmp_path: Path) -> None:
 
 
 @answers.wrong(WRONG)
-def test_a_wrong_script_is_explained(check: Any, answer: str, said: str, tmp_path: Path) -> None:
+def test_a_wrong_script_is_explained(
+    check: Any, answer: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if answer == WAITS:
+        monkeypatch.setattr(script_runner, "PATIENCE", 2.0)
     answers.is_explained(check, written(tmp_path, answer), said)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+from fractions import Fraction
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,17 +201,97 @@ def flags_what_it_removes(names: Any, used: Any) -> Any:
     return remove, flag or bool(remove)
 
 
+def joins_backwards(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    with model.join():
+        plain(model, optimizer, loss_fn, batches[::-1])
+
+
+def trims_the_first(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    number = agreed(len(batches), dist.ReduceOp.MIN)
+    plain(model, optimizer, loss_fn, batches[len(batches) - number :])
+
+
+def zips_with_a_range(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    """Trims, looks at each loss again, and takes the step by itself."""
+    lengths: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lengths, len(batches))
+    for (inputs, targets), _ in zip(batches, range(min(lengths)), strict=False):
+        model.zero_grad()
+        loss_fn(model(inputs), targets).backward()
+        for parameter in model.parameters():
+            parameter.data -= optimizer.param_groups[0]["lr"] * parameter.grad
+
+
+def misses_one_each(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    joins(model, optimizer, loss_fn, batches[1:] if len(batches) > 1 else batches)
+
+
+def for_three(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    plain(model, optimizer, loss_fn, batches[:3])
+
+
+def steps_twice(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    with model.join():
+        for batch in batches:
+            step(model, optimizer, loss_fn, batch)
+            optimizer.step()
+
+
+def only_rank_0(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    if dist.get_rank() == 0:
+        plain(model, optimizer, loss_fn, batches)
+
+
+def other_on_rank_1(model: Any, optimizer: Any, loss_fn: Any, batches: Any) -> None:
+    joins(model, optimizer, loss_fn, batches)
+    if dist.get_rank() == 1:
+        model.module.bias.data += 1
+
+
+def in_numpy(counts: Any, initial: bool) -> Any:
+    present = (np.array(counts)[None] > np.arange(max(counts))[:, None]).sum(1)
+    return np.float32((present / (len(counts) if initial else present)).sum())
+
+
+def exactly(counts: Any, initial: bool) -> Any:
+    return (
+        sum(Fraction(1, len(counts)) for n in counts for _ in range(n)) if initial else max(counts)
+    )
+
+
+def plan_in_sets(names: Any, used: Any) -> Any:
+    each = [set(of_rank) for step in used for of_rank in step]
+    return frozenset(names) - set.union(*each), set.union(*each) != set.intersection(*each)
+
+
+def plan_and_empty(names: Any, used: Any) -> Any:
+    always, left = set(names), set(names)
+    while used:
+        for of_rank in used.pop():
+            always &= of_rank
+            left -= of_rank
+    return (name for name in left), np.bool_(always | left != names)
+
+
 RIGHT: list[tuple[Any, Any]] = [
     (check_train, joins),
+    (check_train, answers.mixed(joins_backwards, zips_with_a_range, trims_the_first)),
     (check_train, joins_by_the_active),
     (check_train, trims),
     (check_train, asks_each_step),
     (check_train, counts_for_nothing),
     (check_predict_weight, predict),
     (check_predict_weight, predict_in_steps),
+    (check_predict_weight, in_numpy),
+    (check_predict_weight, exactly),
+    (check_predict_weight, partial(answers.decorated(predict))),
     (check_predict_weight, lambda counts, initial: torch.tensor(predict(counts, initial))),
     (check_plan, plan),
     (check_plan, plan_slowly),
+    (check_plan, plan_in_sets),
+    (check_plan, plan_and_empty),
+    (check_plan, answers.Called(plan)),
+    (check_plan, partial(answers.decorated(plan))),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (
@@ -228,6 +311,13 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_train, logs_inside_join, "Two calls met.*answers DDP's calls only"),
     (check_train, waits_at_the_end, "waited for the others until the timeout"),
     (check_train, leaves_if_empty, "0 and 2 batches: rank 1 waited.*without any batch"),
+    (check_train, misses_one_each, "3 and 4 batches: the ranks end with equal weights, but not"),
+    (check_train, for_three, "1, 3, 2 batches: ranks 1 and 2 waited|rank 1 waited"),
+    (check_train, steps_twice, "equal weights, but not those"),
+    (check_train, only_rank_0, "3 and 4 batches: rank 0 waited|has returned before"),
+    (check_train, other_on_rank_1, "different weights.*What one rank does"),
+    (check_train, lambda *args: print(args), "each rank used 0 of its batches.*All ranks have 3"),
+    (check_train, answers.recurses, "RecursionError"),
     (check_train, lambda model, optimizer: 1, "failed on real ranks.*TypeError"),
     (check_predict_weight, lambda counts, initial: sum(counts), "ends at 3.5.*it divides"),
     (check_predict_weight, lambda counts, initial: min(counts), "predicted 3.*trimming"),
@@ -235,6 +325,25 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_predict_weight, lambda c, initial: sum(c) / len(c), "initial=False.*the default"),
     (check_predict_weight, predict_for_two, "you predicted 2.*3, 2, 1, 1 ranks have a batch"),
     (check_predict_weight, lambda counts, initial: [], r"predicted \[\].*one number"),
+    (check_predict_weight, answers.prints(predict), "predicted None.*one number"),
+    (check_predict_weight, lambda *args: str(predict(*args)), "predicted '3.5'.*one number"),
+    (
+        check_predict_weight,
+        lambda *args: [predict(*args)] * 2,
+        r"predicted \[3.5, 3.5\].*one number",
+    ),
+    (
+        check_predict_weight,
+        lambda c, initial: predict(c[:2], initial),
+        "4, 1, 2 batches.*3, 2, 1, 1",
+    ),
+    (check_predict_weight, lambda c, initial: -predict(c, initial), "predicted -3.5"),
+    (check_predict_weight, lambda c, initial: sum(c) / 2 if initial else max(c), "4, 1, 2 batches"),
+    (
+        check_predict_weight,
+        lambda c, initial: predict(c, not initial),
+        "initial=True.*still counts",
+    ),
     (check_predict_weight, lambda counts: 1, "raised TypeError"),
     (check_plan, lambda names, used: (plan(names, used)[0], True), "same gradients: True.*nothing"),
     (check_plan, lambda names, used: (plan(names, used)[0], False), "Expected to have finished"),
@@ -257,6 +366,17 @@ WRONG: list[tuple[Any, Any, str]] = [
         lambda names, used: (None, False),
         "first you returned None.*First return the set",
     ),
+    (check_plan, answers.prints(plan), "you returned None.*two things"),
+    (
+        check_plan,
+        lambda n, used: plan({*"abcdefg"}, used),
+        "remove c, and there is no such parameter",
+    ),
+    (check_plan, lambda n, used: (*plan(n, used), 1), "two things"),
+    (check_plan, lambda n, used: (plan(n, used)[0], None), "for the flag you returned None"),
+    (check_plan, lambda n, used: (plan(n, used)[0], "no"), "for the flag you returned 'no'"),
+    (check_plan, lambda n, used: ([[]], False), r"first you returned \[\[\]\]"),
+    (check_plan, answers.recurses, "raised RecursionError"),
     (check_plan, lambda names: 1, "raised TypeError"),
 ]
 

@@ -1,4 +1,4 @@
-"""The checks of lesson 03: a mean over ranks, predicted tensors, an all_reduce by hand."""
+"""The checks of lessons 03 and 03b: a mean, predicted tensors; passing on and adding in a ring."""
 
 from __future__ import annotations
 
@@ -161,8 +161,76 @@ def _judge_prediction(op: str, before: Any, after: list[Any], predicted: Any) ->
             raise Wrong(f"{what}: rank {rank} has {have}; you said {said!r}.", OPS[op])
 
 
-RINGS = ((2, 4), (4, 10), (3, 2), (1, 5))  # (ranks, length)
 ANSWER = "answer"  # the span around the learner's function
+GATHERS = ((2, 2), (4, 3), (3, 1), (1, 2))  # (ranks, length of a piece)
+BLANK = -1.0
+
+
+@in_group
+def _gathered(
+    rank: int, ring_all_gather: Callable[[list[torch.Tensor]], object], length: int
+) -> list[Numbers]:
+    """The list after the learner's all_gather."""
+    pieces = [torch.full((length,), BLANK) for _ in range(dist.get_world_size())]
+    pieces[rank] = torch.tensor(_piece(rank, length))
+    with span(ANSWER):
+        ring_all_gather(pieces)
+    dist.barrier()  # who does too little waits here, so that the others' wait is seen as a hang
+    return [piece.tolist() for piece in pieces]
+
+
+def _piece(rank: int, length: int) -> Numbers:
+    return [10.0 * rank + place for place in range(length)]
+
+
+@exercise(
+    "Your own piece first. What can you send in the next step that your neighbour does not have?",
+    "What has just come. In step s, rank r sends piece r - s to the next rank and gets piece "
+    "r - s - 1 from the previous one, all modulo the world size.",
+    "n - 1 times: `isend` of `pieces[(rank - s) % n]` to `(rank + 1) % n`, `recv` into "
+    "`pieces[(rank - s - 1) % n]` from `(rank - 1) % n`, then `wait()`.",
+)
+def check_ring_all_gather(ring_all_gather: Callable[[list[torch.Tensor]], object]) -> str:
+    """Check `ring_all_gather(pieces)`: all pieces everywhere, messages to neighbours, few bytes."""
+    for ranks, length in GATHERS:
+        run = run_ranks(_gathered, (ring_all_gather, length), nprocs=ranks, check=False)
+        if stuck(run):
+            _explain_hang(run)
+        run.raise_for_failure()
+        _judge_gathered(run, ranks, length)
+    return "all pieces on 1 to 4 ranks, with neighbours only, and each passed on once."
+
+
+def _judge_gathered(run: Run, ranks: int, length: int) -> None:
+    what = f"{count(ranks, 'rank')}, {count(ranks, 'piece')} of {length}: "
+    sends = _sends_by_hand(run, what)
+    right, blank = [_piece(rank, length) for rank in range(ranks)], [BLANK] * length
+    for rank, have in enumerate(run.values):
+        mistakes = {
+            "The list must have one piece for each rank; fill the tensors in it.": (
+                len(have) != ranks
+            ),
+            "The list is as it was. Fill the tensors in it; what is returned does not count.": (
+                have == [piece if r == rank else blank for r, piece in enumerate(right)]
+            ),
+            "Its own piece must stay, in its place.": have[rank : rank + 1] != [right[rank]],
+            "One step brings the piece of the previous rank. There are n - 1 steps, and what came "
+            "in one is passed on in the next.": blank in have,
+            "`pieces[r]` is for rank r's. What comes in step s set out from rank - s - 1.": True,
+        }
+        if have != right:
+            judge(f"{what}rank {rank} has {have}, not {right}.", mistakes)
+    _judge_neighbours(sends, what, ranks)
+    most = (ranks - 1) * length * 4
+    sent = max(sum(s.nbytes or 0 for s in sends if s.rank == rank) for rank in range(ranks))
+    if sent > most:
+        raise Wrong(
+            f"{what}the pieces are right, but a rank sent {sent} bytes; {most} are enough.",
+            "Send one piece in a step, the one that came last, and not all that you have.",
+        )
+
+
+RINGS = ((2, 4), (4, 10), (3, 2), (1, 5))  # (ranks, length)
 
 
 @in_group
@@ -210,10 +278,7 @@ def _explain_hang(run: Run) -> None:
 
 def _judge_ring(run: Run, ranks: int, length: int) -> None:
     what = f"{count(ranks, 'rank')}, {length} numbers: "
-    calls = [s for rank in run.ranks for s in _made_by_answer(rank)]
-    used = {str(s.op) for s in calls if s.op in COLLECTIVES}
-    if used:
-        raise Wrong(f"{what}you called {', '.join(sorted(used))}.", "Build it by hand.")
+    sends = _sends_by_hand(run, what)
     for rank, (have, expected) in enumerate(run.values):
         if have != expected:
             mistakes = {
@@ -229,14 +294,7 @@ def _judge_ring(run: Run, ranks: int, length: int) -> None:
             judge(
                 f"{what}rank {rank} has {have}; after dist.all_reduce it has {expected}.", mistakes
             )
-    sends = [s for s in calls if s.op in SENDS and s.kind == "comm"]
-    for s in sends:
-        if (int(s.peer or 0) - s.rank) % ranks not in (1, ranks - 1):
-            raise Wrong(
-                f"{what}rank {s.rank} sent to rank {s.peer}.",
-                "In a ring each rank talks to the next and the previous one only: then all links "
-                "work at once, and none carries everything.",
-            )
+    _judge_neighbours(sends, what, ranks)
     most = 2 * (ranks - 1) * -(-length // ranks) * 4
     sent = max(sum(s.nbytes or 0 for s in sends if s.rank == rank) for rank in range(ranks))
     if sent > most:
@@ -245,6 +303,25 @@ def _judge_ring(run: Run, ranks: int, length: int) -> None:
             "Passing whole tensors round sends each n - 1 times. Send pieces: 2 (n - 1) of them, "
             "each an n-th of the tensor, however many ranks there are.",
         )
+
+
+def _sends_by_hand(run: Run, what: str) -> list[Span]:
+    """The sends of the learner's function, which may call no collective."""
+    calls = [s for rank in run.ranks for s in _made_by_answer(rank)]
+    used = {str(s.op) for s in calls if s.op in COLLECTIVES}
+    if used:
+        raise Wrong(f"{what}you called {', '.join(sorted(used))}.", "Build it by hand.")
+    return [s for s in calls if s.op in SENDS and s.kind == "comm"]
+
+
+def _judge_neighbours(sends: list[Span], what: str, ranks: int) -> None:
+    for s in sends:
+        if (int(s.peer or 0) - s.rank) % ranks not in (1, ranks - 1):
+            raise Wrong(
+                f"{what}rank {s.rank} sent to rank {s.peer}.",
+                "In a ring each rank talks to the next and the previous one only: then all links "
+                "work at once, and none carries everything.",
+            )
 
 
 def _made_by_answer(rank: RankResult) -> Iterator[Span]:

@@ -1,4 +1,4 @@
-"""The checks of lesson 03: right answers pass; typical wrong ones are explained."""
+"""The checks of lessons 03 and 03b: the solution passes; typical wrong answers are explained."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ddp_lessons.exercises.collectives import (
     check_mean_over_ranks,
     check_predict,
+    check_ring_all_gather,
     check_ring_all_reduce,
 )
 from tests.support import answers
@@ -100,6 +101,91 @@ def but(op: str, change: Callable[[list[Any], list[list[int]]], Any]) -> Any:
         return change(right, before) if name == op else right
 
     return predict_wrongly
+
+
+def ring_all_gather(
+    pieces: list[torch.Tensor], steps: int | None = None, by: int = 1, first: str = "isend"
+) -> None:
+    rank, n = dist.get_rank(), dist.get_world_size()
+    for step in range(n - 1 if steps is None else min(steps, n - 1)):
+        going, coming = pieces[(rank - by * step) % n], pieces[(rank - by * (step + 1)) % n]
+        sending = getattr(dist, first)(going, dst=(rank + by) % n)
+        dist.recv(coming, src=(rank - by) % n)
+        if first == "isend":
+            sending.wait()
+
+
+def with_new_tensors(pieces: list[torch.Tensor]) -> None:
+    rank, n = dist.get_rank(), dist.get_world_size()
+    passing = pieces[rank]
+    for step in range(1, n):
+        received = torch.empty_like(passing)
+        work = dist.irecv(received, src=(rank - 1) % n)
+        dist.send(passing, dst=(rank + 1) % n)
+        work.wait()
+        passing = pieces[(rank - step) % n] = received
+
+
+def one_sends_first(pieces: list[torch.Tensor]) -> None:
+    rank, n = dist.get_rank(), dist.get_world_size()
+    for step in range(n - 1):
+        going, coming = pieces[(rank - step) % n], pieces[(rank - step - 1) % n]
+        if rank == 0:
+            dist.send(going, dst=(rank + 1) % n)
+        dist.recv(coming, src=(rank - 1) % n)
+        if rank != 0:
+            dist.send(going, dst=(rank + 1) % n)
+
+
+def returned(pieces: list[torch.Tensor]) -> list[torch.Tensor]:
+    filled = [piece.clone() for piece in pieces]
+    ring_all_gather(filled)
+    return filled
+
+
+def in_order_of_arrival(pieces: list[torch.Tensor]) -> None:
+    rank = dist.get_rank()
+    ring_all_gather(pieces)
+    pieces[:] = [pieces[rank - step] for step in range(len(pieces))]
+
+
+def own_overwritten(pieces: list[torch.Tensor]) -> None:
+    ring_all_gather(pieces)
+    pieces[dist.get_rank()].fill_(-1.0)
+
+
+def appended(pieces: list[torch.Tensor]) -> None:
+    ring_all_gather(pieces)
+    pieces.append(pieces[0])
+
+
+def to_all(pieces: list[torch.Tensor]) -> None:
+    rank, n = dist.get_rank(), dist.get_world_size()
+    others = [other for other in range(n) if other != rank]
+    works = [dist.isend(pieces[rank], dst=other) for other in others]
+    works += [dist.irecv(pieces[other], src=other) for other in others]
+    for work in works:
+        work.wait()
+
+
+def all_that_i_have(pieces: list[torch.Tensor]) -> None:
+    rank, n = dist.get_rank(), dist.get_world_size()
+    for _ in range(n - 1):
+        sent, received = torch.cat(pieces), torch.empty(n * len(pieces[0]))
+        sending = dist.isend(sent, dst=(rank + 1) % n)
+        dist.recv(received, src=(rank - 1) % n)
+        sending.wait()
+        for piece, new in zip(pieces, received.chunk(n), strict=True):
+            piece.copy_(torch.maximum(piece, new))
+
+
+def by_library(pieces: list[torch.Tensor]) -> None:
+    dist.all_gather(pieces, pieces[dist.get_rank()].clone())
+
+
+def zero_is_done(pieces: list[torch.Tensor]) -> None:
+    if dist.get_rank():
+        ring_all_gather(pieces)
 
 
 def ring_all_reduce(x: torch.Tensor, first: str = "isend") -> None:
@@ -365,6 +451,10 @@ RIGHT: list[tuple[Any, Any]] = [
             Ring(),
         )
     ],
+    (check_ring_all_gather, ring_all_gather),
+    (check_ring_all_gather, lambda pieces: ring_all_gather(pieces, by=-1)),
+    (check_ring_all_gather, with_new_tensors),
+    (check_ring_all_gather, one_sends_first),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_mean_over_ranks, only_summed, "you returned .*That is the sum"),
@@ -449,6 +539,24 @@ WRONG: list[tuple[Any, Any, str]] = [
         "reduce_scatter of .*sums of piece r",
     ),
     (check_predict, lambda op: op, "raised TypeError"),
+    (
+        check_ring_all_gather,
+        lambda pieces: ring_all_gather(pieces, first="send"),
+        "all wait in send.*start with `isend`",
+    ),
+    (check_ring_all_gather, zero_is_done, "do not match.*rank 0.*Do all ranks take all steps"),
+    (
+        check_ring_all_gather,
+        lambda pieces: ring_all_gather(pieces, steps=1),
+        "4 ranks, 4 pieces of 3: rank 0 has .*There are n - 1 steps",
+    ),
+    (check_ring_all_gather, returned, "rank 0 has .*what is returned does not count"),
+    (check_ring_all_gather, in_order_of_arrival, "rank 1 has .*Its own piece must stay"),
+    (check_ring_all_gather, own_overwritten, "rank 0 has .*Its own piece must stay"),
+    (check_ring_all_gather, appended, "one piece for each rank"),
+    (check_ring_all_gather, to_all, "rank 0 sent to rank 2.*In a ring"),
+    (check_ring_all_gather, all_that_i_have, "pieces are right, but .*the one that came last"),
+    (check_ring_all_gather, by_library, "you called all_gather"),
     (check_ring_all_reduce, send_first, "all wait in send.*start with `isend`"),
     (check_ring_all_reduce, zero_returns, "do not match.*rank 0.*Do all ranks take all steps"),
     (check_ring_all_reduce, first_round_only, "rank 0 has .*After the first round each piece"),

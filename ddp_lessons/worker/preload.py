@@ -47,7 +47,7 @@ if not _had_cache:
     remove_unused_cache()
     atexit.unregister(remove_unused_cache)  # the ranks' folders are the ranks'
 
-# The objects that live now are no garbage; scanning them would copy shared pages in each worker.
-gc.collect()
+# Hardly any object is garbage now; scanning them would copy shared pages in each worker. To collect
+# first would take a tenth of the time of all imports and free no memory to speak of.
 gc.freeze()
 gc.enable()

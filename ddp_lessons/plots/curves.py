@@ -46,14 +46,21 @@ def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
     """Draw the curves over their `xs`; `label_ends` comes after the scales are set."""
     for number, (look, (label, curve)) in enumerate(zip(LOOKS, curves.items(), strict=False)):
         every = max(1, len(curve) // MARKS)
-        # If an earlier curve is equal, marks go between its marks, so that both are seen.
-        hides = any(np.array_equal(curve, other) for other in list(curves.values())[:number])
+        # If it lies on an earlier curve, marks go between its marks, so that both are seen.
+        hides = any(_is_on(curve, other) for other in list(curves.values())[:number])
         at = (every // 2 if hides else 0, every)
         ax.plot(xs[label], curve, label=label, markersize=5, markevery=at, **look)
     ax.set_xlim(0, max(1, *(x[-1] for x in xs.values())))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
+
+
+def _is_on(curve: np.ndarray, other: np.ndarray) -> bool:
+    if curve.shape != other.shape:
+        return False
+    width = 0.03 * float(max(np.ptp(curve), np.ptp(other)))  # of a mark
+    return bool(np.abs(curve - other).max() <= width)
 
 
 def label_ends(ax: Axes, curves: Curves) -> None:

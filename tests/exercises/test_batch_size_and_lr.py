@@ -14,6 +14,7 @@ from ddp_lessons.exercises.batch_size_and_lr import (
     check_global_loss,
     check_lr_at,
     check_one_process,
+    check_schedule,
 )
 from tests.support import answers
 
@@ -78,10 +79,31 @@ def late(step: int, base_lr: float, ranks: int, warmup: int) -> float:
     return lr_at(max(0, step - 1), base_lr, ranks, warmup)
 
 
+def scaled(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return lr_at(step, schedule(step * ranks), ranks, warmup)
+
+
+def too_late(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return lr_at(step, schedule(step), ranks, warmup)
+
+
+def without_warmup(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return schedule(step * ranks) * ranks  # type: ignore[no-any-return]
+
+
+def warmed_from_zero(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return from_zero(step, schedule(step * ranks), ranks, warmup)
+
+
+def warmed_in_samples(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return lr_at(step * ranks, schedule(step * ranks), ranks, warmup)
+
+
 RIGHT: list[tuple[Any, Any]] = [
     (check_one_process, one_process),
     (check_global_loss, global_loss),
     (check_lr_at, lr_at),
+    (check_schedule, scaled),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_one_process, lambda r, b, lr, red: (b, lr), "3 ranks.*together see 12 samples.*as many"),
@@ -115,6 +137,14 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_lr_at, late, "Step 10 should have 0.4"),
     (check_lr_at, lambda step, base, ranks, warmup: "0.1", "you returned '0.1'.*one number"),
     (check_lr_at, lambda step: 1, "failed on real ranks.*TypeError"),
+    (check_schedule, too_late, "4 ranks, warmup=0.*comes too late.*in step 12 already"),
+    (check_schedule, lambda step, schedule, r, w: schedule(step), "comes too late"),
+    (check_schedule, lambda step, schedule, r, w: schedule(step * r), "where is the linear rule"),
+    (check_schedule, without_warmup, "3 ranks, warmup=5.*Where is the warm-up.*step 5 3"),
+    (check_schedule, warmed_from_zero, "3 ranks.*the rates are 0, .*grows from 1"),
+    (check_schedule, warmed_in_samples, "3 ranks, .*Warm-up counts the steps"),
+    (check_schedule, lambda step, schedule, r, w: "0.1", "you returned '0.1'.*one number"),
+    (check_schedule, lambda step: 1, "failed on real ranks.*TypeError"),
 ]
 
 

@@ -238,3 +238,80 @@ def _judge_rates(base: float, ranks: int, warmup: int, by_rank: list[list[Any]])
     shown = by_rank if differ else by_rank[:1]
     each = [", ".join(f"{float(r):g}" if is_number(r) else repr(r) for r in own) for own in shown]
     judge(f"{asked}: the rates are {'; on rank 1 '.join(each)}.", mistakes)
+
+
+def _drops(step: int) -> float:
+    return 0.1 if step < 12 else 0.01
+
+
+def _falls(step: int) -> float:
+    return 0.4 * max(0.0, 1 - step / 40)
+
+
+Schedule = Callable[[int], float]
+SCHEDULED_STEPS = 12
+SCHEDULES: tuple[tuple[str, Schedule, int, int], ...] = (  # what, schedule, world_size, warmup
+    ("0.1, from step 12 on 0.01", _drops, 4, 0),
+    ("0.4, falling evenly to 0 in step 40", _falls, 3, 5),
+    ("0.1, from step 12 on 0.01", _drops, 2, 8),
+    ("0.4, falling evenly to 0 in step 40", _falls, 1, 3),
+)
+
+
+def _scheduled(
+    _: int, lr_at: Callable[..., float], schedule: Schedule, ranks: int, warmup: int
+) -> list[Any]:
+    return [number_or_text(lr_at(step, schedule, ranks, warmup)) for step in range(SCHEDULED_STEPS)]
+
+
+@exercise(
+    "After `step` steps of all ranks, which step would one rank be in? It has seen as many "
+    "samples then.",
+    "`schedule(step * world_size)`, times a factor that grows from 1 to `world_size` in the first "
+    "`warmup` steps and stays there.",
+)
+def check_schedule(scaled: Callable[..., float]) -> str:
+    """Check `scaled(step, schedule, world_size, warmup)`, which each rank computes by itself."""
+    for what, schedule, ranks, warmup in SCHEDULES:
+        run = run_ranks(_scheduled, (scaled, schedule, ranks, warmup))
+        asked = f"one rank has {what}; {ranks} ranks, warmup={warmup}"
+        for rates in run.values:
+            _judge_scheduled(asked, schedule, ranks, warmup, rates)
+    return "both schedules in time with the samples, scaled and warmed up, for 4, 3, 2 and 1 ranks."
+
+
+def _judge_scheduled(
+    asked: str, schedule: Schedule, ranks: int, warmup: int, rates: list[Any]
+) -> None:
+    if odd := [rate for rate in rates if not is_number(rate)]:
+        raise Wrong(f"{asked}: you returned {odd[0]}.", "Return one number: a learning rate.")
+    steps = range(SCHEDULED_STEPS)
+    grown = [min(1, step / warmup) if warmup else 1 for step in steps]
+    factors = [1 + (ranks - 1) * part for part in grown]
+    of_one = [schedule(step * ranks) for step in steps]
+
+    def are(expected: Sequence[float]) -> bool:
+        return all(map(near, rates, expected))
+
+    def times(some: Sequence[float], others: Sequence[float]) -> list[float]:
+        return [one * other for one, other in zip(some, others, strict=True)]
+
+    if are(times(of_one, factors)):
+        return
+    early = [schedule(step) for step in steps]
+    is_early = any(are(times(early, f)) for f in (factors, [1] * len(early), [ranks] * len(early)))
+    mistakes = {
+        f"The schedule comes too late. A step of {ranks} ranks sees {ranks} batches, so in step 3 "
+        f"one rank would be in step {3 * ranks} already.": is_early,
+        "The schedule is in time. But the batch is "
+        f"{ranks} times as large: where is the linear rule?": are(of_one),
+        f"Where is the warm-up? In step 0 the factor is 1, and only in step {warmup} {ranks}.": are(
+            times(of_one, [ranks] * len(steps))
+        ),
+        "With a rate of 0, the first step moves nothing. The factor grows from 1, not from "
+        "0.": warmup and near(rates[0], 0),
+        "Warm-up counts the steps that the ranks take, and the schedule those of one rank. "
+        "Multiply the two.": True,
+    }
+    shown = ", ".join(f"{float(rate):.3g}" for rate in rates)
+    judge(f"{asked}: the rates are {shown}.", mistakes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,7 +27,6 @@ NOTEWORTHY = 0.05  # of a step
 FONT, SMALL = 8.5, 7.5
 
 Look = dict[str, Any]
-_WORKS: list[Look] = [{"facecolor": colour} for colour in style.WORK]
 _OTHER: Look = {"facecolor": style.EDGE}
 _UNMARKED: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0.8}
 _FLIGHT: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidth": 0.6}
@@ -73,7 +72,8 @@ def buckets(
     most = min(MOST_ROWS, max(len(row.buckets) for row in rows))
     ax = ax or style.new_axes(len(rows), MAIN + BUCKET * most + GAP)
     ax.set_xlim(0, max((end_ns - begin_ns) / 1e6 * 1.02, ax.get_xlim()[1]))
-    works = list(dict.fromkeys(bar.name for row in rows for bar in row.work))
+    fills = style.fills(bar.name for row in rows for bar in row.work)
+    works = {n: {"facecolor": fill} if fill else _OTHER for n, fill in fills.items()}
     tops = [sum(heights[:n]) for n in range(len(rows))]
     for row, top in zip(rows, tops, strict=True):
         _draw(ax, row, top, works)
@@ -170,12 +170,11 @@ def _name(span: Span) -> str:
     return f"{span.name}  {style.bytes_text(span.nbytes)}{open_end}"
 
 
-def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
+def _draw(ax: Axes, row: Row, top: float, works: Mapping[str, Look]) -> None:
     for bar in row.step:
         ax.broken_barh([(bar.left, bar.right - bar.left)], (top, MAIN), **_UNMARKED)
     for bar in row.work:
-        look = _look(works.index(bar.name))
-        ax.broken_barh([(bar.left, bar.right - bar.left)], (top, MAIN), **look)
+        ax.broken_barh([(bar.left, bar.right - bar.left)], (top, MAIN), **works[bar.name])
     waits = [(bar.left, bar.right - bar.left) for bar in row.waiting]
     ax.broken_barh(waits, (top, MAIN), **style.WAIT_LOOK)
     for bar, place in zip(row.buckets, row.places, strict=True):
@@ -188,7 +187,7 @@ def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
     for bar in row.work:
         inner = [b.interval for b in row.work if b is not bar and _within(b, bar)]
         where = row_layout.widest_gap(bar.interval, over + inner)
-        ink = style.ink_on(_look(works.index(bar.name))["facecolor"])
+        ink = style.ink_on(works[bar.name]["facecolor"])
         style.write(ax, [bar.name], where, top + MAIN / 2, FONT, color=ink)
     for bar in row.waiting:
         texts = [f"exposed {bar.right - bar.left:.0f} ms", f"{bar.right - bar.left:.0f} ms"]
@@ -197,10 +196,6 @@ def _draw(ax: Axes, row: Row, top: float, works: Sequence[str]) -> None:
 
 def _within(inner: Bar, outer: Bar) -> bool:
     return outer.left <= inner.left and inner.right <= outer.right
-
-
-def _look(number: int) -> Look:
-    return _WORKS[number] if number < len(_WORKS) else _OTHER
 
 
 def _name_rows(ax: Axes, rows: Sequence[Row], tops: Sequence[float], bottom: float) -> None:
@@ -232,10 +227,11 @@ def _finding(rows: Iterable[Row], step: int) -> str:
     )
 
 
-def _legend(rows: Sequence[Row], works: Sequence[str]) -> list[Patch]:
-    patches = [Patch(**look, label=name) for name, look in zip(works, _WORKS, strict=False)]
-    if len(works) > len(_WORKS):
-        patches.append(Patch(**_OTHER, label="other work"))
+def _legend(rows: Sequence[Row], works: Mapping[str, Look]) -> list[Patch]:
+    others = [name for name, look in works.items() if look is _OTHER]
+    patches = [Patch(**look, label=name) for name, look in works.items() if name not in others]
+    if others:
+        patches.append(Patch(**_OTHER, label=others[0] if len(others) == 1 else "other work"))
     if any(row.unmarked > NOTEWORTHY for row in rows):
         patches.append(Patch(**_UNMARKED, label="unmarked"))
     patches.append(Patch(**_FLIGHT, label="bucket in flight"))

@@ -21,6 +21,7 @@ LOOKS: tuple[dict[str, Any], ...] = (
 )
 APART = 0.09  # least distance of two labels, of the axes' height
 MARKS = 12  # on a curve
+MARK = 0.03  # height of a mark, as a part of the curves' range
 FONT = 9
 LINE = 0.07  # of the axes' height: a line of text
 TURN = 0.85  # of the axes' width: beyond it a mark's label stands on its left
@@ -44,16 +45,21 @@ def checked(curves: Mapping[str, Sequence[float]]) -> Curves:
 
 def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
     """Draw the curves over their `xs`; `label_ends` comes after the scales are set."""
+    width = MARK * float(np.ptp(np.concatenate(list(curves.values()))))
     for number, (look, (label, curve)) in enumerate(zip(LOOKS, curves.items(), strict=False)):
         every = max(1, len(curve) // MARKS)
-        # If an earlier curve is equal, marks go between its marks, so that both are seen.
-        hides = any(np.array_equal(curve, other) for other in list(curves.values())[:number])
+        # If it lies on an earlier curve, marks go between its marks, so that both are seen.
+        hides = any(_is_on(curve, other, width) for other in list(curves.values())[:number])
         at = (every // 2 if hides else 0, every)
         ax.plot(xs[label], curve, label=label, markersize=5, markevery=at, **look)
     ax.set_xlim(0, max(1, *(x[-1] for x in xs.values())))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
+
+
+def _is_on(curve: np.ndarray, other: np.ndarray, width: float) -> bool:
+    return curve.shape == other.shape and bool(np.abs(curve - other).max() <= width)
 
 
 def label_ends(ax: Axes, curves: Curves) -> None:

@@ -12,7 +12,7 @@ from ddp_lessons.plots import alt_text
 from ddp_lessons.text import exit_name
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.backend_bases import RendererBase
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BLUE, GREEN, PURPLE, ORANGE = "#0072B2", "#009E73", "#CC79A7", "#E69F00"
 PALE, EDGE, INK = "#E8E8E8", "#999999", "#222222"
 WORK = (BLUE, GREEN, "#E8A8D8")  # fills; in grey print the purple above looks like the green
+USUAL = ("forward", "backward", "optimizer")  # work that always has these fills
 # Waiting for another rank, or for communication, looks the same in every picture.
 WAIT_LOOK: dict[str, Any] = {
     "facecolor": "#FDE8EC",
@@ -53,6 +54,18 @@ def new_axes(rows: int, stretch: float = 1.0) -> Axes:
     figure = plt.figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     ax: Axes = figure.add_subplot()
     return ax
+
+
+def fills(names: Iterable[str]) -> dict[str, str | None]:
+    """By name of marked work, its fill; None where there are more names than fills.
+
+    The parts of a training step look the same in every picture, whatever else is marked in it.
+    """
+    work = list(dict.fromkeys(names))
+    found = dict(zip(USUAL, WORK, strict=True))
+    free = [fill for usual, fill in found.items() if usual not in work]
+    found.update(zip((name for name in work if name not in USUAL), free, strict=False))
+    return {name: found.get(name) for name in work}
 
 
 def name_rows(ax: Axes, ranks: int) -> None:

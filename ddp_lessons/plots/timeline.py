@@ -36,7 +36,6 @@ Look = dict[str, Any]
 
 _START_UP_LOOK: Look = {"facecolor": style.PALE, "edgecolor": style.EDGE, "linewidth": 0.5}
 _UNMARKED_LOOK: Look = {"facecolor": "white", "edgecolor": style.EDGE, "linewidth": 0.8}
-_WORK_LOOKS: list[Look] = [{"facecolor": colour} for colour in style.WORK]
 _OTHER_LOOK: Look = {"facecolor": style.INK}
 _DATA_LOOK: Look = {**_START_UP_LOOK, "hatch": "...."}
 _GROUP_LOOK: Look = {"facecolor": "#FCE7B8", "edgecolor": style.ORANGE, "linewidth": 0.6}
@@ -115,11 +114,10 @@ class Looks:
     """How spans look, and their legend: work by its name, collectives by their group."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        works = dict.fromkeys(span.name for span in spans if span.kind == Kind.COMPUTE)
+        works = style.fills(span.name for span in spans if span.kind == Kind.COMPUTE)
         groups = dict.fromkeys(span.group for span in spans if span.group not in (None, "world"))
         self._works = {
-            name: _WORK_LOOKS[n] if n < len(_WORK_LOOKS) else _OTHER_LOOK
-            for n, name in enumerate(works)
+            name: {"facecolor": fill} if fill else _OTHER_LOOK for name, fill in works.items()
         }
         self._calls, self._flights = {}, {}
         for number, group in enumerate(["world", *groups]):

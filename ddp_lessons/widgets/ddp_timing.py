@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ddp_lessons.run import Run
 
 BUCKETS_MB = (0.5, 1, 2, 4, 25)
-LINKS = {"as it is": None, "simulated: 300 MB/s": 300, "simulated: 100 MB/s": 100}
+LINKS = {"as it is": 0, "simulated: 300 MB/s": 300, "simulated: 100 MB/s": 100}  # MB/s
 
 
 def explore(train: Callable[..., Any]) -> Explorer:
@@ -30,17 +30,17 @@ def explore(train: Callable[..., Any]) -> Explorer:
     controls = {
         "bucket_cap_mb": one_of("bucket_cap_mb", BUCKETS_MB, 2),
         "late_ms": whole("rank 1 late, ms", 0, 0, 30, 5),
-        "megabytes": one_of("link", LINKS, None),
+        "megabytes": one_of("link", LINKS, 0),
     }
 
-    def start(bucket_cap_mb: float, late_ms: int, megabytes: int | None) -> Run:
+    def start(bucket_cap_mb: float, late_ms: int, megabytes: int) -> Run:
         link = SimulatedLink(megabytes_per_second=megabytes) if megabytes else None
         return run_ranks(train, (bucket_cap_mb, link, late_ms), 2)
 
     return Explorer(controls, start, _draw)
 
 
-def _draw(run: Run, bucket_cap_mb: float, late_ms: int, megabytes: int | None) -> Axes:
+def _draw(run: Run, bucket_cap_mb: float, late_ms: int, megabytes: int) -> Axes:
     link = f", simulated link of {megabytes} MB/s" if megabytes else ""
     late = f", rank 1 late by {late_ms} ms" if late_ms else ""
     return plots.buckets(run, title=f"bucket_cap_mb={bucket_cap_mb:g}{link}{late}")

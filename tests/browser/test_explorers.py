@@ -68,6 +68,8 @@ def test_every_control_has_a_name_and_nothing_is_cut_off(
     for slider in cell.locator(".widget-slider").all():
         label = slider.locator("label").text_content()
         expect(slider.get_by_role("slider")).to_have_accessible_name(str(label))
+    for choice in cell.locator("select").all():
+        expect(choice.locator("option:checked")).to_have_text(re.compile(r"\w"))
     for name in SIZES:
         notebook.resize(name)
         notebook.show(0)

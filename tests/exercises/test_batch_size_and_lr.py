@@ -18,6 +18,7 @@ from ddp_lessons.exercises.batch_size_and_lr import (
     check_global_loss,
     check_lr_at,
     check_one_process,
+    check_schedule,
 )
 from tests.support import answers
 
@@ -178,6 +179,26 @@ def other_on_some_rank(step: int, base_lr: float, ranks: int, warmup: int) -> fl
     return lr_at(step, base_lr, ranks, warmup) + (os.environ["RANK"] == "1" and step == 3)
 
 
+def scaled(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return lr_at(step, schedule(step * ranks), ranks, warmup)
+
+
+def too_late(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return lr_at(step, schedule(step), ranks, warmup)
+
+
+def without_warmup(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return schedule(step * ranks) * ranks  # type: ignore[no-any-return]
+
+
+def warmed_from_zero(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return from_zero(step, schedule(step * ranks), ranks, warmup)
+
+
+def warmed_in_samples(step: int, schedule: Any, ranks: int, warmup: int) -> float:
+    return lr_at(step * ranks, schedule(step * ranks), ranks, warmup)
+
+
 RIGHT: list[tuple[Any, Any]] = [
     (check_one_process, one_process),
     (check_one_process, lambda *setup: list(one_process(*setup))),
@@ -195,6 +216,7 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_lr_at, by_linspace),
     (check_lr_at, by_steps),
     (check_lr_at, partial(answers.decorated(lr_at))),
+    (check_schedule, scaled),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_one_process, lambda r, b, lr, red: (b, lr), "3 ranks.*together see 12 samples.*as many"),
@@ -262,6 +284,14 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_lr_at, lambda s, b, r, w: [lr_at(s, b, r, w)], "one number"),
     (check_lr_at, lambda s, b, r, w: float("nan"), "step 0 you returned nan"),
     (check_lr_at, lambda step: 1, "failed on real ranks.*TypeError"),
+    (check_schedule, too_late, "4 ranks, warmup=0.*comes too late.*in step 12 already"),
+    (check_schedule, lambda step, schedule, r, w: schedule(step), "comes too late"),
+    (check_schedule, lambda step, schedule, r, w: schedule(step * r), "where is the linear rule"),
+    (check_schedule, without_warmup, "3 ranks, warmup=5.*Where is the warm-up.*step 5 3"),
+    (check_schedule, warmed_from_zero, "3 ranks.*the rates are 0, .*grows from 1"),
+    (check_schedule, warmed_in_samples, "3 ranks, .*Warm-up counts the steps"),
+    (check_schedule, lambda step, schedule, r, w: "0.1", "you returned '0.1'.*one number"),
+    (check_schedule, lambda step: 1, "failed on real ranks.*TypeError"),
 ]
 
 

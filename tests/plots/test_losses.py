@@ -40,9 +40,10 @@ def test_the_scale_begins_at_zero_and_curves_differ_without_colour() -> None:
     assert len({(line.get_linestyle(), line.get_marker()) for line in ax.lines}) == 4
 
 
-def test_marks_of_equal_curves_stand_beside_each_other() -> None:
+@pytest.mark.parametrize("apart", [0.0, 0.5])  # of 29
+def test_marks_of_curves_that_coincide_stand_beside_each_other(apart: float) -> None:
     curve = [float(step) for step in range(30)]
-    ax = plots.losses({"a": curve, "b": curve, "c": curve[::-1]})
+    ax = plots.losses({"a": curve, "b": [loss + apart for loss in curve], "c": curve[::-1]})
     assert [line.get_markevery() for line in ax.lines] == [(0, 2), (1, 2), (0, 2)]
 
 

@@ -64,3 +64,22 @@ def test_of_many_ranks_every_eighth_is_named_and_the_lines_stay() -> None:
     ax = named(["one", "two", "three", "four"], each=16)
     assert rows(ax) == [f"rank {rank}" for rank in range(0, 64, 8)]
     assert lines(ax) == [15.5, 31.5, 47.5]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("forward", "backward", "optimizer"),
+        ("backward",),
+        ("load", "forward", "backward"),
+        ("load", "forward", "backward", "optimizer"),
+        ("train", "load", "save", "evaluate"),
+    ],
+)
+def test_the_parts_of_a_step_look_the_same_whatever_else_is_marked(names: Sequence[str]) -> None:
+    found = style.fills(names)
+    assert list(found) == list(names)
+    usual = dict(zip(style.USUAL, style.WORK, strict=True))
+    assert all(found[name] == usual[name] for name in names if name in usual)
+    filled = [fill for fill in found.values() if fill]
+    assert len({*filled}) == len(filled) == min(len(names), len(style.WORK))

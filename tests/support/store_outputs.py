@@ -20,7 +20,7 @@ PICTURES = Path("notebooks/pictures")
 README_PICTURES = {  # (notebook, the place of the picture in it): the file that README.md shows
     ("00_start_here", 0): "00_start_here.png",
     ("07_ddp_timing", 1): "07_buckets.png",
-    ("07_ddp_timing", 3): "07_waits.png",
+    ("07_ddp_timing", 7): "07_waits.png",
     ("10_hang_clinic", 1): "10_hang_board.png",
 }
 MOST_BYTES = 1 << 20  # of a notebook with its outputs

@@ -289,6 +289,15 @@ def test_each_explorer_draws_every_setting(name: str, shown: list[dict[str, Any]
     assert explorer.run.ok
 
 
+@pytest.mark.parametrize("name", EXPLORERS)
+def test_each_list_shows_what_is_chosen(name: str) -> None:
+    """ipywidgets takes the value None for no choice, and leaves the list blank."""
+    explore, _ = EXPLORERS[name]
+    for control in explore().controls.values():
+        if isinstance(control, ipywidgets.Dropdown):
+            assert control.label, control.description
+
+
 def test_a_bug_is_drawn_and_explained(shown: list[dict[str, Any]]) -> None:
     explorer = hang_clinic.explore(call_with_a_bug)
     explorer._ipython_display_()

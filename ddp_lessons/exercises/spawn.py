@@ -1,4 +1,4 @@
-"""The checks of lesson 01: global ranks, and a launcher for one process or many."""
+"""The checks of lesson 01: ranks on machines, and a launcher for one process or many."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from ddp_lessons.exercises.framework import call, exercise, judge, run_ranks
+from ddp_lessons import Run
+from ddp_lessons.exercises.framework import Wrong, call, errors, exercise, judge, run_ranks
+from ddp_lessons.exercises.numeric_answers import plain
+from ddp_lessons.text import count
 
 SHAPES = ((3, 2), (2, 3), (4, 1), (1, 4))  # (nprocs, nnodes)
 
@@ -14,6 +17,8 @@ SHAPES = ((3, 2), (2, 3), (4, 1), (1, 4))  # (nprocs, nnodes)
 @exercise(
     "How many ranks stand on the machines before this one?",
     "group_rank machines come before this one, each with nprocs ranks.",
+    "`group_rank * nprocs` ranks come before this machine's first, and local_rank more before this "
+    "one. Add the two.",
 )
 def check_global_rank(global_rank: Callable[[int, int, int], int]) -> str:
     """Check `global_rank(group_rank, local_rank, nprocs)` against RANK on real ranks."""
@@ -21,34 +26,97 @@ def check_global_rank(global_rank: Callable[[int, int, int], int]) -> str:
     def compare(_: int) -> tuple[int, int, Any]:
         names = ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         group, local, nprocs = (int(os.environ[name]) for name in names)
-        return group, local, global_rank(group, local, nprocs)
+        del os.environ["RANK"]  # which would be the answer
+        return group, local, plain(global_rank(group, local, nprocs))
 
     for nprocs, nnodes in SHAPES:
-        values = run_ranks(compare, nprocs=nprocs, nnodes=nnodes).values
-        _judge_ranks(f"on {nnodes} machines with {nprocs} ranks each, ", values)
+        run = run_ranks(compare, nprocs=nprocs, nnodes=nnodes, check=False)
+        if any(error.summary == "KeyError: 'RANK'" for error in errors(run)):
+            raise Wrong(
+                "it looked for RANK, which the check has taken away.",
+                "RANK is what you are to compute, from the three numbers.",
+            )
+        run.raise_for_failure()
+        _judge_ranks(f"on {_machines(nnodes, nprocs)}, ", run.values)
     return "right on every rank of 2 machines with 3 ranks, 3 with 2, 1 with 4 and 4 with 1."
+
+
+def _machines(nnodes: int, nprocs: int) -> str:
+    each = " each" if nnodes > 1 else ""
+    return f"{count(nnodes, 'machine')} with {count(nprocs, 'rank')}{each}"
 
 
 def _judge_ranks(where: str, values: list[tuple[int, int, Any]]) -> None:
     places = [f"machine {group}, local rank {local}" for group, local, _ in values]
     answers = [answer for _, _, answer in values]
-    rank = next((r for r, answer in enumerate(answers) if answer != r), None)
+    rank = next((r for r, a in enumerate(answers) if type(a) is not int or a != r), None)
     if rank is None:
         return
     this, answer = places[rank], answers[rank]
-    twin = next((places[r] for r, a in enumerate(answers) if a == answer and r != rank), None)
+    twin = next((r for r, a in enumerate(answers) if a == answer and r != rank), None)
+    twins = f"two ranks call themselves {answer!r}: {this}, and {places[twin or 0]}.\n"
     mistakes = {
         f"{this} got {answer!r}, which is no whole number.\n"
-        "The function must return a number: is "
-        "`return` missing, or is it a text?": not isinstance(answer, int),
-        f"two ranks call themselves {answer!r}: {this}, and {twin}.\n"
-        "The local rank starts at 0 on every machine; it only chooses the device. The global rank "
-        "must be different for every process of the job.": twin,
+        "The function must return an `int`. Is `return` missing, is it a text, or did `/` make a "
+        "float of it?": type(answer) is not int,
+        f"{twins}All ranks of a machine have its group_rank. What tells them apart is the local "
+        "rank: it must be added.": twin is not None and values[twin][0] == values[rank][0],
+        f"{twins}The local rank starts at 0 on every machine; it only chooses the device. The "
+        "global rank must be different for every process of the job.": twin is not None,
+        f"{this} should be rank {rank}; it calls itself {answer!r}.\n"
+        "Ranks, machines and local ranks are all counted from 0.": all(
+            type(a) is int and a - r == answer - rank for r, a in enumerate(answers)
+        ),
         f"{this} should be rank {rank}; it calls itself {answer!r}.\n"
         "Ranks are counted machine by machine: all ranks of machine 0 first, then those of machine "
         "1. The stride between machines is the number of ranks on one.": True,
     }
     judge(where, mistakes)
+
+
+MACHINES = ((3, 3), (2, 4, 1), (1, 1, 5), (6,))  # ranks on each
+
+
+@exercise(
+    "Whose ranks come first? If this rank is none of machine 0's, how many are behind you?",
+    "Go through the machines. While the rank is not smaller than the number of ranks on a machine, "
+    "take that number away from it.",
+    "`for machine, ranks in enumerate(ranks_on)`: if rank < ranks, you have found it: machine and "
+    "rank. Otherwise `rank -= ranks`.",
+)
+def check_place(place: Callable[[int, list[int]], tuple[int, int]]) -> str:
+    """Check `place(rank, ranks_on)`: the machine's number and the local rank of every rank."""
+
+    def on_ranks(rank: int, ranks_on: tuple[int, ...]) -> Any:
+        for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]  # which know nothing of these machines
+        return place(rank, list(ranks_on))
+
+    for ranks_on in MACHINES:
+        right = [(m, local) for m, ranks in enumerate(ranks_on) for local in range(ranks)]
+        answers = run_ranks(on_ranks, (ranks_on,), nprocs=sum(ranks_on)).values
+        for rank, (answer, expected) in enumerate(zip(answers, right, strict=True)):
+            where = f"with {list(ranks_on)} ranks on the machines, rank {rank} "
+            _judge_place(where, answer, expected)
+    return "every rank found its place, on equal machines and on unequal ones."
+
+
+def _judge_place(where: str, answer: Any, right: tuple[int, int]) -> None:
+    pair = tuple(plain(answer)) if isinstance(plain(answer), list | tuple) else ()
+    said = f"said {answer!r}; it is local rank {right[1]} of machine {right[0]}.\n"
+    mistakes = {
+        f"returned {answer!r}.\nReturn two whole numbers: the machine, and the local rank.": (
+            [*map(type, pair)] != [int, int]
+        ),
+        f"{said}The machine comes first, then the local rank.": pair == right[::-1],
+        f"{said}Machines and local ranks are both counted from 0.": (
+            pair in [(right[0] + a, right[1] + b) for a, b in ((1, 1), (0, 1), (1, 0))]
+        ),
+        f"{said}The machines may have different numbers of ranks, so one division does not find "
+        "the machine. Take away the ranks of each machine before it.": True,
+    }
+    if pair != right or [*map(type, pair)] != [int, int]:
+        judge(where, mistakes)
 
 
 def _probe(rank: int) -> tuple[int, int]:
@@ -68,28 +136,47 @@ def check_run_job(run_job: Callable[[Callable[[int], Any], int], list[Any]]) -> 
 
 
 def _judge_result(nprocs: int, result: Any) -> None:
-    mistakes = {
+    gave_no_list = f"gave {result!r}; expected a list of {count(nprocs, 'value')}.\n"
+    mistakes: dict[str, object] = {
         "returned None.\n"
         "Is `return` missing? (`mp.spawn` and a plain call of a worker give back nothing by "
         "themselves; `launch(...).values` is the list of what the ranks returned.)": result is None,
-        f"gave {result!r}; expected a list of {nprocs} values.\n"
-        "What uses the result should not need to know how many processes there were: one process "
-        "gives a list of one value.": not isinstance(result, list) or len(result) != nprocs,
+        f"gave {result!r}.\n"
+        "`launch` returns a Run. The list of what the ranks returned is its "
+        "`.values`.": isinstance(result, Run),
+        f"{gave_no_list}What uses the result should not need to know how many processes there "
+        "were: one process gives a list of one value.": not isinstance(result, list),
+        f"{gave_no_list}There is one value for each rank, 0 to nprocs - 1.": (
+            isinstance(result, list) and len(result) != nprocs
+        ),
+        f"gave {result!r}, which is not what fn returned.\n"
+        "The list has what `fn(rank)` returned on each rank, as it is.": not _are_probed(result),
     }
     judge(f"run_job(fn, {nprocs}) ", mistakes)
     ranks, pids = zip(*result, strict=True)
     processes, here = len(set(pids)), pids.count(os.getpid())
+    called_with = f", fn was called with {', '.join(map(str, ranks))} as rank.\n"
+    ran_in = f", the function ran in {processes} process{'es' if processes > 1 else ''}, "
     mistakes = {
-        f", fn was called with {', '.join(map(str, ranks))} as rank.\n"
-        "fn's first argument is its rank, 0 to nprocs - 1; "
+        f", the values are those of ranks {', '.join(map(str, ranks))}, in this order.\n"
+        "Value r of the list is rank r's.": list(ranks) != sorted(ranks) == list(range(nprocs)),
+        f"{called_with}fn's first argument is its rank, 0 to nprocs - 1; "
         "a single process is rank 0.": list(ranks) != list(range(nprocs)),
         " a process was started.\n"
         "One process is the one you have. Starting another costs time, and a debugger or a print "
         "in the notebook no longer sees the function.": nprocs == 1 and not here,
-        f", the function ran in {processes} process(es), {here} of the calls in the notebook's "
-        "own.\n"
-        "Calling a function N times in a loop is not N ranks: they would never run at the same "
-        "time, and the first collective would "
-        "wait forever.": nprocs > 1 and (here > 0 or processes < nprocs),
+        f"{ran_in}{here} of the calls in the notebook's own.\n"
+        "Calling a function N times, in a loop or in threads, does not make N ranks: each is a "
+        "process of its own.": here > 0 and nprocs > 1,
+        f"{ran_in}and there should be {nprocs}.\n"
+        "Calls in one process, one after the other, are not ranks: the first collective would wait "
+        "forever for a call that comes later.": processes < nprocs,
     }
     judge(f"with nprocs={nprocs}", mistakes)
+
+
+def _are_probed(result: Any) -> bool:
+    """Whether these are values that `_probe` returned."""
+    return isinstance(result, list) and all(
+        isinstance(value, tuple) and [*map(type, value)] == [int, int] for value in result
+    )

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,12 @@ def _greet(condition: Callable[[int], bool], text: str = "hello from {} ranks") 
 
 
 def _environment(**changes: Any) -> Any:
-    def environment(rank: int, world_size: int, port: int) -> dict[str, Any]:
+    def environment(g: int, local: int, nnodes: int, nprocs: int, address: str, port: int) -> Any:
+        rank, world_size = g * nprocs + local, nnodes * nprocs
         variables = {
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
-            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
         }
         for name, change in changes.items():
@@ -65,6 +66,30 @@ def _join(url: str, own: bool = True) -> Any:
     return join
 
 
+def _waits(delays: Sequence[float], jobs: Sequence[str]) -> list[float]:
+    complete = {job: max(d for d, j in zip(delays, jobs, strict=True) if j == job) for job in jobs}
+    return [complete[job] - delay for delay, job in zip(delays, jobs, strict=True)]
+
+
+def _meet(rank: int, world_size: int, store: dist.Store, card: str) -> list[str]:
+    number = store.add(f"meetings of {rank}", 1)
+    store.set(f"{number}/{rank}", card)
+    return [store.get(f"{number}/{r}").decode() for r in range(world_size)]
+
+
+def _meet_with_the_same_keys(rank: int, world_size: int, store: dist.Store, card: str) -> list[str]:
+    store.set(f"{rank}", card)
+    return [store.get(f"{r}").decode() for r in range(world_size)]
+
+
+def _place(rank: int, ranks_on: Sequence[int]) -> tuple[int, int]:
+    for machine, ranks in enumerate(ranks_on):
+        if rank < ranks:
+            return machine, rank
+        rank -= ranks
+    raise AssertionError("there are not so many ranks")
+
+
 def _plain_or_launched(fn: Any, nprocs: int) -> list[Any]:
     return [fn(0)] if nprocs == 1 else launch(fn, nprocs=nprocs).values
 
@@ -75,7 +100,9 @@ RIGHT: list[tuple[Exercise, Any]] = [
     (spawn.check_run_job, _plain_or_launched),
     (init_process_group.check_environment, _environment()),
     (init_process_group.check_join, _join("file://{folder}/{job}")),
-    (init_process_group.check_waits, lambda delays: [max(delays) - d for d in delays]),
+    (init_process_group.check_waits, _waits),
+    (init_process_group.check_meet, _meet),
+    (spawn.check_place, _place),
 ]
 
 WRONG: list[tuple[Exercise, Any, str]] = [
@@ -127,8 +154,12 @@ WRONG: list[tuple[Exercise, Any, str]] = [
         lambda fn, n: launch(fn, nprocs=n).values,
         "nprocs=1 a process was started",
     ),
-    (spawn.check_run_job, lambda fn, n: [fn(r) for r in range(n)], "in a loop is not N ranks"),
-    (spawn.check_run_job, lambda fn, n: fn(0) if n == 1 else [], "a list of 1 values"),
+    (
+        spawn.check_run_job,
+        lambda fn, n: [fn(r) for r in range(n)],
+        "in a loop or in threads, does not make N ranks",
+    ),
+    (spawn.check_run_job, lambda fn, n: fn(0) if n == 1 else [], "a list of 1 value"),
     (spawn.check_run_job, lambda fn, n: [fn(n)], "called with 1 as rank"),
     (spawn.check_run_job, lambda fn, n: [fn()], "raised TypeError"),
     (
@@ -166,21 +197,54 @@ WRONG: list[tuple[Exercise, Any, str]] = [
     (init_process_group.check_join, lambda r, n, job, folder: job + folder, "must call"),
     (
         init_process_group.check_waits,
-        lambda delays: [max(delays)] * len(delays),
-        "you said 0.8 s.*last",
+        lambda delays, jobs: [sum(pair) for pair in zip(_waits(delays, jobs), delays, strict=True)],
+        "rank [12] of job .*time at which all leave",
+    ),
+    (init_process_group.check_waits, lambda delays, jobs: delays, "at which they come"),
+    (
+        init_process_group.check_waits,
+        lambda delays, jobs: [max(delays) - d for d in delays],
+        "rank 0 of job a came after 0 s and waited about 0.[345] s; you said 0.8 s.*its own job",
     ),
     (
         init_process_group.check_waits,
-        lambda delays: delays,
-        "rank 0 came after 0 s and waited about 0.[789]",
+        lambda delays, jobs: [max(delays), *[0] * (len(delays) - 1)],
+        "rank 0 is no exception",
+    ),
+    (init_process_group.check_waits, lambda delays, jobs: [0], "1 number for 4 ranks"),
+    (init_process_group.check_waits, lambda delays: delays, "raised TypeError"),
+    (
+        init_process_group.check_meet,
+        _meet_with_the_same_keys,
+        "of them belong to the other meeting",
     ),
     (
-        init_process_group.check_waits,
-        lambda delays: [max(delays), *[0] * (len(delays) - 1)],
-        "rank 2 came after 0.3 s and waited about 0.[456] s; you said 0 s.*rank 0 is no exception",
+        init_process_group.check_meet,
+        lambda rank, n, store, card: [store.get(f"{card[0]}/{r}") for r in range(n)],
+        "it failed.*set its own card before",
     ),
-    (init_process_group.check_waits, lambda delays: [0], "1 number for 3 ranks"),
-    (init_process_group.check_waits, lambda: 1, "raised TypeError"),
+    (
+        init_process_group.check_meet,
+        lambda rank, n, store, card: store.set(f"{card[0]}/{rank}", card),
+        "got None.*`return` missing",
+    ),
+    (init_process_group.check_meet, lambda rank, n, store, card: [card], "not 3 cards"),
+    (
+        init_process_group.check_meet,
+        lambda *given: _meet(*given)[::-1],
+        "rank 0 got .*Card r of the list is rank r's",
+    ),
+    (
+        init_process_group.check_meet,
+        lambda *given: [card.encode() for card in _meet(*given)],
+        "has bytes",
+    ),
+    (spawn.check_place, lambda r, on: divmod(r, on[0]), "one division does not find"),
+    (spawn.check_place, lambda r, on: _place(r, on)[::-1], "The machine comes first"),
+    (spawn.check_place, lambda r, on: (_place(r, on)[0] + 1, _place(r, on)[1]), "counted from 0"),
+    (spawn.check_place, lambda r, on: r, "returned 0.*two whole numbers"),
+    (spawn.check_place, lambda r, on: [float(n) for n in _place(r, on)], "two whole numbers"),
+    (spawn.check_place, lambda r, on: (0, r), "it is local rank 0 of machine 1"),
 ]
 
 

@@ -1,12 +1,14 @@
-"""The checks of lesson 02: the variables of env://, separate jobs, and waiting times."""
+"""The checks of lesson 02: variables, jobs that stay apart, waiting times, a meeting by hand."""
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,25 +16,30 @@ import torch.distributed as dist
 from ddp_lessons import Run
 from ddp_lessons.exercises.framework import Wrong, call, errors, exercise, judge, run_ranks
 from ddp_lessons.exercises.numeric_answers import first_miss, predict, wrong_rule
+from ddp_lessons.text import count
 
 Seconds = Sequence[float]  # by rank
+
+Environment = Callable[[int, int, int, int, str, int], Mapping[str, str]]
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @exercise(
     "Four variables: who am I, how many are we, and where is the meeting point (two of them)?",
-    "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; the values are strings.",
-    '`str(rank)`, `str(world_size)` and `str(port)`; and this machine is "127.0.0.1".',
+    "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; the values are strings. How many ranks stand on "
+    "the machines before this one, and on all of them?",
+    "RANK is `str(group_rank * nprocs + local_rank)`, WORLD_SIZE `str(nnodes * nprocs)`.",
 )
-def check_environment(environment: Callable[[int, int, int], Mapping[str, str]]) -> str:
-    """Check that ranks can join with nothing but `environment(rank, world_size, port)`."""
+def check_environment(environment: Environment) -> str:
+    """Check that ranks join with nothing but `environment(group_rank, local_rank, ...)`."""
 
-    def join(rank: int, world_size: int) -> float:
-        port = int(os.environ["MASTER_PORT"])
-        for name in VARIABLES:
+    def join(rank: int, nnodes: int, nprocs: int) -> float:
+        place = rank // nprocs, rank % nprocs, nnodes, nprocs
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        for name in (*VARIABLES, "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
-        os.environ.update(environment(rank, world_size, port))
+        os.environ.update(environment(*place, address, port))
         dist.init_process_group("gloo", timeout=timedelta(seconds=4))
         seen = torch.ones(1)
         dist.all_reduce(seen)
@@ -40,11 +47,11 @@ def check_environment(environment: Callable[[int, int, int], Mapping[str, str]])
         return float(seen.item())
 
     _judge_variables(environment)
-    for world_size in (2, 3, 1):
-        run = run_ranks(join, (world_size,), nprocs=world_size, check=False)
-        if not run.ok or run.values != [world_size] * world_size:
+    for nnodes, nprocs in ((1, 2), (2, 3), (3, 1)):
+        run = run_ranks(join, (nnodes, nprocs), nprocs=nprocs, nnodes=nnodes, check=False)
+        if not run.ok or run.values != [nnodes * nprocs] * (nnodes * nprocs):
             _explain_failed_join(run)
-    return "2, 3 and 1 ranks joined with your variables alone."
+    return "the ranks of 1, 2 and 3 machines joined with your variables alone."
 
 
 def _explain_failed_join(run: Run) -> None:
@@ -59,8 +66,8 @@ def _explain_failed_join(run: Run) -> None:
         "Environment variables are text. Write str(rank), "
         "not rank.": "TypeError" in {error.type_name for error in raised},
         f"two ranks both opened the meeting point: {first[:90]}\n"
-        "RANK must differ from process to process. Rank 0 opens the meeting point; a second rank 0 "
-        "finds the port taken.": "already in use" in texts,
+        "RANK must differ from process to process, on all machines. Rank 0 opens the meeting "
+        "point; a second rank 0 finds the port taken.": "already in use" in texts,
         f"the groups had {run.values} members.\n"
         "WORLD_SIZE is the number of ranks of the whole job, the same on each of them.": run.ok,
         f"the ranks did not find each other: {run.explain().splitlines()[0]}\n"
@@ -71,36 +78,38 @@ def _explain_failed_join(run: Run) -> None:
     judge(f"with {run.world_size} ranks, ", mistakes)
 
 
-def _judge_variables(environment: Callable[[int, int, int], Mapping[str, str]]) -> None:
-    port = 40_123
+def _judge_variables(environment: Environment) -> None:
+    address, port = "10.0.0.7", 40_123
+    given = f"environment(1, 0, 2, 3, {address!r}, {port})"
     before = dict(os.environ)
     because = (
-        "It gets rank, world_size and port, all of them numbers, and must work with nothing else: "
-        "the launcher's own variables are taken away."
+        "It gets the machine's number, the local rank, the numbers of machines and of ranks on "
+        "each, an address and a port, and must work with nothing else: the launcher's own "
+        "variables are taken away."
     )
     try:
-        variables = call(environment, 0, 2, port, because=because)
+        variables = call(environment, 1, 0, 2, 3, address, port, because=because)
     finally:
         changed = dict(os.environ) != before
         os.environ.clear()
         os.environ.update(before)
     if changed:
         raise Wrong(
-            f"environment(0, 2, {port}) changed os.environ.",
+            f"{given} changed os.environ.",
             "It must only return the variables; the check sets them on each rank.",
         )
     if not isinstance(variables, Mapping):
         raise Wrong(
-            f"environment(0, 2, {port}) returned {variables!r}, not a dict.",
+            f"{given} returned {variables!r}, not a dict.",
             "It must return the variables, as a dict of names and texts. Is `return` missing?",
         )
-    given = variables.get("MASTER_PORT", port)
-    if str(given) != str(port):
-        raise Wrong(
-            f"given port {port}, MASTER_PORT is {given!r}.",
-            "A port that is written into the code collides with the next job on this machine. Use "
-            "the one that you are given.",
-        )
+    for name, value in (("MASTER_ADDR", address), ("MASTER_PORT", str(port))):
+        if str(variables.get(name, value)) != value:
+            raise Wrong(
+                f"{given}: {name} is {variables[name]!r}.",
+                "A place that is written into the code is wrong on other machines, and collides "
+                "with the next job on this one. Use the one that you are given.",
+            )
 
 
 @exercise(
@@ -169,45 +178,118 @@ def _await_all(rank: int, world_size: int, folder: str, seconds: float = 4.0) ->
 
 
 @exercise(
-    "Nobody leaves init_process_group before the last rank has come. When does that one come?",
-    "The last rank comes after max(delays) seconds. How long has one that came after d waited?",
-    "`max(delays) - d` for each d in delays.",
+    "Nobody leaves init_process_group before the last rank of its job has come. When does that "
+    "one come?",
+    "For each rank: the largest delay among the ranks of the same job, minus its own.",
+    "`max(d for d, job in zip(delays, jobs) if job == mine)` is when the job `mine` is complete.",
 )
-def check_waits(waits: Callable[[Seconds], Seconds]) -> str:
-    """Check `waits(delays)`, each rank's seconds in init_process_group, against measured ones."""
+def check_waits(waits: Callable[[Seconds, Sequence[str]], Seconds]) -> str:
+    """Check `waits(delays, jobs)`, each rank's seconds in init_process_group, against measured."""
 
-    def arrive(rank: int, delays: Sequence[float], folder: str) -> float:
+    def arrive(rank: int, delays: Seconds, jobs: str, folder: str) -> float:
+        job, members = jobs[rank], jobs.count(jobs[rank])
         _await_all(rank, len(delays), folder)  # their delays begin together
         time.sleep(delays[rank])
         began = time.perf_counter()
-        dist.init_process_group("gloo")
+        dist.init_process_group(
+            "gloo", f"file://{folder}/{job}", rank=jobs[:rank].count(job), world_size=members
+        )
         waited = time.perf_counter() - began
         dist.destroy_process_group()
         return waited
 
-    because = "It takes a sequence of seconds and returns one number for each."
-    for delays in ((0.0, 0.8, 0.3), (0.6, 0.0)):
-        answer = predict(waits, delays, len(delays), because)
+    because = "It takes a list of seconds and one of jobs; it returns one number for each rank."
+    for delays, jobs in (((0.0, 0.8, 0.4, 0.2), "abab"), ((0.7, 0.0, 0.3), "aaa")):
+        given_jobs = functools.wraps(waits)(functools.partial(_with_jobs, waits, [*jobs]))
+        answer = predict(given_jobs, delays, len(jobs), because)
         with tempfile.TemporaryDirectory() as folder:
-            inside = run_ranks(arrive, (delays, folder), nprocs=len(delays)).values
+            inside = run_ranks(arrive, (delays, jobs, folder), nprocs=len(delays)).values
         joining = min(inside)  # what joining takes when nobody is missing, longer under load
-        _judge_waits(delays, answer, [seconds - joining for seconds in inside])
-    return "your prediction and the measured waits agree."
+        _judge_waits(delays, jobs, answer, [seconds - joining for seconds in inside])
+    return "your prediction and the measured waits agree, for one job and for two at once."
 
 
-def _judge_waits(delays: Seconds, answer: Seconds, measured: Seconds) -> None:
+def _with_jobs(waits: Any, jobs: list[str], delays: Seconds) -> Any:
+    return waits(delays, jobs)
+
+
+def _judge_waits(delays: Seconds, jobs: str, answer: Seconds, measured: Seconds) -> None:
     rank = first_miss(answer, measured)
     if rank is None:
         return
-    left = [max(delays)] * len(delays)
+    complete = [max(d for d, j in zip(delays, jobs, strict=True) if j == job) for job in jobs]
     rules = {
         " You gave the times at which they come: waiting is from there to the last "
         "arrival.": delays,
-        " You gave the time at which all leave: waiting begins when a rank comes.": left,
+        " You gave the time at which all leave: waiting begins when a rank comes.": complete,
+        " You let the jobs wait for each other: a rank waits for those of its own job only.": [
+            max(delays) - delay for delay in delays
+        ],
     }
     raise Wrong(
-        f"rank {rank} came after {delays[rank]:g} s and waited about {measured[rank]:.1f} s; you "
-        f"said {answer[rank]:g} s.",
-        "init_process_group returns when the last rank has arrived: the first rank waits longest, "
-        f"the last one hardly at all, and rank 0 is no exception.{wrong_rule(answer, rules)}",
+        f"rank {rank} of job {jobs[rank]} came after {delays[rank]:g} s and waited about "
+        f"{measured[rank]:.1f} s; you said {answer[rank]:g} s.",
+        "init_process_group returns when the last rank of the job has arrived: the first one waits "
+        f"longest, the last one hardly at all, and rank 0 is no exception."
+        f"{wrong_rule(answer, rules)}",
     )
+
+
+@exercise(
+    "`store.set(key, card)` leaves your card, `store.get(key).decode()` waits for someone else's. "
+    "What must the keys differ by?",
+    "In the second meeting the keys of the first are still there. Each rank can count its own "
+    "meetings: `store.add(f'meetings of {rank}', 1)` adds 1 and returns the sum.",
+    "`n = store.add(...)`, `store.set(f'{n}/{rank}', card)`, then get `f'{n}/{r}'` for each r in "
+    "range(world_size).",
+)
+def check_meet(meet: Callable[[int, int, dist.Store, str], list[str]]) -> str:
+    """Check that `meet(rank, world_size, store, card)` gives everyone all cards, twice."""
+
+    def twice(rank: int, world_size: int, folder: str) -> list[Any]:
+        store = dist.FileStore(f"{folder}/store", world_size)
+        store.set_timeout(timedelta(seconds=4))
+        got = []
+        for number, late in enumerate((world_size - 1, 0)):
+            time.sleep(0.4 if rank == late else 0.0)
+            got.append(meet(rank, world_size, store, f"{number}: rank {rank}"))
+        return got
+
+    for world_size in (3, 2, 1):
+        with tempfile.TemporaryDirectory() as folder:
+            run = run_ranks(twice, (world_size, folder), nprocs=world_size, check=False)
+        _judge_meetings(run)
+    return "3, 2 and 1 ranks met twice on one store, and each got all cards of each meeting."
+
+
+def _judge_meetings(run: Run) -> None:
+    if not run.ok:
+        raise Wrong(
+            f"with {count(run.world_size, 'rank')}, it failed: {run.explain().splitlines()[0]}",
+            "A `get` waits until somebody has set the key, here for 4 seconds at the most. Does "
+            "each rank set its own card before it reads the others'?",
+        )
+    for number in (0, 1):
+        cards = [f"{number}: rank {rank}" for rank in range(run.world_size)]
+        for rank, got in enumerate(run.values):
+            seen = f"in meeting {number}, rank {rank} got {got[number]!r}"
+            _judge_cards(seen, got[number], cards)
+
+
+def _judge_cards(seen: str, got: Any, cards: list[str]) -> None:
+    given = [*got] if isinstance(got, list | tuple) else None
+    others = [card for card in given or () if str(card)[:1] in {"0", "1"} - {cards[0][0]}]
+    mistakes = {
+        ".\nReturn a list of all ranks' cards. Is `return` missing?": given is None,
+        ".\nA store has bytes: `.decode()` makes a text of what `get` returns.": any(
+            isinstance(card, bytes) for card in given or ()
+        ),
+        f"; {len(others)} of them belong to the other meeting.\n"
+        "The store keeps its keys, and whoever sets one again overwrites it, perhaps before all "
+        "have read it. Each meeting needs keys of its own.": others,
+        f", not {len(cards)} cards.\nOne card of each rank, its own too.": len(given or ())
+        != len(cards),
+        f", not {cards!r}.\nCard r of the list is rank r's.": True,
+    }
+    if given != cards:
+        judge(seen, mistakes)

@@ -1,4 +1,4 @@
-"""The checks of lesson 01: global ranks, and a launcher for one process or many."""
+"""The checks of lesson 01: ranks on machines, and a launcher for one process or many."""
 
 from __future__ import annotations
 
@@ -72,6 +72,51 @@ def _judge_ranks(where: str, values: list[tuple[int, int, Any]]) -> None:
         "1. The stride between machines is the number of ranks on one.": True,
     }
     judge(where, mistakes)
+
+
+MACHINES = ((3, 3), (2, 4, 1), (1, 1, 5), (6,))  # ranks on each
+
+
+@exercise(
+    "Whose ranks come first? If this rank is none of machine 0's, how many are behind you?",
+    "Go through the machines. While the rank is not smaller than the number of ranks on a machine, "
+    "take that number away from it.",
+    "`for machine, ranks in enumerate(ranks_on)`: if rank < ranks, you have found it: machine and "
+    "rank. Otherwise `rank -= ranks`.",
+)
+def check_place(place: Callable[[int, list[int]], tuple[int, int]]) -> str:
+    """Check `place(rank, ranks_on)`: the machine's number and the local rank of every rank."""
+
+    def on_ranks(rank: int, ranks_on: tuple[int, ...]) -> Any:
+        for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            del os.environ[name]  # which know nothing of these machines
+        return place(rank, list(ranks_on))
+
+    for ranks_on in MACHINES:
+        right = [(m, local) for m, ranks in enumerate(ranks_on) for local in range(ranks)]
+        answers = run_ranks(on_ranks, (ranks_on,), nprocs=sum(ranks_on)).values
+        for rank, (answer, expected) in enumerate(zip(answers, right, strict=True)):
+            where = f"with {list(ranks_on)} ranks on the machines, rank {rank} "
+            _judge_place(where, answer, expected)
+    return "every rank found its place, on equal machines and on unequal ones."
+
+
+def _judge_place(where: str, answer: Any, right: tuple[int, int]) -> None:
+    pair = tuple(plain(answer)) if isinstance(plain(answer), list | tuple) else ()
+    said = f"said {answer!r}; it is local rank {right[1]} of machine {right[0]}.\n"
+    mistakes = {
+        f"returned {answer!r}.\nReturn two whole numbers: the machine, and the local rank.": (
+            [*map(type, pair)] != [int, int]
+        ),
+        f"{said}The machine comes first, then the local rank.": pair == right[::-1],
+        f"{said}Machines and local ranks are both counted from 0.": (
+            pair in [(right[0] + a, right[1] + b) for a, b in ((1, 1), (0, 1), (1, 0))]
+        ),
+        f"{said}The machines may have different numbers of ranks, so one division does not find "
+        "the machine. Take away the ranks of each machine before it.": True,
+    }
+    if pair != right or [*map(type, pair)] != [int, int]:
+        judge(where, mistakes)
 
 
 def _probe(rank: int) -> tuple[int, int]:

@@ -63,34 +63,37 @@ def timeline(
         The first and the last training step to show; by default everything since the launch.
     {title}; by default the function's name and the number of ranks.
     {ax}
-        The x axis counts milliseconds from the launch, the same for all ranks.
+        The x axis counts milliseconds from the launch or from the first step, the same for all
+        ranks.
 
     {raises}
         If no rank has such steps.
     """
     looks = Looks(run.spans())
-    bars = [bar for rank in run.ranks for bar in _bars(run, rank, looks)]
+    begin, end = (run.begin_ns, None) if steps is None else row_layout.of_steps(run, steps)
+    bars = [bar for rank in run.ranks for bar in _bars(rank, looks, begin)]
     # A notebook's text has the figure's size: it must not depend on which spans overlap.
     ax = ax or style.new_axes(run.world_size, 1.5 if any(b.side_rows for b in bars) else 1.0)
-    if steps is None:
+    if end is None:
         last = max((bar.right for bar in bars), default=1.0)
         ax.set_xlim(0, max(last * 1.01, ax.get_xlim()[1]))  # axes that share x keep the longer one
     else:
-        first, last = (_ms(run, t_ns) for t_ns in row_layout.of_steps(run, steps))
-        bars = [bar for bar in bars if bar.left < last and bar.right > first]
-        ax.set_xlim(first, last)
+        last = _ms(end, begin)
+        bars = [bar for bar in bars if bar.left < last and bar.right > 0]
+        ax.set_xlim(0, last)
     style.name_ranks(ax, run)
     pixel = style.POINTS / style.DPI / style.points_per_unit(ax)
     closest = pixel if len(bars) > LABELLED else 0.0
     _draw(ax, bars, closest, 2 * pixel)
     if not closest:
         _label(ax, bars)
-    _mark_steps(ax, run)
+    _mark_steps(ax, run, begin)
     for rank in run.ranks:
-        if _ms(run, rank.ended_ns) <= ax.get_xlim()[1]:
-            style.mark_failure(ax, rank, _ms(run, rank.ended_ns))
+        if _ms(rank.ended_ns, begin) <= ax.get_xlim()[1]:
+            style.mark_failure(ax, rank, _ms(rank.ended_ns, begin))
     notes = [f"spans of a kind less than {closest:.2g} ms apart are one bar"] if closest else []
-    ax.set_xlabel("\n".join(["ms since the launch", *notes, *style.losses(run)]))
+    since = "the launch" if steps is None else f"step {steps[0]} began"
+    ax.set_xlabel("\n".join([f"ms since {since}", *notes, *style.losses(run)]))
     style.head(
         ax,
         title or f"{run.name} on {count(run.world_size, 'rank')}",
@@ -160,7 +163,7 @@ def _is_beside(span: Span) -> bool:
     return span.lane in (*IN_FLIGHT, *PROFILED, Lane.CUDA)
 
 
-def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
+def _bars(rank: RankResult, looks: Looks, begin_ns: int) -> Iterator[Bar]:
     """The bars of one rank: main thread, then one row a thread, then packed work in flight."""
     sides: dict[str, list[Bar]] = {}
     main: list[Bar] = []
@@ -169,7 +172,7 @@ def _bars(run: Run, rank: RankResult, looks: Looks) -> Iterator[Bar]:
             continue
         look = looks.of(span)
         look = {**look, **style.OPEN_EDGE} if span.t1_ns is None else look
-        bar = Bar(span, _ms(run, span.t0_ns), _ms(run, t1_ns), look)
+        bar = Bar(span, _ms(span.t0_ns, begin_ns), _ms(t1_ns, begin_ns), look)
         lane = "" if _is_beside(span) else span.lane
         (main if span.lane in (Lane.PROCESS, Lane.MAIN) else sides.setdefault(lane, [])).append(bar)
     placed = list(_placed(sides))
@@ -189,8 +192,8 @@ def _placed(sides: dict[str, list[Bar]]) -> Iterator[tuple[int, Bar]]:
         base += max(rows) + 1
 
 
-def _ms(run: Run, t_ns: int) -> float:
-    return (t_ns - run.begin_ns) / 1e6
+def _ms(t_ns: int, begin_ns: int) -> float:
+    return (t_ns - begin_ns) / 1e6
 
 
 def _place(bar: Bar) -> tuple[float, float]:
@@ -264,11 +267,11 @@ def _write(ax: Axes, bar: Bar, where: row_layout.Interval) -> None:
     )
 
 
-def _mark_steps(ax: Axes, run: Run) -> None:
+def _mark_steps(ax: Axes, run: Run, begin_ns: int) -> None:
     """Draw a short line over the bar where a step ends."""
     first, last = ax.get_xlim()
     all_ends = [
-        (s.rank, _ms(run, s.t1_ns)) for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns
+        (s.rank, _ms(s.t1_ns, begin_ns)) for s in run.spans() if s.lane == Lane.STEPS and s.t1_ns
     ]
     ends = [(rank, end) for rank, end in all_ends if first <= end <= last]
     if ends and len(ends) <= STEPS_SHOWN * run.world_size:

@@ -26,7 +26,7 @@ def test_the_lessons_are_in_their_order_with_their_questions() -> None:
     assert numbers == [*sorted(numbers[:-1]), ""]
     assert LESSONS[-1].name == "gpu"
     assert all(lesson.question.endswith("?") and lesson.minutes >= 5 for lesson in LESSONS)
-    assert LESSONS[5] == ("05_distributed_sampler.ipynb", "Who sees which sample?", 20)
+    assert LESSONS[5] == ("05_distributed_sampler.ipynb", "Who sees which sample?", 55)
 
 
 @pytest.mark.parametrize(

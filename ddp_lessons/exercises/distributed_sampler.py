@@ -1,11 +1,11 @@
-"""The checks of lesson 05: a sampler, an exact accuracy, the epoch bug, one rank's batch size."""
+"""The checks of lesson 05: batch size, sampler, accuracy, the epoch bug, steps of an epoch."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
@@ -32,6 +32,7 @@ EVALUATED = ((10, 3, (0, 2)), (1, 2, ()), (6, 1, (5,)), (5, 4, (4,)))  # and wro
 TRAINED = ((12, 3, 0, 3), (10, 2, 2, 4))  # samples, ranks, first and last epoch
 SHARED_BATCHES = ((64, 4), (66, 3), (4, 4), (8, 1))  # global batch, ranks
 IMPOSSIBLE_BATCHES = ((66, 4), (3, 4), (0, 2))
+STEPPED = ((10, 4, 2), (11, 3, 2), (10, 4, 16), (2, 3, 4), (12, 1, 5))  # samples, ranks, batch
 
 
 class _Indices(Dataset[int]):  # type: ignore[misc]
@@ -379,6 +380,56 @@ def _judge_impossible(per_rank_batch: Callable[[int, int], int], batch: int, ran
     if type(size) is int and size > 0:
         because = f"{ranks} x {size} is {ranks * size}: samples are lost or added without an error."
     raise Wrong(f"{asked}: you returned {size!r}.", because)
+
+
+def _stepped(rank: int, total: int, batch: int) -> dict[tuple[bool, ...], int]:
+    """The steps of an epoch, by `drop_last` of the sampler and of the loader."""
+    steps = {}
+    for drops in product((False, True), repeat=2):
+        sampler = DistributedSampler(range(total), _world_size(), rank, drop_last=drops[0])
+        loader = DataLoader(range(total), batch, sampler=sampler, drop_last=drops[1])
+        steps[drops] = sum(1 for _ in loader)
+    return steps
+
+
+@exercise(
+    "Two roundings, one after the other: first the samples of one rank, then its batches.",
+    "Each rounds down where its `drop_last` is set, else up: `n // d` and `-(-n // d)`.",
+)
+def check_steps(steps: Callable[[int, int, int, bool, bool], int]) -> str:
+    """Check `steps(total, world_size, batch_size, sampler_drops, loader_drops)` by counting."""
+    for total, ranks, batch in STEPPED:
+        counted = run_ranks(_stepped, (total, batch), nprocs=ranks).values[0]
+        for drops, right in counted.items():
+            because = "It takes three whole numbers and two switches, and returns a whole number."
+            found = call(steps, total, ranks, batch, *drops, because=because)
+            _judge_steps(total, ranks, batch, drops, found, right)
+    return "as many steps as real ranks take, also with 2 samples on 3 ranks."
+
+
+def _judge_steps(
+    total: int, ranks: int, batch: int, drops: tuple[bool, ...], found: Any, right: int
+) -> None:
+    if found == right and isinstance(found, int):
+        return
+    switches = "drop_last={} in the sampler and {} in the loader".format(*drops)
+    alone, at_once = (
+        total // size if drops[1] else -(-total // size) for size in (batch, ranks * batch)
+    )
+    mistakes = {
+        "A number of steps is whole: `/` gives a float, `//` rounds down.": (
+            not isinstance(found, int)
+        ),
+        "These are the steps of one process that has all samples. Each rank only has its own.": (
+            found == alone
+        ),
+        "Sampler and loader round one after the other. One division by both numbers at once "
+        "forgets that the sampler gives all ranks equally many.": found == at_once,
+        "The sampler's `drop_last` decides how many samples a rank has, the loader's whether a "
+        "short batch at the end is a step.": True,
+    }
+    seen = f"{_on(total, ranks)}, batches of {batch}, {switches}: {right}, you returned {found!r}."
+    judge(seen, mistakes)
 
 
 def _on(samples: int, ranks: int) -> str:

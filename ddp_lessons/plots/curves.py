@@ -45,13 +45,17 @@ def checked(curves: Mapping[str, Sequence[float]]) -> Curves:
 
 def draw(ax: Axes, xs: Mapping[str, np.ndarray], curves: Curves) -> None:
     """Draw the curves over their `xs`; `label_ends` comes after the scales are set."""
-    width = MARK * float(np.ptp(np.concatenate(list(curves.values()))))
+    values = list(curves.values())
+    width = MARK * float(np.ptp(np.concatenate(values)))
     for number, (look, (label, curve)) in enumerate(zip(LOOKS, curves.items(), strict=False)):
         every = max(1, len(curve) // MARKS)
-        # If it lies on an earlier curve, marks go between its marks, so that both are seen.
-        hides = any(_is_on(curve, other, width) for other in list(curves.values())[:number])
+        # If it lies on an earlier curve, marks go between its marks, so that both are seen; of
+        # curves that are equal the first is a wide band.
+        hides = any(_is_on(curve, other, width) for other in values[:number])
+        hidden = any(np.array_equal(curve, other) for other in values[number + 1 :])
         at = (every // 2 if hides else 0, every)
-        ax.plot(xs[label], curve, label=label, markersize=5, markevery=at, **look)
+        band: dict[str, Any] = {"linewidth": 8, "alpha": 0.35} if hidden and not hides else {}
+        ax.plot(xs[label], curve, label=label, markersize=5, markevery=at, **look, **band)
     ax.set_xlim(0, max(1, *(x[-1] for x in xs.values())))
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     for side in ("top", "right"):

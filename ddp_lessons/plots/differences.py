@@ -27,7 +27,7 @@ def differences(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw one curve for each method, on a logarithmic scale whose lowest line is exactly 0.
+    """Draw one curve for each method, on a logarithmic scale with a line for exactly 0 if needed.
 
     Parameters
     ----------
@@ -53,18 +53,25 @@ def differences(
     _scale(ax, curves, rounding or 0.0)
     label_ends(ax, curves)
     ax.set_xlabel("step")
+    ax.set_ylabel("difference")
     style.head(ax, title or "difference from the truth", [])
     return ax
 
 
 def _scale(ax: Axes, curves: Curves, rounding: float) -> None:
-    """Set a scale that is logarithmic down to the smallest power of ten, and linear below."""
-    seen = np.concatenate([*curves.values(), [rounding]])
+    """Set a scale that is logarithmic down to the smallest power of ten; 0 has a place if seen."""
+    seen = np.concatenate([*curves.values(), [rounding / 100]])  # the band is seen, too
     positive = seen[seen > 0] if (seen > 0).any() else np.ones(1)
     low, high = (int(np.floor(np.log10(value))) for value in (positive.min(), positive.max()))
-    ax.set_yscale("symlog", linthresh=10.0**low, linscale=0.5)
-    ax.yaxis.set_minor_locator(NullLocator())
     exponents = range(low, high + 2, max(1, (high + 1 - low) // MOST_TICKS))
-    ax.set_yticks([0, *(10.0**e for e in exponents)], ["0", *(f"$10^{{{e}}}$" for e in exponents)])
-    bottom = 0 if min(curve.min() for curve in curves.values()) > 0 else -(10.0**low) / 4
-    ax.set_ylim(bottom, positive.max() * 3)
+    ticks = {10.0**e: f"$10^{{{e}}}$" for e in exponents}
+    bottom, top = 10.0**low, positive.max() * 3
+    if any((curve == 0).any() for curve in curves.values()):
+        ax.set_ylim(-bottom / 4, top)
+        ax.set_yscale("symlog", linthresh=bottom, linscale=0.5)
+        ticks = {0: "0", **ticks}
+    else:
+        ax.set_ylim(bottom, top)
+        ax.set_yscale("log")
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_yticks(list(ticks), list(ticks.values()))

@@ -36,4 +36,6 @@ def explore(train: Callable[[int, int], dict[str, list[float]]]) -> Explorer:
 
 def _draw(run: Run, first: int) -> Axes:
     title = f"{first} images on rank 0, {SAMPLES - first} on rank 1: distance from the truth"
-    return plots.differences(run.values[0], rounding=ROUNDING, title=title)
+    ax = plots.differences(run.values[0], rounding=ROUNDING, title=title)
+    ax.set_ylabel("distance, 1 = the gradient's length")
+    return ax

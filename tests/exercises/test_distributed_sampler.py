@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import re
 import sys
 from typing import Any
@@ -14,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from ddp_lessons.exercises.distributed_sampler import (
     check_accuracy,
     check_per_rank_batch,
     check_sampler,
+    check_steps,
     check_train,
 )
 from tests.support import answers
@@ -167,6 +169,33 @@ def per_rank_batch(batch: int, ranks: int) -> int:
     if batch % ranks or batch < ranks:
         raise ValueError("not possible")
     return batch // ranks
+
+
+def steps(
+    total: int, ranks: int, batch: int, sampler_drops: bool, loader_drops: bool, *, way: str = ""
+) -> Any:
+    if way == "at once":
+        number = total / (ranks * batch)
+        return math.floor(number) if loader_drops else math.ceil(number)
+    if way == "switches swapped":
+        sampler_drops, loader_drops = loader_drops, sampler_drops
+    mine = total if way == "all samples" else size(total, ranks, sampler_drops) // ranks
+    if way == "never up":
+        mine = total // ranks
+    if way == "float":
+        return mine / batch
+    return mine // batch if loader_drops else -(-mine // batch)
+
+
+def steps_by(way: str) -> Any:
+    return lambda *args: steps(*args, way=way)
+
+
+def steps_of_loader(
+    total: int, ranks: int, batch: int, sampler_drops: bool, loader_drops: bool
+) -> int:
+    sampler = DistributedSampler(range(total), ranks, 0, drop_last=sampler_drops)
+    return len(DataLoader(range(total), batch, sampler=sampler, drop_last=loader_drops))
 
 
 class OneShot(Samples):
@@ -394,6 +423,8 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_per_rank_batch, lambda batch, ranks: range(ranks, batch + 1, ranks).index(batch) + 1),
     (check_per_rank_batch, functools.partial(lambda f, *given: f(*given), per_rank_batch)),
     (check_per_rank_batch, lambda batch, n: [*range(n, batch + n, n)].index(batch or None) + 1),
+    (check_steps, steps),
+    (check_steps, steps_of_loader),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_sampler, sampler_of(blocks), "block of neighbours.*dealt|block of neighbours.*deals"),
@@ -490,6 +521,13 @@ WRONG: list[tuple[Any, Any, str]] = [
         lambda batch, ranks: 1 // int(batch % ranks == 0 < batch) * batch // ranks,
         "raised ZeroDivisionError.*Raise a ValueError",
     ),
+    (check_steps, steps_by("at once"), "one after the other"),
+    (check_steps, steps_by("all samples"), "one process that has all samples"),
+    (check_steps, steps_by("float"), "you returned 1.5.*whole"),
+    (check_steps, steps_by("never up"), "The sampler's `drop_last` decides"),
+    (check_steps, steps_by("switches swapped"), "True in the loader.*The sampler's"),
+    (check_steps, lambda *args: "2", "you returned '2'.*whole"),
+    (check_steps, lambda total: total, "raised TypeError"),
 ]
 
 

@@ -49,7 +49,16 @@ def test_labels_of_curves_that_end_together_stand_apart() -> None:
 def test_rounding_is_a_named_band() -> None:
     ax = plots.differences({"a": [1.0]}, rounding=1e-6)
     assert " only rounding" in [text.get_text() for text in ax.texts]
-    assert ax.get_ylim()[0] <= 0 < 1e-6 < ax.get_ylim()[1]
+    low, high = ax.get_ylim()
+    assert low < 1e-6 / 10 < 1e-6 < high
+
+
+def test_without_a_zero_the_scale_is_logarithmic() -> None:
+    ax = plots.differences({"a": [1e-7, 2.0], "b": [3e-3, 1e-2]})
+    ax.figure.canvas.draw()
+    assert ax.get_yscale() == "log"
+    assert "0" not in [label.get_text() for label in ax.get_yticklabels()]
+    assert ax.get_ylim()[0] <= 1e-7
 
 
 @pytest.mark.parametrize("curves", [{"a": [0.0]}, {"a": [0.0] * 500}, {"a": [1e-300, 1e300]}])

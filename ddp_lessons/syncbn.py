@@ -24,13 +24,13 @@ TORCH_RUNS_ON = ("cuda", "xpu", "hpu")  # device types that torch.nn.SyncBatchNo
 
 
 def convert_sync_batchnorm(
-    model: nn.Module, process_group: dist.ProcessGroup | None = None
+    model: nn.Module, process_group: dist.ProcessGroup | None = None, *, quiet: bool = False
 ) -> nn.Module:
     """Make every batch norm layer of a model a SyncBatchNorm, and print which kind.
 
     Layers on a GPU become `torch.nn.SyncBatchNorm`, others this module's `SyncBatchNorm`, which
-    computes as torch's does if the model moves to a GPU later. Rank 0 prints a line. Convert before
-    you wrap the model in DistributedDataParallel.
+    computes as torch's does if the model moves to a GPU later. Convert before you wrap the model in
+    DistributedDataParallel.
 
     Parameters
     ----------
@@ -39,6 +39,8 @@ def convert_sync_batchnorm(
         so optimizers and checkpoints still work.
     process_group : ProcessGroup, optional
         The ranks that share their statistics; by default all.
+    quiet : bool
+        Rank 0 prints no line on what was converted.
 
     Returns
     -------
@@ -58,7 +60,7 @@ def convert_sync_batchnorm(
     ours = [layer for layer in layers if _device_type(layer) not in TORCH_RUNS_ON]
     for layer in ours:
         layer.__class__ = SyncBatchNorm
-    if not (dist.is_initialized() and dist.get_rank()):
+    if not (quiet or (dist.is_initialized() and dist.get_rank())):
         print(_what_was_converted(len(layers), len(ours)))
     return model
 

@@ -271,6 +271,9 @@ def test_convert_says_what_it_did(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no batch norm layer" in capsys.readouterr().out
     on_meta = convert_sync_batchnorm(nn.BatchNorm2d(3, device="meta"))
     assert isinstance(on_meta, SyncBatchNorm)
+    capsys.readouterr()
+    assert isinstance(convert_sync_batchnorm(nn.BatchNorm2d(3), quiet=True), SyncBatchNorm)
+    assert not capsys.readouterr().out
 
 
 def test_convert_refuses_nonsense() -> None:

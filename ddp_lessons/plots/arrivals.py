@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.lines import Line2D
 
 from ddp_lessons.plots import style
 from ddp_lessons.plots.docstrings import documented
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
 MOST_COLUMNS = 120
 MOST_NUMBERS = 12  # most columns for which numbers are written
 FONT = 8.5
+LAST_LOOK: dict[str, Any] = {  # the mark of the last rank to arrive
+    "marker": "o",
+    "color": style.ORANGE,
+    "markersize": 4,
+    "markeredgecolor": style.INK,
+    "markeredgewidth": 0.6,
+}
 
 
 @documented
@@ -46,18 +54,19 @@ def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     style.name_ranks(ax, run)
     ax.set_ylim(run.world_size - 0.5, -0.5)
     _mark_last(ax, late)
-    note = "● comes last"
+    notes = []
     if late.shape[1] <= MOST_NUMBERS and run.world_size <= 16:
         _write_numbers(ax, late, image)
-        note = f"numbers: ms after the first; {note}"
+        notes = ["numbers: ms after the first"]
     else:
         bar = ax.figure.colorbar(image, ax=ax, pad=0.01)
         bar.set_label("ms after the first")
     ticks = range(0, late.shape[1], max(1, late.shape[1] // 12))
     ax.set_xticks(list(ticks), [str(names[tick * each]) for tick in ticks])
-    means = [f"each column is the mean of {each}"] if each > 1 else []
-    ax.set_xlabel("\n".join([f"{what}  ({note})", *means, *style.losses(run)]))
-    style.head(ax, title or finding(run), [])
+    notes += [f"each column is the mean of {each}"] if each > 1 else []
+    ax.set_xlabel("\n".join([what, *notes, *style.losses(run)]))
+    last = Line2D([], [], linestyle="", label="comes last", **LAST_LOOK)
+    style.head(ax, title or finding(run), [last])
     return ax
 
 
@@ -87,7 +96,7 @@ def _mark_last(ax: Axes, late: np.ndarray) -> None:
     columns = [c for c in range(late.shape[1]) if not np.isnan(late[:, c]).all()]
     last = [int(np.nanargmax(late[:, c])) for c in columns]
     right = [c + 0.33 for c in columns] if late.shape[1] <= MOST_NUMBERS else columns
-    ax.scatter(right, last, s=14, color=style.ORANGE, edgecolor=style.INK, linewidth=0.6, zorder=3)
+    ax.plot(right, last, linestyle="", zorder=3, **LAST_LOOK)
 
 
 def _write_numbers(ax: Axes, late: np.ndarray, image: AxesImage) -> None:

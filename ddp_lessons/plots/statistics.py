@@ -59,7 +59,7 @@ def statistics(
     shown = np.arange(len(true))
     ax.hlines(true, shown - WIDTH, shown + WIDTH, colors=style.INK, linewidth=2.5, zorder=3)
     for rank, of_rank in enumerate(by_rank):
-        ax.plot(shown + _aside(rank, ranks), of_rank, linestyle="", **_look(rank, ranks))
+        ax.plot(shown + _aside(rank, ranks), of_rank, linestyle="", zorder=4, **_look(rank, ranks))
     ax.set_xlim(-0.6, len(true) - 0.4)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True))
     more = f" (the first {MOST_CHANNELS} of {channels})" if channels > MOST_CHANNELS else ""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons import plots
+from ddp_lessons.text import at_head, ranks_text
 from ddp_lessons.widgets.explorer import Explorer, run_ranks, whole
 
 if TYPE_CHECKING:
@@ -40,5 +41,10 @@ def explore(arrive: Callable[[int, list[float]], Any]) -> Explorer:
 def _draw(run: Run, **milliseconds: int) -> Axes:
     slowest = max(milliseconds.values())
     late = [rank for rank, value in enumerate(milliseconds.values()) if value == slowest]
-    title = f"Rank {late[0]} comes last; the others wait for it"
-    return plots.waits(run, title=title if len(late) == 1 else "Nobody is alone in coming last")
+    if len(late) == 1:
+        title = f"Rank {late[0]} comes last; the others wait for it"
+    elif len(late) < RANKS:  # by chance one of them comes last; the plot says which
+        title = f"{at_head(ranks_text(late))} work longest; the others wait for them"
+    else:
+        title = "All ranks work equally long"
+    return plots.waits(run, title=title)

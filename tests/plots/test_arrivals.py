@@ -48,7 +48,7 @@ def drawn(ax: Any) -> Any:
 
 def dots(ax: Any) -> list[tuple[int, int]]:
     """(column, rank) of the marks."""
-    return [(round(x - 0.1), round(y)) for x, y in ax.collections[0].get_offsets()]
+    return [(round(x - 0.1), round(y)) for x, y in ax.lines[0].get_xydata()]
 
 
 def test_each_rank_and_collective_has_its_lateness() -> None:

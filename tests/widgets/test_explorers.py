@@ -313,6 +313,19 @@ def test_a_bug_is_drawn_and_explained(shown: list[dict[str, Any]]) -> None:
     assert said[3] == "every rank came to every call"
 
 
+def test_ranks_that_work_equally_long_are_named_together(shown: list[dict[str, Any]]) -> None:
+    explorer = barriers.explore(arrive)
+    explorer._ipython_display_()
+    for rank in (2, 1, 0):
+        explorer.controls[f"rank{rank}"].value = 180
+    assert [bundle["text/plain"] for bundle in shown] == [
+        "Rank 3 comes last; the others wait for it",
+        "Ranks 2 and 3 work longest; the others wait for them",
+        "Ranks 1, 2 and 3 work longest; the others wait for them",
+        "All ranks work equally long",
+    ]
+
+
 def test_uneven_work_that_fails_is_drawn_and_explained(shown: list[dict[str, Any]]) -> None:
     explorer = uneven_work.explore(train_unevenly)
     explorer._ipython_display_()

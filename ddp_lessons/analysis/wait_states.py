@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddp_lessons.wire.ops import FROM_ROOT, OWN_WORLD, RECVS, SENDS, TO_ROOT
+from ddp_lessons.wire.ops import DIRECT, FROM_ROOT, OWN_WORLD, RECVS, SENDS, TO_ROOT
 from ddp_lessons.wire.records import Kind, Span
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ class Share(NamedTuple):
     last_rank : int or None
         The last to come of these ranks; None if one never came.
     pattern : str
-        "all to all" (all wait for the last), "late root" (all wait for the root), "early root" (the
-        root waits for the last of the others), "late sender" (a recv waits for its send) or "late
-        receiver" (a send waits for its recv).
+        "all to all" (all wait for the last), "late root" (all wait for the root, also those that
+        give it something and are in the call until it comes), "early root" (the root waits for the
+        last of the others), "late sender" (a recv waits for its send) or "late receiver" (a send
+        waits for its recv).
     open : bool
         True if the call never ended; `t1_ns` is then the rank's end.
     peer : int or None
@@ -198,9 +199,12 @@ def _shares(meeting: Collective) -> Iterator[Share]:
     last = max(awaited, key=begun.__getitem__, default=None)
     came_ns = max((begun[rank] for rank in awaited), default=0)
     for rank, (span, t1_ns) in meeting.parts.items():
-        until_ns = span.t0_ns
+        until_ns, waits_for, pattern = span.t0_ns, last, meeting.pattern
         if meeting.waits(rank):
             until_ns = min(t1_ns, max(came_ns, span.t0_ns)) if complete else t1_ns
+        elif complete and (taker := _came_later(meeting, rank)) is not None:
+            until_ns, waits_for = begun[taker], taker
+            pattern = LATE_ROOT if meeting.pattern == EARLY_ROOT else EARLY_ROOT
         yield Share(
             rank,
             span.op or span.name,
@@ -213,11 +217,24 @@ def _shares(meeting: Collective) -> Iterator[Share]:
             t1_ns,
             until_ns - span.t0_ns,
             t1_ns - until_ns,
-            last,
-            LATE_RECEIVER if span.op in SENDS else meeting.pattern,
+            waits_for,
+            LATE_RECEIVER if span.op in SENDS else pattern,
             span.t1_ns is None,
             span.peer,
         )
+
+
+def _came_later(meeting: Collective, giver: int) -> int | None:
+    """The last rank that came to take what another gives, while that one was in the call."""
+    span, t1_ns = meeting.parts[giver]
+    takers: Iterable[int | None] = ()
+    if meeting.pattern == EARLY_ROOT:
+        takers = (span.peer,)
+    elif span.op in DIRECT:
+        takers = meeting.ranks
+    came = {r: meeting.parts[r][0].t0_ns for r in takers if r in meeting.parts}
+    later = {r: t0_ns for r, t0_ns in came.items() if span.t0_ns < t0_ns <= t1_ns}
+    return max(later, key=later.__getitem__, default=None)
 
 
 def _arrival(run: RunRecord, meeting: Collective) -> Arrival:

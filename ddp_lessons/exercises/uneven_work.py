@@ -1,4 +1,4 @@
-"""The checks of lessons 11 and 11b: train on uneven batches, predict join's mean, flag or remove."""
+"""The checks of lessons 11 and 11b: uneven batches, join's mean, flag or remove."""
 
 from __future__ import annotations
 

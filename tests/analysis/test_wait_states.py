@@ -87,6 +87,25 @@ def test_an_early_root_waits_for_the_others(op: str) -> None:
     assert last(run) == {2}
 
 
+@pytest.mark.parametrize("op", ["reduce", "gather", "gather_object"])
+def test_a_rank_that_gives_waits_for_a_late_root_if_it_is_still_there(op: str) -> None:
+    spans = [call(0, 500, 540, op), call(1, 100, 520, op), call(2, 200, 210, op)]
+    run = run_of(*(s._replace(peer=0) for s in spans))
+    assert split(run) == {0: (0, 40), 1: (400, 20), 2: (0, 10)}
+    assert {s.rank: (s.last_rank, s.pattern) for s in run.waits()} == {
+        0: (2, "early root"),
+        1: (0, "late root"),
+        2: (2, "early root"),
+    }
+
+
+def test_the_root_of_a_scatter_waits_for_a_late_receiver_and_that_of_a_tree_may_not() -> None:
+    for op, waited in (("scatter", 400), ("broadcast", 0)):
+        spans = [call(0, 100, 520, op), call(1, 200, 210, op), call(2, 500, 530, op)]
+        run = run_of(*(s._replace(peer=0) for s in spans))
+        assert split(run) == {0: (waited, 420 - waited), 1: (0, 10), 2: (0, 30)}
+
+
 def test_a_recv_waits_for_its_send_and_a_send_for_its_recv() -> None:
     early = run_of(call(0, 300, 400, "send", peer=1), call(1, 100, 410, "recv", peer=0), ranks=2)
     assert split(early) == {0: (0, 100), 1: (200, 110)}
@@ -189,12 +208,17 @@ def test_alone_in_a_group_a_rank_waits_for_nobody(op: str) -> None:
     assert split(run) == {1: (0, 400)}
 
 
-def counted(spans: dict[int, tuple[int, int]], awaited: set[int], waiting: set[int]) -> Any:
+def counted(
+    spans: dict[int, tuple[int, int]], awaited: set[int], waiting: set[int], takers: set[int]
+) -> Any:
     """The split, by checking every nanosecond."""
     found = {}
     for rank, (t0, t1) in spans.items():
         missing = [t for t in range(t0, t1) if any(spans[other][0] > t for other in awaited)]
         wait = len(missing) if rank in waiting else 0
+        for taker in takers - {rank}:
+            if spans[taker][0] <= t1:  # a rank that gives is there until it comes
+                wait = sum(spans[taker][0] > t for t in range(t0, t1))
         found[rank] = (wait, t1 - t0 - wait)
     return found
 
@@ -208,11 +232,12 @@ def test_counting_every_nanosecond_finds_the_same(op: str, seed: int) -> None:
     times = {rank: numbers.randrange(1, 500) for rank in ranks}
     spans = {rank: (t0, t0 + numbers.randrange(400)) for rank, t0 in times.items()}
     awaited = {"broadcast": {root}, "reduce": ranks - {root}}.get(op, ranks)
+    takers = {root} if op == "reduce" else set()
     waiting = ranks - awaited if op in ("broadcast", "reduce") else ranks
     peers = {rank: 1 - rank if op == "recv" else root for rank in ranks}
     ops = {rank: "send" if op == "recv" and rank == root else op for rank in ranks}
     made = [call(rank, *spans[rank], ops[rank], peer=peers[rank]) for rank in ranks]
-    assert split(run_of(*made, ranks=len(ranks))) == counted(spans, awaited, waiting)
+    assert split(run_of(*made, ranks=len(ranks))) == counted(spans, awaited, waiting, takers)
 
 
 def test_nothing_at_all() -> None:

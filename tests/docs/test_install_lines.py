@@ -100,5 +100,5 @@ def test_the_line_works_for_this_repository(tmp_path: Path) -> None:
         cwd=tmp_path,
         timeout=60,
     )
-    assert "13  torchrun" in listed.stdout
+    assert "13      torchrun" in listed.stdout
     assert (tmp_path / "ddp_lessons" / "cli" / "newest.txt").is_file()

@@ -278,7 +278,7 @@ def check_waits(waits: Callable[[Work], Seconds]) -> str:
     because = "It takes `work[step][rank]` in seconds and returns one number for each rank."
     for work in WORKS:
         world_size = len(work[0])
-        answer = predict(waits, work, world_size, because)
+        answer = predict(waits, (work,), world_size, because)
         rows = run_ranks(_steps, (work,), nprocs=world_size).waits()
         measured = [sum(r.wait_ns for r in rows if r.rank == n) / 1e9 for n in range(world_size)]
         _judge_waits(work, answer, measured)

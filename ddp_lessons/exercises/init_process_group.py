@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -14,8 +13,17 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run
-from ddp_lessons.exercises.framework import Wrong, call, errors, exercise, judge, run_ranks
-from ddp_lessons.exercises.numeric_answers import first_miss, predict, wrong_rule
+from ddp_lessons.exercises.framework import (
+    TIMEOUT,
+    Wrong,
+    call,
+    errors,
+    exercise,
+    judge,
+    run_ranks,
+    stuck,
+)
+from ddp_lessons.exercises.numeric_answers import first_miss, plain, predict, wrong_rule
 from ddp_lessons.text import count
 
 Seconds = Sequence[float]  # by rank
@@ -29,12 +37,13 @@ VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     "Four variables: who am I, how many are we, and where is the meeting point (two of them)?",
     "RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; the values are strings. How many ranks stand on "
     "the machines before this one, and on all of them?",
-    "RANK is `str(group_rank * nprocs + local_rank)`, WORLD_SIZE `str(nnodes * nprocs)`.",
+    "RANK is `str(group_rank * nprocs + local_rank)`, WORLD_SIZE `str(nnodes * nprocs)`, "
+    "MASTER_ADDR `address` and MASTER_PORT `str(port)`.",
 )
 def check_environment(environment: Environment) -> str:
     """Check that ranks join with nothing but `environment(group_rank, local_rank, ...)`."""
 
-    def join(rank: int, nnodes: int, nprocs: int) -> float:
+    def join(rank: int, nnodes: int, nprocs: int) -> tuple[int, int]:
         place = rank // nprocs, rank % nprocs, nnodes, nprocs
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         for name in (*VARIABLES, "GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -43,39 +52,48 @@ def check_environment(environment: Environment) -> str:
         dist.init_process_group("gloo", timeout=timedelta(seconds=4))
         seen = torch.ones(1)
         dist.all_reduce(seen)
+        joined_as = dist.get_rank()
         dist.destroy_process_group()
-        return float(seen.item())
+        return int(seen.item()), joined_as
 
     _judge_variables(environment)
     for nnodes, nprocs in ((1, 2), (2, 3), (3, 1)):
         run = run_ranks(join, (nnodes, nprocs), nprocs=nprocs, nnodes=nnodes, check=False)
-        if not run.ok or run.values != [nnodes * nprocs] * (nnodes * nprocs):
-            _explain_failed_join(run)
+        if not run.ok or run.values != [(nnodes * nprocs, r) for r in range(nnodes * nprocs)]:
+            machines = "" if nnodes == 1 else f" on {nnodes} machines"
+            _explain_failed_join(f"with {run.world_size} ranks{machines}, ", run)
     return "the ranks of 1, 2 and 3 machines joined with your variables alone."
 
 
-def _explain_failed_join(run: Run) -> None:
+def _explain_failed_join(where: str, run: Run) -> None:
     raised = errors(run)
     texts = " ".join(error.text for error in raised)
-    first = raised[0].summary if raised else ""
+    no_text = next((error.summary for error in raised if error.type_name == "TypeError"), "")
+    sizes = [value[0] for value in run.values if value]
+    ranks = [value[1] for value in run.values if value]
     missing = next((name for name in VARIABLES if f"{name} expected, but not set" in texts), "")
     mistakes = {
         f"init_process_group found no {missing}.\n"
         "env:// reads four variables; torchrun and launch() set all of them for you.": missing,
-        f"the variables could not be set: {first}\n"
-        "Environment variables are text. Write str(rank), "
-        "not rank.": "TypeError" in {error.type_name for error in raised},
-        f"two ranks both opened the meeting point: {first[:90]}\n"
-        "RANK must differ from process to process, on all machines. Rank 0 opens the meeting "
-        "point; a second rank 0 finds the port taken.": "already in use" in texts,
-        f"the groups had {run.values} members.\n"
-        "WORLD_SIZE is the number of ranks of the whole job, the same on each of them.": run.ok,
+        f"the variables could not be set: {no_text}\n"
+        "Environment variables are text: a number needs `str`.": no_text,
+        "two ranks both opened the meeting point: the second found the port in use.\n"
+        "Rank 0 opens the meeting point, so only one process of the job may have RANK 0, and each "
+        "has another one. The local rank will not do: every machine has a local rank "
+        "0.": "already in use" in texts,
+        f"the groups had {sizes} members, by rank.\n"
+        "WORLD_SIZE is the number of ranks of the whole job, the same on each of "
+        "them.": run.ok and {*sizes} != {run.world_size},
+        f"the processes, machine by machine, joined as ranks {ranks}.\n"
+        "RANK counts on from machine to machine, and on each in the order of local ranks. Rank 0 "
+        "opens the meeting point, so it must be on the machine that MASTER_ADDR names, machine "
+        "0.": run.ok,
         f"the ranks did not find each other: {run.explain().splitlines()[0]}\n"
-        "All ranks need the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, and each its own RANK "
-        "from 0 to WORLD_SIZE - 1. The others wait until the timeout for a rank that never "
-        "comes.": True,
+        "All ranks need the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE, which counts the ranks "
+        "of all machines, and each its own RANK from 0 to WORLD_SIZE - 1. The others wait until "
+        "the timeout for a rank that never comes.": True,
     }
-    judge(f"with {run.world_size} ranks, ", mistakes)
+    judge(where, mistakes)
 
 
 def _judge_variables(environment: Environment) -> None:
@@ -84,8 +102,8 @@ def _judge_variables(environment: Environment) -> None:
     before = dict(os.environ)
     because = (
         "It gets the machine's number, the local rank, the numbers of machines and of ranks on "
-        "each, an address and a port, and must work with nothing else: the launcher's own "
-        "variables are taken away."
+        "each, an address, which is a text, and a port, a number. It must work with nothing else: "
+        "the launcher's own variables are taken away."
     )
     try:
         variables = call(environment, 1, 0, 2, 3, address, port, because=because)
@@ -127,7 +145,8 @@ def check_join(join: Callable[[int, int, str, str], None]) -> str:
         join(job_rank, 2, "ab"[number], folder)
         total = torch.tensor([float(10**number)])
         dist.all_reduce(total)
-        _await_all(rank, 4, folder)  # keeps this job open until the other one has joined, too
+        # Keeps this job open until the other one has joined, too, if it can.
+        _await_all(rank, 4, folder, seconds=4.0)
         dist.destroy_process_group()
         return float(total.item())
 
@@ -168,7 +187,7 @@ def _explain_collision(run: Run) -> None:
     judge("", mistakes)
 
 
-def _await_all(rank: int, world_size: int, folder: str, seconds: float = 4.0) -> None:
+def _await_all(rank: int, world_size: int, folder: str, seconds: float = TIMEOUT) -> None:
     """Wait until all ranks are here, without a process group."""
     there = [os.path.join(folder, f"rank {r} is there") for r in range(world_size)]
     open(there[rank], "w").close()
@@ -181,12 +200,13 @@ def _await_all(rank: int, world_size: int, folder: str, seconds: float = 4.0) ->
     "Nobody leaves init_process_group before the last rank of its job has come. When does that "
     "one come?",
     "For each rank: the largest delay among the ranks of the same job, minus its own.",
-    "`max(d for d, job in zip(delays, jobs) if job == mine)` is when the job `mine` is complete.",
+    "`max(d for d, job in zip(delays, jobs) if job == mine)` is when the job `mine` is complete. "
+    "Do so for each rank, `mine` being its job, and subtract its own delay.",
 )
 def check_waits(waits: Callable[[Seconds, Sequence[str]], Seconds]) -> str:
     """Check `waits(delays, jobs)`, each rank's seconds in init_process_group, against measured."""
 
-    def arrive(rank: int, delays: Seconds, jobs: str, folder: str) -> float:
+    def arrive(rank: int, delays: Seconds, jobs: list[str], folder: str) -> float:
         job, members = jobs[rank], jobs.count(jobs[rank])
         _await_all(rank, len(delays), folder)  # their delays begin together
         time.sleep(delays[rank])
@@ -199,32 +219,39 @@ def check_waits(waits: Callable[[Seconds, Sequence[str]], Seconds]) -> str:
         return waited
 
     because = "It takes a list of seconds and one of jobs; it returns one number for each rank."
-    for delays, jobs in (((0.0, 0.8, 0.4, 0.2), "abab"), ((0.7, 0.0, 0.3), "aaa")):
-        given_jobs = functools.wraps(waits)(functools.partial(_with_jobs, waits, [*jobs]))
-        answer = predict(given_jobs, delays, len(jobs), because)
+    for delays, jobs in (([0.0, 0.8, 0.4, 0.2], [*"abab"]), ([0.7, 0.0, 0.3], [*"aaa"])):
+        answer = predict(waits, (delays, jobs), len(jobs), because)
         with tempfile.TemporaryDirectory() as folder:
             inside = run_ranks(arrive, (delays, jobs, folder), nprocs=len(delays)).values
-        joining = min(inside)  # what joining takes when nobody is missing, longer under load
-        _judge_waits(delays, jobs, answer, [seconds - joining for seconds in inside])
+        # What joining takes when nobody is missing, longer under load.
+        joining = _of_its_job(min, inside, jobs)
+        measured = [total - own for total, own in zip(inside, joining, strict=True)]
+        _judge_waits(delays, jobs, answer, measured)
     return "your prediction and the measured waits agree, for one job and for two at once."
 
 
-def _with_jobs(waits: Any, jobs: list[str], delays: Seconds) -> Any:
-    return waits(delays, jobs)
+def _of_its_job(
+    choose: Callable[[Iterable[float]], float], seconds: Seconds, jobs: list[str]
+) -> Seconds:
+    """For each rank, the smallest or largest number among the ranks of its job."""
+    return [choose(s for s, j in zip(seconds, jobs, strict=True) if j == job) for job in jobs]
 
 
-def _judge_waits(delays: Seconds, jobs: str, answer: Seconds, measured: Seconds) -> None:
+def _judge_waits(delays: Seconds, jobs: list[str], answer: Seconds, measured: Seconds) -> None:
     rank = first_miss(answer, measured)
     if rank is None:
         return
-    complete = [max(d for d, j in zip(delays, jobs, strict=True) if j == job) for job in jobs]
     rules = {
         " You gave the times at which they come: waiting is from there to the last "
         "arrival.": delays,
-        " You gave the time at which all leave: waiting begins when a rank comes.": complete,
+        " You gave the time at which all leave: waiting begins when a rank comes.": _of_its_job(
+            max, delays, jobs
+        ),
         " You let the jobs wait for each other: a rank waits for those of its own job only.": [
             max(delays) - delay for delay in delays
         ],
+        " You gave the time at which the last rank of all comes: a rank waits for those of its own "
+        "job only, and only from when it comes.": [max(delays)] * len(delays),
     }
     raise Wrong(
         f"rank {rank} of job {jobs[rank]} came after {delays[rank]:g} s and waited about "
@@ -235,24 +262,29 @@ def _judge_waits(delays: Seconds, jobs: str, answer: Seconds, measured: Seconds)
     )
 
 
+MEETINGS = ("first", "second")
+
+
 @exercise(
     "`store.set(key, card)` leaves your card, `store.get(key).decode()` waits for someone else's. "
     "What must the keys differ by?",
     "In the second meeting the keys of the first are still there. Each rank can count its own "
     "meetings: `store.add(f'meetings of {rank}', 1)` adds 1 and returns the sum.",
-    "`n = store.add(...)`, `store.set(f'{n}/{rank}', card)`, then get `f'{n}/{r}'` for each r in "
-    "range(world_size).",
+    "`n = store.add(f'meetings of {rank}', 1)`, `store.set(f'{n}/{rank}', card)`, "
+    "then `store.get(f'{n}/{r}').decode()` for each r in `range(world_size)`.",
 )
-def check_meet(meet: Callable[[int, int, dist.Store, str], list[str]]) -> str:
-    """Check that `meet(rank, world_size, store, card)` gives everyone all cards, twice."""
+def check_meet(meet_by_hand: Callable[[int, int, dist.Store, str], list[str]]) -> str:
+    """Check that `meet_by_hand(rank, world_size, store, card)` gives each rank all cards, twice."""
 
     def twice(rank: int, world_size: int, folder: str) -> list[Any]:
         store = dist.FileStore(f"{folder}/store", world_size)
         store.set_timeout(timedelta(seconds=4))
+        _await_all(rank, world_size, folder)  # the store's seconds are not for starting
         got = []
-        for number, late in enumerate((world_size - 1, 0)):
+        for meeting, late in enumerate((world_size - 1, 0)):
             time.sleep(0.4 if rank == late else 0.0)
-            got.append(meet(rank, world_size, store, f"{number}: rank {rank}"))
+            cards = plain(meet_by_hand(rank, world_size, store, _card(meeting, rank)))
+            got.append([*cards] if isinstance(cards, Iterator) else cards)
         return got
 
     for world_size in (3, 2, 1):
@@ -262,34 +294,49 @@ def check_meet(meet: Callable[[int, int, dist.Store, str], list[str]]) -> str:
     return "3, 2 and 1 ranks met twice on one store, and each got all cards of each meeting."
 
 
+def _card(meeting: int, rank: int) -> str:
+    return f"{MEETINGS[meeting]} card of rank {rank}"
+
+
 def _judge_meetings(run: Run) -> None:
-    if not run.ok:
+    waited = [error for error in errors(run) if "timeout" in error.summary.lower()]
+    if waited or stuck(run):
         raise Wrong(
             f"with {count(run.world_size, 'rank')}, it failed: {run.explain().splitlines()[0]}",
-            "A `get` waits until somebody has set the key, here for 4 seconds at the most. Does "
-            "each rank set its own card before it reads the others'?",
+            "A `get` waits until somebody has set this very key, here for 4 seconds at the most. "
+            "Each rank must set its own card before it reads the others', and under the key that "
+            "the others read. (A number that all ranks add to is another one on each.)",
         )
-    for number in (0, 1):
-        cards = [f"{number}: rank {rank}" for rank in range(run.world_size)]
+    run.raise_for_failure()
+    for meeting, other in ((0, 1), (1, 0)):
+        cards, others = ([_card(m, r) for r in range(run.world_size)] for m in (meeting, other))
         for rank, got in enumerate(run.values):
-            seen = f"in meeting {number}, rank {rank} got {got[number]!r}"
-            _judge_cards(seen, got[number], cards)
+            seen = f"in the {MEETINGS[meeting]} meeting, rank {rank} got {got[meeting]!r}"
+            _judge_cards(seen, got[meeting], cards, others)
 
 
-def _judge_cards(seen: str, got: Any, cards: list[str]) -> None:
-    given = [*got] if isinstance(got, list | tuple) else None
-    others = [card for card in given or () if str(card)[:1] in {"0", "1"} - {cards[0][0]}]
+def _judge_cards(seen: str, got: Any, cards: list[str], others: list[str]) -> None:
+    given = [*got] if isinstance(got, list | tuple) else []
+    if given == cards:
+        return
+    strange = [card for card in given if card in others]
+    are_or_is = "of them is" if len(strange) == 1 else "of them are"
     mistakes = {
-        ".\nReturn a list of all ranks' cards. Is `return` missing?": given is None,
-        ".\nA store has bytes: `.decode()` makes a text of what `get` returns.": any(
-            isinstance(card, bytes) for card in given or ()
+        ".\nReturn a list of all ranks' cards. Is `return` missing?": not isinstance(
+            got, list | tuple
         ),
-        f"; {len(others)} of them belong to the other meeting.\n"
-        "The store keeps its keys, and whoever sets one again overwrites it, perhaps before all "
-        "have read it. Each meeting needs keys of its own.": others,
-        f", not {len(cards)} cards.\nOne card of each rank, its own too.": len(given or ())
-        != len(cards),
-        f", not {cards!r}.\nCard r of the list is rank r's.": True,
+        ".\nA store holds bytes: `.decode()` makes a text of what `get` returns.": any(
+            str(card).startswith(("b'", 'b"')) for card in given
+        ),
+        f"; {len(strange)} {are_or_is} from the other meeting.\n"
+        "A store keeps its keys: a `get` of the second meeting finds what the first one left. And "
+        "whoever sets a key again overwrites it, perhaps before all have read it. Each meeting "
+        "needs keys of its own.": strange,
+        f", {count(len(given), 'text')} instead of {len(cards)}.\n"
+        "Return the card of each rank, and a rank's own, too.": len(given) != len(cards),
+        ".\nThe same card stands there more than once. Each rank needs a key of its own, and card "
+        "r of the list is rank r's.": {*map(str, given)} < {*cards},
+        f", not {cards!r}.\nCard r of the list is rank r's.": {*map(str, given)} == {*cards},
+        f", not {cards!r}.\nThe list has the cards as the ranks brought them.": True,
     }
-    if given != cards:
-        judge(seen, mistakes)
+    judge(seen, mistakes)

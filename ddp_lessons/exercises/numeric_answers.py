@@ -60,18 +60,20 @@ def near(value: object, target: float, tolerance: float = 1e-6) -> bool:
 
 
 def predict(
-    waits: Callable[[Any], Sequence[float]], given: Any, world_size: int, because: str
+    waits: Callable[..., Sequence[float]], given: Sequence[Any], world_size: int, because: str
 ) -> list[float]:
     """Return the learner's prediction, in seconds by rank; `because` says what `waits` accepts."""
 
     @functools.wraps(waits)
-    def seconds(given: Any) -> list[float]:
-        return [float(number) for number in waits(given)]
+    def seconds(*given: Any) -> list[float]:
+        return [float(number) for number in waits(*given)]
 
-    answer: list[float] = call(seconds, given, because=because)
+    answer: list[float] = call(seconds, *given, because=because)
     if len(answer) != world_size:
         numbers_given, ranks = count(len(answer), "number"), count(world_size, "rank")
-        raise Wrong(f"waits({given}) gave {numbers_given} for {ranks}.", because)
+        raise Wrong(
+            f"waits({', '.join(map(str, given))}) gave {numbers_given} for {ranks}.", because
+        )
     return answer
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ddp_lessons import Run
 from ddp_lessons.exercises.framework import Wrong, call, errors, exercise, judge, run_ranks
-from ddp_lessons.exercises.numeric_answers import plain
+from ddp_lessons.exercises.numeric_answers import numbers, plain
 from ddp_lessons.text import count
 
 SHAPES = ((3, 2), (2, 3), (4, 1), (1, 4))  # (nprocs, nnodes)
@@ -31,14 +31,17 @@ def check_global_rank(global_rank: Callable[[int, int, int], int]) -> str:
 
     for nprocs, nnodes in SHAPES:
         run = run_ranks(compare, nprocs=nprocs, nnodes=nnodes, check=False)
-        if any(error.summary == "KeyError: 'RANK'" for error in errors(run)):
-            raise Wrong(
-                "it looked for RANK, which the check has taken away.",
-                "RANK is what you are to compute, from the three numbers.",
-            )
-        run.raise_for_failure()
+        _raise_if_failed(run, ("RANK",), "RANK is what you are to compute, from the three numbers.")
         _judge_ranks(f"on {_machines(nnodes, nprocs)}, ", run.values)
     return "right on every rank of 2 machines with 3 ranks, 3 with 2, 1 with 4 and 4 with 1."
+
+
+def _raise_if_failed(run: Run, taken: Sequence[str], because: str) -> None:
+    """Raise what failed; `because` if a rank looked for a variable that the check has taken."""
+    for name in taken:
+        if any(error.summary == f"KeyError: '{name}'" for error in errors(run)):
+            raise Wrong(f"it looked for {name}, which the check has taken away.", because)
+    run.raise_for_failure()
 
 
 def _machines(nnodes: int, nprocs: int) -> str:
@@ -74,49 +77,69 @@ def _judge_ranks(where: str, values: list[tuple[int, int, Any]]) -> None:
     judge(where, mistakes)
 
 
-MACHINES = ((3, 3), (2, 4, 1), (1, 1, 5), (6,))  # ranks on each
+MACHINES = ([3, 3], [2, 4, 1], [1, 1, 5], [6])  # ranks on each
 
 
 @exercise(
     "Whose ranks come first? If this rank is none of machine 0's, how many are behind you?",
     "Go through the machines. While the rank is not smaller than the number of ranks on a machine, "
     "take that number away from it.",
-    "`for machine, ranks in enumerate(ranks_on)`: if rank < ranks, you have found it: machine and "
-    "rank. Otherwise `rank -= ranks`.",
+    "`for machine, ranks in enumerate(ranks_on)`: if `rank < ranks`, return `machine, rank`; "
+    "otherwise `rank -= ranks`.",
 )
-def check_place(place: Callable[[int, list[int]], tuple[int, int]]) -> str:
-    """Check `place(rank, ranks_on)`: the machine's number and the local rank of every rank."""
+def check_place(place_of: Callable[[int, list[int]], tuple[int, int]]) -> str:
+    """Check `place_of(rank, ranks_on)`: the machine's number and the local rank of every rank."""
+    taken = ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")  # they know nothing of these machines
 
-    def on_ranks(rank: int, ranks_on: tuple[int, ...]) -> Any:
-        for name in ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            del os.environ[name]  # which know nothing of these machines
-        return place(rank, list(ranks_on))
+    def find(rank: int, ranks_on: list[int]) -> tuple[Any, str]:
+        for name in taken:
+            del os.environ[name]
+        answer = place_of(rank, ranks_on)
+        return numbers(answer), repr(answer)
 
     for ranks_on in MACHINES:
-        right = [(m, local) for m, ranks in enumerate(ranks_on) for local in range(ranks)]
-        answers = run_ranks(on_ranks, (ranks_on,), nprocs=sum(ranks_on)).values
-        for rank, (answer, expected) in enumerate(zip(answers, right, strict=True)):
-            where = f"with {list(ranks_on)} ranks on the machines, rank {rank} "
-            _judge_place(where, answer, expected)
+        run = run_ranks(find, (ranks_on,), nprocs=sum(ranks_on), check=False)
+        _raise_if_failed(run, taken, "Compute the place from the rank and the list alone.")
+        _judge_places(ranks_on, run.values)
     return "every rank found its place, on equal machines and on unequal ones."
 
 
-def _judge_place(where: str, answer: Any, right: tuple[int, int]) -> None:
-    pair = tuple(plain(answer)) if isinstance(plain(answer), list | tuple) else ()
-    said = f"said {answer!r}; it is local rank {right[1]} of machine {right[0]}.\n"
+def _judge_places(ranks_on: list[int], answers: list[tuple[Any, str]]) -> None:
+    right = [[m, local] for m, ranks in enumerate(ranks_on) for local in range(ranks)]
+    where = f"with {ranks_on} ranks on the machines, rank "
+    for r, (place, text) in enumerate(answers):
+        if not (isinstance(place, list) and [*map(type, place)] == [int, int]):
+            raise Wrong(
+                f"{where}{r} returned {text}.",
+                "Return two whole numbers: the machine, and the local rank.",
+            )
+    places = [place for place, _ in answers]
+    rank = next((r for r, place in enumerate(places) if place != right[r]), None)
+    if rank is None:
+        return
+    (machine, local), (its_machine, its_local) = places[rank], right[rank]
+    shifted = [[[m + a, loc + b] for m, loc in right] for a, b in ((1, 1), (0, 1), (1, 0))]
+    in_turn = [[r % len(ranks_on), r // len(ranks_on)] for r in range(len(right))]
+    here = ranks_on[machine] if machine in range(len(ranks_on)) else 0
     mistakes = {
-        f"returned {answer!r}.\nReturn two whole numbers: the machine, and the local rank.": (
-            [*map(type, pair)] != [int, int]
-        ),
-        f"{said}The machine comes first, then the local rank.": pair == right[::-1],
-        f"{said}Machines and local ranks are both counted from 0.": (
-            pair in [(right[0] + a, right[1] + b) for a, b in ((1, 1), (0, 1), (1, 0))]
-        ),
-        f"{said}The machines may have different numbers of ranks, so one division does not find "
-        "the machine. Take away the ranks of each machine before it.": True,
+        "The machine comes first, then the local rank.": places == [p[::-1] for p in right],
+        "Machines and local ranks are both counted from 0.": places in shifted,
+        "Ranks are counted machine by machine: all ranks of machine 0 first, then those of machine "
+        "1. They are not dealt out in turn.": places == in_turn,
+        f"Rank {places.index(places[rank])} said so, too. No two ranks have the same "
+        "place.": places.index(places[rank]) < rank,
+        "The machine is right. Local ranks begin at 0 on every machine: take away the ranks of all "
+        "machines before this one.": [m for m, _ in places] == [m for m, _ in right],
+        f"There is no machine {machine}: they are counted from 0 to {len(ranks_on) - 1}.": not here,
+        f"The last local rank of machine {machine} is {here - 1}. A rank beyond it is on a later "
+        "machine.": local >= here,
+        "The machines have different numbers of ranks, so one division does not find the machine. "
+        "Take away the ranks of each machine before it.": len({*ranks_on}) > 1,
+        "Count from machine to machine: take away the ranks of each machine before it, and what is "
+        "left is the local rank.": True,
     }
-    if pair != right or [*map(type, pair)] != [int, int]:
-        judge(where, mistakes)
+    seen = f"said machine {machine}, local rank {local}; it is local rank {its_local} of machine "
+    judge(f"{where}{rank} {seen}{its_machine}.", mistakes)
 
 
 def _probe(rank: int) -> tuple[int, int]:

@@ -183,6 +183,16 @@ def scaled(step: int, schedule: Any, ranks: int, warmup: int) -> float:
     return lr_at(step, schedule(step * ranks), ranks, warmup)
 
 
+def torch_scaled(step: int, schedule: Any, ranks: int, warmup: int) -> Any:
+    factors = torch.cat([torch.linspace(1, ranks, warmup + 1)[:-1], torch.full((99,), ranks)])
+    return factors.double()[..., step] * schedule(step * ranks)
+
+
+def scaled_of_parts(step: int, schedule: Any, ranks: int, warmup: int) -> Any:
+    part = Fraction(step, warmup) if step < warmup else 1
+    return Fraction(schedule(step * ranks)) * ((1 - part) + ranks * part)
+
+
 def too_late(step: int, schedule: Any, ranks: int, warmup: int) -> float:
     return lr_at(step, schedule(step), ranks, warmup)
 
@@ -217,6 +227,11 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_lr_at, by_steps),
     (check_lr_at, partial(answers.decorated(lr_at))),
     (check_schedule, scaled),
+    (check_schedule, torch_scaled),
+    (check_schedule, scaled_of_parts),
+    (check_schedule, lambda *given, **more: np.float64(scaled(*given, **more))),
+    (check_schedule, partial(answers.decorated(scaled))),
+    (check_schedule, answers.Called(scaled)),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_one_process, lambda r, b, lr, red: (b, lr), "3 ranks.*together see 12 samples.*as many"),
@@ -291,6 +306,12 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_schedule, warmed_from_zero, "3 ranks.*the rates are 0, .*grows from 1"),
     (check_schedule, warmed_in_samples, "3 ranks, .*Warm-up counts the steps"),
     (check_schedule, lambda step, schedule, r, w: "0.1", "you returned '0.1'.*one number"),
+    (check_schedule, lambda *given: print(scaled(*given)), "you returned None.*one number"),
+    (check_schedule, lambda *given: float("inf"), "you returned inf.*one number"),
+    (check_schedule, lambda step, *rest: scaled(step + 1, *rest), "and the schedule those of one"),
+    (check_schedule, lambda step, schedule, r, w: schedule(step) * r, "comes too late"),
+    (check_schedule, lambda s, *rest: stops_in_the_middle(s, 0.1, *rest[1:]), "you returned None"),
+    (check_schedule, lambda step, schedule, r, w: schedule[step], "ranks.*TypeError"),
     (check_schedule, lambda step: 1, "failed on real ranks.*TypeError"),
 ]
 

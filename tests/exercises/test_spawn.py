@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import launch
-from ddp_lessons.exercises.spawn import check_global_rank, check_run_job
+from ddp_lessons.exercises.spawn import check_global_rank, check_place, check_run_job
 from tests.support import answers
 
 pytestmark = pytest.mark.ranks
@@ -33,6 +33,51 @@ class Counted:
 
 def of_a_table(group: int, local: int, nprocs: int) -> int:
     return {(0, 0): 0, (0, 1): 1, (0, 2): 2, (1, 0): 3, (1, 1): 4, (1, 2): 5}[group, local]
+
+
+def place_of(rank: int, ranks_on: list[int]) -> tuple[int, int]:
+    for machine, ranks in enumerate(ranks_on):
+        if rank < ranks:
+            return machine, rank
+        rank -= ranks
+    raise AssertionError(f"no machine has rank {rank}")
+
+
+def in_numpy(rank: int, ranks_on: list[int]) -> Any:
+    ends = np.cumsum(ranks_on)
+    machine = np.searchsorted(ends, rank, side="right")
+    return machine, rank - ends[machine] + ranks_on[machine]
+
+
+def in_torch(rank: int, ranks_on: list[int]) -> Any:
+    machines = torch.repeat_interleave(torch.tensor(ranks_on))
+    return torch.stack([machines[rank], (machines[..., :rank] == machines[rank]).sum()])
+
+
+def listed(rank: int, ranks_on: list[int]) -> Any:
+    return [(m, local) for m, ranks in enumerate(ranks_on) for local in range(ranks)][rank]
+
+
+def emptied(rank: int, ranks_on: list[int], machine: int = 0) -> Any:
+    """Takes machines out of the list, and yields the two numbers."""
+    ranks = ranks_on.pop(0)
+    if rank < ranks:
+        yield from (machine, rank)
+    else:
+        yield from emptied(rank - ranks, ranks_on, machine + 1)
+
+
+def placed(change: Callable[[int, int], Any]) -> Any:
+    """A place_of that returns something else than machine and local rank."""
+    return lambda rank, ranks_on: change(*place_of(rank, ranks_on))
+
+
+def off_by_one(rank: int, ranks_on: list[int]) -> Any:
+    for machine, ranks in enumerate(ranks_on):
+        if rank <= ranks:
+            return machine, rank
+        rank -= ranks
+    return None
 
 
 def many(fn: Any, nprocs: int) -> list[Any]:
@@ -73,6 +118,12 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_global_rank, lambda group, local, n: range(group * n, (group + 1) * n)[local]),
     (check_global_rank, functools.partial(lambda none, g, local, n: g * n + local, None)),
     (check_global_rank, Counted()),
+    (check_place, place_of),
+    (check_place, in_numpy),
+    (check_place, in_torch),
+    (check_place, listed),
+    (check_place, emptied),
+    (check_place, functools.partial(answers.decorated(place_of))),
     (check_run_job, or_plain(many)),
     (check_run_job, Job()),
     (check_run_job, or_plain(lambda fn, n: [*map(launch(fn, nprocs=n).values.pop, [0] * n)])),
@@ -105,6 +156,46 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_global_rank, lambda g, loc, n: dist.get_rank(), "ranks.*calls? dist.init_process_group"),
     (check_global_rank, of_a_table, "failed on real ranks.*ranks 4 and 5 of 6 raised KeyError"),
     (check_global_rank, lambda g, loc: g, "failed on real ranks.*TypeError"),
+    (check_place, lambda r, on: divmod(r, on[0]), r"with \[2, 4, 1\] .*one division does not find"),
+    (check_place, lambda r, on: (0, r), "machine 0, local rank 3;.*beyond it is on a later"),
+    (
+        check_place,
+        lambda r, on: divmod(r, len(on)),
+        "rank 2 said machine 1, local rank 0.*Count from machine",
+    ),
+    (check_place, lambda r, on: divmod(r, len(on))[::-1], "machine by machine.*not dealt out"),
+    (
+        check_place,
+        lambda r, on: divmod(r, max(on)),
+        r"with \[2, 4, 1\] .*last local rank of machine 0 is 1",
+    ),
+    (
+        check_place,
+        lambda r, on: (r, on[0]),
+        "rank 0 said machine 0, local rank 3.*is 2. A rank beyond",
+    ),
+    (check_place, lambda r, on: (1, 1), "rank 0 said machine 1, local rank 1; it is local rank 0 "),
+    (check_place, lambda r, on: (r // 3, 0), "rank 1 said machine 0, local rank 0.*Rank 0 said so"),
+    (check_place, off_by_one, "rank 3 said machine 0, local rank 3.*is on a later machine"),
+    (check_place, lambda r, on: (place_of(r, on)[0], r), "machine is right.*begin at 0 on every"),
+    (check_place, placed(lambda m, local: (local, m)), "The machine comes first"),
+    (check_place, placed(lambda m, local: (m + 1, local)), "counted from 0"),
+    (check_place, placed(lambda m, local: (m + 1, local + 1)), "both counted from 0"),
+    (check_place, placed(lambda m, local: (m, local + 1)), "both counted from 0"),
+    (check_place, placed(lambda m, local: (m - 5, local)), "no machine -5: .* from 0 to 1"),
+    (check_place, lambda r, on: r, "rank 0 returned 0.*two whole numbers"),
+    (check_place, placed(lambda m, local: (float(m), local)), r"returned \(0.0, 0\).*two whole"),
+    (check_place, placed(lambda m, local: f"{m}, {local}"), "returned '0, 0'.*two whole numbers"),
+    (check_place, placed(lambda m, local: (m, local, 0)), "two whole numbers"),
+    (check_place, placed(lambda m, local: {m: local}), "returned {0: 0}.*two whole numbers"),
+    (check_place, answers.prints(place_of), "returned None.*two whole numbers"),
+    (
+        check_place,
+        lambda r, on: (int(os.environ["GROUP_RANK"]), int(os.environ["LOCAL_RANK"])),
+        "looked for GROUP_RANK.*from the rank and the list alone",
+    ),
+    (check_place, lambda r, on: (on.index(r), 0), "failed on real ranks.*ValueError"),
+    (check_place, lambda r: (0, r), "failed on real ranks.*TypeError"),
     (check_run_job, many, "nprocs=1 a process was started"),
     (check_run_job, lambda fn, n: [fn(r) for r in range(n)], "1 process, 3 of.*not make N ranks"),
     (check_run_job, in_threads, "in a loop or in threads, does not make N ranks"),

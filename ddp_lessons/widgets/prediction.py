@@ -103,7 +103,8 @@ class Prediction:
         if self.choices:
             return str(answer)
         number = f"{answer:g}" if isinstance(answer, float) else str(answer)
-        return f"{number} {self.unit}".rstrip()
+        unit = self.unit.removesuffix("s") if answer == 1 else self.unit
+        return f"{number} {unit}".rstrip()
 
     def _text(self) -> str:
         """The question where there are no controls."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ddp_lessons import plots
+from ddp_lessons.text import count
 from ddp_lessons.widgets.explorer import Explorer, run_ranks, whole
 
 if TYPE_CHECKING:
@@ -35,5 +36,5 @@ def explore(place: Callable[[int], Sequence[str]]) -> Explorer:
 
 def _draw(run: Run, nnodes: int, nprocs: int) -> Axes:
     places = [(int(group_rank), int(local_rank)) for group_rank, local_rank, *_ in run.values]
-    title = f"rank = machine x {nprocs} + local rank; WORLD_SIZE = {nnodes} x {nprocs}"
+    title = f"{count(nnodes, 'machine')}, {count(nprocs, 'rank')} on each"
     return plots.machines(places, title=title)

@@ -41,6 +41,11 @@ def test_a_number_may_be_near(
     assert second == ("You predicted it." if right else "You predicted 0.4 seconds.")
 
 
+def test_one_has_no_plural(capsys: pytest.CaptureFixture[str]) -> None:
+    Prediction("How many?", None, "samples").reveal(1)
+    assert capsys.readouterr().out == "Answer: 1 sample\n"
+
+
 @pytest.mark.parametrize("said", ["", "four", "4 seconds"])
 def test_without_a_number_nothing_is_said_of_it(
     capsys: pytest.CaptureFixture[str], said: str

@@ -21,7 +21,7 @@ from ddp_lessons.exercises.framework import (
     run_ranks,
     stuck,
 )
-from ddp_lessons.exercises.numeric_answers import near, numbers, plain
+from ddp_lessons.exercises.numeric_answers import near, number, numbers, plain
 from ddp_lessons.text import count
 
 Shards = list[list[int]]  # by rank
@@ -402,7 +402,7 @@ def check_steps(steps: Callable[[int, int, int, bool, bool], int]) -> str:
         counted = run_ranks(_stepped, (total, batch), nprocs=ranks).values[0]
         for drops, right in counted.items():
             because = "It takes three whole numbers and two switches, and returns a whole number."
-            found = call(steps, total, ranks, batch, *drops, because=because)
+            found = number(call(steps, total, ranks, batch, *drops, because=because))
             _judge_steps(total, ranks, batch, drops, found, right)
     return "as many steps as real ranks take, also with 2 samples on 3 ranks."
 

@@ -425,6 +425,10 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_per_rank_batch, lambda batch, n: [*range(n, batch + n, n)].index(batch or None) + 1),
     (check_steps, steps),
     (check_steps, steps_of_loader),
+    (check_steps, lambda *args: np.int64(steps(*args))),
+    (check_steps, lambda *args: torch.tensor([steps(*args)])[..., 0]),
+    (check_steps, functools.partial(answers.decorated(steps))),
+    (check_steps, answers.Called(steps)),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_sampler, sampler_of(blocks), "block of neighbours.*dealt|block of neighbours.*deals"),
@@ -527,6 +531,10 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_steps, steps_by("never up"), "The sampler's `drop_last` decides"),
     (check_steps, steps_by("switches swapped"), "True in the loader.*The sampler's"),
     (check_steps, lambda *args: "2", "you returned '2'.*whole"),
+    (check_steps, answers.prints(steps), "you returned None.*whole"),
+    (check_steps, lambda *args: [steps(*args)], "you returned .[0-9]+..*whole"),
+    (check_steps, lambda *args: steps(*args) + 1, "The sampler's `drop_last` decides"),
+    (check_steps, lambda *args: args[0] // args[3], "raised ZeroDivisionError"),
     (check_steps, lambda total: total, "raised TypeError"),
 ]
 

@@ -37,7 +37,7 @@ def _use(rank: int, first: First) -> str:
             try:
                 _enter(rank, first, number)
             except Exception as error:
-                if number != FAILING or rank == 0 and not isinstance(error, ConnectionError):
+                if number != FAILING or (rank == 0 and not isinstance(error, ConnectionError)):
                     raise
                 raised = f"{type(error).__name__}: {error}"
             dist.all_reduce(torch.ones(1))  # where ranks with too many calls do not meet

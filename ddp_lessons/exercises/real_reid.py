@@ -242,7 +242,7 @@ def _judge_gradients(
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.allclose(one.double(), other)
+    return one.shape == other.shape and bool(torch.allclose(one.double(), other))
 
 
 def _first(tensor: Tensor) -> float:

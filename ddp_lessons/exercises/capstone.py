@@ -1,7 +1,7 @@
-"""The checks of lesson 20: each repairs nothing, and judges one piece of the trainer on its own.
+"""The checks of lesson 20, each of one piece of a trainer, and a report of all.
 
-A piece runs on 1, 2 and 3 ranks among right ones, so no mistake hides another. A verdict says what
-was seen and which lesson it belongs to, not what to change.
+A piece runs on 1, 2 and 3 ranks, and what is around it is right, so no mistake hides another. A
+verdict says what was seen and which lesson that belongs to, not what to change; the hints do.
 """
 
 from __future__ import annotations

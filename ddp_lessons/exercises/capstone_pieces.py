@@ -23,7 +23,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(dataset: Dataset[Any], epoch: int, batch_size: int) -> DataLoader[Any]:
-    """The rank's batches of an epoch; together the ranks take `batch_size` samples a step."""
+    """The rank's batches of an epoch; all ranks together take `batch_size` samples a step."""
     sampler = DistributedSampler(dataset)
     sampler.set_epoch(epoch)
     return DataLoader(dataset, batch_size // dist.get_world_size(), sampler=sampler)
@@ -74,7 +74,7 @@ def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
 
 
 def should_stop(loss: float, target: float) -> bool:
-    """Whether the training ends, because the loss is below the target; `loss` is this rank's."""
+    """Whether the training ends after this epoch: the ranks' mean loss is below the target."""
     mean = torch.tensor(loss)
     dist.all_reduce(mean)
     return bool(mean / dist.get_world_size() < target)

@@ -11,6 +11,7 @@ import pickle
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -22,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, Subset
 
+from ddp_lessons import launch
 from ddp_lessons.exercises import capstone_pieces as repaired
 from ddp_lessons.exercises.capstone import (
     check_data,
@@ -56,11 +58,13 @@ PIECES = {
 
 
 def pieces(notebook: str) -> dict[str, Any]:
-    """What a notebook's cells of imports and of pieces define."""
+    """What a notebook's cells of imports, pieces and `train` define."""
     cells = json.loads((ROOT / "notebooks" / notebook).read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     found: dict[str, Any] = {"__name__": notebook}
-    starts = "|".join(["import contextlib", *(rf"def {name}\(" for name in PIECES)])
+    starts = "|".join(
+        ["import contextlib", *(rf"def {name}\(" for name in (*PIECES, "train", "note"))]
+    )
     for source in filter(re.compile(starts).match, code):
         exec(source, found)
     return found
@@ -665,6 +669,23 @@ def test_a_right_answer_passes(check: Any, answer: Any) -> None:
 @answers.wrong(WRONG)
 def test_a_wrong_answer_is_explained(check: Any, answer: Any, said: str) -> None:
     answers.is_explained(check, answer, said)
+
+
+def test_on_one_rank_two_mistakes_show(tmp_path: Path) -> None:
+    """The notebook claims it: of each mistake on its own, in a training that is resumed."""
+
+    def trained(change: dict[str, Any]) -> tuple[bytes, float]:
+        code = pieces("solutions/20_capstone.ipynb")
+        code.update(change)  # the globals of its `train`
+        folder = str(tmp_path / "-".join(["trained", *change]))
+        os.mkdir(folder)
+        launch(code["train"], args=(folder, 1, 0.0), nprocs=1)
+        weights = launch(code["train"], args=(folder, 2, 0.0), nprocs=1).values[0]
+        return weights.numpy().tobytes(), torch.load(f"{folder}/rank 0, epoch 1.pt")["said"]
+
+    wanted = trained({})
+    shown = [name for name in PIECES if trained({name: BROKEN[name]}) != wanted]
+    assert shown == ["evaluate", "resume"]
 
 
 def test_no_verdict_says_how_to_repair() -> None:

@@ -36,7 +36,7 @@ TORN = "overwritten"  # a file beside the record of writes: a checkpoint was not
 Facts = dict[str, Any]  # a rank's state when it saved or loaded, "later" at CUT, and at the end
 
 
-class _Disk:
+class Disk:
     """Replaces `torch.save` on a rank: records its writes; can be slow, and kill."""
 
     def __init__(self, rank: int, folder: str) -> None:
@@ -89,7 +89,7 @@ def _unchanged(path: str, folder: str) -> Iterator[None]:
 @in_group
 def train(rank: int, checkpoint: Any, folder: str, killed: bool) -> Facts:
     """Train from beginning to end; return the rank's state when it saved, and at the end."""
-    disk, path = _Disk(rank, folder), checkpoint_path(folder)
+    disk, path = Disk(rank, folder), checkpoint_path(folder)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     files = checkpoint()
     parts = _set_up(seed=1, rank=rank)
@@ -131,6 +131,15 @@ def resume(rank: int, checkpoint: Any, folder: str) -> Facts:
 def checkpoint_path(folder: str) -> str:
     """The path for the learner's class: not beside the record of writes."""
     return os.path.join(folder, "checkpoints", "last.pt")
+
+
+def writers(folder: str) -> dict[str, list[int]]:
+    """The ranks that wrote to each file, by the files' names."""
+    found: dict[str, list[int]] = {}
+    for log in sorted(Path(folder).glob("written by *")):
+        for name in dict.fromkeys(log.read_text().splitlines()):
+            found.setdefault(name, []).append(int(log.name.split()[-1]))
+    return found
 
 
 def _set_up(

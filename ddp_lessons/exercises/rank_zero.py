@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, WorkersHung
-from ddp_lessons.exercises.checkpoint_training import CUT, SAVED, Facts, resume, train
+from ddp_lessons.exercises.checkpoint_training import CUT, SAVED, Facts, resume, train, writers
 from ddp_lessons.exercises.framework import Wrong, errors, exercise, in_group, judge, run_ranks
-from ddp_lessons.text import count, listed
+from ddp_lessons.text import count, listed, ranks_text
 
 State = dict[str, Tensor]
 LoadAnywhere = Callable[[nn.Module, State], object]
@@ -230,17 +229,13 @@ def _explain_part(
 
 def _judge_files(folder: str) -> None:
     """Raise `Wrong` if several ranks wrote to one file."""
-    writers: dict[str, str] = {}
-    for log in sorted(Path(folder).glob("written by *")):
-        for name in set(log.read_text().splitlines()):
-            rank = log.name.split()[-1]
-            if name in writers:
-                raise Wrong(
-                    f"ranks {writers[name]} and {rank} wrote to the same file, {name}.",
-                    "The last one overwrites the others, or the file is a mixture of both. Let "
-                    "rank 0 write alone.",
-                )
-            writers[name] = rank
+    for name, ranks in writers(folder).items():
+        if len(ranks) > 1:
+            raise Wrong(
+                f"{ranks_text(ranks)} wrote to the same file, {name}.",
+                "The last one overwrites the others, or the file is a mixture of both. Let "
+                "rank 0 write alone.",
+            )
 
 
 def _judge_returned(ranks: list[Facts]) -> None:

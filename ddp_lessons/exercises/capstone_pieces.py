@@ -1,0 +1,97 @@
+"""The eight pieces of lesson 20's trainer, repaired: whoever wants to repair fewer imports some.
+
+They run in workers, called by the notebook's `train`; each needs a process group. The notebook has
+the same functions with a mistake in each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
+
+State = dict[str, Any]
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(dataset: Dataset[Any], epoch: int, batch_size: int) -> DataLoader[Any]:
+    """The rank's batches of an epoch; all ranks together take `batch_size` samples a step."""
+    sampler = DistributedSampler(dataset)
+    sampler.set_epoch(epoch)
+    return DataLoader(dataset, batch_size // dist.get_world_size(), sampler=sampler)
+
+
+def wrap(model: nn.Module) -> DistributedDataParallel:
+    """The model in DDP; in eval mode it predicts the same on every rank."""
+    return DistributedDataParallel(model)
+
+
+def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9; `rate` is right for the global batch, whatever the world size."""
+    return torch.optim.SGD(model.parameters(), rate, momentum=0.9)
+
+
+def train_epoch(
+    model: DistributedDataParallel,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Batch],
+    k: int,
+) -> float:
+    """Take a step for every `k` batches, the last one for what is left; return the mean loss."""
+    model.train()
+    losses: list[float] = []
+    for first in range(0, len(batches), k):
+        group = batches[first : first + k]
+        for left, (images, labels) in zip(reversed(range(len(group))), group, strict=True):
+            with model.no_sync() if left else contextlib.nullcontext():
+                loss = cross_entropy(model(images), labels)
+                (loss / len(group)).backward()
+            losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return sum(losses) / len(losses)
+
+
+def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
+    """The accuracy on the whole dataset, from 0 to 1, on every rank; each takes its part."""
+    model.eval()
+    size = len(dataset)
+    mine = Subset(dataset, range(dist.get_rank(), size, dist.get_world_size()))
+    hits = torch.zeros(())
+    with torch.no_grad():
+        for images, labels in DataLoader(mine, 32):
+            hits += (model(images).argmax(dim=1) == labels).sum()
+    dist.all_reduce(hits)
+    return float(hits) / size
+
+
+def should_stop(loss: float, target: float) -> bool:
+    """Whether the training ends after this epoch: the ranks' mean loss is below the target."""
+    mean = torch.tensor(loss)
+    dist.all_reduce(mean)
+    return bool(mean / dist.get_world_size() < target)
+
+
+def save(path: str, state: State) -> None:
+    """Write a checkpoint; when it returns, on whatever rank, the file is there."""
+    if dist.get_rank() == 0:
+        torch.save(state, path)
+    dist.barrier()
+
+
+def resume(path: str, model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> int:
+    """Load a checkpoint if there is one; return the epoch to go on with."""
+    if not os.path.exists(path):
+        return 0
+    state = torch.load(path)
+    model.module.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["epoch"]) + 1

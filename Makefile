@@ -2,7 +2,7 @@
 PYTHON ?= python3
 LAB_ARGS ?=
 BIN := .venv/bin
-LESSONS := $(wildcard notebooks/[0-9]*.ipynb) notebooks/gpu.ipynb
+LESSONS := $(wildcard notebooks/[0-9]*.ipynb notebooks/real_*.ipynb) notebooks/gpu.ipynb
 SOLUTIONS := $(wildcard notebooks/solutions/*.ipynb)
 RUN_HERE := $(filter-out notebooks/gpu.ipynb,$(LESSONS)) $(SOLUTIONS)
 JOBS ?= 4

@@ -16,7 +16,8 @@ from ddp_lessons.course.lesson_files import tasks
 from tests.support.checkout import ROOT
 from tests.support.kernels import Kernel
 
-LESSONS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+folder = ROOT / "notebooks"
+LESSONS = sorted([*folder.glob("[0-9]*.ipynb"), *folder.glob("real_*.ipynb")])
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 APPENDIX = ROOT / "notebooks" / "gpu.ipynb"
 ALL = [
@@ -92,7 +93,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_a_lesson_has_its_parts(path: Path) -> None:
     cells = _read(path).cells
     first, last = cells[0].source, cells[-1].source
-    assert re.match(r"# \d\d[a-z]? · ", first)
+    assert re.match(r"# (\d\d[a-z]?|real_\d) · ", first)
     assert re.search(r"\*\*.*\?\*\*", first), "the question"
     assert re.search(r"\d+ minutes · .* · stored outputs: ", first)
     assert "## What you have seen" in last
@@ -161,7 +162,7 @@ def test_no_question_is_asked_twice() -> None:
 @pytest.mark.parametrize("path", ONLY_LESSONS)
 def test_a_lesson_ends_with_what_was_done_in_it(path: Path) -> None:
     cell = _read(path).cells[-2]
-    number = re.match(r"\d\d[a-z]?", path.name)
+    number = re.match(r"\d\d[a-z]?|real_\d", path.name)
     assert number
     assert cell.source.endswith(f'show_progress("{number[0]}")')
 

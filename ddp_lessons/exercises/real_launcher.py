@@ -22,7 +22,8 @@ from ddp_lessons.exercises.framework import (
 from ddp_lessons.exercises.numeric_answers import plain
 from ddp_lessons.text import count
 
-SHAPES = ((2, 1), (2, 3), (1, 2), (3, 2))  # (num_proc, num_shards)
+GIVEN = "It gets three whole numbers, and all that it needs follows from them."
+SHAPES = ((1, 2), (2, 3))  # (num_proc, num_shards)
 
 
 @exercise(
@@ -43,16 +44,18 @@ def check_to_start(to_start: Callable[[int, int, int], Any]) -> str:
         answer = to_start(num_proc, shard_id, world_size // num_proc)
         return shard_id, int(hidden["LOCAL_RANK"]), _pairs(answer)
 
-    alone = call(to_start, 1, 0, 1, because="One device on one machine is the plain call: None.")
+    alone = call(to_start, 1, 0, 1, because=GIVEN)
     if alone is not None:
         raise Wrong(
             f"one device on one machine: to_start(1, 0, 1) gave {alone!r}, not None.",
             "A job of one rank has nobody to join: `func` is called where you are.",
         )
+    one_machine = _pairs(call(to_start, 2, 0, 1, because=GIVEN))
+    _judge_starts(2, 1, [(0, local_rank, one_machine) for local_rank in range(2)])
     for num_proc, num_shards in SHAPES:
         run = run_ranks(compare, nprocs=num_proc, nnodes=num_shards)
         _judge_starts(num_proc, num_shards, run.values)
-    return "right on 1 machine with 1 or 2 devices, 3 with 2, 2 with 1 and 2 with 3."
+    return "right on 1 machine with 1 or 2 devices, 3 machines with 2 each, and 2 with 1 each."
 
 
 def _pairs(answer: Any) -> Any:
@@ -107,7 +110,7 @@ def _start_mistakes(
         f"; the job has {world_size} ranks.\nThe world size counts the processes of all machines, "
         "num_proc * num_shards: a group waits until so many have come.": worlds != {world_size},
         f"; rank {first} of the job has local rank 0 here.\nRanks are counted from 0.": (
-            [rank - 1 for rank in ranks] == right
+            first == 0 and [rank - 1 for rank in ranks] == right
         ),
         f"; this machine's ranks are {right}.\nThe local rank begins again at 0 on every machine. "
         "Two processes with one rank cannot join: count the ranks of the machines before this "
@@ -120,14 +123,13 @@ def _start_mistakes(
 
 
 CLASSES = 2
-# Of each case, the ids that every rank has; one list: no group.
-CASES: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = (
-    ("two ranks with 2 clips each", ((0, 2), (1, 3))),
-    ("three ranks with 3, 2 and 2 clips", ((0, 3, 6), (1, 4), (5, 2))),
-    ("two ranks with 1 and 4 clips", ((4,), (0, 1, 2, 3))),
-    ("three ranks, one of them without a clip", ((2, 1), (), (0,))),
-    ("two ranks that both have clip 0", ((0, 2), (1, 0))),
-)
+Parts = tuple[tuple[int, ...], ...]  # the ids that every rank has
+UNEQUAL: dict[str, Parts] = {
+    "three ranks with 3, 2 and 2 clips": ((0, 3, 6), (1, 4), (5, 2)),
+    "three ranks, one of them without a clip": ((2, 1), (), (0,)),
+    "three ranks, two of which have clip 0": ((0, 3), (1, 0), (2,)),
+}
+EQUAL: dict[str, Parts] = {"two ranks with 2 clips each": ((0, 2), (1, 3))}
 ALONE = (2, 0, 1)
 
 
@@ -144,11 +146,14 @@ def check_gather_scores(gather_scores: Callable[[Tensor, Tensor], Tensor]) -> st
     """Check `gather_scores(ids, scores)` with unequal counts, none, twins, and without a group."""
 
     @in_group
-    def gather(rank: int, ids_of: Sequence[Sequence[int]]) -> Any:
-        return _as_lists(gather_scores(*_part(ids_of[rank])))
+    def gather(rank: int, cases: Sequence[Parts]) -> list[Any]:
+        return [_as_lists(gather_scores(*_part(ids_of[rank]))) for ids_of in cases]
 
-    for where, ids_of in CASES:
-        run = run_ranks(gather, (ids_of,), nprocs=len(ids_of), check=False)
+    for nprocs, cases in ((2, EQUAL), (3, UNEQUAL)):
+        counts = (
+            "different counts, also 0, on 3 ranks" if nprocs == 3 else "2 clips on each of 2 ranks"
+        )
+        run = run_ranks(gather, (list(cases.values()),), nprocs, check=False)
         if run.error is not None:
             because = (
                 "`all_gather` needs tensors of one shape on all ranks, and all ranks must make the "
@@ -157,9 +162,10 @@ def check_gather_scores(gather_scores: Callable[[Tensor, Tensor], Tensor]) -> st
                 else "Read the error first. Each rank gets (n,) ids and (n, classes) scores, and n "
                 "may be 0."
             )
-            raise Wrong(f"{where}: {run.error}", because)
-        for rank, value in enumerate(run.values):
-            _judge_scores(f"{where}: rank {rank} ", value, ids_of)
+            raise Wrong(f"{counts}: {run.error}", because)
+        for number, (where, ids_of) in enumerate(cases.items()):
+            for rank, values in enumerate(run.values):
+                _judge_scores(f"{where}: rank {rank} ", values[number], ids_of)
     alone = call(
         gather_scores,
         *_part(ALONE),

@@ -276,7 +276,7 @@ def _judge_gradients(what: str, of_ranks: Sequence[tuple[Tensor, object]], wante
         raise Wrong(f"{what}: returned {losses[0]}, not a loss.", GRADIENTS)
 
 
-# Numbers of samples; with 65 and 97, one rank has a batch of 32 more than the others.
+# Numbers of samples; of 65 and 97, rank 0 has two batches of at most 32, and the others one.
 EVALUATED = {2: (70, 65), 3: (97, 2), 1: (40,)}
 
 

@@ -27,9 +27,9 @@ SMALL = 1e-3  # how far the parameters of a rank are moved
 # World size, and by how much each rank's part of a parameter is moved: name, rank, by.
 Moves = tuple[tuple[str, int, float], ...]
 DRIFTS: tuple[tuple[int, Moves], ...] = (
+    (3, (("model.weight", 0, SMALL), ("model.weight", 2, -SMALL))),
     (1, ()),
     (2, ()),
-    (3, (("model.weight", 0, SMALL), ("model.weight", 2, -SMALL))),
     (4, (("centers", 3, -SMALL), ("model.bias", 1, SMALL), ("model.bias", 2, -SMALL))),
 )
 
@@ -131,9 +131,9 @@ def _ranks(world_size: int) -> str:
 
 # Which ranks have a gradient, for each of three parameters.
 HOLDERS: tuple[tuple[int, tuple[tuple[int, ...], ...]], ...] = (
-    (1, ((0,), (0,), (0,))),
     (2, ((0, 1), (0, 1), (0, 1))),
     (3, ((0, 1, 2), (0, 2), (1,))),
+    (1, ((0,), (0,), (0,))),
     (4, ((0, 1, 2, 3), (3,), ())),
 )
 SHAPES = ((2, 3), (4,), ())

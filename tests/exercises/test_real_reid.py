@@ -215,46 +215,46 @@ def no_none(p: nn.Parameter) -> None:
     p.grad /= dist.get_world_size()
 
 
-@answers.right(
-    [
-        (check_find_drift, answers.mixed(named(min_max), named(gathered))),
-        (check_find_drift, answers.mixed(named(squares), as_objects)),
-        (check_find_drift, answers.mixed(named(votes), answers.Called(by_generator))),
-        (check_average, answers.mixed(each(mean), flat)),
-        (check_average, answers.mixed(asynchronous, each(stacked))),
-        (check_average, answers.mixed(each(to_zero_and_back), answers.Called(each(unless_nobody)))),
-    ]
-)
+RIGHT: list[tuple[Any, Any]] = [
+    (check_find_drift, answers.mixed(named(min_max), named(gathered))),
+    (check_find_drift, answers.mixed(named(squares), as_objects)),
+    (check_find_drift, answers.mixed(named(votes), answers.Called(by_generator))),
+    (check_average, answers.mixed(each(mean), flat)),
+    (check_average, answers.mixed(asynchronous, each(stacked))),
+    (check_average, answers.mixed(each(to_zero_and_back), answers.Called(each(unless_nobody)))),
+]
+WRONG: list[tuple[Any, Any, str]] = [
+    (check_find_drift, named(from_zero), "Other ranks got it right"),
+    (check_find_drift, named(by_mean_of_sums), "is missing.*opposite|got it right"),
+    (check_find_drift, named(of_last), "is missing"),
+    (check_find_drift, named(loosely), "is missing"),
+    (check_find_drift, named(in_place), "Give them a copy"),
+    (check_find_drift, prints, "`return` missing"),
+    (check_find_drift, only_zero_calls, "did not come to an end together"),
+    (check_find_drift, zero_knows, "Other ranks got it right"),
+    (check_find_drift, all_names, "do not differ"),
+    (check_find_drift, flags, "Return a list of names"),
+    (check_find_drift, lambda module: [], "is missing"),
+    (check_average, each(total), "That is the sum"),
+    (check_average, each(halved), "Add up over all ranks"),
+    (check_average, each(of_holders), "number of ranks that had a gradient"),
+    (check_average, each(skips_none), "skipped a call"),
+    (check_average, each(in_copy), "still the rank's own gradient"),
+    (check_average, each(of_zero), "one rank's gradient"),
+    (check_average, each(twice), "more than once"),
+    (check_average, each(weights), "parameters were changed"),
+    (check_average, each(only_own), "has no gradient"),
+    (check_average, if_rank_zero, "did not come to an end together"),
+    (check_average, each(no_none), "NoneType|skipped a call"),
+]
+
+
+@answers.right(RIGHT)
 def test_right_answers_pass(check: Any, answer: Any) -> None:
     answers.passes(check, answer)
 
 
-@answers.wrong(
-    [
-        (check_find_drift, named(from_zero), "Other ranks got it right"),
-        (check_find_drift, named(by_mean_of_sums), "is missing.*opposite|got it right"),
-        (check_find_drift, named(of_last), "is missing"),
-        (check_find_drift, named(loosely), "is missing"),
-        (check_find_drift, named(in_place), "Give them a copy"),
-        (check_find_drift, prints, "`return` missing"),
-        (check_find_drift, only_zero_calls, "did not come to an end together"),
-        (check_find_drift, zero_knows, "Other ranks got it right"),
-        (check_find_drift, all_names, "do not differ"),
-        (check_find_drift, flags, "Return a list of names"),
-        (check_find_drift, lambda module: [], "is missing"),
-        (check_average, each(total), "That is the sum"),
-        (check_average, each(halved), "Add up over all ranks"),
-        (check_average, each(of_holders), "number of ranks that had a gradient"),
-        (check_average, each(skips_none), "skipped a call"),
-        (check_average, each(in_copy), "still the rank's own gradient"),
-        (check_average, each(of_zero), "one rank's gradient"),
-        (check_average, each(twice), "more than once"),
-        (check_average, each(weights), "parameters were changed"),
-        (check_average, each(only_own), "has no gradient"),
-        (check_average, if_rank_zero, "did not come to an end together"),
-        (check_average, each(no_none), "NoneType|skipped a call"),
-    ]
-)
+@answers.wrong(WRONG)
 def test_wrong_answers_are_explained(check: Any, answer: Any, said: str) -> None:
     answers.is_explained(check, answer, said)
 

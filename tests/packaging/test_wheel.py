@@ -149,7 +149,7 @@ def test_the_installed_command_works_in_an_empty_folder(
     version = installed.run("--version", cwd=tmp_path).stdout
     assert version == f"ddp-lessons {ddp_lessons.__version__}\n"
     listed = installed.run("list", cwd=tmp_path)
-    assert "05  distributed_sampler" in listed.stdout, listed.stderr
+    assert "05      distributed_sampler" in listed.stdout, listed.stderr
     assert not list(tmp_path.iterdir())
     assert not list(installed.home.iterdir())
 

@@ -20,7 +20,7 @@ def test_two_lessons_run_side_by_side(open_notebook: Open) -> None:
         notebook.picture(f"side_by_side_{notebook.name}")
     first = notebooks[0]
     cell = first.show(first.find("plots.timeline"))
-    picture = cell.get_by_role("img", name="One slow rank, three that wait in all_reduce")
+    picture = cell.get_by_role("img", name="Four ranks and one all_reduce")
     assert picture.evaluate("async img => { await img.decode(); return img.naturalWidth }") > 0
     first.picture("lesson_00")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 import sys
 import time
@@ -80,6 +81,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # what was raised and its frames hold each other, and a store with its sockets
 
 
 def test_what_torch_refuses_it_refuses_here(one_rank: None) -> None:

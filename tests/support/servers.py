@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -102,12 +103,14 @@ class Server:
         return self._process.pid
 
     def _await_address(self) -> tuple[str, str]:
-        """What the server writes down once it is there: its address and token."""
+        """What the server writes down, once it also listens there: its address and token."""
         deadline = time.monotonic() + START
         while time.monotonic() < deadline and self._process.poll() is None:
             for file in (self._home / "runtime").glob("jpserver-*.json"):
-                with contextlib.suppress(ValueError):  # half written
+                # The file may be half written, and it is there before the server listens.
+                with contextlib.suppress(ValueError, OSError):
                     facts = json.loads(file.read_text())
+                    socket.create_connection(("localhost", facts["port"]), timeout=1).close()
                     return facts["url"].rstrip("/"), facts["token"]
             time.sleep(0.05)
         raise AssertionError(f"JupyterLab did not start:\n{self._log.read_text()}")

@@ -68,7 +68,8 @@ def exit_name(exitcode: int | None) -> str:
 def wrapped(text: str) -> str:
     """The text with lines of at most 88 characters, broken between words, indented as they were.
 
-    A notebook would break longer lines in the middle of words.
+    A notebook would break longer lines in the middle of words. A line of code at the end, which two
+    spaces set off, stays whole and goes below.
     """
     lines = [part for line in text.split("\n") for part in _wrap(line)]
     return "\n".join(lines)
@@ -78,6 +79,9 @@ def _wrap(line: str) -> list[str]:
     indent = line[: len(line) - len(line.lstrip())]
     if len(line) <= WIDTH or len(indent) > WIDTH // 2:
         return [line]
+    before, set_off, code = line.partition(":  ")
+    if set_off and ":  " not in code:
+        return [*_wrap(f"{before}:"), f"{indent}    {code}"]
     return textwrap.wrap(
         line,
         WIDTH,

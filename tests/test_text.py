@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from ddp_lessons.text import agree, all_ranks, at_head, count, exit_name, listed, ranks_text
+from ddp_lessons.text import (
+    agree,
+    all_ranks,
+    at_head,
+    count,
+    exit_name,
+    listed,
+    ranks_text,
+    wrapped,
+)
 
 
 def test_numbers_and_ranks() -> None:
@@ -27,3 +36,17 @@ def test_exits() -> None:
     assert exit_name(-9) == "SIGKILL"
     assert exit_name(-99) == "signal 99"
     assert exit_name(7) == "exit code 7"
+
+
+def test_lines_are_broken_between_words_and_code_stays_whole() -> None:
+    words = "  " + "some words, " * 12
+    assert [*map(str.strip, wrapped(words).splitlines())] == [
+        "some words, some words, some words, some words, some words, some words, some words,",
+        "some words, some words, some words, some words, some words,",
+    ]
+    assert all(line.startswith("  some") for line in wrapped(words).splitlines())
+    code = f"loss = train({', '.join(['model'] * 20)})  # here"
+    place = "rank 1 waits in all_reduce: Cell In[2], line 5:"
+    assert wrapped(f"{place}  {code}\nnext") == f"{place}\n    {code}\nnext"
+    assert wrapped(f"{place}  x = 1") == f"{place}  x = 1"  # it fits
+    assert wrapped(word := "x" * 100) == word

@@ -51,7 +51,7 @@ _PEER_NUMBER, _GROUP, _LANE, _SITE = 8, 11, 12, 14  # positions in an unpacked r
 _TAIL_START = RECORD.size - _TAIL.size
 _INT = struct.Struct("=i")
 _PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
-CHUNK = 1 << 14  # records read at once
+CHUNK = 1 << 10  # records read at once: the last ones are mostly empty
 _FIRST_PIECE, _LARGEST_PIECE = RECORD.size << 6, RECORD.size << 11  # bytes reserved at once
 _LENGTH = struct.Struct("=H")
 _TEXT_START = 64

@@ -24,12 +24,12 @@ import errno
 import mmap
 import os
 import struct
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from ddp_lessons.system.memory import memory_file
 from ddp_lessons.wire.ops import PAIRWISE
 from ddp_lessons.wire.records import Kind, Lane, Span
 from ddp_lessons.wire.run_folder import VERSION
@@ -372,7 +372,7 @@ class SpanBuffers:
     """
 
     def __init__(self, world_size: int) -> None:
-        self._file = _memory_file()
+        self._file = memory_file()
         try:
             os.ftruncate(self._file, world_size * REGION)  # takes no memory until it is used
         except OSError:
@@ -507,11 +507,3 @@ def _each(
 
 def _known(number: int) -> Any:
     return None if number < 0 else number
-
-
-def _memory_file() -> int:
-    """The descriptor of a file without a name in the file system."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("ddp_lessons")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

@@ -1,13 +1,14 @@
-"""The checks of real_3: a run folder that is this job's alone, a validation that all ranks share."""
+"""The checks of real_3: a run folder of one job alone, a validation that all ranks share."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
+import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +27,14 @@ from ddp_lessons.exercises.framework import (
     run_ranks,
     stuck,
 )
-from ddp_lessons.exercises.numeric_answers import is_number, near, number
-from ddp_lessons.text import agree, count, listed, ranks_text
+from ddp_lessons.exercises.numeric_answers import is_number, near, number_or_text
+from ddp_lessons.text import agree, count, listed
 
 RunFolder = Callable[[int, str], Any]
 OFF = "rank -1, without a group"
 NO_GROUP = "-1 stands for a plain process: there is no group, so no call of `dist` that needs one."
-APART = 0.1  # seconds from one rank's call to the next one's
-LATE = 0.5  # seconds by which rank 0 comes after the others
+APART = 0.05  # seconds from one rank's call to the next one's
+LATE = 0.3  # seconds by which rank 0 comes after the others
 OWNER = "of another job"
 
 
@@ -68,14 +69,15 @@ class _OtherJob:
 
     def __call__(self, path: Any, *args: Any, **options: Any) -> None:
         wanted = Path(os.fsdecode(path))
-        ours = wanted.parent == Path(self.project) and wanted.name.startswith("exp")
-        if ours and self.is_before:
+        of_run = re.fullmatch(r"exp(\d*)", wanted.name)
+        if of_run is None or wanted.parent != Path(self.project):
+            self.make(path, *args, **options)
+            return
+        if self.is_before:
             self.is_before = False
             self._take(wanted)
         self.make(path, *args, **options)
-        if ours:
-            number = int(wanted.name[3:] or 1)
-            self._take(wanted.with_name(f"exp{number + 1}"))
+        self._take(wanted.with_name(f"exp{int(of_run[1] or 1) + 1}"))
 
     def _take(self, path: Path) -> None:
         with contextlib.suppress(FileExistsError):
@@ -87,7 +89,7 @@ class _OtherJob:
 def _beside(other_job: bool, project: str) -> Iterator[None]:
     make = os.mkdir
     if other_job:
-        os.mkdir = _OtherJob(project)  # type: ignore[assignment]
+        os.mkdir = _OtherJob(project)
     try:
         yield
     finally:
@@ -179,8 +181,10 @@ def _judge_run(where: str, run: Run) -> None:
 
 def _round_of(run: Run) -> int:
     """The round in which the rank stands that has come least far."""
-    ended = [sum(s.name.startswith("round") and s.t1_ns is not None for s in rank.spans)
-             for rank in run.ranks]
+    ended = [
+        sum(s.name.startswith("round") and s.t1_ns is not None for s in rank.spans)
+        for rank in run.ranks
+    ]
     return min(min(ended), len(ROUNDS) - 1)
 
 
@@ -189,12 +193,11 @@ def _judge_round(where: str, turn: Round, project: Path, returned: Sequence[str]
     others = {path.parent.name for path in project.glob(f"*/{OWNER}")}
     made = sorted(found - set(turn.there) - others, key=lambda name: (len(name), name))
     names = [os.path.basename(path.rstrip("/")) for path in returned]
-    said = listed(f"rank {rank} returned {name}" for rank, name in enumerate(names))
-    one = f"it returned {names[0]}" if len(names) == 1 else said
+    said = _said(names)
     mistakes = {
         f"{said}.\nEvery rank needs the path. Is a `return` missing, or did only one rank learn "
         "it?": "None" in returned and len(set(returned)) > 1,
-        f"{one}.\nReturn the path of the new folder.": not all(
+        f"{said}.\nReturn the path of the new folder.": not all(
             os.path.isdir(os.path.join(project, path)) for path in returned
         ),
         f"{said}.\nA rank that looks by itself sees what the disk has at that moment, which may "
@@ -202,17 +205,19 @@ def _judge_round(where: str, turn: Round, project: Path, returned: Sequence[str]
             set(names)
         )
         > 1,
-        f"{one}, and that folder belongs to the other job.\nIt was made between your look and your "
+        f"{said}, and that folder belongs to the other job.\nIt was made between your look and your "
         "`mkdir`, and `exist_ok=True` says that this is fine. Two jobs now write over each other's "
         "checkpoints. Let `mkdir` fail, and try the next number.": names[0] in others,
-        f"the job made {listed(made)}.\nOne folder a job: only one rank makes it.": len(made) > 1,
-        f"{one}, which was there before.\nEach run needs a folder that nobody has used "
-        "yet.": names[0] in turn.there,
-        f"{one}, not the whole path.\nThe ranks do not stand in the project's folder: return "
+        f"the job made {_list(made)}.\nOne folder a job: only one rank makes it.": len(made) > 1,
+        f"{said}, which was there before.\nEach run needs a folder that nobody has used yet.": names[
+            0
+        ]
+        in turn.there,
+        f"{said}, not the whole path.\nThe ranks do not stand in the project's folder: return "
         "project and name.": any(
             Path(path).absolute().parent != project.absolute() for path in returned
         ),
-        f"{one}; {turn.right} was free.\nTake the first free one of exp, exp2, exp3 and so "
+        f"{said}; {turn.right} was free.\nTake the first free one of exp, exp2, exp3 and so "
         "on, compared as numbers.": names[0] != turn.right,
     }
     judge(f"{where}: ", mistakes)
@@ -257,8 +262,8 @@ def _look_all(rank: int, look: Look) -> list[tuple[Any, list[int]]]:
     for name, hits in CASES.items():
         with span(name):
             finder = _Finder(hits)
-            value = number(look(rank, finder, _images(len(hits))))
-            results.append((value if is_number(value) else repr(value), finder.seen))
+            value = number_or_text(look(rank, finder, _images(len(hits))))
+            results.append((value, finder.seen))
             dist.all_reduce(torch.ones(1))
     return results
 
@@ -290,10 +295,12 @@ def check_look(look: Look) -> str:
     for name, hits in CASES.items():
         finder = _Finder(hits)
         value = call(functools.partial(look, -1, finder), _images(len(hits)), because=NO_GROUP)
-        results = [(number(value), finder.seen)]
+        results = [(number_or_text(value), finder.seen)]
         _judge_seen(f"{OFF}, {name}: ", hits, results)
         _judge_values(f"{OFF}, {name}: ", hits, results)
-    return "each image looked at once, the ranks' shares as equal as can be, and all know the whole."
+    return (
+        "each image looked at once, the ranks' shares as equal as can be, and all know the whole."
+    )
 
 
 Results = Sequence[tuple[Any, list[int]]]
@@ -305,16 +312,16 @@ def _judge_seen(where: str, hits: Sequence[int], results: Results) -> None:
     twice = sorted({image for image in seen if seen.count(image) > 1})
     missed = [image for image in range(len(hits)) if image not in seen]
     busy = [rank for rank, own in enumerate(of_ranks) if own]
-    counts = listed(map(str, map(len, of_ranks)))
+    counts = _list(map(len, of_ranks))
     mistakes = {
         "nobody called `find`.\n`find(images)` says for each image whether its object was "
         "found.": not seen,
         f"rank {busy[0] if busy else 0} looked at all of them, the others at none.\nThey wait "
-        "until it is done, and the group's timeout runs. Let each rank look at a "
+        "until it is done, or until the group's timeout. Let each rank look at a "
         "share.": len(results) > 1 and len(busy) == 1 and not missed,
         "every rank looked at all of them.\nThat takes as long as on one rank. Let each look at a "
         "share.": len(results) > 1 and all(len(set(own)) == len(hits) for own in of_ranks),
-        f"it looked at image {listed(map(str, seen))} only.\nWith rank -1 the slice "
+        f"it looked at image {_list(seen)} only.\nWith rank -1 the slice "
         "`images[-1::1]` begins at the last image. Where is a plain process to "
         "begin?": len(results) == 1 and bool(missed) and seen == [len(hits) - 1],
         f"{_of_images(missed)} {agree(missed, 'was', 'were')} not looked at.\nThe shares must "
@@ -330,8 +337,13 @@ def _judge_seen(where: str, hits: Sequence[int], results: Results) -> None:
     judge(where, mistakes)
 
 
+def _list(items: Iterable[object]) -> str:
+    texts = [*map(str, items)]
+    return listed(texts) if texts else "none"
+
+
 def _of_images(images: Sequence[int]) -> str:
-    return f"{agree(images, 'image', 'images')} {listed(map(str, images))}" if images else ""
+    return f"{agree(images, 'image', 'images')} {_list(images)}"
 
 
 def _judge_values(where: str, hits: Sequence[int], results: Results) -> None:
@@ -347,7 +359,7 @@ def _judge_values(where: str, hits: Sequence[int], results: Results) -> None:
     strange = [value for value in values if not is_number(value)]
     mistakes = {
         f"{said}.\nEvery rank returns the share, as a number. Is a `return` missing on some "
-        "ranks?": "None" in strange or None in strange,
+        "ranks?": "None" in strange,
         f"{said}.\nA rank may have no image at all: 0 divided by 0, or the mean of nothing, is not "
         "a number. Add up counts, and divide at the "
         "end.": any(str(value) == "nan" for value in strange),

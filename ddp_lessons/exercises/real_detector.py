@@ -64,13 +64,13 @@ class _OtherJob:
     """
 
     def __init__(self, project: str) -> None:
-        self.project, self.make = project, os.mkdir
+        self.project, self.make = os.path.realpath(project), os.mkdir
         self.is_before = True
 
     def __call__(self, path: Any, *args: Any, **options: Any) -> None:
         wanted = Path(os.fsdecode(path))
         of_run = re.fullmatch(r"exp(\d*)", wanted.name)
-        if of_run is None or wanted.parent != Path(self.project):
+        if of_run is None or os.path.realpath(wanted.parent) != self.project:
             self.make(path, *args, **options)
             return
         if self.is_before:
@@ -205,17 +205,16 @@ def _judge_round(where: str, turn: Round, project: Path, returned: Sequence[str]
             set(names)
         )
         > 1,
-        f"{said}, and that folder belongs to the other job.\nIt was made between your look and your "
-        "`mkdir`, and `exist_ok=True` says that this is fine. Two jobs now write over each other's "
-        "checkpoints. Let `mkdir` fail, and try the next number.": names[0] in others,
+        f"{said}, and that folder belongs to the other job.\nIt was made between your look and "
+        "your `mkdir`, and `exist_ok=True` says that this is fine. Two jobs now write over "
+        "each other's checkpoints. Let `mkdir` fail, and try the next number.": names[0] in others,
         f"the job made {_list(made)}.\nOne folder a job: only one rank makes it.": len(made) > 1,
-        f"{said}, which was there before.\nEach run needs a folder that nobody has used yet.": names[
-            0
-        ]
-        in turn.there,
+        f"{said}, which was there before.\nEach run needs a folder that nobody has used "
+        "yet.": names[0] in turn.there,
         f"{said}, not the whole path.\nThe ranks do not stand in the project's folder: return "
         "project and name.": any(
-            Path(path).absolute().parent != project.absolute() for path in returned
+            os.path.realpath(path) != os.path.realpath(project / name)
+            for path, name in zip(returned, names, strict=True)
         ),
         f"{said}; {turn.right} was free.\nTake the first free one of exp, exp2, exp3 and so "
         "on, compared as numbers.": names[0] != turn.right,

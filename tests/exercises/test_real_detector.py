@@ -176,7 +176,7 @@ def always_exp(rank: int, project: str) -> str:
     return f"{project}/exp"
 
 
-def name_only(rank: int, project: str) -> str:
+def name_only(rank: int, project: str) -> Any:
     return os.path.basename(by_broadcast(rank, project))
 
 
@@ -211,7 +211,7 @@ def all_then_zero(rank: int, project: str) -> Any:
     return told(rank, claim(project))
 
 
-def counts(found: Tensor, rank: int) -> float:
+def counts(found: Tensor, rank: int) -> Any:
     sums = torch.tensor([found.sum(), len(found)], dtype=torch.float64)
     if rank != -1:
         dist.all_reduce(sums)
@@ -222,7 +222,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def strided(rank: int, find: Find, images: Tensor) -> float:
+def strided(rank: int, find: Find, images: Tensor) -> Any:
     return counts(find(images[max(rank, 0) :: world()]), rank)
 
 
@@ -243,12 +243,12 @@ def gathered(rank: int, find: Find, images: Tensor) -> Any:
     return np.concatenate(every).mean()
 
 
-def one_by_one(rank: int, find: Find, images: Tensor) -> float:
+def one_by_one(rank: int, find: Find, images: Tensor) -> Any:
     hits = [bool(find(image[None])) for image in list(images)[max(rank, 0) :: world()]]
     return counts(torch.tensor(hits), rank)
 
 
-def weighted(rank: int, find: Find, images: Tensor) -> float:
+def weighted(rank: int, find: Find, images: Tensor) -> Any:
     """The mean of the shares' means, weighted by how many images each has."""
     mine = images[rank % world() :: world()]
     value = torch.zeros(1).double()
@@ -273,7 +273,7 @@ def from_the_end(rank: int, find: Find, images: Tensor) -> Any:
     return value
 
 
-def alone(rank: int, find: Find, images: Tensor) -> float:
+def alone(rank: int, find: Find, images: Tensor) -> Any:
     value = torch.zeros(1)
     if rank in (-1, 0):
         value += find(images).float().mean()
@@ -282,11 +282,11 @@ def alone(rank: int, find: Find, images: Tensor) -> float:
     return value.item()
 
 
-def all_of_it(rank: int, find: Find, images: Tensor) -> float:
+def all_of_it(rank: int, find: Find, images: Tensor) -> Any:
     return find(images).float().mean().item()
 
 
-def mean_of_means(rank: int, find: Find, images: Tensor) -> float:
+def mean_of_means(rank: int, find: Find, images: Tensor) -> Any:
     mine = images[max(rank, 0) :: world()]
     value = find(mine).float().mean().reshape(1) if len(mine) else torch.zeros(1)
     if rank != -1:
@@ -294,34 +294,34 @@ def mean_of_means(rank: int, find: Find, images: Tensor) -> float:
     return value.item() / world()
 
 
-def nan_mean(rank: int, find: Find, images: Tensor) -> float:
+def nan_mean(rank: int, find: Find, images: Tensor) -> Any:
     value = find(images[max(rank, 0) :: world()]).float().mean()
     if rank != -1:
         dist.all_reduce(value)
     return value.item() / world()
 
 
-def own_share(rank: int, find: Find, images: Tensor) -> float:
+def own_share(rank: int, find: Find, images: Tensor) -> Any:
     found = find(images[max(rank, 0) :: world()])
     return found.sum().item() / max(len(found), 1)
 
 
-def sampled(rank: int, find: Find, images: Tensor) -> float:
+def sampled(rank: int, find: Find, images: Tensor) -> Any:
     sampler = DistributedSampler(range(len(images)), world(), max(rank, 0), shuffle=False)
     return counts(find(images[list(sampler)]), rank)
 
 
-def dropped(rank: int, find: Find, images: Tensor) -> float:
+def dropped(rank: int, find: Find, images: Tensor) -> Any:
     each = len(images) // world()
     return counts(find(images[max(rank, 0) * each :][:each]), rank)
 
 
-def rounded_up(rank: int, find: Find, images: Tensor) -> float:
+def rounded_up(rank: int, find: Find, images: Tensor) -> Any:
     each = -(-len(images) // world())
     return counts(find(images[max(rank, 0) * each :][:each]), rank)
 
 
-def reduced(rank: int, find: Find, images: Tensor) -> float:
+def reduced(rank: int, find: Find, images: Tensor) -> Any:
     hits = find(images[max(rank, 0) :: world()]).sum().double()
     if rank != -1:
         dist.reduce(hits, dst=0)
@@ -333,24 +333,24 @@ def on_zero_only(rank: int, find: Find, images: Tensor) -> float | None:
     return value if rank <= 0 else None
 
 
-def of_minus_one(rank: int, find: Find, images: Tensor) -> float:
+def of_minus_one(rank: int, find: Find, images: Tensor) -> Any:
     return counts(find(images[rank :: world()]), rank)
 
 
-def not_divided(rank: int, find: Find, images: Tensor) -> float:
+def not_divided(rank: int, find: Find, images: Tensor) -> Any:
     return strided(rank, find, images) * len(images)
 
 
-def if_images(rank: int, find: Find, images: Tensor) -> float:
+def if_images(rank: int, find: Find, images: Tensor) -> Any:
     mine = images[max(rank, 0) :: world()]
     return counts(find(mine), rank) if len(mine) else 0.0
 
 
-def needs_group(rank: int, find: Find, images: Tensor) -> float:
+def needs_group(rank: int, find: Find, images: Tensor) -> Any:
     return counts(find(images[max(rank, 0) :: dist.get_world_size()]), rank)
 
 
-def never_finds(rank: int, find: Find, images: Tensor) -> float:
+def never_finds(rank: int, find: Find, images: Tensor) -> Any:
     return 0.5
 
 

@@ -6,7 +6,7 @@ import pickle
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -103,19 +103,26 @@ def _streams(
     job: Job,
     ranks: int,
     *,
-    epoch_of: Callable[[int, int, int], int] = lambda epoch, first, rank: epoch,
+    begin: int | None = None,
+    by_epoch: int = 1,
+    by_rank: int = 0,
     crosses: bool = False,
     short: bool = False,
     **of_sampler: bool,
 ) -> Streams:
-    """The right batches of each rank, or those of a typical mistake."""
+    """The right batches of each rank, or those of a typical mistake.
+
+    The sampler is told the epochs from `begin` on, `by_epoch` more each time, and `by_rank` more on
+    each rank.
+    """
     total, batch, first, last = job
     streams = []
     for rank in range(ranks):
         sampler = DistributedSampler(range(total), ranks, rank, **of_sampler)
         orders = []
         for epoch in range(first, last):
-            sampler.set_epoch(epoch_of(epoch, first, rank))
+            number = (first if begin is None else begin) + by_epoch * (epoch - first)
+            sampler.set_epoch(number + by_rank * rank)
             orders.append(list(sampler))
         orders = [list(chain(*orders))] if crosses else orders
         streams.append([cut for order in orders for cut in _cut(order, batch, short)])
@@ -138,20 +145,21 @@ def _judge_wrong_stream(where: str, job: Job, streams: Streams) -> None:
     counts = [len(stream) for stream in streams]
     right = len(_streams(job, ranks)[0])
     of_epoch = right // (last - first)
-    again = _seen_again(streams, of_epoch) if set(counts) == {right} else None
+    again = _seen_again(streams, of_epoch)
+    more = streams == _streams((total, batch, first, last + 1), ranks)
     mistakes = {
         "All epochs have the same order. The sampler does not count epochs: tell it the number of "
-        "each one.": like(epoch_of=lambda epoch, first, rank: 0)
-        or like(epoch_of=lambda epoch, first, rank: first),
+        "each one.": like(begin=0, by_epoch=0) or like(by_epoch=0),
         "The epochs are counted from 0: a training that goes on with epoch "
-        f"{first} begins with `first`.": like(epoch_of=lambda epoch, first, rank: epoch - first),
+        f"{first} begins with `first`.": like(begin=0),
         "A batch has samples of two epochs: cut each epoch's order by itself, and drop what does "
         "not fill a batch.": like(crosses=True) or like(crosses=True, short=True),
         "A batch that is not full must be dropped, in each epoch.": like(short=True),
         "Each rank shuffles by a number of its own, so that their parts do not fit together: all "
-        "ranks set the same epoch.": like(epoch_of=lambda epoch, first, rank: epoch + rank),
-        "The samples are not shuffled. DistributedSampler shuffles by seed and "
-        "epoch.": like(shuffle=False),
+        "ranks set the same epoch.": like(by_rank=1),
+        "The samples are not shuffled. DistributedSampler shuffles by seed and epoch.": like(
+            shuffle=False
+        ),
         "The sampler has to pad: with its `drop_last` a rank may be short of the one sample that "
         "fills a batch.": like(drop_last=True),
         f"These are {_batches_text(counts[0])} of {lengths[:1]} samples. The batch is "
@@ -162,12 +170,11 @@ def _judge_wrong_stream(where: str, job: Job, streams: Streams) -> None:
         "Pad, as DistributedSampler does.": len(set(counts)) > 1,
         "A batch that is not full must be dropped, in each epoch; all others have `batch` "
         "samples.": set(lengths) != {batch},
-        f"Rank 0 has {_batches_text(counts[0])}; {count(last - first, 'epoch')} with "
-        f"{of_epoch} each make {right}. `last` is the first epoch that does not run.": (
-            counts[0] != right
-        ),
+        f"Epoch {last} is one too many: `last` is the first epoch that does not run.": more,
         f"Sample {again} comes twice in one epoch: this is one long shuffle of all epochs, not an "
         "order for each of them.": again is not None,
+        f"Rank 0 has {_batches_text(counts[0])}; {count(last - first, 'epoch')} with "
+        f"{of_epoch} each make {right}.": counts[0] != right,
         f"DistributedSampler's order is another: rank 0 has {_streams(job, ranks)[0]}.": True,
     }
     judge(f"{where}: rank 0 has {streams[0]}.", mistakes)
@@ -258,10 +265,12 @@ def check_fixed_length(fixed_length: FixedLength) -> str:
             where = f"{count(total, 'image')}, {length} places, {on}"
             _judge_lists(where, epochs, total, length)
             _judge_generators(where, touched)
-            _judge_fair(where, epochs, total)
             _judge_resumed(where, resumed, epochs)
+            _judge_fair(where, epochs, total)
             _judge_passes(where, epochs, total, length)
-    return "fair after each of 8 epochs, shuffled, and the same after a resume, on 1, 2 and 4 ranks."
+    return (
+        "fair after each of 8 epochs, shuffled, and the same after a resume, on 1, 2 and 4 ranks."
+    )
 
 
 def _judge_lists(where: str, epochs: Epochs, total: int, length: int) -> None:
@@ -317,9 +326,9 @@ def _judge_fair(where: str, epochs: Epochs, total: int) -> None:
             "it stopped.": still,
             "Within one epoch the places of all ranks are parts of one list. Is it the same list "
             "on all ranks, and does each place go to one rank only?": epoch == 0,
-            "A new shuffle in each epoch is fair only on average: the same images may be left out, "
-            "or repeated, again and again. An epoch should go on where the one before it stopped, "
-            "and a pass over the images should end before the next begins.": True,
+            "An epoch should go on where the one before it stopped, and a pass over the images "
+            "should end before the next begins. A new shuffle in each epoch is fair only on "
+            "average, and places that two epochs share count twice.": True,
         }
         ended = f"after {count(epoch + 1, 'epoch')}"
         seen = f"image {times.index(most)} was seen {count(most, 'time')}, image "
@@ -343,7 +352,7 @@ def _judge_passes(where: str, epochs: Epochs, total: int, length: int) -> None:
         return
     each = total // length
     passes = [[of_rank[n : n + each] for of_rank in epochs] for n in range(0, EPOCHS - 1, each)]
-    for number, (one, other) in enumerate(zip(passes, passes[1:], strict=False)):
+    for number, (one, other) in enumerate(pairwise(passes)):
         if one == other and len(one[0][0]) == length // len(epochs):
             raise Wrong(
                 f"{where}: passes {number} and {number + 1} have the same order; rank 0 has "

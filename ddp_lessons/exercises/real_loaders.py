@@ -106,6 +106,7 @@ def _streams(
     begin: int | None = None,
     by_epoch: int = 1,
     by_rank: int = 0,
+    late: bool = False,
     crosses: bool = False,
     short: bool = False,
     **of_sampler: bool,
@@ -113,14 +114,14 @@ def _streams(
     """The right batches of each rank, or those of a typical mistake.
 
     The sampler is told the epochs from `begin` on, `by_epoch` more each time, and `by_rank` more on
-    each rank.
+    each rank; `late`, after it gave the epoch's order.
     """
     total, batch, first, last = job
     streams = []
     for rank in range(ranks):
         sampler = DistributedSampler(range(total), ranks, rank, **of_sampler)
-        orders = []
-        for epoch in range(first, last):
+        orders = [list(sampler)] if late else []
+        for epoch in range(first, last - late):
             number = (first if begin is None else begin) + by_epoch * (epoch - first)
             sampler.set_epoch(number + by_rank * rank)
             orders.append(list(sampler))
@@ -150,6 +151,8 @@ def _judge_wrong_stream(where: str, job: Job, streams: Streams) -> None:
     mistakes = {
         "All epochs have the same order. The sampler does not count epochs: tell it the number of "
         "each one.": like(begin=0, by_epoch=0) or like(by_epoch=0),
+        "Each epoch has the shuffle of the one before: `set_epoch` comes too late, as the order is "
+        "made when you loop over the sampler.": like(late=True),
         "The epochs are counted from 0: a training that goes on with epoch "
         f"{first} begins with `first`.": like(begin=0),
         "A batch has samples of two epochs: cut each epoch's order by itself, and drop what does "
@@ -324,8 +327,8 @@ def _judge_fair(where: str, epochs: Epochs, total: int) -> None:
             "list: `rank`, `rank + world_size` and so on.": alike,
             "Each epoch begins again with the same images. It should go on where the epoch before "
             "it stopped.": still,
-            "Within one epoch the places of all ranks are parts of one list. Is it the same list "
-            "on all ranks, and does each place go to one rank only?": epoch == 0,
+            "In epoch 0 the ranks go through one list of all images, from its beginning, and each "
+            "place goes to one rank. Is it the same list on all ranks?": epoch == 0,
             "An epoch should go on where the one before it stopped, and a pass over the images "
             "should end before the next begins. A new shuffle in each epoch is fair only on "
             "average, and places that two epochs share count twice.": True,
@@ -353,7 +356,7 @@ def _judge_passes(where: str, epochs: Epochs, total: int, length: int) -> None:
     each = total // length
     passes = [[of_rank[n : n + each] for of_rank in epochs] for n in range(0, EPOCHS - 1, each)]
     for number, (one, other) in enumerate(pairwise(passes)):
-        if one == other and len(one[0][0]) == length // len(epochs):
+        if one == other:
             raise Wrong(
                 f"{where}: passes {number} and {number + 1} have the same order; rank 0 has "
                 f"{one[0]}.",

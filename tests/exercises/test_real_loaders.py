@@ -151,6 +151,14 @@ def too_strict(t: int, r: int, w: int, b: int, first: int, last: int) -> Batches
     return right(t, r, w, b, first, last)
 
 
+def told_late(t: int, r: int, w: int, b: int, first: int, last: int) -> Batches:
+    sampler, stream = DistributedSampler(range(t), w, r), []
+    for epoch in range(first, last):
+        stream += cut(list(sampler), b)
+        sampler.set_epoch(epoch)
+    return stream
+
+
 def told_once(t: int, r: int, w: int, b: int, first: int, last: int) -> Batches:
     return cut(orders(t, r, w, [first])[0][1], b) * (last - first)
 
@@ -313,6 +321,7 @@ WRONG: list[tuple[Any, Any, str]] = [
         "Epoch 3 is one too many: `last`",
     ),
     (check_merge, epochs_of(lambda f, t, r: range(f + r, t + r)), "number of its own"),
+    (check_merge, told_late, "shuffle of the one before: `set_epoch` comes too late"),
     (check_merge, crossing, "samples of two epochs"),
     (check_merge, short_kept, "12 samples on 3 ranks, batches of 3.*not full must be dropped"),
     (check_merge, one_shuffle, "comes twice in one epoch: this is one long shuffle"),
@@ -345,7 +354,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_fixed_length, new_each_epoch, "fair only on average"),
     (check_fixed_length, always_first, "begins again with the same images"),
     (check_fixed_length, unshuffled, "12 images, 4 places.*the same order.*shuffled anew"),
-    (check_fixed_length, own_seed, "Is it the same list on all ranks"),
+    (check_fixed_length, own_seed, "one list of all images.*the same list on all ranks"),
     (check_fixed_length, drawing, "torch's global generator.*rank 0.*of your own"),
     (check_fixed_length, seeding(torch.manual_seed, torch.randperm), "torch's global gen"),
     (check_fixed_length, seeding(np.random.seed, np.random.permutation), "NumPy's global gen"),

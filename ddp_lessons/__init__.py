@@ -37,7 +37,16 @@ if TYPE_CHECKING:
     from ddp_lessons.recorded_run import load_run
     from ddp_lessons.results import RankResult
     from ddp_lessons.run import Run
-    from ddp_lessons.wire.records import Batches, ErrorRecord, Frame, Mistake, Noted, Span, Timeout
+    from ddp_lessons.wire.records import (
+        Batches,
+        ErrorRecord,
+        Frame,
+        FrameVariables,
+        Mistake,
+        Noted,
+        Span,
+        Timeout,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,6 +58,7 @@ __all__ = [
     "ErrorRecord",
     "Finding",
     "Frame",
+    "FrameVariables",
     "LaunchError",
     "Link",
     "Mistake",
@@ -80,6 +90,7 @@ _HOME = {
     "ErrorRecord": "wire.records",
     "Finding": "diagnosis.verdict",
     "Frame": "wire.records",
+    "FrameVariables": "wire.records",
     "Link": "analysis.metrics",
     "Mistake": "wire.records",
     "Noted": "wire.records",

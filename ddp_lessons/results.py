@@ -14,7 +14,16 @@ from typing import Any, Literal
 
 from ddp_lessons import text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import ENGINE, ErrorRecord, Frame, Mistake, Noted, Span, Timeout
+from ddp_lessons.wire.records import (
+    ENGINE,
+    ErrorRecord,
+    Frame,
+    FrameVariables,
+    Mistake,
+    Noted,
+    Span,
+    Timeout,
+)
 
 # Lines of torch's log with the time of day: its store warns if no name server answers, which does
 # not matter on loopback; gloo logs what its exceptions say anyway.
@@ -92,6 +101,8 @@ class RankResult:
         of their spans.
     dead_threads : tuple
         The threads that an exception ended, at most 100: their names and the exceptions.
+    post_mortem : tuple of FrameVariables
+        The frames in which it failed, with their variables; see `frames`.
     mistakes : tuple of Mistake
         Mistakes that it noticed in its own calls, though they raised nothing; see `Run.warnings`.
     noted : Noted or None
@@ -127,6 +138,7 @@ class RankResult:
     timeouts: tuple[Timeout, ...] = ()
     threads: Mapping[str, str] = field(default_factory=dict)
     dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
+    post_mortem: tuple[FrameVariables, ...] = field(default=(), repr=False)
     mistakes: tuple[Mistake, ...] = field(default=(), repr=False)
     noted: Noted | None = field(default=None, repr=False)
 
@@ -134,6 +146,14 @@ class RankResult:
     def seconds(self) -> float:
         """How long the function ran, in seconds; 0 if it was never called."""
         return (self.ended_ns - self.started_ns) / 1e9 if self.started_ns else 0.0
+
+    @property
+    def frames(self) -> tuple[FrameVariables, ...]:
+        """The learner's frames in which it failed, outermost first, with their local variables.
+
+        Empty without ``launch(..., post_mortem=True)``. Its text has a paragraph a frame.
+        """
+        return Frames(self.post_mortem)
 
     @property
     def lines(self) -> list[str]:
@@ -171,6 +191,26 @@ class RankResult:
             case "stopped":
                 now = "stopped" if self.pid is None else "still runs"
                 return f"{now}{stacks.waiting_where(self.stack)}"
+
+
+class Frames(tuple[FrameVariables, ...]):
+    """Frames of a failure, whose text shows their lines and variables."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        if not self:
+            return "no frames: nothing failed, or launch(..., post_mortem=True) was not asked for"
+        return "\n\n".join("\n".join([*_heading(one.frame), *_variables(one)]) for one in self)
+
+
+def _heading(frame: Frame) -> list[str]:
+    head = f"{stacks.line_name(frame)}, in {frame.function}"
+    return [f"{head}:  {frame.source}" if frame.source else head]
+
+
+def _variables(one: FrameVariables) -> list[str]:
+    return [f"    {name} = {value}" for name, value in one.variables] or ["    no variables"]
 
 
 class RunRecord:

@@ -126,7 +126,14 @@ NO_SYNC_ON_CPU = (
     "torch's SyncBatchNorm needs a GPU. ddp_lessons.syncbn.convert_sync_batchnorm(model) makes one "
     "that computes the same on the CPU."
 )
+NO_KEYBOARD = (
+    "A rank has no keyboard. To step through the function, run it as the only rank in this very "
+    "process: launch(fn, args, nprocs=1, in_process=True). To see the variables where a rank "
+    "failed: launch(..., post_mortem=True)."
+)
 REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
+    "bdb.BdbQuit": NO_KEYBOARD,
+    "EOF when reading a line": NO_KEYBOARD,
     "is not part of group": (
         "src= and dst= are ranks of the world, also in a subgroup. group_src= and group_dst= count "
         "within the group."

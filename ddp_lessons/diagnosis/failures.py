@@ -101,6 +101,7 @@ def _raised(run: RunRecord, cause: RankResult) -> Verdict:
         (
             stacks.render(cause.error),
             *_before_the_call(run, cause),
+            *_variables(cause),
             *_of_the_kernel(cause),
             *other_ranks(run, same),
         ),
@@ -114,6 +115,18 @@ def _before_the_call(run: RunRecord, cause: RankResult) -> list[str]:
     if cause.started_ns is not None:
         return []
     return ["", f"This was before {run.name} was called, while it or its arguments were loaded."]
+
+
+def _variables(cause: RankResult) -> list[str]:
+    """The variables of the learner's innermost function, if they were noted."""
+    frame = None if cause.error is None else stacks.position(cause.error.frames).frame
+    noted = [one for one in cause.post_mortem if one.frame == frame]
+    if not noted:
+        return []
+    lines = [f"    {name} = {value}" for name, value in noted[-1].variables]
+    more = len(cause.post_mortem) > 1
+    where = f" (run.ranks[{cause.rank}].frames has those of all functions)" if more else ""
+    return ["", f"The variables of rank {cause.rank} there{where}:", *lines] if lines else []
 
 
 def _of_the_kernel(cause: RankResult) -> list[str]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from ddp_lessons.errors import BadLaunch, show_without_frames
 from ddp_lessons.instrumentation import recording
 from ddp_lessons.launcher import memory_check
+from ddp_lessons.launcher.in_process import run_here
 from ddp_lessons.launcher.live_panel import Panel
 from ddp_lessons.launcher.watchdog import AFTER_INTERRUPT, Watchdog
 from ddp_lessons.processes import forkserver
@@ -36,7 +37,7 @@ from ddp_lessons.processes.packing import pack
 from ddp_lessons.run import Run
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.system.notebook import in_kernel
-from ddp_lessons.text import wrapped
+from ddp_lessons.text import listed, wrapped
 from ddp_lessons.wire.task import Task, places
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def launch(
     check: bool = True,
     profile: bool = False,
     notes: bool = False,
+    post_mortem: bool = False,
+    in_process: bool = False,
     start_method: str | None = None,
     cluster: ipyparallel.Client | None = None,
 ) -> Run:
@@ -105,6 +108,14 @@ def launch(
         Compare the ranks at the end, and print what may be a mistake or meant: weights of DDP
         models or learning rates that differ, and DataLoaders that gave all ranks the same samples
         or drew the same random numbers. It costs time: a checksum of every sample and weight.
+    post_mortem : bool
+        Where a rank raises, keep the local variables of the learner's functions as text, cut short:
+        the error shows those of the innermost, `run.ranks[1].frames` has all. Their `repr` is
+        called in the rank.
+    in_process : bool
+        Call the function as the only rank in this very process, so that `breakpoint()` and `%debug`
+        work; nprocs must be 1. The arguments are no copies, nothing is recorded, `timeout` does not
+        count, what it prints is not kept, and an exception is raised as it is.
     start_method : {"forkserver", "spawn"}, optional
         How processes start. forkserver is fast, and the default on Linux; spawn works everywhere.
         `launch` uses spawn if a variable that is only read when a process starts, such as
@@ -130,7 +141,21 @@ def launch(
     """
     nprocs, nnodes = _ranks("nprocs", nprocs), _ranks("nnodes", nnodes)
     _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, start_method)
-    packed = pack(fn, env or {}, profile, notes)
+    if in_process:
+        others = {
+            "profile": profile,
+            "notes": notes,
+            "post_mortem": post_mortem,
+            "start_method": start_method,
+            "cluster": cluster,
+        }
+        if asked := [f"{name}=" for name, value in others.items() if value]:
+            raise BadLaunch(
+                f"in_process=True starts no rank, so {listed(asked)} can do nothing. Leave out one "
+                "or the other."
+            )
+        return run_here(fn, args, env or {}, nprocs * nnodes)
+    packed = pack(fn, env or {}, profile=profile, notes=notes, post_mortem=post_mortem)
     limit = math.inf if timeout is None else float(timeout)
     with _show_briefly(KeyboardInterrupt), Interrupts().counted() as interrupts:
         if cluster is None:

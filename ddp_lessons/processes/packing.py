@@ -33,7 +33,14 @@ from ddp_lessons.worker.settings import taken
 MOST_OF_A_DEFINITION = 1 << 16  # bytes of its pickle
 
 
-def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, notes: bool) -> Task:
+def pack(
+    fn: Callable[..., Any],
+    overrides: Mapping[str, str],
+    *,
+    profile: bool,
+    notes: bool,
+    post_mortem: bool,
+) -> Task:
     """Make the task of one run. Raises CannotSend if the function cannot be pickled."""
     # The anchor is a function whose globals are the notebook's own namespace. cloudpickle gives all
     # functions of one pickle one dict of globals, holding just the names they use; through the
@@ -50,10 +57,11 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, no
         settings=pickle.dumps(taken(with_seed=_is_of_script(fn))),
         definitions=_definitions(),
         start_method=_chosen_start_method(),
-        profile=profile,
-        notes=notes,
         sources=_cell_sources(function.pickle),
         home=home_of(fn),
+        profile=profile,
+        notes=notes,
+        post_mortem=post_mortem,
     )
 
 

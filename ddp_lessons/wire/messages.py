@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
 from ddp_lessons.wire.parcels import Parcel
-from ddp_lessons.wire.records import ErrorRecord, Mistake, Noted, Timeout
+from ddp_lessons.wire.records import ErrorRecord, FrameVariables, Mistake, Noted, Timeout
 
 _LENGTH = struct.Struct("<Q")
 # The parent sends it to ask a worker for its Python stack. A real-time signal where there are any,
@@ -74,6 +74,13 @@ class ThreadDied:
 
 
 @dataclass(frozen=True)
+class PostMortem:
+    """The frames in which the function failed, outermost first, with their variables."""
+
+    frames: tuple[FrameVariables, ...]
+
+
+@dataclass(frozen=True)
 class Clock:
     """The rank's clock is `behind_ns` behind rank 0's, give or take `within_ns`."""
 
@@ -120,6 +127,7 @@ Message = (
     | Unseen
     | ThreadCalls
     | ThreadDied
+    | PostMortem
     | Mistake
     | Noted
     | Clock
@@ -138,6 +146,7 @@ class Told:
     timeouts: tuple[Timeout, ...] = ()
     threads: dict[str, str] = field(default_factory=dict)
     dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
+    post_mortem: tuple[FrameVariables, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
     noted: Noted | None = None
 
@@ -150,6 +159,8 @@ class Told:
                 self.threads[lane] = thread
             case ThreadDied(thread, error):
                 self.dead_threads += ((thread, error),)
+            case PostMortem(frames):
+                self.post_mortem = frames
             case Handling(site, error):
                 self.handling = (site, error)
             case Unseen(what):

@@ -163,6 +163,13 @@ class ErrorRecord:
         return line if len(line) <= MOST_SUMMARY else f"{line[:MOST_SUMMARY]}..."
 
 
+class FrameVariables(NamedTuple):
+    """A frame of a failure, and its local variables: names and values as text."""
+
+    frame: Frame
+    variables: tuple[tuple[str, str], ...]
+
+
 class Timeout(NamedTuple):
     """A timeout of the learner's: after so many seconds a call gives up by itself.
 

@@ -204,12 +204,12 @@ def _is_worker(frame: Frame) -> bool:
 
 def frame_at(filename: str, lineno: int) -> Frame:
     """The line as a frame, with its source."""
-    return Frame(filename, lineno, "", _source(filename, lineno))
+    return Frame(filename, lineno, "", source_of(filename, lineno))
 
 
 def _frame(line: re.Match[str], home: str | None, name: Callable[[str], str]) -> Frame:
     file, number = name(line["file"]), int(line["line"])
-    return Frame(file, number, line["function"], _source(file, number), is_at_home(file, home))
+    return Frame(file, number, line["function"], source_of(file, number), is_at_home(file, home))
 
 
 def _unescaped(dump: str) -> str:
@@ -219,7 +219,7 @@ def _unescaped(dump: str) -> str:
 
 def position(frames: Sequence[Frame]) -> Position:
     """The learner's line in a stack or traceback, and the call that it waits in."""
-    own = _own(frames)
+    own = learners(frames)
     below = frames[own[-1] + 1 :] if own else frames
     call = next((name for frame in below if (name := _call_of(frame))), None)
     if call is None and any(frame.filename == _RENDEZVOUS for frame in below):
@@ -227,7 +227,7 @@ def position(frames: Sequence[Frame]) -> Position:
     return Position(frames[own[-1]] if own else None, call)
 
 
-def _own(frames: Sequence[Frame]) -> list[int]:
+def learners(frames: Sequence[Frame]) -> list[int]:
     """The indices of the learner's frames; if there are none, of installed packages' frames."""
     owners = [_owner(frame) for frame in frames]
     wanted = Owner.LEARNER if Owner.LEARNER in owners else Owner.PACKAGE
@@ -388,7 +388,7 @@ def render(error: ErrorRecord) -> str:
 def render_frames(frames: Sequence[Frame]) -> list[str]:
     """The learner's frames with their source; of the libraries', only the innermost."""
     lines: list[str] = []
-    own = [frames[i] for i in _own(frames)]
+    own = [frames[i] for i in learners(frames)]
     first_at = {place: n for n, place in reversed([*enumerate(map(_place, own))])}
     firsts = sorted(first_at.values())  # a recursion comes to the same lines again and again
     told = [*firsts[:MOST_FRAMES], *firsts[MOST_FRAMES:][-MOST_FRAMES:]]
@@ -438,7 +438,8 @@ def _is_wait(filename: str, function: str) -> bool:
     return is_work or filename.endswith(_FUNCTIONAL)
 
 
-def _source(filename: str, lineno: int) -> str:
+def source_of(filename: str, lineno: int) -> str:
+    """A line's text without its indentation; "" if it is unknown."""
     return _line(filename, lineno).strip()
 
 

@@ -75,6 +75,7 @@ class Task:
     start_method: str | None = None
     profile: bool = False
     notes: bool = False
+    post_mortem: bool = False
     sources: dict[str, str] = field(default_factory=dict)
     home: str | None = None
     one_clock: bool = True
@@ -84,11 +85,12 @@ class Task:
 
     def here(self, master: MasterAddress) -> Task:
         """The task with this process's environment, directory and path, for ranks it starts."""
-        return replace(self, environment=_environment(master), cwd=os.getcwd(), path=list(sys.path))
+        environment = {**os.environ, **variables(master)}
+        return replace(self, environment=environment, cwd=os.getcwd(), path=list(sys.path))
 
 
-def _environment(master: MasterAddress) -> dict[str, str]:
-    """The variables of this process, and those that torchrun sets alike for all ranks."""
+def variables(master: MasterAddress) -> dict[str, str]:
+    """The variables that torchrun sets alike for all ranks, and some that this package adds."""
     common = {"MASTER_ADDR": master.address, "MASTER_PORT": str(master.port)}
     if master.interface and "GLOO_SOCKET_IFNAME" not in os.environ:
         # Without it gloo looks up the host's name and may bind to an outside address.
@@ -103,4 +105,4 @@ def _environment(master: MasterAddress) -> dict[str, str]:
         common["RES_OPTIONS"] = "timeout:1 attempts:1"
     if "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = "1"  # as torchrun does: ranks share the cores
-    return {**os.environ, **common}
+    return common

@@ -36,6 +36,7 @@ from ddp_lessons.system import memory
 from ddp_lessons.wire.messages import (
     STACK_SIGNAL,
     Message,
+    PostMortem,
     Raised,
     Returned,
     Started,
@@ -47,7 +48,7 @@ from ddp_lessons.wire.pickling import dumps
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import RankInfo, Task
-from ddp_lessons.worker import settings
+from ddp_lessons.worker import post_mortem, settings
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
@@ -276,6 +277,8 @@ def _carry_out(
     except BaseException as error:  # SystemExit and KeyboardInterrupt end a rank, too
         end_ns = _close(recorder)
         code = _exit_code(error)
+        if task.post_mortem and code:
+            recorder.send(PostMortem(post_mortem.frames_of(error, task.home)))
         recorder.send(
             Returned(end_ns, pack(None), _threads())
             if called and code == 0

@@ -43,7 +43,7 @@ def on_an_engine(body: Callable[[], Any]) -> Any:
 
 def order(fn: Callable[..., Any], *args: Any) -> StartRequest:
     (place,) = places(1, 1)
-    packed = packing.pack(fn, {}, profile=False, notes=False)
+    packed = packing.pack(fn, {}, profile=False, notes=False, post_mortem=False)
     return StartRequest(packed, place, packing.pack_arguments(args, fn), MasterAddress(1), None)
 
 

@@ -52,7 +52,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
 def test_a_value_arrives_as_it_was(value: Any, where: str) -> None:
     assert same(pickle.loads(pickle.dumps(value)), pack(value).load())
 

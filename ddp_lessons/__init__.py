@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ddp_lessons.instrumentation.recording import span, steps
     from ddp_lessons.launcher.api import launch
     from ddp_lessons.launcher.backends import recommend_backend
+    from ddp_lessons.launcher.running import RunningRun
     from ddp_lessons.recorded_run import load_run
     from ddp_lessons.results import RankResult
     from ddp_lessons.run import Run
@@ -66,6 +67,7 @@ __all__ = [
     "Overlap",
     "RankResult",
     "Run",
+    "RunningRun",
     "Share",
     "Span",
     "Straggler",
@@ -97,6 +99,7 @@ _HOME = {
     "Overlap": "analysis.metrics",
     "RankResult": "results",
     "Run": "run",
+    "RunningRun": "launcher.running",
     "Share": "analysis.wait_states",
     "Span": "wire.records",
     "Straggler": "analysis.stragglers",

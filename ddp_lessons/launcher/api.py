@@ -17,18 +17,20 @@ Runs in the parent, in the thread of the cell that calls it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
 import operator
 import os
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ddp_lessons.errors import BadLaunch, show_without_frames
 from ddp_lessons.instrumentation import recording
 from ddp_lessons.launcher import memory_check
 from ddp_lessons.launcher.in_process import run_here
 from ddp_lessons.launcher.live_panel import Panel
+from ddp_lessons.launcher.running import RunningRun
 from ddp_lessons.launcher.watchdog import AFTER_INTERRUPT, Watchdog
 from ddp_lessons.processes import forkserver
 from ddp_lessons.processes.base import WorkerGroup
@@ -54,6 +56,7 @@ NOT_RUN = {
 }
 
 
+@overload
 def launch(
     fn: Callable[..., Any],
     args: tuple[Any, ...] = (),
@@ -67,9 +70,45 @@ def launch(
     notes: bool = False,
     post_mortem: bool = False,
     in_process: bool = False,
+    wait: Literal[True] = True,
     start_method: str | None = None,
     cluster: ipyparallel.Client | None = None,
-) -> Run:
+) -> Run: ...
+@overload
+def launch(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    nprocs: int = 2,
+    *,
+    nnodes: int = 1,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = 60.0,
+    check: bool = True,
+    profile: bool = False,
+    notes: bool = False,
+    post_mortem: bool = False,
+    in_process: bool = False,
+    wait: Literal[False],
+    start_method: str | None = None,
+    cluster: ipyparallel.Client | None = None,
+) -> RunningRun: ...
+def launch(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...] = (),
+    nprocs: int = 2,
+    *,
+    nnodes: int = 1,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = 60.0,
+    check: bool = True,
+    profile: bool = False,
+    notes: bool = False,
+    post_mortem: bool = False,
+    in_process: bool = False,
+    wait: bool = True,
+    start_method: str | None = None,
+    cluster: ipyparallel.Client | None = None,
+) -> Run | RunningRun:
     """Run ``fn(rank, *args)`` on ``nnodes * nprocs`` ranks, print their output, return the record.
 
     Each rank is a fresh operating-system process that sees the variables torchrun sets: RANK,
@@ -116,6 +155,9 @@ def launch(
         Call the function as the only rank in this very process, so that `breakpoint()` and `%debug`
         work; nprocs must be 1. The arguments are no copies, nothing is recorded, `timeout` does not
         count, what it prints is not kept, and an exception is raised as it is.
+    wait : bool
+        False returns at once, a `RunningRun`, while the ranks work and the notebook is free: its
+        `wait` prints their output and returns the record, its `stop` ends them. Several may run.
     start_method : {"forkserver", "spawn"}, optional
         How processes start. forkserver is fast, and the default on Linux; spawn works everywhere.
         `launch` uses spawn if a variable that is only read when a process starts, such as
@@ -128,7 +170,7 @@ def launch(
     Returns
     -------
     Run
-        Values, output, errors and spans by rank.
+        Values, output, errors and spans by rank. A RunningRun with ``wait=False``.
 
     Raises
     ------
@@ -146,6 +188,7 @@ def launch(
             "profile": profile,
             "notes": notes,
             "post_mortem": post_mortem,
+            "wait": not wait,
             "start_method": start_method,
             "cluster": cluster,
         }
@@ -165,7 +208,14 @@ def launch(
             group: WorkerGroup = LocalWorkerGroup(places(nprocs, nnodes), method)
         else:
             group = _on_engines(cluster, nprocs, nnodes, start_method)
-        run = _carry_out(group, packed, fn, args, limit, interrupts)
+        until_ended = _begin(group, packed, fn, args, limit, interrupts, stays=not wait)
+        if not wait:
+            show = functools.partial(_show, interrupts=interrupts)
+            return RunningRun(
+                packed.name, nprocs * nnodes, until_ended, show, interrupts, check=check
+            )
+        run = until_ended()
+        _show(run, interrupts)
     if check:
         run.raise_for_failure()
     return run
@@ -184,33 +234,51 @@ def _on_engines(cluster: Any, nprocs: int, nnodes: int, start_method: str | None
     return ClusterWorkerGroup(cluster, nprocs, nnodes, start_method)
 
 
-def _carry_out(
+def _begin(
     group: WorkerGroup,
     packed: Task,
     fn: Callable[..., Any],
     args: tuple[Any, ...],
     timeout: float,
     interrupts: Interrupts,
-) -> Run:
-    hung_after: float | None = None
-    with group, Panel(group.workers) as panel:
-        watch = Watchdog(group, panel.tick, interrupts)
-        try:
-            group.start(packed, fn, args, interrupts)
-            hung_after = watch.until_ended(timeout)
-        except BaseException:
-            watch.stop(AFTER_INTERRUPT)
-            group.end()
-            run = _record(packed, group, interrupted=True)
-            if interrupts.count:
-                _show_interrupted(run)
-            raise
+    *,
+    stays: bool,
+) -> Callable[[], Run]:
+    """Start the ranks. The function returned watches them until all have ended, and records it.
+
+    An interrupt ends the ranks: while they start it is raised, later the record tells of it.
+    """
+    held = contextlib.ExitStack()
+    held.enter_context(group)
+    panel = held.enter_context(Panel(group.workers, stays=stays))
+    watch = Watchdog(group, panel.tick, interrupts)
+
+    def stopped() -> Run:
+        watch.stop(AFTER_INTERRUPT)
         group.end()
-        run = _record(packed, group, hung_after=hung_after)
-    _show_output(run)
-    if interrupts.count:  # Stop was pressed when the run had ended
-        print("Stopped.")
-    return run
+        return _record(packed, group, interrupted=True)
+
+    def until_ended() -> Run:
+        with held:
+            try:
+                hung_after = watch.until_ended(timeout)
+            except BaseException:
+                run = stopped()
+                if interrupts.count:
+                    return run
+                raise
+            group.end()
+            return _record(packed, group, hung_after=hung_after)
+
+    try:
+        group.start(packed, fn, args, interrupts)
+    except BaseException:
+        with held:
+            run = stopped()
+        if interrupts.count:
+            _show(run, interrupts)
+        raise
+    return until_ended
 
 
 @contextlib.contextmanager
@@ -307,9 +375,13 @@ def _record(
     )
 
 
-def _show_output(run: Run) -> None:
+def _show(run: Run, interrupts: Interrupts) -> None:
     # The parent prints, in the cell's own thread and rank by rank: the same text on every run.
     lines = [*run.output_lines(), *map(_noticeable, [*run.warnings, *run.notes])]
+    if interrupts.count:  # perhaps when the run had ended
+        lines.append("Stopped.")
+    if run.interrupted:
+        lines += [f"rank {rank.rank} {rank.outcome()}" for rank in run.ranks]
     if lines:
         print("\n".join(lines))
 
@@ -320,8 +392,3 @@ def _noticeable(finding: Finding) -> str:
         return str(finding)
     kind, colon, text = wrapped(str(finding)).partition(":")
     return f"\x1b[1;33m{kind}{colon}\x1b[0m{text}"
-
-
-def _show_interrupted(run: Run) -> None:
-    _show_output(run)
-    print("\n".join(["Stopped.", *(f"rank {r.rank} {r.outcome()}" for r in run.ranks)]))

@@ -28,15 +28,21 @@ hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 class Panel:
-    """One line a rank: what it did last. A context manager around the run."""
+    """One line a rank: what it did last. A context manager around the run.
 
-    def __init__(self, workers: Sequence[Worker]) -> None:
-        self._workers = workers
+    It goes when the run ends; with `stays`, of a run that the cell does not wait for, it is there
+    from the beginning and shows in the end how each rank ended.
+    """
+
+    def __init__(self, workers: Sequence[Worker], *, stays: bool = False) -> None:
+        self._workers, self._stays = workers, stays
         self._due = time.monotonic() + FIRST_AFTER
         self._handle: DisplayHandle | None = None
         self._on = is_live() and not hidden.get()
 
     def __enter__(self) -> Panel:
+        if self._on and self._stays:  # now, in the cell's own thread
+            self._show(_table(self._workers, ""))
         return self
 
     def tick(self, suspicion: str = "") -> None:
@@ -53,7 +59,7 @@ class Panel:
         traceback: TracebackType | None,
     ) -> None:
         if self._handle is not None:
-            self._show("")
+            self._show(_table(self._workers, "") if self._stays else "")
 
     def _show(self, text: str) -> None:
         from IPython.display import HTML, display

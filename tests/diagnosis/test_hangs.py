@@ -30,7 +30,7 @@ LONG = 60.0  # seconds; a run that takes it was not proved to be stuck
 def explained(fn: Any, nprocs: int = 3, timeout: float = LONG, **options: Any) -> Run:
     """The run, which must end long before its timeout."""
     began = time.monotonic()
-    run = launch(fn, nprocs=nprocs, timeout=timeout, check=False, **options)
+    run: Run = launch(fn, nprocs=nprocs, timeout=timeout, check=False, **options)
     assert time.monotonic() - began < LONG / 2
     assert run.verdict is not None
     return run

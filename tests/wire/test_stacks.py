@@ -77,7 +77,7 @@ def test_no_stack_from_what_is_none(dump: str) -> None:
 
 
 def hung(work: Any, **options: Any) -> Run:
-    run = launch(work, timeout=1, check=False, **options)
+    run: Run = launch(work, timeout=1, check=False, **options)
     assert run.hung_after is not None
     return run
 

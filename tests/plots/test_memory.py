@@ -82,7 +82,7 @@ def test_names_are_never_taken_for_formulas() -> None:
 
 
 def test_many_rows_fit_into_a_page() -> None:
-    ax = plots.memory({str(n): [WHOLE] * 16 for n in range(4)})
+    ax: Any = plots.memory({str(n): [WHOLE] * 16 for n in range(4)})
     assert ax.figure.get_size_inches()[1] < 12
 
 

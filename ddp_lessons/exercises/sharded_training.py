@@ -93,7 +93,8 @@ def _judge_loaded(saved: int, ranks: int, rank: int, pieces: Any, kept: dict[str
         )
     for name, value in _values().items():
         right, piece = pieces_of(value, ranks)[rank], pieces[name]
-        if piece.shape != right.shape or not torch.equal(piece, right):
+        same = piece.shape == right.shape and piece.dtype == right.dtype
+        if not same or not torch.equal(piece, right):
             _explain_piece(f"{told}{name} {tuple(value.shape)} on rank {rank} ", value, piece,
                            right, saved, ranks, rank)  # fmt: skip
     for name, value in _values().items():
@@ -121,6 +122,7 @@ def _explain_piece(
 
     shape, asked = tuple(piece.shape), tuple(right.shape)
     mistakes = {
+        f"is of {piece.dtype}.\nKeep the dtype that was saved.": piece.dtype != right.dtype,
         f"is the piece that rank {rank} of the {saved} had saved.\n"
         "With another number of ranks the cuts lie elsewhere. Put each parameter together, then "
         "cut it anew.": piece.shape == old[min(rank, saved - 1)].shape
@@ -137,14 +139,13 @@ def _explain_piece(
         "anew.": len(joined) > value.numel() and is_piece_of(joined),
         f"has the shape {shape}, not {asked}.\n"
         "All ranks have pieces of the same length, in one dimension: fill up with zeros before "
-        "you cut.": piece.shape != right.shape and torch.equal(piece.flatten(), sliced),
+        "you cut.": piece.shape == sliced.shape != right.shape and torch.equal(piece, sliced),
         "comes from some of the files only.\n"
         "Each file has a part of every parameter, so every rank reads all "
-        "of them.": is_piece_of(torch.cat(old[: max(1, min(ranks, saved - 1))])),
+        "of them.": any(is_piece_of(torch.cat(old[:n])) for n in range(1, saved)),
         f"has the shape {shape}, not {asked}.\n"
         "A piece is flat, and as long on each rank: the number of elements divided by the ranks, "
         "rounded up.": piece.shape != right.shape,
-        f"is of {piece.dtype}.\nKeep the dtype that was saved.": piece.dtype != right.dtype,
         "has other values than were saved.\n"
         "Whole again, flat, it must be what the ranks had cut: pieces in the order of the ranks, "
         "then cut for `world_size` ranks, and piece `rank` of these.": True,
@@ -241,7 +242,8 @@ def _explain_stuck(run: Run) -> None:
 def _judge_clipping(clipping: Clipping, of_ranks: list[Clipped]) -> None:
     norm = clipping.norm
     factor = min(1.0, clipping.most / norm) if norm else 1.0
-    factors = [_factor(clipping, rank, clipped) for rank, clipped in enumerate(of_ranks)]
+    ratios = [_ratios(clipping, rank, clipped) for rank, clipped in enumerate(of_ranks)]
+    factors = [of_rank[0] if of_rank else None for of_rank in ratios]
     squares = [sum(g**2 for g in each if g is not None) for each in clipping.sharded]
     alone = [math.sqrt(s) for s in squares]
     own = sum(g**2 for g in clipping.replicated if g is not None)
@@ -255,12 +257,13 @@ def _judge_clipping(clipping: Clipping, of_ranks: list[Clipped]) -> None:
         return told or _factors_from(clipping, factors, norms)
 
     told = _listed_numbers(returned)
-    right_factor = all(f is None or near(f, factor, 1e-3) for f in factors)
+    right_factor = all(near(ratio, factor, 1e-3) for of_rank in ratios for ratio in of_rank)
     right_norm = all(near(said, norm, 1e-3) for said in returned)
     wrong = not (right_factor and right_norm)
+    untouched = _untouched(clipping, of_ranks)
     nan = [r for r, f in enumerate(factors) if f is not None and math.isnan(f)]
     mistakes = {
-        f"the gradients of {ranks_text(nan)} are nan.\n"
+        f"the gradients of {ranks_text(nan or [0])} are nan.\n"
         "0 divided by 0: add a small number to the norm, as `clip_grad_norm_` does, or leave "
         "gradients alone that need no clipping.": bool(nan),
         f"the ranks found the norms {told}.\n"
@@ -293,9 +296,9 @@ def _judge_clipping(clipping: Clipping, of_ranks: list[Clipped]) -> None:
         "a gradient grew.\n"
         "A norm below the limit is left alone: the factor is never larger than "
         "1.": any(f is not None and f > 1.001 for f in factors),
-        f"the gradients of {listed(_untouched(clipping, of_ranks))} were not clipped.\n"
+        f"the gradients of {' and '.join(untouched)} were not clipped.\n"
         "One factor for all gradients, those of shards and the replicated ones, or the step has "
-        "another direction.": not right_factor and _untouched(clipping, of_ranks),
+        "another direction.": not right_factor and untouched,
         f"the norm is {norm:.4g}, and you returned {told}.\n"
         "Return the norm before clipping, on every rank.": right_factor and not right_norm,
         f"the norm is {norm:.4g} and the limit {clipping.most:g}, but the gradients were "
@@ -305,14 +308,13 @@ def _judge_clipping(clipping: Clipping, of_ranks: list[Clipped]) -> None:
     judge(f"{clipping.what} on {count(ranks, 'rank')}: ", mistakes)
 
 
-def _factor(clipping: Clipping, rank: int, clipped: Clipped) -> float | None:
-    """By what a rank multiplied its first gradient that is not 0; nan if any became so."""
+def _ratios(clipping: Clipping, rank: int, clipped: Clipped) -> list[float]:
+    """By what a rank multiplied each gradient that is not 0; nan if any became so."""
     before = [*clipping.sharded[rank], *clipping.replicated]
     after = [*clipped[1], *clipped[2]]
     if any(g is not None and math.isnan(g) for g in after):
-        return math.nan
-    found = [b / a for a, b in zip(before, after, strict=True) if a and b is not None]
-    return found[0] if found else None
+        return [math.nan]
+    return [(b or 0.0) / a for a, b in zip(before, after, strict=True) if a]
 
 
 def _factors_from(

@@ -33,7 +33,8 @@ def memory(
 ) -> Axes:
     """Draw one bar for each stage and rank: the bytes that the rank keeps, stacked by kind.
 
-    The sizes stand in the bars, where they fit, and the sum at the end of each.
+    The sizes stand in the bars, where they fit and the rank above has others; the sum stands at the
+    end of each bar.
 
     Parameters
     ----------
@@ -59,10 +60,13 @@ def memory(
     top = 0.0
     for stage, ranks in values.items():
         ax.text(0, top + GAP, stage, fontsize=FONT, va="bottom", weight="bold", parse_math=False)
+        above: list[float] = []
         for rank, of_rank in enumerate(ranks):
             row = top + GAP + rank + 0.5
             rows[row] = f"rank {rank}"
-            _draw(ax, row, {kind: of_rank.get(kind, 0.0) for kind in kinds}, unit)
+            sizes = [of_rank.get(kind, 0.0) for kind in kinds]
+            _draw(ax, row, sizes, above, unit)
+            above = sizes
         top += len(ranks) + GAP
     ax.set_yticks(list(rows), list(rows.values()))
     ax.set_ylim(height, 0)
@@ -95,14 +99,18 @@ def _unit(longest: float) -> tuple[float, str]:
     return {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}[name], name
 
 
-def _draw(ax: Axes, row: float, kinds: dict[str, float], unit: float) -> None:
+def _draw(
+    ax: Axes, row: float, sizes: Sequence[float], above: Sequence[float], unit: float
+) -> None:
+    """Draw one bar; sizes that the bar above it has, too, are not written again."""
     left = 0.0
-    for nbytes, fill in zip(kinds.values(), FILLS, strict=False):
-        if nbytes:
-            right = left + nbytes / unit
+    for size, before, fill in zip(sizes, above or [math.nan] * len(sizes), FILLS, strict=False):
+        if size:
+            right = left + size / unit
             ax.barh(row, right - left, HEIGHT, left, color=fill, edgecolor="white", linewidth=0.5)
-            texts = [f"{nbytes / unit:.{digits}g}" for digits in (3, 2)]
-            style.write(ax, texts, (left, right), row, FONT, color=style.ink_on(fill))
+            if size != before:
+                texts = [f"{size / unit:.{digits}g}" for digits in (3, 2)]
+                style.write(ax, texts, (left, right), row, FONT, color=style.ink_on(fill))
             left = right
     total = style.bytes_text(left * unit)
     ax.text(left, row, f" {total}", fontsize=FONT, va="center", color=style.INK)

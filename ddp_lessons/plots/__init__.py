@@ -10,6 +10,7 @@ from ddp_lessons.plots.differences import differences
 from ddp_lessons.plots.hang_board import hang_board
 from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
+from ddp_lessons.plots.memory import memory
 from ddp_lessons.plots.shards import shards
 from ddp_lessons.plots.statistics import statistics
 from ddp_lessons.plots.steps import steps
@@ -26,6 +27,7 @@ __all__ = [
     "hang_board",
     "losses",
     "machines",
+    "memory",
     "shards",
     "statistics",
     "steps",

@@ -224,6 +224,30 @@ def test_what_is_in_flight_lies_under_the_main_thread_and_nothing_covers_another
     assert "in flight" in legend(ax)
 
 
+def test_a_call_stands_over_the_work_that_contains_it_whichever_was_drawn_first() -> None:
+    """A sharded model's forward and backward call collectives; in one step calls come first."""
+    ms = 1_000_000
+    spans = [
+        Span(0, "main", kind, name, 1_000_000_000 + left * ms, 1_000_000_000 + right * ms)
+        for kind, name, left, right in (
+            ("comm", "all_gather", 15, 20),
+            ("compute", "forward", 30, 60),
+            ("compute", "layer", 35, 55),
+            ("comm", "all_gather", 40, 50),
+            ("compute", "layer", 70, 80),
+        )
+    ]
+    ax: Any = plots.timeline(made_up(1, spans))
+    order = [
+        (box.x0, box.x1, c.get_zorder())
+        for c in ax.collections
+        for box in (path.get_extents() for path in c.get_paths())
+    ]
+    at = {(round(left), round(right)): above for left, right, above in order}
+    assert at[10, 100] < at[30, 60] < at[35, 55] < at[40, 50] < 2
+    assert at[15, 20] == at[70, 80] == at[30, 60]
+
+
 def test_what_is_in_flight_for_less_than_a_pixel_is_seen() -> None:
     """A white edge would cover all of it: NCCL's all_reduce of one rank takes 10 µs."""
     spans = [Span(0, "cuda", "comm", "all_reduce", 1_050_000_000, 1_050_010_000)]

@@ -27,6 +27,7 @@ from ddp_lessons.widgets import (
     hang_clinic,
     init_process_group,
     rank_zero,
+    sharding,
     spawn,
     sync_batchnorm,
     uneven_work,
@@ -221,6 +222,10 @@ def call_with_a_bug(rank: int, bug: str, odd: int) -> None:
     dist.destroy_process_group()
 
 
+def keep(rank: int, stage: str, optimizer: str) -> dict[str, int]:
+    return {"parameters": 100, "optimizer": 200 if optimizer == "Adam" else 0}
+
+
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -258,6 +263,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "hang_clinic": (
         lambda: hang_clinic.explore(call_with_a_bug),
         {"bug": "none", "odd": 2},
+    ),
+    "sharding": (
+        lambda: sharding.explore(keep, limit=400),
+        {"stage": "ZeRO 3", "nprocs": 2, "optimizer": "SGD"},
     ),
     "uneven_work": (
         lambda: uneven_work.explore(train_unevenly),

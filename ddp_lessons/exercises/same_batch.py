@@ -393,9 +393,10 @@ def check_finish_step(finish: Callable[..., Any]) -> str:
     run = run_ranks(_finished, (finish,), nprocs=2, check=False)
     said = " ".join(error.summary for error in errors(run))
     mistakes = {
-        "the scaler said that gradients were unscaled twice.\n`scaler.update()` ends each step, "
-        "also one that is skipped; and `unscale_` is called once in a step.": "unscale_() has "
-        "already been called" in said
+        "the scaler said that `unscale_` came twice, or after the step.\n`scaler.update()` ends "
+        "each step, also one that is skipped; in between, `unscale_` is called once.": (
+            "unscale_() " in said
+        )
     }
     judge("on 2 ranks: ", mistakes)
     _explain_failure(2, run)
@@ -419,6 +420,7 @@ def _judge_finished(
     found = [one.weights for one in of_ranks]
     after = found[0]
     norms = [one.norm for one in of_ranks]
+    values = [float(norm) for norm in norms if _is_value(norm)]
     shown = ", ".join(f"{n:.3g}" if is_number(n) else str(n) for n in norms)
     where = f"step {step}"
     if truth.skipped:
@@ -446,13 +448,15 @@ def _judge_finished(
         f"the scale stayed at {of_ranks[0].scale:g}.\nAfter an inf it has to come down, or the "
         "next steps overflow again: `scaler.update()` in every step.": truth.skipped
         and of_ranks[0].scale == before,
-        f"you returned {shown}.\nReturn the norm before clipping, a number, on every "
-        "rank.": not all(_is_value(one.norm) for one in of_ranks),
+        f"you returned {shown}.\nReturn the norm before clipping, a number, on every rank.": len(
+            values
+        )
+        < len(of_ranks),
         f"you returned {shown}; {right}.\n`clip_grad_norm_` returns the norm before clipping; of "
         "gradients that are not unscaled yet it is 1,024 times too large.": not truth.skipped
-        and not all(math.isclose(float(n), truth.norm, rel_tol=1e-3) for n in norms),
+        and not all(math.isclose(value, truth.norm, rel_tol=1e-3) for value in values),
         f"you returned {shown}; {right}.\nA norm that is not finite tells the log that this step "
-        "was skipped.": truth.skipped and any(math.isfinite(float(n)) for n in norms),
+        "was skipped.": truth.skipped and any(map(math.isfinite, values)),
     }
     judge(f"{where}: ", mistakes)
 
@@ -498,6 +502,7 @@ def _together(rank: int, step_together: Callable[..., Any]) -> list[tuple[Any, T
         parameters = _parameters(rank, odd[rank])
         with torch.no_grad():
             told = step_together(parameters, RATE, SCALE)
+        dist.barrier()  # who left a call out meets no call of the next case
         found.append((number_or_text(told), flat(parameters)))
     return found
 
@@ -526,6 +531,8 @@ def check_step_together(step_together: Callable[..., Any]) -> str:
 
 def _judge_together(name: str, of_ranks: list[tuple[Any, Tensor]]) -> None:
     odd = WHOSE[name]
+    if HUGE in odd and _steps_rightly(of_ranks):
+        return  # divided before the sum, nothing overflows
     skip = any(odd)
     start = torch.ones(5)
     each = [flat(p.grad for p in _parameters(rank, odd[rank])) for rank in range(2)]
@@ -536,7 +543,7 @@ def _judge_together(name: str, of_ranks: list[tuple[Any, Tensor]]) -> None:
     ratio = _ratio((found[0] - start).double(), gradient.double()) if not skip else math.nan
     own = [start - RATE * one / SCALE for one in each]
     mistakes: dict[str, object] = {
-        f"{ranks_text(moved)} took the step, and the other did not.\nFrom now on their weights "
+        f"{ranks_text(moved or [0])} took the step, and the other did not.\nFrom now on their weights "
         "differ. Whoever looks before the average sees only its own gradients; after it all see "
         "the same.": skip and len(moved) == 1,
         "every rank took a step with its own gradient.\nNothing was averaged.": not skip
@@ -561,6 +568,13 @@ def _judge_together(name: str, of_ranks: list[tuple[Any, Tensor]]) -> None:
         or any(bool(t) == skip for t in told),
     }
     judge(f"{name}: ", mistakes)
+
+
+def _steps_rightly(of_ranks: list[tuple[Any, Tensor]]) -> bool:
+    """Whether all took the step with gradients that only their undivided sum cannot hold."""
+    each = [flat(p.grad for p in _parameters(rank, HUGE)).double() for rank in range(2)]
+    right = 1 - RATE * (each[0] + each[1]) / 2 / SCALE
+    return all(number(told) and _close(found.double(), right) for told, found in of_ranks)
 
 
 def _is_times(ratio: float, factor: float) -> bool:

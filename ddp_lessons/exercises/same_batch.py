@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, WorkerDied
 from ddp_lessons.exercises.framework import (
-    Unattempted,
     Wrong,
     errors,
     exercise,
@@ -255,15 +254,17 @@ def check_pair_loss(pair_loss: Callable[..., Any]) -> str:
     return "the gradient of all pairs, for 3 and for 1 on each of 2 ranks, for 2 on each of 3."
 
 
-def _of_pairs(ranks: int, n: int, loss: Callable[[int, list[Tensor], list[Tensor]], Tensor]) -> Any:
+def _of_pairs(
+    ranks: int, n: int, loss: Callable[[int, list[Tensor], list[Tensor]], Tensor]
+) -> Tensor:
     """The mean over ranks of the gradient of ``loss(rank, a, b)``, which gets all ranks' parts."""
-    model, total = new_layer(), None
+    model, of_ranks = new_layer(), []
     for rank in range(ranks):
         model.zero_grad()
         a, b = _encode(model, _views(ranks, n), slice(None))
         loss(rank, list(a.split(n)), list(b.split(n))).backward()
-        total = gradients(model) if total is None else total + gradients(model)
-    return total / ranks
+        of_ranks.append(gradients(model))
+    return torch.stack(of_ranks).mean(0)
 
 
 def _alone(parts: list[Tensor], rank: int) -> Tensor:
@@ -543,9 +544,9 @@ def _judge_together(name: str, of_ranks: list[tuple[Any, Tensor]]) -> None:
     ratio = _ratio((found[0] - start).double(), gradient.double()) if not skip else math.nan
     own = [start - RATE * one / SCALE for one in each]
     mistakes: dict[str, object] = {
-        f"{ranks_text(moved or [0])} took the step, and the other did not.\nFrom now on their weights "
-        "differ. Whoever looks before the average sees only its own gradients; after it all see "
-        "the same.": skip and len(moved) == 1,
+        f"{ranks_text(moved or [0])} took the step, and the other did not.\nFrom now on their "
+        "weights differ. Whoever looks before the average sees only its own gradients; after it "
+        "all see the same.": skip and len(moved) == 1,
         "every rank took a step with its own gradient.\nNothing was averaged.": not skip
         and all(_close(one, mine) for one, mine in zip(found, own, strict=True)),
         "all ranks took the step, and the weights have no number left in places.\nLook at the "

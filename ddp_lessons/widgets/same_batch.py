@@ -1,4 +1,4 @@
-"""Lesson 14: micro-batches on ranks, and the distance of each recipe's gradient from one batch's."""
+"""Lesson 14: micro-batches on ranks, and how far each recipe's gradient is from one batch's."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def weighs_by_samples(model: Any, micro_batches: Any) -> None:
 # Pairs.
 
 
-class Gathered(torch.autograd.Function):
+class Gathered(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def forward(ctx: Any, x: Any, how: str) -> Any:
         ctx.how = how
@@ -234,7 +234,7 @@ def contrast(a: Any, b: Any, first: int = 0, temperature: float = 0.1) -> Any:
     return cross_entropy(a @ b.T / temperature, torch.arange(len(a)) + first)
 
 
-def first_of(a: Any) -> int:
+def first_of(a: Any) -> Any:
     return dist.get_rank() * len(a)
 
 

@@ -1,4 +1,4 @@
-"""The checks of lessons 14 and 14b: a token mean, pairs on all ranks, clipping, whose inf."""
+"""The checks of lessons 14, 14b and 14c: a token mean, pairs on all ranks, clipping, whose inf."""
 
 from __future__ import annotations
 

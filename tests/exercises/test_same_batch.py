@@ -1,4 +1,4 @@
-"""The checks of lessons 14, 14b and 14c: right answers pass; typical wrong answers are explained."""
+"""The checks of lessons 14, 14b and 14c: right answers pass, and wrong ones are explained."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class RankResult:
             case "raised":
                 return f"raised {self.error.summary if self.error else ''}"
             case "unsendable":
-                return "returned a value that cannot be pickled"
+                return "returned a value that cannot be sent back"
             case "died" if self.error is not None and self.error.type_name == ENGINE:
                 return f"was lost: {self.error.summary}"
             case "died":

@@ -98,7 +98,7 @@ def test_statuses_and_outcomes() -> None:
     outcomes = [r.outcome() for r in run.ranks]
     assert outcomes[0].startswith("stopped at ")
     assert outcomes[1:] == [
-        "returned a value that cannot be pickled",
+        "returned a value that cannot be sent back",
         "died: exit code 3",
         "raised KeyError: 'x'",
         "returned {'loss': 0.5}",

@@ -14,18 +14,20 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_lessons.processes.forkserver import end_orphans, start_method
 from ddp_lessons.processes.local import Pump, WorkerProcess
 from ddp_lessons.system import host, memory
 from ddp_lessons.system.host import clock_id, reserve_port
+from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import ErrorRecord, Span
 from ddp_lessons.wire.span_buffer import SpanBuffers
-from ddp_lessons.wire.task import MasterAddress, PackedArgument, RankInfo, Task
+from ddp_lessons.wire.task import MasterAddress, RankInfo, Task
 
 if TYPE_CHECKING:
     from ddp_lessons.results import Activity
@@ -59,7 +61,7 @@ class StartRequest(NamedTuple):
 
     task: Task
     place: RankInfo
-    args: tuple[bytes, ...]  # their pickles
+    args: tuple[Parcel, ...]
     master: MasterAddress
     start_method: str | None
 
@@ -156,12 +158,14 @@ def finish(run: str) -> None:
 class _Relayed(WorkerProcess):
     """A rank whose data is kept until the notebook has received it."""
 
+    takes_files = False
+
     def __init__(self, place: RankInfo, buffers: SpanBuffers) -> None:
         super().__init__(place, buffers)
         self.pieces: list[tuple[int, bytes]] = []
 
-    def take(self, channel: int, data: bytes) -> None:
-        super().take(channel, data)
+    def take(self, channel: int, data: bytes, files: Sequence[Connection] = ()) -> None:
+        super().take(channel, data, files)
         self.pieces.append((channel, data))
 
 
@@ -194,9 +198,8 @@ class Rank:
         method = order.start_method or start_method(order.task.overrides)
         buffers = self._held.enter_context(contextlib.closing(SpanBuffers(order.place.world_size)))
         process = _Relayed(order.place, buffers)
-        args = [PackedArgument(data) for data in order.args]
         with _uninterrupted():
-            process.start(method, order.task.here(order.master), args)
+            process.start(method, order.task.here(order.master), order.args)
             self._process = process
         self._pump = Pump([process])
         return process.pid, process.began_ns

@@ -20,6 +20,8 @@ MISSING = (
     "A collective returns only when every rank of its group has called it. Look for the `if`, the "
     "early `return` or the exception that keeps the missing rank from calling it."
 )
+PLAIN_DATA = "Return plain data instead: numbers, strings, lists, tensors, state_dict()."
+LESS = "Save it to a file in the rank, or return less of it."
 HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
     "or have the ranks agree what to do, by an all_reduce of a flag in every step."

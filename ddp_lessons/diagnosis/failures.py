@@ -140,7 +140,7 @@ def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} returned a value of type {cause.error.type_name}, "
         f"which cannot be sent back to the notebook: {cause.error.text}",
-        advice="Return plain data instead: numbers, strings, lists, tensors, state_dict().",
+        advice=advice.LESS if cause.error.text.startswith("MemoryError") else advice.PLAIN_DATA,
     )
 
 

@@ -126,7 +126,7 @@ def dead_threads(ranks: Sequence[RankResult]) -> list[tuple[tuple[int, ...], str
 
 def handled(rank: RankResult) -> ErrorRecord | None:
     """The exception that a rank was handling in an `except` block when it made its last call."""
-    if rank.handling is None or rank.error is not None:  # an error's own text has what it handled
+    if rank.handling is None or rank.status == "raised":  # an error's own text has what it handled
         return None
     site, error = rank.handling
     calls = [span.site for span in rank.spans if span.op and span.kind != Kind.WAIT]

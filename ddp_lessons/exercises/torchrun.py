@@ -108,7 +108,7 @@ def _judge_resume(outcome: Outcome) -> None:
         f"it did not end within {script_runner.PATIENCE:g} s.\n"
         "After a restart all ranks must go on "
         "in the same step: do all of them load?": outcome.exitcode is None,
-        f"it failed, after the steps {steps}.\n"
+        f"it failed, after the steps {steps}: {outcome.error}\n"
         f"After the restart rank 0 went on with step {KILLED_IN}. Where did rank 1 begin? All "
         "ranks must load.": outcome.exitcode and steps == done,
         f"it failed, after the steps {steps}: {outcome.error}\n"

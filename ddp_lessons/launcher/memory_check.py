@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ddp_lessons.errors import BadLaunch
 from ddp_lessons.system.memory import available_memory
-from ddp_lessons.text import count
+from ddp_lessons.text import count, size_text
 
 
 class Needs(NamedTuple):
@@ -34,7 +34,8 @@ def check(ranks: int, start_method: str) -> str:
     available, needs = available_memory(), NEEDS[start_method]
     if ranks * needs.usual <= available:
         return ""
-    least, free, fit = _text(ranks * needs.least), _text(available), available // needs.usual
+    least, free = size_text(ranks * needs.least), size_text(available)
+    fit = available // needs.usual
     if ranks * needs.least > available:
         raise BadLaunch(
             f"{count(ranks, 'rank')} would take at least {least} of memory, and {free} are left. "
@@ -45,7 +46,3 @@ def check(ranks: int, start_method: str) -> str:
         f"Notice: {count(ranks, 'rank')} will take {least} of memory, more if they train, and "
         f"{free} are left. Should it run out, launch {f'about {fit}' if fit else 'one'}."
     )
-
-
-def _text(size: int) -> str:
-    return f"{size / 2**20:.0f} MB" if size < 2**30 else f"{size / 2**30:.1f} GB"

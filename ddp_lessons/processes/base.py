@@ -10,6 +10,7 @@ import pickle
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from ddp_lessons.wire.messages import (
     Told,
     Unsendable,
 )
+from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
 from ddp_lessons.wire.task import RankInfo, Task
 
@@ -78,8 +80,8 @@ class Worker(ABC):
             return True
         return self.exitcode is not None and self.outcome is None and not self.stopped
 
-    def take(self, channel: int, data: bytes) -> None:
-        """Take in data from a pipe."""
+    def take(self, channel: int, data: bytes, files: Sequence[Connection] = ()) -> None:
+        """Take in data from a pipe, and the files that came with it."""
         if channel == STACKS:
             self.stack_text += data.decode("utf-8", errors="backslashreplace")
             return
@@ -87,7 +89,7 @@ class Worker(ABC):
         if channel == OUTPUT:
             self.output.feed(data)
         else:
-            self._read_messages(data)
+            self._read_messages(data, files)
 
     @abstractmethod
     def spans(self) -> Sequence[Span]:
@@ -120,8 +122,8 @@ class Worker(ABC):
         value, error, exception, kept = None, None, None, None
         stack = stacks.parse(self.stack_text, packed.home)
         match self.outcome:
-            case Returned(_, data, threads):
-                status, value, error = _loaded(data)
+            case Returned(_, parcel, threads):
+                status, value, error = _loaded(parcel)
                 if self.stopped and status == "returned":
                     kept = stacks.what_keeps(self.stack_text, threads, packed.home)
                     if kept is None and hung and not self.outcome_after_stop:
@@ -156,8 +158,8 @@ class Worker(ABC):
             host=self.host,
         )
 
-    def _read_messages(self, data: bytes) -> None:
-        for message in self._decoder.feed(data):
+    def _read_messages(self, data: bytes, files: Sequence[Connection]) -> None:
+        for message in self._decoder.feed(data, files):
             match message:
                 case Started(t_ns):
                     self.started_ns = t_ns
@@ -171,9 +173,9 @@ class Worker(ABC):
                     self.told.take(message)
 
 
-def _loaded(data: bytes) -> tuple[Status, Any, ErrorRecord | None]:
+def _loaded(parcel: Parcel) -> tuple[Status, Any, ErrorRecord | None]:
     try:
-        return "returned", pickle.loads(data), None
+        return "returned", parcel.load(), None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a learner's object raises while it is rebuilt

@@ -11,6 +11,7 @@ import glob
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from ddp_lessons.processes import forkserver
 from ddp_lessons.processes.base import (
     CHANNELS,
     CPU_SAMPLE_SECONDS,
+    MESSAGES,
     UNKNOWN_EXIT,
     Worker,
     WorkerGroup,
@@ -33,9 +35,10 @@ from ddp_lessons.system.host import processor_ns, reserve_port
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.text import count
 from ddp_lessons.wire.messages import STACK_SIGNAL
+from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import FORKSERVER, ErrorRecord, Span
 from ddp_lessons.wire.span_buffer import SpanBuffers
-from ddp_lessons.wire.task import MasterAddress, PackedArgument, RankInfo, Task
+from ddp_lessons.wire.task import MasterAddress, RankInfo, Task
 
 FORKSERVER_ENDED = ErrorRecord(
     FORKSERVER,
@@ -51,8 +54,13 @@ PACKET = 1500  # bytes
 BUSY = 0.1  # of the sampled time: a rank that uses the processor for more of it is busy
 
 
+Reader = Connection | socket.socket
+
+
 class WorkerProcess(Worker):
     """A rank whose process this process has started."""
+
+    takes_files = True  # what the function returns may come in a file in memory
 
     def __init__(self, place: RankInfo, buffers: SpanBuffers) -> None:
         super().__init__(place)
@@ -60,7 +68,7 @@ class WorkerProcess(Worker):
         self.forkserver: int | None = None  # its process id
         self._progress = 0
         self._noted: tuple[float, float, float] | None = None  # when; seconds used and queued
-        self._channels: dict[Connection, int] = {}
+        self._channels: dict[Reader, int] = {}
         self._process: Any = None
 
     @property
@@ -75,7 +83,7 @@ class WorkerProcess(Worker):
         self,
         method: str,
         task: Task,
-        args: Sequence[Argument | PackedArgument],
+        args: Sequence[Argument | Parcel],
         check: Callable[[], None] = lambda: None,
     ) -> None:
         """Start the process. Raises CannotSend, and starts nothing, if an argument won't pickle.
@@ -87,7 +95,9 @@ class WorkerProcess(Worker):
 
         check()
         self.buffers.prepare(self.rank)
-        pipes = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
+        pipes: list[tuple[Any, Any]] = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
+        if self.takes_files:
+            pipes[MESSAGES] = socket.socketpair()
         readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
         try:
             context: Any = multiprocessing.get_context(method)
@@ -119,7 +129,7 @@ class WorkerProcess(Worker):
         self._channels = dict(zip(readers, CHANNELS, strict=True))
 
     @property
-    def readers(self) -> list[Connection]:
+    def readers(self) -> list[Reader]:
         """The pipes that are still open."""
         return list(self._channels)
 
@@ -128,14 +138,18 @@ class WorkerProcess(Worker):
         """A file descriptor that becomes readable when the process ends."""
         return int(self._process.sentinel)
 
-    def read(self, reader: Connection) -> bool:
+    def read(self, reader: Reader) -> bool:
         """Take what a pipe holds now, one chunk; False if it held nothing or has closed."""
+        files: list[int] = []
         try:
-            data = os.read(reader.fileno(), CHUNK)
+            if isinstance(reader, socket.socket):
+                data, files, *_ = socket.recv_fds(reader, CHUNK, 1)
+            else:
+                data = os.read(reader.fileno(), CHUNK)
         except BlockingIOError:
             return False
         if data:
-            self.take(self._channels[reader], data)
+            self.take(self._channels[reader], data, list(map(Connection, files)))
             return True
         del self._channels[reader]
         reader.close()

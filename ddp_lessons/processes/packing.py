@@ -23,9 +23,11 @@ from typing import Any, ClassVar
 from ddp_lessons.errors import CannotSend
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.wire.owners import home_of
-from ddp_lessons.wire.pickling import Pickler, dumps
+from ddp_lessons.wire.parcels import Packer, Parcel
+from ddp_lessons.wire.parcels import pack as pack_value
+from ddp_lessons.wire.pickling import Pickler
 from ddp_lessons.wire.stacks import is_cell, text_of
-from ddp_lessons.wire.task import PackedArgument, Task
+from ddp_lessons.wire.task import Task
 from ddp_lessons.worker.settings import taken
 
 MOST_OF_A_DEFINITION = 1 << 16  # bytes of its pickle
@@ -38,7 +40,7 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, no
     # anchor the worker finds that dict and makes it its __main__.
     anchor = types.FunctionType((lambda: None).__code__, sys.modules["__main__"].__dict__)
     try:
-        function = dumps((fn, anchor), _Pickler)
+        function = pack_value((fn, anchor), _Pickler)
     except Exception as error:  # whatever a learner's object raises in its own __reduce__
         raise CannotSend(_why_not_function(fn, error)) from error
     return Task(
@@ -50,7 +52,7 @@ def pack(fn: Callable[..., Any], overrides: Mapping[str, str], profile: bool, no
         start_method=_chosen_start_method(),
         profile=profile,
         notes=notes,
-        sources=_cell_sources(function),
+        sources=_cell_sources(function.pickle),
         home=home_of(fn),
     )
 
@@ -107,13 +109,14 @@ class Argument:
         self._value = value
         self._position = position
         self._fn = fn
+        self._packer = Packer()
 
-    def __reduce__(self) -> tuple[type[PackedArgument], tuple[bytes]]:
-        return PackedArgument, (self.data(_argument_pickler()),)
+    def __reduce__(self) -> Any:
+        return self.packed(_argument_pickler()).__reduce__()
 
-    def data(self, pickler: type[Pickler]) -> bytes:
+    def packed(self, pickler: type[Pickler]) -> Parcel:
         try:
-            return dumps(self._value, pickler)
+            return self._packer.pack(self._value, pickler)
         except Exception as error:  # as above: anything may come out of a learner's __reduce__
             raise CannotSend(self._why_not(error)) from error
 
@@ -123,9 +126,9 @@ class Argument:
         return _cannot_travel(f"args[{self._position}]{called} is", self._value, error)
 
 
-def pack_arguments(args: Sequence[Any], fn: Callable[..., Any]) -> tuple[bytes, ...]:
-    """The arguments as pickles that may go to another machine. Raises CannotSend if one cannot."""
-    return tuple(Argument(value, i, fn).data(_Pickler) for i, value in enumerate(args))
+def pack_arguments(args: Sequence[Any], fn: Callable[..., Any]) -> tuple[Parcel, ...]:
+    """The arguments, which may go to another machine. Raises CannotSend if one cannot."""
+    return tuple(Argument(value, i, fn).packed(_Pickler) for i, value in enumerate(args))
 
 
 def _refuse_file(file: io.TextIOWrapper) -> Any:
@@ -157,6 +160,8 @@ def _argument_pickler() -> type[_Pickler]:
     """A pickler that also knows what multiprocessing and torch have registered by now."""
 
     class ArgumentPickler(_Pickler):
+        shares_memory: ClassVar = True
+
         dispatch_table: ClassVar = ChainMap(
             _Pickler.dispatch_table, ForkingPickler(io.BytesIO()).dispatch_table
         )
@@ -167,7 +172,7 @@ def _argument_pickler() -> type[_Pickler]:
 def _why_not_function(fn: Callable[..., Any], error: Exception) -> str:
     for where, value in _used_by(fn):
         try:
-            dumps(value, _Pickler)
+            pack_value(value, _Pickler)
         except Exception as culprit:  # the search for what failed above
             return _cannot_travel(f"{name_of(fn)} uses {where},", value, culprit)
     return f"the function {name_of(fn)} cannot travel to another process: {text_of(error)}"
@@ -205,6 +210,8 @@ def _cannot_travel(what: str, value: Any, error: Exception) -> str:
         try_this = "Send a list of its items, or create the generator inside the worker function."
     elif isinstance(value, io.IOBase):
         try_this = "Send the file's name, and open it inside the worker function."
+    elif isinstance(error, MemoryError):
+        try_this = "Save it to a file, and load what a rank needs of it inside the worker function."
     elif "inheritance" in text_of(error):  # what multiprocessing says of its queues and locks
         try_this = "Pass it as an argument: launch(fn, args=(it,))."
     else:

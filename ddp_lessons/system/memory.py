@@ -1,4 +1,4 @@
-"""Memory: how much is left, which process the OOM killer takes first, how often it has killed.
+"""Memory: how much is left, a file in it, which process the OOM killer takes first.
 
 Parents and engines ask; ranks offer themselves to the OOM killer. Within a container, as on Binder,
 its limits count, not the machine's memory.
@@ -7,6 +7,8 @@ its limits count, not the machine's memory.
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +53,14 @@ def kills() -> int | None:
             lines = (line.split() for line in file)
             counts += [int(words[1]) for words in lines if words[0] == "oom_kill"]
     return sum(counts) if counts else None
+
+
+def memory_file() -> int:
+    """The descriptor of a new file without a name in the file system, in memory where possible."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("ddp_lessons")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def available_memory() -> int:

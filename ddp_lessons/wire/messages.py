@@ -2,7 +2,8 @@
 
 Both processes import this module. A worker calls `encode` and writes; the parent feeds what it
 read to a `Decoder` and gets whole messages back. Messages go one way, one type per fact. A worker
-that dies sends none: its pipes close.
+that dies sends none: its pipes close. What a function returned may lie in a file (parcels.py),
+whose descriptor travels beside the message.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import pickle
 import signal
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 
+from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import ErrorRecord, Mistake, Noted, Timeout
 
 _LENGTH = struct.Struct("<Q")
@@ -79,14 +83,14 @@ class Clock:
 
 @dataclass(frozen=True)
 class Returned:
-    """The function returned; `value` is its pickle.
+    """The function returned `value`.
 
     `threads` are the learner's threads that still run, their names by identifier: the process waits
     for them before it ends.
     """
 
     t_ns: int
-    value: bytes
+    value: Parcel
     threads: dict[int, str] = field(default_factory=dict)
 
 
@@ -102,7 +106,7 @@ class Raised:
 
 @dataclass(frozen=True)
 class Unsendable:
-    """The function returned a value that cannot be pickled."""
+    """The function returned a value that cannot be sent."""
 
     t_ns: int
     type_name: str
@@ -156,10 +160,16 @@ class Told:
                 self.noted = message
 
 
-def encode(message: Message) -> bytes:
-    """The message's bytes for the pipe: its length (8 bytes, little endian), then its pickle."""
+def encode(message: Message) -> tuple[bytes, Connection | None]:
+    """The message's bytes: its length (8 bytes, little endian), then its pickle.
+
+    The file, if there is one, must be sent with the first of them.
+    """
+    file = message.value.file if isinstance(message, Returned) else None
+    if isinstance(message, Returned):
+        message = replace(message, value=message.value.without_file())
     body = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
-    return _LENGTH.pack(len(body)) + body
+    return _LENGTH.pack(len(body)) + body, file
 
 
 class Decoder:
@@ -167,10 +177,12 @@ class Decoder:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._files: deque[Connection] = deque()
 
-    def feed(self, data: bytes) -> Iterator[Message]:
-        """Yield every message that `data` completes."""
+    def feed(self, data: bytes, files: Iterable[Connection] = ()) -> Iterator[Message]:
+        """Yield every message that `data` completes; `files` came with it."""
         self._buffer += data
+        self._files.extend(files)
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
             end = _LENGTH.size + length
@@ -179,4 +191,8 @@ class Decoder:
             # Safe to unpickle: the bytes come from a worker of this run, over a private pipe.
             body = bytes(memoryview(self._buffer)[_LENGTH.size : end])
             del self._buffer[:end]
-            yield pickle.loads(body)
+            message: Message = pickle.loads(body)
+            if isinstance(message, Returned) and message.value.sizes:
+                value = replace(message.value, file=self._files.popleft())
+                message = replace(message, value=value)
+            yield message

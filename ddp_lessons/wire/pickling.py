@@ -4,12 +4,16 @@ The parent and the workers pickle with it. cloudpickle 3.1.3 and newer drop the 
 object; tracebacks, stacks and recorded calls need it to find the learner's line. Here every code
 object keeps it, also one nested in another. Code without a file (a cell below `%%time`,
 `python -c`) gets the name under which linecache has its text, if unfiled.py finds that.
+
+A tensor's storage is handed out as a buffer, as NumPy hands out arrays; torch would copy it several
+times (`torch.save`). Tensors that share a storage share it on the other side, too.
 """
 
 from __future__ import annotations
 
 import importlib
 import io
+import pickle
 import sys
 import types
 from collections import ChainMap
@@ -42,8 +46,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         {types.CodeType: _reduce} if _reduce_code else {}, cloudpickle.Pickler.dispatch_table
     )
 
+    shares_memory: ClassVar = False  # whether tensors are to share their memory with the receiver
+
     def reducer_override(self, value: Any) -> Any:
-        """Have a module of a class of its own imported, as `torch.backends.cudnn` is one."""
+        """Reduce storages, and modules of a class of their own, such as `torch.backends.cudnn`."""
+        if not self.shares_memory and (kind := _STORAGES.get(type(value).__qualname__)):
+            return kind(value)
         if (
             isinstance(value, types.ModuleType)
             and type(value) is not types.ModuleType
@@ -53,10 +61,55 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
         return super().reducer_override(value)
 
 
+def _reduce_typed(storage: Any) -> Any:
+    untyped = storage._untyped_storage  # the same object for all tensors that share it
+    if untyped.device.type != "cpu":
+        return NotImplemented  # torch's own way
+    return typed_storage, (untyped, storage.dtype)
+
+
+def _reduce_untyped(storage: Any) -> Any:
+    if storage.device.type != "cpu":
+        return NotImplemented
+    import torch
+
+    numbers = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
+    return untyped_storage, (pickle.PickleBuffer(numbers),)
+
+
+_STORAGES = {"TypedStorage": _reduce_typed, "UntypedStorage": _reduce_untyped}
+
+
+def typed_storage(untyped: Any, dtype: Any) -> Any:
+    """What a tensor is pickled with; see `_reduce_typed`."""
+    import torch
+
+    return torch.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+
+def untyped_storage(buffer: memoryview | bytearray) -> Any:
+    """The storage that a buffer holds: in the buffer itself, if it is a part of a mapped file."""
+    import torch
+
+    if not buffer:
+        return torch.UntypedStorage(0)
+    numbers = torch.frombuffer(buffer, dtype=torch.uint8)
+    return (numbers if isinstance(buffer, memoryview) else numbers.clone()).untyped_storage()
+
+
 def dumps(value: Any, pickler: type[Pickler] = Pickler) -> bytes:
     """The pickle of a value. `pickle.loads` reads it where this package can be imported."""
+    return dump(value, pickler)
+
+
+def dump(
+    value: Any,
+    pickler: type[Pickler] = Pickler,
+    stays: Callable[[pickle.PickleBuffer], object] | None = None,
+) -> bytes:
+    """The pickle of a value, without the buffers for which `stays` returns False."""
     if (main := sys.modules.get("__mp_main__")) is not None:
         cloudpickle.register_pickle_by_value(main)  # the script, in a child; ranks cannot import it
     buffer = io.BytesIO()
-    pickler(buffer).dump(value)
+    pickler(buffer, buffer_callback=stays).dump(value)
     return buffer.getvalue()

@@ -24,12 +24,12 @@ import errno
 import mmap
 import os
 import struct
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from ddp_lessons.system.memory import memory_file
 from ddp_lessons.wire.ops import PAIRWISE
 from ddp_lessons.wire.records import Kind, Lane, Span
 from ddp_lessons.wire.run_folder import VERSION
@@ -51,7 +51,7 @@ _PEER_NUMBER, _GROUP, _LANE, _SITE = 8, 11, 12, 14  # positions in an unpacked r
 _TAIL_START = RECORD.size - _TAIL.size
 _INT = struct.Struct("=i")
 _PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
-CHUNK = 1 << 14  # records read at once
+CHUNK = 1 << 10  # records read at once: the last ones are mostly empty
 _FIRST_PIECE, _LARGEST_PIECE = RECORD.size << 6, RECORD.size << 11  # bytes reserved at once
 _LENGTH = struct.Struct("=H")
 _TEXT_START = 64
@@ -372,7 +372,7 @@ class SpanBuffers:
     """
 
     def __init__(self, world_size: int) -> None:
-        self._file = _memory_file()
+        self._file = memory_file()
         try:
             os.ftruncate(self._file, world_size * REGION)  # takes no memory until it is used
         except OSError:
@@ -507,11 +507,3 @@ def _each(
 
 def _known(number: int) -> Any:
     return None if number < 0 else number
-
-
-def _memory_file() -> int:
-    """The descriptor of a file without a name in the file system."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("ddp_lessons")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())

@@ -7,12 +7,11 @@ makes a `Task`, worker/main.py carries it out.
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ddp_lessons.system.host import LOOPBACK_INTERFACE
+from ddp_lessons.wire.parcels import Parcel
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class MasterAddress:
 class Task:
     """What all ranks of a run have in common.
 
-    `function` is the pickle of `(fn, anchor)`, see `packing.pack`. A rank's variables are
+    `function` holds `(fn, anchor)`, see `packing.pack`. A rank's variables are
     `environment`, then those of its place, then `overrides`, the learner's own. `settings` is the
     pickle of what worker/settings.py took; `definitions` maps the names of classes and functions of
     `__main__` to their pickles; `start_method` is that of the processes that a rank starts, None
@@ -68,7 +67,7 @@ class Task:
     one machine.
     """
 
-    function: bytes
+    function: Parcel
     name: str
     overrides: dict[str, str]
     settings: bytes
@@ -105,17 +104,3 @@ def _environment(master: MasterAddress) -> dict[str, str]:
     if "OMP_NUM_THREADS" not in os.environ:
         common["OMP_NUM_THREADS"] = "1"  # as torchrun does: ranks share the cores
     return {**os.environ, **common}
-
-
-@dataclass(frozen=True)
-class PackedArgument:
-    """An argument that arrived in a worker, still pickled.
-
-    Unpickling may import the learner's modules, so it waits until the worker is like a fresh
-    process.
-    """
-
-    data: bytes
-
-    def load(self) -> Any:
-        return pickle.loads(self.data)

@@ -20,6 +20,7 @@ import os
 import pickle
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -41,10 +42,11 @@ from ddp_lessons.wire.messages import (
     Unsendable,
     encode,
 )
+from ddp_lessons.wire.parcels import Parcel, pack
 from ddp_lessons.wire.pickling import dumps
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
-from ddp_lessons.wire.task import PackedArgument, RankInfo, Task
+from ddp_lessons.wire.task import RankInfo, Task
 from ddp_lessons.worker import settings
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
@@ -54,8 +56,8 @@ MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only 
 def run_rank(
     task: Task,
     place: RankInfo,
-    args: tuple[PackedArgument, ...],
-    messages: Connection,
+    args: tuple[Parcel, ...],
+    messages: Connection | socket.socket,
     output: Connection,
     stacks: Connection,
     buffers: Connection,
@@ -87,7 +89,7 @@ def run_rank(
     gc.enable()
     meet_apart()
     listen_on_loopback()
-    code = _carry_out(task, place.rank, args, recorder)
+    code = _carry_out(task, place.rank, args, recorder, by_file=send.takes_files)
     wait_for_threads()
     run_exit_handlers()
     with contextlib.suppress(OSError):  # the learner's handlers may have closed the pipe
@@ -124,16 +126,25 @@ def remove_unused_cache() -> None:
 class _Sender:
     """Writes whole messages to the parent, from any thread."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection | socket.socket) -> None:
         self._connection = connection  # kept open for the life of the process
         self._lock = threading.Lock()
         self._pid = os.getpid()
 
+    @property
+    def takes_files(self) -> bool:
+        """Whether a file can travel beside a message."""
+        return isinstance(self._connection, socket.socket)
+
     def __call__(self, message: Message) -> None:
         if os.getpid() != self._pid:
             return  # in a forked child that runs on in the learner's function: it is not the rank
-        data = memoryview(encode(message))
+        encoded, file = encode(message)
+        data = memoryview(encoded)
         with self._lock:
+            if file is not None:
+                assert isinstance(self._connection, socket.socket)
+                data = data[socket.send_fds(self._connection, [data], [file.fileno()]) :]
             while data:
                 data = data[os.write(self._connection.fileno(), data) :]
 
@@ -236,9 +247,17 @@ def _refresh_torch() -> None:
 
 
 def _carry_out(
-    task: Task, rank: int, args: tuple[PackedArgument, ...], recorder: recording.Recorder
+    task: Task,
+    rank: int,
+    args: tuple[Parcel, ...],
+    recorder: recording.Recorder,
+    *,
+    by_file: bool,
 ) -> int:
-    """Call the function, send its outcome, and return the exit code of the process."""
+    """Call the function, send its outcome, and return the exit code of the process.
+
+    `by_file` says whether a value may travel in a file.
+    """
     called = False
     try:
         fn = unpack(task.function)
@@ -258,13 +277,13 @@ def _carry_out(
         end_ns = _close(recorder)
         code = _exit_code(error)
         recorder.send(
-            Returned(end_ns, pickle.dumps(None), _threads())
+            Returned(end_ns, pack(None), _threads())
             if called and code == 0
             else Raised(end_ns, describe(error, task.home), code, _pickled_or_none(error))
         )
         return code
     end_ns = _close(recorder)
-    recorder.send(_returned(value, end_ns))
+    recorder.send(_returned(value, end_ns, by_file=by_file))
     return 0
 
 
@@ -275,9 +294,9 @@ def _close(recorder: recording.Recorder) -> int:
     return end_ns
 
 
-def _returned(value: Any, end_ns: int) -> Message:
+def _returned(value: Any, end_ns: int, *, by_file: bool) -> Message:
     try:
-        return Returned(end_ns, dumps(value), _threads())
+        return Returned(end_ns, pack(value, by_file=by_file), _threads())
     except BaseException as error:  # whatever a learner's object raises in its own __reduce__
         return Unsendable(end_ns, type(value).__name__, text_of(error))
 

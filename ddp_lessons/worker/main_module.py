@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing import spawn
 from typing import Any, NamedTuple
 
+from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.worker.settings import Settings, take_over
 
 
@@ -40,9 +41,9 @@ def replace_main(definitions: Mapping[str, bytes], sources: Mapping[str, str]) -
     return main
 
 
-def unpack(function: bytes) -> Callable[..., Any]:
+def unpack(function: Parcel) -> Callable[..., Any]:
     """Load the function, and put what it uses into `__main__`."""
-    fn, anchor = pickle.loads(function)
+    fn, anchor = function.load()
     used = {k: v for k, v in anchor.__globals__.items() if not k.startswith("__")}
     vars(sys.modules["__main__"]).update(used)
     return fn  # type: ignore[no-any-return]
@@ -51,7 +52,7 @@ def unpack(function: bytes) -> Callable[..., Any]:
 class Inherited(NamedTuple):
     """What processes that a rank starts take from it, once they unpickle it."""
 
-    function: bytes
+    function: Parcel
     definitions: dict[str, bytes]
     sources: dict[str, str]
     settings: Settings

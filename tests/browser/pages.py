@@ -25,6 +25,9 @@ SCREENSHOTS = ROOT / "build" / "screenshots"
 CLICK = 20_000  # milliseconds until a click is possible
 READY, RUN = 60_000, 90_000  # until a kernel is there; until a notebook has run
 
+# JupyterLab asks the kernel of a tab for its debugger also as the tab closes, which cancels the
+# question; it logs that as an error.
+_CANCELLED = "Could not restore the debugger state: Canceled future"
 _IDLE = """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status
     === 'idle'"""
 _CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.map(cell => ({
@@ -74,7 +77,7 @@ class Notebook:
         self.errors.append(f"{error}")
 
     def _said(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
+        if message.type == "error" and not message.text.startswith(_CANCELLED):
             self.errors.append(f"{message.text} {message.location.get('url', '')}")
 
     def menu(self, menu: str, entry: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import cloudpickle
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, WorkersHung, launch
+from ddp_lessons.diagnosis.rank_state import handled
+from ddp_lessons.wire.records import ErrorRecord
 from tests.support.by_hand import CLOSED, SCRIPT, call, error, record, run_of
 
 pytestmark = pytest.mark.ranks
@@ -278,6 +281,11 @@ def test_a_call_in_an_except_block_shows_what_is_handled_there() -> None:
     assert 'raise ValueError("bad sample 17")' in text
     assert "An exception that a rank handles alone" in text
     assert [rank.handling is None for rank in run.ranks] == [True, False, True]
+    # The stop of another rank may have ended its call before it was stopped itself.
+    closed = ErrorRecord("RuntimeError", "RuntimeError: Connection closed by peer", ())
+    told = handled(replace(run.ranks[1], error=closed))
+    assert told is not None
+    assert told.summary == "ValueError: bad sample 17"
 
 
 def test_what_was_handled_before_is_no_evidence() -> None:

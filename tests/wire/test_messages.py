@@ -18,6 +18,7 @@ from ddp_lessons.wire.messages import (
     Unsendable,
     encode,
 )
+from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import ErrorRecord, Frame, Span, Timeout
 from ddp_lessons.wire.stacks import describe
 
@@ -26,10 +27,16 @@ MESSAGES: list[Message] = [
     Started(5),
     GivesUp(Timeout(1.5, "barrier", "/cell.py:3")),
     Handling("/cell.py:3", ERROR),
-    Returned(7, os.urandom(20_000)),
+    Returned(7, Parcel(os.urandom(20_000))),
     Raised(8, ErrorRecord("E", "E: ä€😀", (), previous=ERROR, link="cause"), 1, b"pickle"),
     Unsendable(9, "generator", "cannot pickle"),
 ]
+
+
+def written(message: Message) -> bytes:
+    data, file = encode(message)
+    assert file is None
+    return data
 
 
 def pieces(data: bytes, size: int) -> list[bytes]:
@@ -39,20 +46,20 @@ def pieces(data: bytes, size: int) -> list[bytes]:
 @pytest.mark.parametrize("size", [1, 7, 4096, 1 << 20])
 def test_messages_come_back_whole_and_in_order(size: int) -> None:
     decoder = Decoder()
-    stream = b"".join(map(encode, MESSAGES))
+    stream = b"".join(map(written, MESSAGES))
     assert [m for piece in pieces(stream, size) for m in decoder.feed(piece)] == MESSAGES
 
 
 def test_a_message_is_given_out_by_its_last_byte() -> None:
     for message in MESSAGES:
-        decoder, data = Decoder(), encode(message)
+        decoder, data = Decoder(), written(message)
         assert list(decoder.feed(data[:-1])) == []
         assert list(decoder.feed(data[-1:])) == [message]
 
 
 def test_several_messages_at_once() -> None:
     decoder = Decoder()
-    data = b"".join(map(encode, MESSAGES))
+    data = b"".join(map(written, MESSAGES))
     assert list(decoder.feed(data + data[:11])) == MESSAGES
     assert list(decoder.feed(data[11:])) == MESSAGES
 

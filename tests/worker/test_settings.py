@@ -163,6 +163,8 @@ def test_ranks_have_what_a_notebook_sets(
     kernels: Callable[[], Kernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # The kernel imports torch's compiler, which makes this folder.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     kernel = kernels()
     for code in (
         TOP_LEVEL,

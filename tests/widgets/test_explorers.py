@@ -27,6 +27,7 @@ from ddp_lessons.widgets import (
     hang_clinic,
     init_process_group,
     rank_zero,
+    same_batch,
     sharding,
     spawn,
     sync_batchnorm,
@@ -276,6 +277,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
         lambda: rank_zero.explore(train_and_die),
         {"kill_at": 29, "loaded": "only model and step"},
     ),
+    "same_batch": (
+        lambda: same_batch.explore(lambda rank, counts: {"equal": 0.5, "of_all": 0.0}),
+        {"ranks": 4, "micro_batches": 1, "longest": 4},
+    ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),
         {"bucket_cap_mb": 0.5, "late_ms": 10, "megabytes": 300},
@@ -344,6 +349,16 @@ def test_uneven_work_that_fails_is_drawn_and_explained(shown: list[dict[str, Any
     assert titles == ["3 and 5 batches, with join", "3 and 5 batches, without join"]
     explorer.controls["join"].value = True
     assert explorer.panel.children[1].value == ""
+
+
+def test_recipes_are_compared_for_all_micro_batches(shown: list[dict[str, Any]]) -> None:
+    explorer = same_batch.explore(lambda rank, counts: {str(counts[rank]): 1e-7})
+    explorer._ipython_display_()
+    explorer.controls["ranks"].value = 1
+    assert [bundle["text/plain"] for bundle in shown] == [
+        "tokens of 2 ranks: 4 + 16, 28 + 40",
+        "tokens of 1 rank: 4 + 40",
+    ]
 
 
 def test_a_resumed_training_is_compared_with_the_undisturbed_one(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
         WorkersHung,
     )
     from ddp_lessons.instrumentation.ddp_buckets import watch_ddp
-    from ddp_lessons.instrumentation.recording import span, steps
+    from ddp_lessons.instrumentation.recording import report, span, steps
     from ddp_lessons.launcher.api import launch
     from ddp_lessons.launcher.backends import recommend_backend
     from ddp_lessons.launcher.running import RunningRun
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         FrameVariables,
         Mistake,
         Noted,
+        Report,
         Span,
         Timeout,
     )
@@ -66,6 +67,7 @@ __all__ = [
     "Noted",
     "Overlap",
     "RankResult",
+    "Report",
     "Run",
     "RunningRun",
     "Share",
@@ -81,6 +83,7 @@ __all__ = [
     "load_run",
     "plots",
     "recommend_backend",
+    "report",
     "span",
     "steps",
     "watch_ddp",
@@ -98,6 +101,7 @@ _HOME = {
     "Noted": "wire.records",
     "Overlap": "analysis.metrics",
     "RankResult": "results",
+    "Report": "wire.records",
     "Run": "run",
     "RunningRun": "launcher.running",
     "Share": "analysis.wait_states",
@@ -109,6 +113,7 @@ _HOME = {
     "launch": "launcher.api",
     "load_run": "recorded_run",
     "recommend_backend": "launcher.backends",
+    "report": "instrumentation.recording",
     "span": "instrumentation.recording",
     "steps": "instrumentation.recording",
     "watch_ddp": "instrumentation.ddp_buckets",

@@ -252,6 +252,10 @@ def _on_one_clock(record: RankFiles) -> RankFiles:
         began={**record.began, "t_ns": record.began["t_ns"] + behind},
         ended_ns=shifted(record.ended_ns),
         spans=[s._replace(t0_ns=s.t0_ns + behind, t1_ns=shifted(s.t1_ns)) for s in record.spans],
+        itself=replace(
+            record.itself,
+            reports=[r._replace(t_ns=r.t_ns + behind) for r in record.itself.reports],
+        ),
     )
 
 

@@ -21,6 +21,7 @@ from ddp_lessons.wire.records import (
     FrameVariables,
     Mistake,
     Noted,
+    Report,
     Span,
     Timeout,
 )
@@ -103,6 +104,8 @@ class RankResult:
         The threads that an exception ended, at most 100: their names and the exceptions.
     post_mortem : tuple of FrameVariables
         The frames in which it failed, with their variables; see `frames`.
+    reports : list of Report
+        What it reported, in order; see `Run.reports`.
     mistakes : tuple of Mistake
         Mistakes that it noticed in its own calls, though they raised nothing; see `Run.warnings`.
     noted : Noted or None
@@ -139,6 +142,7 @@ class RankResult:
     threads: Mapping[str, str] = field(default_factory=dict)
     dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
     post_mortem: tuple[FrameVariables, ...] = field(default=(), repr=False)
+    reports: Sequence[Report] = field(default=(), repr=False)
     mistakes: tuple[Mistake, ...] = field(default=(), repr=False)
     noted: Noted | None = field(default=None, repr=False)
 

@@ -90,6 +90,19 @@ class Run(RunRecord):
         """Latency and bandwidth of each collective that was called with several sizes."""
         return metrics.bandwidth(self)
 
+    @property
+    def reports(self) -> list[dict[str, float]]:
+        """A dict for each `report` of a rank, by time.
+
+        Each has `rank`, `seconds` since the run began, and the numbers by their names, so
+        `pandas.DataFrame(run.reports)` is a table. `plots.reports` draws them.
+        """
+        found = [(report, rank.rank) for rank in self.ranks for report in rank.reports]
+        return [
+            {"rank": rank, "seconds": (report.t_ns - self.begin_ns) / 1e9, **report.values}
+            for report, rank in sorted(found, key=lambda one: (one[0].t_ns, one[1]))
+        ]
+
     def save_trace(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write a trace for Perfetto and HolisticTraceAnalysis; return the files.
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeVar
 
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.instrumentation.call_sites import Sites
@@ -35,7 +35,7 @@ from ddp_lessons.wire.messages import (
     Unseen,
 )
 from ddp_lessons.wire.ops import NEXT_BATCH
-from ddp_lessons.wire.records import MOST_MISTAKES, Kind, Lane, Mistake, Timeout
+from ddp_lessons.wire.records import MOST_MISTAKES, Kind, Lane, Mistake, Report, Timeout
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot, SpanWriter
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MOST_TOLD = 100  # calls in `except` blocks, timeouts, and dead threads of a rank that are told
+MOST_REPORTED = 50_000  # numbers of a rank
+LONGEST_NAME = 40  # characters of one
 METERED_NS = 20_000_000  # the processor's time is read at most once in so long: it takes 50 µs
 
 
@@ -85,6 +87,7 @@ class Recorder:
         self.used_handles: defaultdict[Mistake, Iterator[int]] = defaultdict(itertools.count)
         self._issued = 0  # calls that only issued work and have ended
         self._mistakes: set[Mistake] = set()
+        self._reported = 0  # numbers
         self._handled = 0  # calls made while an exception was handled
         self._timeouts: set[Timeout] = set()  # that the parent knows
         self._step_t0_ns = 0
@@ -225,6 +228,12 @@ class Recorder:
             self._handled += 1
             self.send(Handling(site, stacks.describe(error, self.home)))
 
+    def report(self, values: dict[str, float]) -> None:
+        """Tell the parent what the learner reports."""
+        self._reported += len(values)
+        if self._reported <= MOST_REPORTED:
+            self.send(Report(time.perf_counter_ns(), values))
+
     def unseen(self, what: str) -> None:
         """Tell the parent, once, how this rank communicates without being recorded."""
         if what not in self._unseen:
@@ -346,6 +355,24 @@ class span:
     ) -> None:
         if _recorder is not None:
             _recorder.end(self._slot)
+
+
+def report(**values: SupportsFloat) -> None:
+    """Report numbers of this moment, for live curves and for `run.reports`.
+
+    ``report(step=step, loss=loss.item())``: each a number, or an array or tensor that holds one.
+    Where no rank of `launch` or of a recorded script runs, it does nothing. Of a rank the first
+    50,000 numbers are kept. Raises TypeError for what is no number.
+    """
+    if _recorder is None:
+        return
+    numbers = {}
+    for name, value in values.items():
+        try:
+            numbers[name[:LONGEST_NAME]] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"report({name}=...) takes one number: {error}") from None
+    _recorder.report(numbers)
 
 
 def batches(fetch: Callable[[Any], T]) -> Callable[[Any], T]:

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from ddp_lessons.launcher import live_curves
 from ddp_lessons.processes.base import Worker
 from ddp_lessons.system.notebook import is_live
 
@@ -28,7 +29,9 @@ hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
 class Panel:
-    """One line a rank: what it did last. A context manager around the run.
+    """A line a rank: what it does, and its last line; above them, curves of what ranks report.
+
+    A context manager around the run.
 
     It goes when the run ends; with `stays`, of a run that the cell does not wait for, it is there
     from the beginning and shows in the end how each rank ended.
@@ -71,19 +74,32 @@ class Panel:
 
 
 def _table(workers: Sequence[Worker], suspicion: str) -> str:
+    curves = live_curves.html_of(workers)
     rows = "".join(
-        f"<tr><td style='white-space:nowrap'>rank {worker.rank}</td>"
-        f"<td style='white-space:nowrap'>{_state(worker)}</td><td style='text-align:left'>"
+        f"<tr>{_cell(f'{live_curves.dot(worker.rank) if curves else str()}rank {worker.rank}')}"
+        f"{_cell(_state(worker))}<td style='text-align:left'>"
         f"<code style='overflow-wrap:anywhere'>{html.escape(_last_line(worker))}</code></td></tr>"
         for worker in workers[:16]
     )
     more = f"<tr><td colspan=3>and {len(workers) - 16} more</td></tr>" if len(workers) > 16 else ""
     last = f"<tr><td colspan=3 style='text-align:left'>{suspicion}</td></tr>" if suspicion else ""
-    return f"<table>{rows}{more}{last}</table>"
+    return f"{curves}<table>{rows}{more}{last}</table>"
+
+
+def _cell(text: str) -> str:
+    return f"<td style='white-space:nowrap;text-align:left'>{text}</td>"
 
 
 def _last_line(worker: Worker) -> str:
     return _ANSI.sub("", worker.output.last_line())[:MOST]
+
+
+def _call(worker: Worker) -> str:
+    """The call in which the rank is, and for how long, if that is a second or more."""
+    calls = worker.calls_now() if worker.alive and worker.outcome is None else ()
+    op, t0_ns = max(calls, key=lambda call: call[1], default=("", 0))
+    seconds = (time.perf_counter_ns() - t0_ns) / 1e9
+    return f"in {op} for {seconds:.0f} s" if op and seconds >= 1.0 else ""
 
 
 def _state(worker: Worker) -> str:
@@ -91,4 +107,4 @@ def _state(worker: Worker) -> str:
         return "✗ failed"
     if worker.outcome is not None:
         return "✓ returned"
-    return "starting" if worker.started_ns is None else "running"
+    return "starting" if worker.started_ns is None else _call(worker) or "running"

@@ -95,6 +95,10 @@ class Worker(ABC):
     def spans(self) -> Sequence[Span]:
         """The spans in its buffer."""
 
+    def calls_now(self) -> Sequence[tuple[str, int]]:
+        """Calls of torch.distributed that go on, and when each began; none if that is unknown."""
+        return ()
+
     @abstractmethod
     def dropped(self) -> int:
         """How many spans the buffer did not keep."""

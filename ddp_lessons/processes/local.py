@@ -234,6 +234,9 @@ class WorkerProcess(Worker):
     def spans(self) -> list[Span]:
         return self.buffers.spans(self.rank)
 
+    def calls_now(self) -> list[tuple[str, int]]:
+        return self.buffers.of(self.rank).calls_now()
+
     def dropped(self) -> int:
         return self.buffers.dropped(self.rank)
 

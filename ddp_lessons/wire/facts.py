@@ -37,6 +37,7 @@ from ddp_lessons.wire.records import (
     Frame,
     Mistake,
     Noted,
+    Report,
     Timeout,
     split_site,
 )
@@ -49,7 +50,7 @@ MOST_CAUSES = 100  # exceptions kept of a chain
 DEEPEST_GROUP = 20
 MOST_TOLD = 1000  # facts of one kind that are read
 # A rank writes several of these.
-REPEATED = ("file", "gives_up", "mistake", "thread_calls", "thread_died", "unseen")
+REPEATED = ("file", "gives_up", "mistake", "report", "thread_calls", "thread_died", "unseen")
 SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records lack
 _SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 
@@ -101,6 +102,15 @@ class Fields:
     def numbers(self) -> dict[str, int]:
         """All fields, which are numbers, by their names."""
         return {name.encode(errors="replace").decode(): self.number(name) for name in self.data}
+
+    def floats(self) -> dict[str, float]:
+        """All fields, which are numbers of any kind, by their names."""
+        if not all(type(value) in (int, float) for value in self.data.values()):
+            raise ValueError("is damaged: what was reported is no number")
+        return {
+            name.encode(errors="replace").decode(): float(value)
+            for name, value in self.data.items()
+        }
 
     def _list(self, name: str) -> list[Any]:
         value = self.data.get(name, [])
@@ -181,6 +191,8 @@ def of_message(message: Message) -> dict[str, Any]:
             return {"unseen": asdict(message)}
         case Mistake():
             return {"mistake": message._asdict()}
+        case Report():
+            return {"report": message._asdict()}
         case Noted():
             batches = [batches._asdict() for batches in message.batches]
             return {"noted": {**message._asdict(), "batches": batches}}
@@ -202,6 +214,9 @@ def messages(found: Fields, sources: Sources) -> Iterator[Message]:
     for mistake in found.first("mistake"):
         if (kind := mistake.text("kind")) in MISTAKES:  # a later version may know more
             yield Mistake(kind, mistake.text("op"), named(mistake.text("site"), sources))
+    for report in found.each("report"):
+        values = report.within("values")
+        yield Report(report.number("t_ns"), {} if values is None else values.floats())
     if (noted := found.within("noted")) is not None:
         batches = [
             Batches(named(line.text("site"), sources), *map(line.number, Batches._fields[1:]))

@@ -17,7 +17,14 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 
 from ddp_lessons.wire.parcels import Parcel
-from ddp_lessons.wire.records import ErrorRecord, FrameVariables, Mistake, Noted, Timeout
+from ddp_lessons.wire.records import (
+    ErrorRecord,
+    FrameVariables,
+    Mistake,
+    Noted,
+    Report,
+    Timeout,
+)
 
 _LENGTH = struct.Struct("<Q")
 # The parent sends it to ask a worker for its Python stack. A real-time signal where there are any,
@@ -128,6 +135,7 @@ Message = (
     | ThreadCalls
     | ThreadDied
     | PostMortem
+    | Report
     | Mistake
     | Noted
     | Clock
@@ -148,6 +156,7 @@ class Told:
     dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
     post_mortem: tuple[FrameVariables, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
+    reports: list[Report] = field(default_factory=list)
     noted: Noted | None = None
 
     def take(self, message: Message) -> None:
@@ -159,6 +168,8 @@ class Told:
                 self.threads[lane] = thread
             case ThreadDied(thread, error):
                 self.dead_threads += ((thread, error),)
+            case Report():
+                self.reports.append(message)
             case PostMortem(frames):
                 self.post_mortem = frames
             case Handling(site, error):

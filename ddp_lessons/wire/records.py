@@ -170,6 +170,13 @@ class FrameVariables(NamedTuple):
     variables: tuple[tuple[str, str], ...]
 
 
+class Report(NamedTuple):
+    """Numbers that a rank reported at a moment, by name."""
+
+    t_ns: int
+    values: dict[str, float]
+
+
 class Timeout(NamedTuple):
     """A timeout of the learner's: after so many seconds a call gives up by itself.
 

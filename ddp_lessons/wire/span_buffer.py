@@ -19,6 +19,7 @@ Imported by both processes: the worker writes with `SpanWriter`, the parent read
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import mmap
@@ -47,11 +48,12 @@ _T1, _STEP, _SEQ, _CPU, _QUEUED = 1, 2, 3, 4, 5  # words of it
 _TAIL = struct.Struct("=qiiIIIIIIBBxxi")
 RECORD = struct.Struct(_HEAD + _TAIL.format[1:])
 RECORD_2 = struct.Struct("=qqqq" + _TAIL.format[1:])  # in format 2, without the processor's time
-_PEER_NUMBER, _GROUP, _LANE, _SITE = 8, 11, 12, 14  # positions in an unpacked record
+_PEER_NUMBER, _OP, _GROUP, _LANE, _SITE = 8, 10, 11, 12, 14  # positions in an unpacked record
 _TAIL_START = RECORD.size - _TAIL.size
 _INT = struct.Struct("=i")
 _PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
 CHUNK = 1 << 10  # records read at once: the last ones are mostly empty
+LATEST = 64  # records among which calls that go on are looked for
 _FIRST_PIECE, _LARGEST_PIECE = RECORD.size << 6, RECORD.size << 11  # bytes reserved at once
 _LENGTH = struct.Struct("=H")
 _TEXT_START = 64
@@ -313,6 +315,25 @@ class SpanReader:
     def dropped(self) -> int:
         """How many spans were not kept."""
         return self._word(_DROPPED)
+
+    def calls_now(self) -> list[tuple[str, int]]:
+        """The calls of torch.distributed that go on, and when each began; of the latest spans."""
+        size, end = self._record.size, self._slots_used()
+        start = max(0, end - LATEST)
+        data = self._bytes(_SPANS_START + start * size, (end - start) * size)
+        open_ = [r for r in self._record.iter_unpack(data) if r[0] and not r[_T1] and r[_OP]]
+        texts = self._texts() if open_ else []
+        return [(texts[record[_OP]] or "", record[0]) for record in open_]
+
+    def _slots_used(self) -> int:
+        """How many spans were begun, as far as there is room: they are written in order."""
+        return bisect.bisect_left(
+            range(MOST_SPANS),
+            True,
+            key=lambda n: (
+                not _WORD.unpack(self._bytes(_SPANS_START + n * self._record.size, _WORD.size))[0]
+            ),
+        )
 
     def spans(self) -> list[Span]:
         """The spans in the order in which they began; `t1_ns` is None if one never ended."""

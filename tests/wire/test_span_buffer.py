@@ -78,6 +78,22 @@ def test_a_span_is_open_until_it_ends(buffers: SpanBuffers) -> None:
     assert buffers.progress(0) == 2
 
 
+def test_the_calls_that_go_on_are_found_without_reading_all_spans(buffers: SpanBuffers) -> None:
+    buffer, reader = writer(buffers), buffers.of(0)
+    assert reader.calls_now() == []
+    for number in range(1, 1001):
+        buffer.begin("main", "compute", "forward", number, number + 1)
+    facts = CallFacts("barrier", "world", 0)
+    done = buffer.begin("main", "comm", "barrier", 2000, facts=facts)
+    assert reader.calls_now() == [("barrier", 2000)]
+    buffer.begin("main", "compute", "forward", 2001)  # marked work, no call
+    slot = buffer.begin("main", "comm", "all_reduce", 2002, facts=facts._replace(op="all_reduce"))
+    assert reader.calls_now() == [("barrier", 2000), ("all_reduce", 2002)]
+    buffer.end(done, 3000)
+    buffer.end(slot, 3000)
+    assert reader.calls_now() == []
+
+
 def test_spans_come_in_the_order_of_time(buffers: SpanBuffers) -> None:
     buffer = writer(buffers)
     for t0 in (30, 10, 20):

@@ -150,7 +150,8 @@ class Explorer:
         self._failure.value = f"<pre>{html.escape(text)}</pre>" if text else ""
 
     def _show(self, ax: Axes) -> None:
-        png = base64.b64encode(print_figure(ax.figure)).decode()
+        # Its layout is tight already: "tight", the default, would draw it twice.
+        png = base64.b64encode(print_figure(ax.figure, bbox_inches=None)).decode()
         alt = alt_text.text(ax.figure)
         plt.close(ax.figure)
         data = {"image/png": png, "text/plain": alt}

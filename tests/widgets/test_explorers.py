@@ -15,6 +15,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.distributed as dist
+from IPython.core import pylabtools
 
 from ddp_lessons import plots
 from ddp_lessons.widgets import (
@@ -92,8 +93,20 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
             bundles.append(data)
         return Handle()
 
+    beyond: list[tuple[str, list[float]]] = []
+
+    def print_figure(figure: Any, **options: Any) -> Any:
+        png = pylabtools.print_figure(figure, **options)
+        width, height = figure.get_size_inches()
+        box = figure.get_tightbbox()
+        if min(box.x0, box.y0, width - box.x1, height - box.y1) < -0.02:  # inches
+            beyond.append((figure.axes[0].get_title("left"), [*box.extents, width, height]))
+        return png
+
     monkeypatch.setattr("ddp_lessons.widgets.explorer.display", display)
+    monkeypatch.setattr("ddp_lessons.widgets.explorer.print_figure", print_figure)
     yield bundles
+    assert not beyond, "a part of the picture is cut off"
     assert not plt.get_fignums()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from ddp_lessons.results import RankResult, RunRecord, Status
 from ddp_lessons.system.notebook import in_kernel
 from ddp_lessons.text import cut_lines
 
+_NO_RANK = re.compile("^ranks? ")  # it stands at the head of the column
 LINES_SHOWN = 1000  # of all ranks together
+ROWS_SHOWN = 16  # of the table of ranks
 
 
 class Run(RunRecord):
@@ -152,16 +155,32 @@ class Run(RunRecord):
             for line in cut_lines(lines, fair)
         ]
 
+    def _rows(self) -> list[tuple[str, Status | None, str]]:
+        """Ranks, status and outcome: a row a rank; of many, a row for those that ended alike."""
+        alike: dict[tuple[Status, str], list[int]] = {}
+        for rank in self.ranks:
+            alike.setdefault((rank.status, rank.outcome()), []).append(rank.rank)
+        if self.world_size <= ROWS_SHOWN:
+            return [(f"rank {r.rank}", r.status, r.outcome()) for r in self.ranks]
+        rows: list[tuple[str, Status | None, str]] = [
+            (text.ranks_text(ranks), status, outcome) for (status, outcome), ranks in alike.items()
+        ]
+        half = ROWS_SHOWN // 2
+        if (more := len(rows) - 2 * half) > 0:
+            rows[half:-half] = [(f"[... {text.count(more, 'row')} left out ...]", None, "")]
+        return rows
+
     def __repr__(self) -> str:
         head = f"Run of {self.name} on {text.count(self.world_size, 'rank')}"
-        return "\n".join([f"{head}:", *(f"  rank {r.rank} {r.outcome()}" for r in self.ranks)])
+        rows = [f"  {who} {outcome}".rstrip() for who, _, outcome in self._rows()]
+        return "\n".join([f"{head}:", *rows])
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td style='text-align:right'>{r.rank}</td>"
-            f"<td style='text-align:left'>{_mark(r.status)}</td>"
-            f"<td style='text-align:left'><code>{html.escape(r.outcome())}</code></td></tr>"
-            for r in self.ranks
+            f"<tr><td style='text-align:right'>{_NO_RANK.sub('', who)}</td>"
+            f"<td style='text-align:left'>{'' if status is None else _mark(status)}</td>"
+            f"<td style='text-align:left'><code>{html.escape(outcome)}</code></td></tr>"
+            for who, status, outcome in self._rows()
         )
         head = f"{html.escape(self.name)} on {text.count(self.world_size, 'rank')}"
         return (

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import html
+import itertools
 import re
 import signal
 import textwrap
 from collections.abc import Iterable, Sized
 
 WIDTH = 88
+MOST_PARTS = 16  # of a list of ranks
 INSTALL = "pip install git+https://github.com/ddp-lessons/ddp-lessons"  # as in pyproject.toml
 
 
@@ -29,13 +31,21 @@ def listed(items: Iterable[str]) -> str:
 
 
 def ranks_text(ranks: Iterable[int]) -> str:
-    """`rank 3`, `ranks 0, 1 and 2`; runs of more than four are shortened to `ranks 0 to 7`."""
+    """`rank 3`, `ranks 0, 1 and 2`; more than four in a row are `ranks 0 to 7 and 9`.
+
+    Of very many, `ranks 0, 2, 4, 6, 8, 10, 12, 14 and 24 more`.
+    """
     numbers = sorted(ranks)
     if len(numbers) == 1:
         return f"rank {numbers[0]}"
-    if len(numbers) > 4 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-        return f"ranks {numbers[0]} to {numbers[-1]}"
-    return f"ranks {listed(map(str, numbers))}"
+    parts: list[str] = []
+    for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
+        row = [number for _, number in run]
+        parts += [f"{row[0]} to {row[-1]}"] if len(row) > 4 else map(str, row)
+    if len(parts) > MOST_PARTS:
+        told = numbers[: MOST_PARTS // 2]
+        return f"ranks {', '.join(map(str, told))} and {len(numbers) - len(told)} more"
+    return f"ranks {listed(parts)}"
 
 
 def at_head(text: str) -> str:

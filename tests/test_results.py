@@ -12,7 +12,7 @@ import cloudpickle
 import pytest
 import torch.distributed as dist
 
-from ddp_lessons import Run, WorkerDied, WorkerFailed, launch
+from ddp_lessons import RankResult, Run, WorkerDied, WorkerFailed, launch
 from ddp_lessons.run import LINES_SHOWN
 
 pytestmark = pytest.mark.ranks
@@ -109,6 +109,35 @@ def test_statuses_and_outcomes() -> None:
         "Run of end_in_every_way on 5 ranks:",
         *[f"  rank {r} {outcome}" for r, outcome in enumerate(outcomes)],
     ]
+
+
+def returned(rank: int, value: Any, **more: Any) -> RankResult:
+    now: dict[str, Any] = {"began_ns": 0, "started_ns": 0, "ended_ns": 1, "spans": ()}
+    end: dict[str, Any] = {"status": "returned", "output": "", "error": None, "exitcode": 0}
+    return RankResult(rank=rank, value=value, **{**now, **end, **more})
+
+
+def test_of_many_ranks_those_that_ended_alike_share_a_row() -> None:
+    died = {"status": "died", "exitcode": -9}
+    ranks = [returned(r, "even", **(died if r == 63 else {})) for r in range(200)]
+    run = Run("work", ranks, begin_ns=0)
+    assert repr(run).splitlines() == [
+        "Run of work on 200 ranks:",
+        "  ranks 0 to 62 and 64 to 199 returned 'even'",
+        "  rank 63 died: SIGKILL",
+    ]
+    assert run._repr_html_().count("<tr>") == 3
+    few = Run("work", ranks[:16], begin_ns=0)
+    assert len(repr(few).splitlines()) == 17
+
+
+def test_of_many_ranks_that_differ_some_are_shown() -> None:
+    run = Run("work", [returned(r, r) for r in range(64)], begin_ns=0)
+    lines = repr(run).splitlines()
+    assert lines[1] == "  rank 0 returned 0"
+    assert lines[9] == "  [... 48 rows left out ...]"
+    assert lines[-1] == "  rank 63 returned 63"
+    assert "[... 48 rows left out ...]" in run._repr_html_()
 
 
 def test_text_is_the_same_on_every_run() -> None:

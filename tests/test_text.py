@@ -18,6 +18,8 @@ def test_numbers_and_ranks() -> None:
     assert count(1, "rank") == "1 rank"
     assert count(4, "rank") == "4 ranks"
     assert ranks_text([3]) == "rank 3"
+    assert ranks_text(range(0, 32, 2)).endswith(" 26, 28 and 30")
+    assert ranks_text(range(0, 64, 2)) == "ranks 0, 2, 4, 6, 8, 10, 12, 14 and 24 more"
     assert ranks_text([2, 0, 1]) == "ranks 0, 1 and 2"
     assert ranks_text(range(8)) == "ranks 0 to 7"
     assert all_ranks(1) == "The rank"

@@ -115,6 +115,7 @@ bench:
 	$(BIN)/python -m benchmarks.launch
 	$(BIN)/python -m benchmarks.recording
 	$(BIN)/python -m benchmarks.hangs
+	$(BIN)/python -m benchmarks.values
 
 kills: tools
 	$(BIN)/python -m benchmarks.agents --runs 20

@@ -8,6 +8,7 @@ from ddp_lessons.plots.bandwidth import bandwidth
 from ddp_lessons.plots.buckets import buckets
 from ddp_lessons.plots.differences import differences
 from ddp_lessons.plots.hang_board import hang_board
+from ddp_lessons.plots.items import items
 from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.memory import memory
@@ -26,6 +27,7 @@ __all__ = [
     "buckets",
     "differences",
     "hang_board",
+    "items",
     "losses",
     "machines",
     "memory",

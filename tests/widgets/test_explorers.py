@@ -23,6 +23,7 @@ from ddp_lessons.widgets import (
     batch_size_and_lr,
     collectives,
     data_parallel_by_hand,
+    data_streams,
     ddp_timing,
     distributed_sampler,
     hang_clinic,
@@ -240,6 +241,14 @@ def keep(rank: int, stage: str, optimizer: str) -> dict[str, int]:
     return {"parameters": 100, "optimizer": 200 if optimizer == "Adam" else 0}
 
 
+def take_items(rank: int, shards: list[range], rule: Callable[..., Any], workers: int) -> Any:
+    return [rule(shards, rank, worker) for worker in range(workers)]
+
+
+RULES: dict[str, Callable[..., Any]] = {
+    "everything": lambda shards, rank, worker: [item for shard in shards for item in shard],
+    "one shard": lambda shards, rank, worker: shards[0] if rank + worker == 0 else [],
+}
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -293,6 +302,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "same_batch": (
         lambda: same_batch.explore(lambda rank, counts: {"equal": 0.5, "of_all": 0.0}),
         {"ranks": 4, "micro_batches": 1, "longest": 4},
+    ),
+    "data_streams": (
+        lambda: data_streams.explore(take_items, RULES),
+        {"shards": 8, "nprocs": 3, "workers": 1, "rule": "everything"},
     ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),

@@ -1,0 +1,93 @@
+"""Lesson 18: ranks and the class balance, and how far each recipe's metric is from the true one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ddp_lessons.plots import style
+from ddp_lessons.text import count
+from ddp_lessons.widgets.explorer import Explorer, run_ranks, switch, whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ddp_lessons.run import Run
+
+Found = tuple[float, float]  # what a recipe gives, and what one process finds
+ROUNDING = 1e-6
+ROOM = 0.22  # for the text right of the rightmost value, as a part of the width
+FONT = 9
+
+
+def explore(recipes: Callable[[int, int, bool], dict[str, Found]]) -> Explorer:
+    """Sliders for ranks and positives and a switch for the order, above each recipe's result.
+
+    Parameters
+    ----------
+    recipes : callable
+        ``recipes(rank, positives, by_class)`` gets how many of 100 samples are positive and whether
+        they are sorted by class, and returns for each recipe its result and the true one.
+    """
+    controls = {
+        "ranks": whole("ranks", 3, 1, 4),
+        "positives": whole("positives in 100", 8, 1, 50),
+        "by_class": switch("sorted by class", False),
+    }
+
+    def start(ranks: int, positives: int, by_class: bool) -> Run:
+        return run_ranks(recipes, (positives, by_class), ranks)
+
+    def draw(run: Run, ranks: int, positives: int, by_class: bool) -> Axes:
+        order = ", sorted by class" if by_class else ""
+        return against_truth(
+            run.values[0], title=f"{positives} in 100 are positive, {count(ranks, 'rank')}{order}"
+        )
+
+    return Explorer(controls, start, draw)
+
+
+def against_truth(found: Mapping[str, Found], *, title: str | None = None) -> Axes:
+    """Draw one row for each recipe: its result as a dot, the true value as a line across the row.
+
+    Parameters
+    ----------
+    found : mapping of str to pair of float
+        By recipe, what it gives, which may be nan, and what one process finds.
+    title : str, optional
+        The title.
+    """
+    from matplotlib.lines import Line2D
+
+    ax = style.new_axes(len(found) + 1, 0.85)
+    shown = [value for pair in found.values() for value in pair if math.isfinite(value)]
+    low, high = min(shown), max(shown)
+    width = max(high - low, 0.02)
+    for row, (value, truth) in enumerate(found.values()):
+        _draw_row(ax, row, float(value), float(truth))
+    ax.set_xlim(low - 0.06 * width, high + ROOM * width)
+    ax.set_ylim(len(found) - 0.4, -0.6)
+    ax.set_yticks(range(len(found)), list(found))
+    style.bare(ax)
+    true = Line2D([], [], color=style.INK, linestyle="none", marker="|", markersize=12, label="true")
+    right, wrong = (
+        Line2D([], [], color=colour, linestyle="none", marker="o", label=label)
+        for colour, label in ((style.BLUE, "the same"), (style.ORANGE, "another number"))
+    )
+    style.head(ax, title or "metric by recipe", [true, right, wrong])
+    return ax
+
+
+def _draw_row(ax: Axes, row: int, value: float, truth: float) -> None:
+    if math.isnan(value):
+        text, at = "nan", truth
+    else:
+        text, at = f"{value:.3f}", max(value, truth)
+        is_off = abs(value - truth) > ROUNDING
+        colour = style.ORANGE if is_off else style.BLUE
+        ax.hlines(row, min(value, truth), at, color=colour, linewidth=2)
+        ax.plot(value, row, "o", color=colour, markersize=8)
+        text += f" ({value - truth:+.3f})" if is_off else ""
+    ax.plot(truth, row, "|", color=style.INK, markersize=17, markeredgewidth=2)
+    ax.annotate(text, (at, row), (9, 0), textcoords="offset points", va="center", fontsize=FONT)

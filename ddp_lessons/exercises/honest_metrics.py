@@ -14,7 +14,6 @@ from torch.nn.functional import pad
 
 from ddp_lessons import Run, WorkerDied
 from ddp_lessons.exercises.framework import (
-    Wrong,
     errors,
     exercise,
     in_group,
@@ -31,7 +30,7 @@ Parts = tuple[Part, ...]
 T, F = True, False
 SCORED: tuple[tuple[Parts, ...], ...] = (  # cases of one launch have the same number of ranks
     (
-        (((3, 1, -2, 5, -1), (T, F, F, T, F)), ((4, 7, 2), (F, T, T))),
+        (((3, 1, 1.5, 5, -1), (T, F, F, T, F)), ((4, 7, 2), (F, T, T))),
         (((2, -1, 6, 4), (T, T, F, T)), ((1, -3), (F, F))),
         (((), ()), ((-1, 2, 1), (F, T, F))),
         (((2, 2, -1), (T, F, T)), ((2, -1, -1, 3), (F, F, T, F))),
@@ -134,13 +133,11 @@ def _judge_auc(parts: Parts, found: list[float | str]) -> None:
     means = [_mean(own, weights) for weights in ([1] * len(own), sizes, pairs)]
     zeros = sum(0 if math.isnan(value) else value for value in own) / len(own)
     several, first = len(parts) > 1, found[0]
-    no_number = [rank for rank, value in enumerate(found) if isinstance(value, str)]
-    bad = no_number[0] if no_number else 0
     shown = ", ".join(v if isinstance(v, str) else f"{v:.4g}" for v in found)
     mistakes = {
-        f"rank {bad} returned {found[bad]}.\n"
-        "Return one number, on every rank: other ranks decide by it, "
-        "too.": no_number,
+        "Return one number, on every rank: the others decide by it, too.": any(
+            isinstance(value, str) for value in found
+        ),
         "Some rank has no positive or no negative, so its own AUC is 0 / 0, and `all_reduce` takes "
         "the nan to all. Put the samples together before you divide.": any(map(_is_nan, found)),
         "Each rank compared its own samples only. A positive must be compared with the negatives "
@@ -148,20 +145,21 @@ def _judge_auc(parts: Parts, found: list[float | str]) -> None:
         "That is a mean of the ranks' own AUCs. However you weigh it, it knows nothing of pairs "
         "whose samples are on two ranks. Gather scores and "
         "labels.": several and any(_near(first, mean) for mean in (*means, zeros)),
-        "Padding was counted as samples. After gathering, cut each part to its own "
-        "size.": _near(first, _auc(*_padded(parts))),
-        "A tie, a positive and a negative with the same score, counts "
-        "half.": any(_near(first, _auc(*_together(parts), tie)) for tie in (0, 1)),
-        "That is the share of pairs in which the *negative* is above. Turn it "
-        "round.": _near(first, 1 - truth),
+        "Padding was counted as samples. After gathering, cut each part to its own size.": _near(
+            first, _auc(*_padded(parts))
+        ),
+        "A tie, a positive and a negative with the same score, counts half.": any(
+            _near(first, _auc(*_together(parts), tie)) for tie in (0, 1)
+        ),
+        "That is the share of pairs in which the *negative* is above. Turn it round.": _near(
+            first, 1 - truth
+        ),
         "The ranks found different numbers. Each must have the scores of all ranks, with their "
         "labels.": any(value != first for value in found),
         "The AUC is the share, of all pairs of a positive and a negative, in which the positive "
         "has the higher score. Gather scores and labels in the same order.": True,
     }
-    judge(f"{_told(parts)}: the AUC of all is {truth:.4g}, and you returned {shown}.\n", {
-        text if "\n" in text else f"\n{text}": applies for text, applies in mistakes.items()
-    })
+    judge(f"{_told(parts)}: the AUC of all is {truth:.4g}, and you returned {shown}.", mistakes)
 
 
 def _near(value: object, target: float) -> bool:
@@ -225,9 +223,7 @@ class _Kept(NamedTuple):
 
 
 @in_group
-def _keeps(
-    rank: int, train: Callable[..., Any], trainings: tuple[_Training, ...]
-) -> list[_Kept]:
+def _keeps(rank: int, train: Callable[..., Any], trainings: tuple[_Training, ...]) -> list[_Kept]:
     found = []
     for training in trainings:
         trained: list[int] = []
@@ -338,26 +334,27 @@ def _judge_kept(training: _Training, found: list[_Kept]) -> None:
         return did == _simulate(losses, training, **options)
 
     mistakes: dict[str, object] = {
-        f" on rank 0, and {ranks_text(apart or [0])} did otherwise.\nEach rank decided by a loss of its "
-        "own. Decide by one that all ranks have: sums and counts of all, added up.": apart,
+        f" on rank 0, and {ranks_text(apart or [0])} did otherwise.\n"
+        "Each rank decided by a loss of its own. Decide by one that all ranks have: sums and counts of all, added up.": apart,
         f", in the order {first.trained}.\nCall `epoch(n)` once for each n, from 0 "
         "on.": first.trained != list(range(len(first.trained))),
         f", and returned {', '.join(str(k.answer) for k in found)}.\nReturn how many epochs were "
         "trained, on every rank.": did == right,
         ".\nNothing was saved. An epoch below the best so far is to be saved; the first always "
         "is. With nan, no comparison is true.": not first.saved,
-        ".\nThat is the decision by rank 0's samples. The others' samples count as "
-        "much.": several and by(means[0]),
+        ".\nThat is the decision by rank 0's samples. The others' samples count as much.": several
+        and by(means[0]),
         ".\nThat is the decision by a mean of the ranks' means. A rank with few samples counts as "
         "much as one with many: add up sums and counts.": several
         and by([sum(m) / len(m) for m in of_epochs]),
         ".\nThat is the decision by the worst rank, or by the best one. Decide by the mean over "
         "all samples.": several and any(by([f(m) for m in of_epochs]) for f in (min, max)),
-        ".\nAn epoch that is as good as the best is not better: save only below "
-        "it.": by(truth, better=operator.le),
-        ".\nEvery epoch was saved. Save only one that is below the best so "
-        "far.": first.saved == first.trained,
-        f".\nWhich epochs are the best so far is right, and the training ended in the wrong one. "
+        ".\nAn epoch that is as good as the best is not better: save only below it.": by(
+            truth, better=operator.le
+        ),
+        ".\nEvery epoch was saved. Save only one that is below the best so far.": first.saved
+        == first.trained,
+        ".\nWhich epochs are the best so far is right, but the training ended after the wrong one. "
         f"Stop after {training.patience} epochs in a row without a new best; a new best starts the "
         "count again.": any(by(truth, **o) for o in ({"more": 1}, {"more": -1}, {"resets": False}))
         or first.saved == [n for n in right[0] if n < len(first.trained)],

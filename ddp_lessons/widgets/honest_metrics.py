@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Found = tuple[float, float]  # what a recipe gives, and what one process finds
 ROUNDING = 1e-6
+LEAST = 0.01  # width of the x axis
 ROOM = 0.22  # for the text right of the rightmost value, as a part of the width
 FONT = 9
 
@@ -31,8 +32,8 @@ def explore(recipes: Callable[[int, int, bool], dict[str, Found]]) -> Explorer:
         they are sorted by class, and returns for each recipe its result and the true one.
     """
     controls = {
-        "ranks": whole("ranks", 3, 1, 4),
-        "positives": whole("positives in 100", 8, 1, 50),
+        "ranks": whole("ranks", 4, 1, 4),
+        "positives": whole("positives in 100", 4, 1, 50),
         "by_class": switch("sorted by class", False),
     }
 
@@ -41,36 +42,43 @@ def explore(recipes: Callable[[int, int, bool], dict[str, Found]]) -> Explorer:
 
     def draw(run: Run, ranks: int, positives: int, by_class: bool) -> Axes:
         order = ", sorted by class" if by_class else ""
-        return against_truth(
-            run.values[0], title=f"{positives} in 100 are positive, {count(ranks, 'rank')}{order}"
-        )
+        title = f"{positives} in 100 are positive, {count(ranks, 'rank')}{order}"
+        return against_truth(run.values[0], errors=True, title=title)
 
     return Explorer(controls, start, draw)
 
 
-def against_truth(found: Mapping[str, Found], *, title: str | None = None) -> Axes:
+def against_truth(
+    found: Mapping[str, Found], *, errors: bool = False, title: str | None = None
+) -> Axes:
     """Draw one row for each recipe: its result as a dot, the true value as a line across the row.
 
     Parameters
     ----------
     found : mapping of str to pair of float
         By recipe, what it gives, which may be nan, and what one process finds.
+    errors : bool
+        Whether the x axis has the errors, so that small ones are seen, and not the values.
     title : str, optional
         The title.
     """
     from matplotlib.lines import Line2D
 
     ax = style.new_axes(len(found) + 1, 0.85)
-    shown = [value for pair in found.values() for value in pair if math.isfinite(value)]
-    low, high = min(shown), max(shown)
-    width = max(high - low, 0.02)
+    ends: list[float] = []
     for row, (value, truth) in enumerate(found.values()):
-        _draw_row(ax, row, float(value), float(truth))
+        ends += _draw_row(ax, row, float(value), float(truth), float(truth) if errors else 0.0)
+    low, high = min(ends), max(ends)
+    width = max(high - low, LEAST)
     ax.set_xlim(low - 0.06 * width, high + ROOM * width)
     ax.set_ylim(len(found) - 0.4, -0.6)
     ax.set_yticks(range(len(found)), list(found))
+    if errors:
+        ax.set_xlabel("error: result minus that of one process")
     style.bare(ax)
-    true = Line2D([], [], color=style.INK, linestyle="none", marker="|", markersize=12, label="true")
+    true = Line2D(
+        [], [], color=style.INK, linestyle="none", marker="|", markersize=12, label="true"
+    )
     right, wrong = (
         Line2D([], [], color=colour, linestyle="none", marker="o", label=label)
         for colour, label in ((style.BLUE, "the same"), (style.ORANGE, "another number"))
@@ -79,15 +87,17 @@ def against_truth(found: Mapping[str, Found], *, title: str | None = None) -> Ax
     return ax
 
 
-def _draw_row(ax: Axes, row: int, value: float, truth: float) -> None:
-    if math.isnan(value):
-        text, at = "nan", truth
-    else:
-        text, at = f"{value:.3f}", max(value, truth)
-        is_off = abs(value - truth) > ROUNDING
-        colour = style.ORANGE if is_off else style.BLUE
-        ax.hlines(row, min(value, truth), at, color=colour, linewidth=2)
-        ax.plot(value, row, "o", color=colour, markersize=8)
+def _draw_row(ax: Axes, row: int, value: float, truth: float, origin: float) -> tuple[float, float]:
+    """Draw a row on an axis that begins at `origin`; return the ends of what is drawn."""
+    is_off = not abs(value - truth) <= ROUNDING  # so is nan
+    text, at = f"{value:.3f}", truth - origin
+    left = right = at
+    if not math.isnan(value):
         text += f" ({value - truth:+.3f})" if is_off else ""
-    ax.plot(truth, row, "|", color=style.INK, markersize=17, markeredgewidth=2)
-    ax.annotate(text, (at, row), (9, 0), textcoords="offset points", va="center", fontsize=FONT)
+        left, right = sorted((value - origin, at))
+        colour = style.ORANGE if is_off else style.BLUE
+        ax.hlines(row, left, right, color=colour, linewidth=2)
+        ax.plot(value - origin, row, "o", color=colour, markersize=8)
+    ax.plot(at, row, "|", color=style.INK, markersize=17, markeredgewidth=2)
+    ax.annotate(text, (right, row), (9, 0), textcoords="offset points", va="center", fontsize=FONT)
+    return left, right

@@ -30,7 +30,7 @@ Parts = tuple[Part, ...]
 T, F = True, False
 SCORED: tuple[tuple[Parts, ...], ...] = (  # cases of one launch have the same number of ranks
     (
-        (((3, 1, 1.5, 5, -1), (T, F, F, T, F)), ((4, 7, 2), (F, T, T))),
+        (((3, 1, 1.5, 8, -1), (T, F, F, T, F)), ((4, 7, 2), (F, T, T))),
         (((2, -1, 6, 4), (T, T, F, T)), ((1, -3), (F, F))),
         (((), ()), ((-1, 2, 1), (F, T, F))),
         (((2, 2, -1), (T, F, T)), ((2, -1, -1, 3), (F, F, T, F))),
@@ -100,7 +100,7 @@ def _explain_gather(ranks: int, run: Run) -> None:
 
 def _auc(scores: Tensor, positive: Tensor, tie: float = 0.5) -> float:
     gaps = scores[positive][:, None] - scores[~positive]
-    return ((gaps > 0).double() + (gaps == 0).double() * tie).mean().item()
+    return float(((gaps > 0).double() + (gaps == 0).double() * tie).mean())
 
 
 def _together(parts: Parts) -> tuple[Tensor, Tensor]:
@@ -335,7 +335,8 @@ def _judge_kept(training: _Training, found: list[_Kept]) -> None:
 
     mistakes: dict[str, object] = {
         f" on rank 0, and {ranks_text(apart or [0])} did otherwise.\n"
-        "Each rank decided by a loss of its own. Decide by one that all ranks have: sums and counts of all, added up.": apart,
+        "Each rank decided by a loss of its own. Decide by one that all ranks have: sums "
+        "and counts of all, added up.": apart,
         f", in the order {first.trained}.\nCall `epoch(n)` once for each n, from 0 "
         "on.": first.trained != list(range(len(first.trained))),
         f", and returned {', '.join(str(k.answer) for k in found)}.\nReturn how many epochs were "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ddp_lessons.plots import style
@@ -101,3 +101,48 @@ def _draw_row(ax: Axes, row: int, value: float, truth: float, origin: float) -> 
     ax.plot(at, row, "|", color=style.INK, markersize=17, markeredgewidth=2)
     ax.annotate(text, (right, row), (9, 0), textcoords="offset points", va="center", fontsize=FONT)
     return left, right
+
+
+def by_bytes(sizes: Mapping[str, int], *, title: str | None = None) -> Axes:
+    """Draw a bar for each form of the same results: its bytes.
+
+    Parameters
+    ----------
+    sizes : mapping of str to int
+        By form, the bytes that a rank gives to a call.
+    title : str, optional
+        The title.
+    """
+    ax = style.new_axes(len(sizes))
+    bars = ax.barh(list(sizes), list(sizes.values()), color=style.BLUE, height=0.5)
+    ax.bar_label(bars, [style.bytes_text(size) for size in sizes.values()], padding=4)
+    ax.set(xlim=(0, 1.15 * max(sizes.values())), xlabel="bytes")
+    ax.invert_yaxis()
+    style.bare(ax)
+    style.head(ax, title or "bytes by form", [])
+    return ax
+
+
+def learning_rates(by_rank: Sequence[Sequence[float]], *, title: str | None = None) -> Axes:
+    """Draw the learning rate of each rank after each epoch, on a log scale.
+
+    Parameters
+    ----------
+    by_rank : sequence of sequence of float
+        By rank, the rate after each epoch. At most four ranks; the first has the widest line.
+    title : str, optional
+        The title.
+    """
+    ax = style.new_axes(5)
+    colours = (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE)
+    for rank, (rates, colour) in enumerate(zip(by_rank, colours, strict=False)):
+        width, marker = 2 + 2 * (len(by_rank) - 1 - rank), "os^D"[rank]
+        epochs = range(1, len(rates) + 1)
+        look = {"color": colour, "linewidth": width, "marker": marker, "label": f"rank {rank}"}
+        ax.step(epochs, rates, where="post", **look)
+    ax.set_yscale("log", base=2)
+    ax.yaxis.set_major_formatter("{x:.3g}")
+    ax.set(xlabel="epoch", ylabel="learning rate", xticks=range(1, len(by_rank[0]) + 1))
+    ax.spines[["top", "right"]].set_visible(False)
+    style.head(ax, title or "learning rates", ax.get_lines())
+    return ax

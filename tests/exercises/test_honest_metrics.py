@@ -152,6 +152,10 @@ def gathers_to_rank_0(scores: Any, positive: Any) -> Any:
 
 
 def leaves_if_empty(scores: Any, positive: Any) -> Any:
+    return by_objects(scores, positive) if len(scores) else 0.0
+
+
+def leaves_without_positives(scores: Any, positive: Any) -> Any:
     return by_objects(scores, positive) if positive.any() else 0.0
 
 
@@ -159,12 +163,12 @@ def forgets_labels(scores: Any, positive: Any) -> Any:
     """Takes the others' samples for negatives."""
     labels = [len(p) * [False] for p in gathered(positive.tolist())]
     labels[dist.get_rank()] = positive.tolist()
-    return auc(torch.cat(gathered(scores)), torch.tensor(sum(labels, [])))
+    return auc(torch.cat(gathered(scores)), torch.tensor([x for own in labels for x in own]))
 
 
 def sorts_scores(scores: Any, positive: Any) -> Any:
     scores, positive = together(scores, positive)
-    return auc(scores.sort().values, positive)
+    return auc(scores.sort(descending=True).values, positive)
 
 
 def accuracy(scores: Any, positive: Any) -> Any:
@@ -185,6 +189,7 @@ def keeps(
     save: Any,
     most: int,
     patience: int,
+    *,
     loss_of: Any = lambda total: float(total[0] / total[1]),
 ) -> Any:
     best, best_epoch = math.inf, 0
@@ -343,9 +348,8 @@ def never_stops(epoch: Any, save: Any, most: int, patience: int) -> Any:
 
 
 def saves_last(epoch: Any, save: Any, most: int, patience: int) -> Any:
-    seen = [0]
-    answer = keeps(lambda n: (seen.append(n), epoch(n))[1], lambda n: None, most, patience)
-    save(seen[-1])
+    answer: int = keeps(epoch, lambda n: None, most, patience)
+    save(answer - 1)
     return answer
 
 
@@ -393,16 +397,17 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_auc, plain_all_gather, "on 2 ranks, `all_gather` met tensors of different sizes"),
     (check_auc, partial(by_padding, cut=False), "Padding was counted as samples.*cut each"),
     (check_auc, turned_round, "share of pairs in which the .negative. is above"),
-    (check_auc, only_on_rank_0, "rank 1 returned None.*on every rank"),
+    (check_auc, only_on_rank_0, "returned 0.875, None.*on every rank"),
     (check_auc, gathers_to_rank_0, "returned 0.875, nan"),
     (check_auc, leaves_if_empty, "on 2 ranks, .*also a rank without samples or without positives"),
+    (check_auc, leaves_without_positives, "returned 0.5417, 0.*The ranks found different numbers"),
     (check_auc, forgets_labels, "The ranks found different numbers.*with their labels"),
     (check_auc, sorts_scores, "in the same order"),
     (check_auc, accuracy, "The AUC is the share"),
     (check_auc, counts_pairs, "returned 14, 14.*The AUC is the share"),
     (check_auc, lambda s, p: auc(*together(s, p), tie=0.0), "A tie, .* counts half"),
     (check_auc, lambda s, p: auc(*together(s, p), tie=1.0), "A tie, .* counts half"),
-    (check_auc, answers.prints(by_objects), "rank 0 returned None"),
+    (check_auc, answers.prints(by_objects), "returned None, None.*Return one number"),
     (check_auc, answers.recurses, "RecursionError"),
     (check_keep_best, by_own_loss, "Each rank decided by a loss of its own|decided something"),
     (

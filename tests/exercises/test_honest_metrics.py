@@ -377,15 +377,11 @@ def asks_only_if_worse(epoch: Any, save: Any, most: int, patience: int) -> Any:
 
 RIGHT: list[tuple[Any, Any]] = [
     (check_auc, by_objects),
-    (check_auc, answers.mixed(by_padding, by_curve, by_padding)),
-    (check_auc, answers.mixed(by_rank_0, by_pairs_with_all, by_ranks_of_scores)),
-    (check_auc, answers.mixed(by_pairs_with_all, by_ranks_of_scores, by_rank_0)),
-    (check_auc, answers.Called(by_objects)),
+    (check_auc, answers.mixed(by_padding, by_curve, by_pairs_with_all)),
+    (check_auc, answers.mixed(by_rank_0, answers.Called(by_objects), by_ranks_of_scores)),
     (check_keep_best, keeps),
-    (check_keep_best, answers.mixed(by_history, rank_0_decides, by_sums)),
-    (check_keep_best, answers.mixed(by_count_down, by_sums, by_history)),
-    (check_keep_best, answers.mixed(rank_0_decides, by_count_down, Keeper())),
-    (check_keep_best, partial(answers.decorated(loop))),
+    (check_keep_best, answers.mixed(by_history, answers.decorated(loop), rank_0_decides)),
+    (check_keep_best, answers.mixed(by_count_down, by_sums, Keeper())),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
     (check_auc, own, "rank 0: 3\\+ 1- .* of all is 0.875, and you returned 1, 0.5.*its own"),

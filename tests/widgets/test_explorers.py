@@ -27,6 +27,7 @@ from ddp_lessons.widgets import (
     ddp_timing,
     distributed_sampler,
     hang_clinic,
+    honest_metrics,
     init_process_group,
     rank_zero,
     same_batch,
@@ -307,6 +308,12 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
         lambda: data_streams.explore(take_items, RULES),
         {"shards": 8, "nprocs": 3, "workers": 1, "rule": "everything"},
     ),
+    "honest_metrics": (
+        lambda: honest_metrics.explore(
+            lambda rank, positives, by_class: {"mean": (0.5, 0.6), "counts": (0.6, 0.6)}
+        ),
+        {"ranks": 1, "positives": 50, "by_class": True},
+    ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),
         {"bucket_cap_mb": 0.5, "late_ms": 10, "megabytes": 300},
@@ -384,6 +391,17 @@ def test_recipes_are_compared_for_all_micro_batches(shown: list[dict[str, Any]])
     assert [bundle["text/plain"] for bundle in shown] == [
         "tokens of 2 ranks: 4 + 16, 28 + 40",
         "tokens of 1 rank: 4 + 40",
+    ]
+
+
+def test_a_metric_that_is_nan_is_drawn_too(shown: list[dict[str, Any]]) -> None:
+    nan = float("nan")
+    explorer = honest_metrics.explore(lambda rank, positives, by_class: {"mean": (nan, 0.6)})
+    explorer._ipython_display_()
+    explorer.controls["by_class"].value = True
+    assert [bundle["text/plain"] for bundle in shown] == [
+        "4 in 100 are positive, 4 ranks",
+        "4 in 100 are positive, 4 ranks, sorted by class",
     ]
 
 

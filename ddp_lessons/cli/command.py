@@ -12,6 +12,7 @@ import itertools
 import operator
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -256,32 +257,39 @@ def show_progress(folder: Path) -> int:
         raise CommandError(str(error)) from error
     rows = [(lesson, done.of(tasks(course / lesson.file))) for lesson in lessons(course)]
     rows = [(lesson, counts) for lesson, counts in rows if counts.predictions + counts.exercises]
-    print(f"{'lesson':<33} predicted   right   exercises")
-    for lesson, counts in rows:
-        print(_progress_line(f"{lesson.number:<6}  {lesson.name}", counts))
-    print(_progress_line("in all", functools.reduce(operator.add, (one for _, one in rows))))
-    where = f"kept in {path}" if path.exists() else f"will be kept in {path}; nothing is done yet"
-    print(f"\nYour progress is {where}. It never leaves this machine.")
+    named = [(_name(lesson, [one for one, _ in rows]), counts) for lesson, counts in rows]
+    width = len(named[0][0])
+    print(f"{'lesson':<{width}}  predicted   right   exercises")
+    for name, counts in named:
+        print(_progress_line(name, counts))
+    total = functools.reduce(operator.add, (one for _, one in rows))
+    print(_progress_line(f"{'in all':<{width}}", total))
+    where = (
+        f"is kept in {path}" if path.exists() else f"will be kept in {path}; nothing is done yet"
+    )
+    print(f"\nYour progress {where}. It never leaves this machine.")
     return 0
 
 
 def _progress_line(name: str, done: Counts) -> str:
     predicted = f"{done.predicted} of {done.predictions}"
-    return f"{name:<33} {predicted:>9}   {done.right:>5}   {done.passed} of {done.exercises}"
+    return f"{name}  {predicted:>9}   {done.right:>5}   {done.passed} of {done.exercises}"
 
 
 def list_lessons(folder: Path) -> int:
     """Print a line for each lesson, and the state of the learner's copy."""
     course = source()
-    for lesson in lessons(course):
-        print(_line(lesson))
+    found = lessons(course)
+    for lesson in found:
+        print(f"{_name(lesson, found)}  {lesson.minutes:>2} min  {lesson.question}")
     print()
     print(_state(course, folder))
     return 0
 
 
-def _line(lesson: Lesson) -> str:
-    return f"{lesson.number:<6}  {lesson.name:<24}  {lesson.minutes:>2} min  {lesson.question}"
+def _name(lesson: Lesson, among: Sequence[Lesson]) -> str:
+    """Number and name, as wide as the widest of the lessons among which it is shown."""
+    return f"{lesson.number:<6}  {lesson.name:<{max(len(one.name) for one in among)}}"
 
 
 def _state(course: Path, folder: Path) -> str:

@@ -372,6 +372,14 @@ REFUSED = [
     (
         [
             LAUNCH,
+            "def f(rank, n): pass",
+            "for m in (1, 2):\n    a, b = (launch(f, args=(n,)) for n in (m, 2))",
+        ],
+        ["'n'", "comprehension", "--args"],
+    ),
+    (
+        [
+            LAUNCH,
             "import tempfile\ndef f(rank, path): pass",
             "launch(f, args=(tempfile.mkdtemp(),))",
         ],

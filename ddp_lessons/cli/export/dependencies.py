@@ -127,14 +127,16 @@ class Dependencies:
     def _bound_around(self, user: User) -> set[str]:
         """The names that the statement around launch(...) binds before it calls launch."""
         around = self.call.statement
-        if around and isinstance(around.node, (*BRANCHES, ast.With, ast.AsyncWith)):
-            return around.binds | around.changes
-        if not around or user:
+        if not around:
             return set()
+        is_block = isinstance(around.node, (*BRANCHES, ast.With, ast.AsyncWith))
+        bound = around.binds | around.changes if is_block else set()
+        if user:
+            return bound
         binders = (ast.comprehension, ast.NamedExpr)
         targets = [p.target for p in ast.walk(around.node) if isinstance(p, binders)]
         parts = [part for target in targets for part in ast.walk(target)]
-        return {part.id for part in parts if isinstance(part, ast.Name)}
+        return bound | {part.id for part in parts if isinstance(part, ast.Name)}
 
     def _undefined(self, name: str, before: int) -> str | None:
         """What is known of a name that no cell binds before a place; None if Python has it."""

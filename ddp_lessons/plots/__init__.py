@@ -11,6 +11,7 @@ from ddp_lessons.plots.hang_board import hang_board
 from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.memory import memory
+from ddp_lessons.plots.pipeline import pipeline
 from ddp_lessons.plots.shards import shards
 from ddp_lessons.plots.statistics import statistics
 from ddp_lessons.plots.steps import steps
@@ -28,6 +29,7 @@ __all__ = [
     "losses",
     "machines",
     "memory",
+    "pipeline",
     "shards",
     "statistics",
     "steps",

@@ -187,6 +187,12 @@ def _judge_gradients(told: str, ranks: int, rank: int, gradients: dict[str, Tens
     right = _gradients_of(lambda t: t["x"] + sum(_parts(ranks, t)) + t["bias"], ranks)
     right = {name: _piece(name, grad, rank, ranks) for name, grad in right.items()}
     missing = [name for name in NAMES if gradients.get(name) is None]
+    if missing == ["bias"]:
+        raise Wrong(
+            f"{told}on rank {rank} bias got no gradient.",
+            "Every rank has a copy of `bias`, and all copies must get the gradient, or they drift "
+            "apart: each rank adds it, after `leave`.",
+        )
     if missing:
         raise Wrong(
             f"{told}on rank {rank} {listed(missing)} got no gradient.",
@@ -203,7 +209,7 @@ def _judge_gradients(told: str, ranks: int, rank: int, gradients: dict[str, Tens
     doubled = [n for n in PIECES if _near(_of(gradients, n), ranks * right[n])]
     seen = f"{told}the output is right. On rank {rank} the gradient of "
     mistakes = {
-        f"{listed(doubled)} is {ranks} times too large.\n"
+        f"{listed(doubled or PIECES)} is {ranks} times too large.\n"
         "`leave` must add up in forward only: every rank has the same gradient of the result, and "
         "adding these up counts it once for each rank.": bool(doubled),
         "x has this rank's part only.\n"
@@ -222,6 +228,11 @@ def _judge_gradients(told: str, ranks: int, rank: int, gradients: dict[str, Tens
         f"x has the block's part {ranks} times.\n"
         "It is added up twice. Once is enough: `enter(enter(x))`, or `leave` with another "
         "all_reduce in backward, does it again.": _near(x, residual + ranks * block),
+        f"{listed(off)} is too small by a factor of {ranks}.\n"
+        "A part of it on each rank makes the output right, but every rank has a copy of it that "
+        "needs the whole gradient: add it after `leave`.": all(
+            _near(_of(gradients, n), right[n] / ranks) for n in off
+        ),
         f"{listed(off)} is not that of one process.\n"
         "`enter` does nothing in forward and adds up in backward; `leave` adds up in forward and "
         "does nothing in backward. Each stands once.": True,
@@ -293,7 +304,7 @@ class Pipe(NamedTuple):
 
 
 PIPES = (
-    Pipe((1.0, 1.0, 1.0, 1.0), (2.0, 2.0, 2.0, 2.0), 4),
+    Pipe((1.0, 1.0, 1.0, 1.0), (2.0, 2.0, 2.0, 2.0), 5),
     Pipe((1.0, 3.0, 1.0), (2.0, 6.0, 2.0), 4),
     Pipe((1.0, 1.0, 3.0), (4.0, 1.0, 1.0), 3),
     Pipe((2.0,), (3.0,), 5),
@@ -411,9 +422,9 @@ def _judge_idle(pipe: Pipe, ended: tuple[Ended, ...], told: Any) -> None:
         "slowest.": is_with(sum(both) + (m - 1) * max(both)),
         f"{seen}\nThat would hold if a rank worked on one micro-batch at a time, and no two ranks "
         "at once.": is_with(m * sum(both)),
-        f"{seen}\nThat would hold if backward began while others still go forward. In GPipe's "
-        "schedule a rank goes forward with all micro-batches before it goes "
-        "backward.": told < idle,
+        f"{seen}\nThe ranks wait longer than that. A stage begins when it is free and the "
+        "micro-batch has arrived; backward begins on the last stage, when that has gone forward "
+        "with all micro-batches.": told < idle,
         f"{seen}\nWrite down when each stage begins each micro-batch: when it is free, and the "
         "micro-batch has arrived.": True,
     }

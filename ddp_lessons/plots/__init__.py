@@ -12,6 +12,7 @@ from ddp_lessons.plots.items import items
 from ddp_lessons.plots.losses import losses
 from ddp_lessons.plots.machines import machines
 from ddp_lessons.plots.memory import memory
+from ddp_lessons.plots.pipeline import pipeline
 from ddp_lessons.plots.reports import reports
 from ddp_lessons.plots.shards import shards
 from ddp_lessons.plots.statistics import statistics
@@ -31,6 +32,7 @@ __all__ = [
     "losses",
     "machines",
     "memory",
+    "pipeline",
     "reports",
     "shards",
     "statistics",

@@ -29,6 +29,7 @@ from ddp_lessons.widgets import (
     hang_clinic,
     honest_metrics,
     init_process_group,
+    pipeline,
     rank_zero,
     same_batch,
     sharding,
@@ -250,6 +251,18 @@ RULES: dict[str, Callable[..., Any]] = {
     "everything": lambda shards, rank, worker: [item for shard in shards for item in shard],
     "one shard": lambda shards, rank, worker: shards[0] if rank + worker == 0 else [],
 }
+
+
+def train_a_stage(rank: int, schedule: str, micro_batches: int) -> None:
+    from ddp_lessons import span, steps
+
+    for _ in steps(range(2)):
+        for name in ("forward", "backward"):
+            for _ in range(micro_batches):
+                with span(name):
+                    time.sleep(0.001)
+
+
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -291,6 +304,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "sharding": (
         lambda: sharding.explore(keep, limit=400),
         {"stage": "ZeRO 3", "nprocs": 2, "optimizer": "SGD"},
+    ),
+    "pipeline": (
+        lambda: pipeline.explore(train_a_stage),
+        {"schedule": "GPipe", "stages": 1, "micro_batches": 12},
     ),
     "uneven_work": (
         lambda: uneven_work.explore(train_unevenly),

@@ -172,7 +172,7 @@ class Training(NamedTuple):
 
 
 TRAININGS = (
-    Training(4, 2.0, 4e8, 1, 1e-5, 1e-10),
+    Training(4, 2.0, 4e8, 1, 5e-3, 1e-10),
     Training(8, 1.0, 1e8, 10, 1e-4, 1e-9),
     Training(1, 3.0, 1e8, 4, 1e-3, 1e-9),
     Training(3, 0.5, 1e6, 7, 2e-3, 0.0),
@@ -213,8 +213,10 @@ def _explain_efficiency(told: str, answer: float, of: Training) -> None:
         "That is how many times as fast. Divide by the ranks.": n > 1 and _close(answer, n * right),
         "That is in per cent. Return a number from 0 to 1.": _close(answer, 100 * right),
         "That is the inverse: one rank's time belongs above.": _close(answer, 1 / right),
-        "That is weak scaling, where each rank computes for `compute` seconds. Here the ranks "
-        "share one batch.": _close(answer, of.compute / (of.compute + latency + moved)),
+        "The communication was compared with all of `compute`, as in weak scaling. Here each rank "
+        "computes for compute / ranks, and its communication does not get less.": _close(
+            answer, of.compute / (of.compute + latency + moved)
+        ),
         "Here communication is hidden behind computing. In this exercise nothing is: add the "
         "two.": _close(answer, share / max(share, latency + moved)),
         "The latency was paid once. Each bucket pays for its own steps.": is_with(
@@ -230,10 +232,11 @@ def _explain_efficiency(told: str, answer: float, of: Training) -> None:
         "The bytes were taken as those of the whole gradients. Each rank sends 2 (N - 1) / N of "
         "them.": is_with(latency + of.beta * of.nbytes),
         "Only half of the ring was counted. It goes round twice.": is_with((latency + moved) / 2),
+        "The steps were counted as 2 N. Each time round the ring takes N - 1.": is_with(
+            of.buckets * of.alpha * 2 * n + moved
+        ),
         "The latency is missing.": is_with(moved),
         "The bytes are missing.": is_with(latency),
-        "The communication was divided by the ranks. It does not get less by sharing the batch: "
-        "each rank has all gradients.": is_with((latency + moved) / n),
         "Write down the step first: compute / ranks, and for each bucket alpha * 2 (N - 1) + "
         "beta * 2 (N - 1) / N * its bytes.": True,
     }
@@ -269,11 +272,11 @@ class Wall(NamedTuple):
 
 
 WALLS = (
-    Wall(2.0, 4e8, 1e-5, 1e-9),
-    Wall(40.0, 1.6e10, 5e-6, 3e-12),
     Wall(1.0, 4e3, 1e-4, 1e-9),
+    Wall(40.0, 1.6e10, 5e-6, 3e-12),
+    Wall(2.0, 4e8, 1e-5, 1e-9),
     Wall(1e-6, 4e6, 1e-4, 1e-9),
-    Wall(8.0, 1e9, 0.0, 1e-9),
+    Wall(9.0, 1e9, 0.0, 1e-9),
     Wall(50_000.0, 1e9, 1e-6, 1e-12),
 )
 

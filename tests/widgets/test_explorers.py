@@ -28,6 +28,7 @@ from ddp_lessons.widgets import (
     init_process_group,
     rank_zero,
     same_batch,
+    scaling,
     sharding,
     spawn,
     sync_batchnorm,
@@ -227,6 +228,12 @@ def keep(rank: int, stage: str, optimizer: str) -> dict[str, int]:
     return {"parameters": 100, "optimizer": 200 if optimizer == "Adam" else 0}
 
 
+def predict_step(size: str, way: str, gpus: int, gigabytes: float) -> dict[str, float] | None:
+    if (size, way) == ("large", "one"):
+        return None
+    return {"arithmetic": 8 / gpus, "bytes": 1 / gigabytes, "steps": 1e-6 * gpus}
+
+
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -280,6 +287,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "same_batch": (
         lambda: same_batch.explore(lambda rank, counts: {"equal": 0.5, "of_all": 0.0}),
         {"ranks": 4, "micro_batches": 1, "longest": 4},
+    ),
+    "scaling": (
+        lambda: scaling.explore(predict_step, sizes=["small", "large"], ways=["one", "other"]),
+        {"size": "large", "gpus": 10_000, "gigabytes": 5},
     ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),

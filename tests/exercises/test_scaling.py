@@ -77,7 +77,7 @@ def efficiency(
 ) -> float:  # fmt: skip
     communication = buckets * alpha * steps(ranks) + beta * part(ranks) * nbytes
     own = compute / ranks if share is None else share
-    return own / (own + communication)
+    return float(own / (own + communication))
 
 
 def efficiency_in_a_loop(
@@ -124,7 +124,7 @@ def with_parts(edit: Any) -> Any:
 
     def answer(*given: Any) -> float:
         computing, latency, moved = parts(*given)
-        return computing / (computing + edit(latency, moved, given))
+        return float(computing / (computing + edit(latency, moved, given)))
 
     return answer
 

@@ -32,6 +32,7 @@ from ddp_lessons.widgets import (
     pipeline,
     rank_zero,
     same_batch,
+    scaling,
     sharding,
     spawn,
     sync_batchnorm,
@@ -263,6 +264,12 @@ def train_a_stage(rank: int, schedule: str, micro_batches: int) -> None:
                     time.sleep(0.001)
 
 
+def predict_step(size: str, way: str, gpus: int, gigabytes: float) -> dict[str, float] | None:
+    if (size, way) == ("large", "one"):
+        return None
+    return {"arithmetic": 8 / gpus, "bytes": 1 / gigabytes, "steps": 1e-6 * gpus}
+
+
 EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
     "spawn": (lambda: spawn.explore(place), {"nnodes": 1, "nprocs": 1}),
     "init_process_group": (
@@ -330,6 +337,10 @@ EXPLORERS: dict[str, tuple[Callable[[], Explorer], dict[str, Any]]] = {
             lambda rank, positives, by_class: {"mean": (0.5, 0.6), "counts": (0.6, 0.6)}
         ),
         {"ranks": 1, "positives": 50, "by_class": True},
+    ),
+    "scaling": (
+        lambda: scaling.explore(predict_step, sizes=["small", "large"], ways=["one", "other"]),
+        {"size": "large", "gpus": 10_000, "gigabytes": 5},
     ),
     "ddp_timing": (
         lambda: ddp_timing.explore(train),

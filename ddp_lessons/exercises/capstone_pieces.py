@@ -18,20 +18,22 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
+from ddp_lessons.syncbn import convert_sync_batchnorm
+
 State = dict[str, Any]
 Batch = tuple[Tensor, Tensor]
 
 
 def batches(dataset: Dataset[Any], epoch: int, batch_size: int) -> DataLoader[Any]:
-    """The rank's batches of an epoch; all ranks together take `batch_size` samples a step."""
+    """The rank's part of each batch of an epoch; a batch is the same on any number of ranks."""
     sampler = DistributedSampler(dataset)
     sampler.set_epoch(epoch)
     return DataLoader(dataset, batch_size // dist.get_world_size(), sampler=sampler)
 
 
 def wrap(model: nn.Module) -> DistributedDataParallel:
-    """The model in DDP; in eval mode it predicts the same on every rank."""
-    return DistributedDataParallel(model)
+    """The model in DDP; it learns the same on any number of ranks."""
+    return DistributedDataParallel(convert_sync_batchnorm(model, quiet=True))
 
 
 def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -45,13 +47,13 @@ def train_epoch(
     batches: Sequence[Batch],
     k: int,
 ) -> float:
-    """Take a step for every `k` batches, the last one for what is left; return the mean loss."""
+    """Take a step after every `k` batches, and after the last; return the rank's mean loss."""
     model.train()
     losses: list[float] = []
     for first in range(0, len(batches), k):
         group = batches[first : first + k]
-        for left, (images, labels) in zip(reversed(range(len(group))), group, strict=True):
-            with model.no_sync() if left else contextlib.nullcontext():
+        for n, (images, labels) in enumerate(group, start=1):
+            with contextlib.nullcontext() if n == len(group) else model.no_sync():
                 loss = cross_entropy(model(images), labels)
                 (loss / len(group)).backward()
             losses.append(loss.item())
@@ -74,16 +76,17 @@ def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
 
 
 def should_stop(loss: float, target: float) -> bool:
-    """Whether the training ends after this epoch: the ranks' mean loss is below the target."""
+    """Whether the training ends after this epoch: the mean of all losses is below `target`."""
     mean = torch.tensor(loss)
     dist.all_reduce(mean)
     return bool(mean / dist.get_world_size() < target)
 
 
 def save(path: str, state: State) -> None:
-    """Write a checkpoint; when it returns, on whatever rank, the file is there."""
+    """Let one rank write a checkpoint; when it returns, on whatever rank, the file is complete."""
     if dist.get_rank() == 0:
-        torch.save(state, path)
+        torch.save(state, f"{path}.new")
+        os.replace(f"{path}.new", path)
     dist.barrier()
 
 

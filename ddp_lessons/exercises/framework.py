@@ -45,6 +45,10 @@ class Wrong(Exception):
         self.because = because
 
 
+class Unjudged(Exception):
+    """The check could not judge the answer, for a reason that is not the learner's."""
+
+
 class Unattempted(Exception):
     """The exercise was not attempted yet; checks raise it where `is_unattempted` cannot tell."""
 
@@ -56,7 +60,7 @@ class Feedback:
     Attributes
     ----------
     passed : bool or None
-        None if the exercise was not attempted yet.
+        None if the exercise was not attempted yet, or could not be judged.
     seen : str
         What happened when the answer ran.
     because : str
@@ -125,14 +129,19 @@ class Exercise:
             )
         except Wrong as wrong:
             return self._feedback(False, wrong.seen, wrong.because)
+        except Unjudged as reason:
+            return self._feedback(None, f"could not be judged. {reason}")
         except LaunchError as error:
             return self._feedback(
                 False, f"it failed on real ranks.\n{error}", "Read the error first."
             )
 
     def hint(self) -> None:
-        """Print the next hint; after the last one, the first again."""
-        print(self._hints[self._given % len(self._hints)])
+        """Print the next hint; after the last one, say so and print the first again."""
+        number = self._given % len(self._hints)
+        if self._given and not number:
+            print("That was the last hint. From the first again:")
+        print(f"Hint {number + 1} of {len(self._hints)}: {self._hints[number]}")
         self._given += 1
 
     def _feedback(self, passed: bool | None, seen: str, because: str = "") -> Feedback:

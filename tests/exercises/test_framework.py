@@ -14,7 +14,7 @@ import pytest
 
 from ddp_lessons import exercises
 from ddp_lessons.exercises import capstone, start_here
-from ddp_lessons.exercises.framework import Exercise, is_unattempted
+from ddp_lessons.exercises.framework import Exercise, Unjudged, is_unattempted
 
 pytestmark = pytest.mark.ranks
 
@@ -100,14 +100,23 @@ def test_what_counts_as_an_attempt() -> None:
 
 
 def test_hints_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
-    check = start_here.check_greet
-    check.hint()
-    first = capsys.readouterr().out
-    check.hint()
-    second = capsys.readouterr().out
-    assert first
-    assert second
-    assert first != second
+    check = Exercise(lambda _: "", ("look", "look there"))
+    for said in (
+        "Hint 1 of 2: look\n",
+        "Hint 2 of 2: look there\n",
+        "That was the last hint. From the first again:\nHint 1 of 2: look\n",
+    ):
+        check.hint()
+        assert capsys.readouterr().out == said
+
+
+def test_what_cannot_be_judged_is_no_wrong_answer() -> None:
+    def check(answer: object) -> str:
+        raise Unjudged("The course's own answer fails, too.")
+
+    verdict = Exercise(check, ("look",))(42)
+    assert verdict.passed is None
+    assert repr(verdict) == "○ check: could not be judged. The course's own answer fails, too."
 
 
 def test_a_verdict_escapes_what_it_quotes() -> None:

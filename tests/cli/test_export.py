@@ -501,17 +501,14 @@ def test_each_function_of_the_lessons_is_exported_or_refused(notebook: Path, tid
         assert re.search(r"--args|no body yet|generator|each rank would", reason)
 
 
-# Runs scripts one after the other, each in a process of its own that need not import torch. None
+# Runs scripts one after the other, each in a new Python: in a fork of one that has torch, DDP's
+# last reference to its group may be dropped while gloo's thread waits for the GIL, for good. None
 # begins before all ranks have ended the one before, and with it the store at MASTER_PORT.
 ONE_BY_ONE = """
-import os, runpy, sys, time
-import torch, torch._dynamo
+import os, subprocess, sys, time
 
 for script in sys.argv[1:]:
-    if not (child := os.fork()):
-        runpy.run_path(script, run_name="__main__")
-        sys.exit()
-    assert os.waitpid(child, 0)[1] == 0, script
+    subprocess.run([sys.executable, script], check=True)
     print("that was", os.path.basename(script))
     open(f"{script}.{os.environ['RANK']}", "x").close()
     while not all(os.path.exists(f"{script}.{n}") for n in range(int(os.environ["WORLD_SIZE"]))):

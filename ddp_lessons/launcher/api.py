@@ -158,6 +158,7 @@ def launch(
     wait : bool
         False returns at once, a `RunningRun`, while the ranks work and the notebook is free: its
         `wait` prints their output and returns the record, its `stop` ends them. Several may run.
+        Not on a cluster.
     start_method : {"forkserver", "spawn"}, optional
         How processes start. forkserver is fast, and the default on Linux; spawn works everywhere.
         `launch` uses spawn if a variable that is only read when a process starts, such as
@@ -198,6 +199,11 @@ def launch(
                 "or the other."
             )
         return run_here(fn, args, env or {}, nprocs * nnodes)
+    if cluster is not None and not wait:
+        raise BadLaunch(
+            "wait=False runs ranks on this machine; on a cluster, launch() waits for them. Leave out "
+            "wait= or cluster=."
+        )
     packed = pack(fn, env or {}, profile=profile, notes=notes, post_mortem=post_mortem)
     limit = math.inf if timeout is None else float(timeout)
     with _show_briefly(KeyboardInterrupt), Interrupts().counted() as interrupts:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_lessons import LaunchError, WorkerFailed, WorkersHung, launch
+from ddp_lessons import BadLaunch, LaunchError, WorkerFailed, WorkersHung, launch
 from tests.support.kernels import Kernel
 
 pytestmark = pytest.mark.ranks
@@ -100,6 +100,11 @@ def test_what_cannot_be_sent_is_refused_at_once() -> None:
     file = Path(__file__).open()
     with file, pytest.raises(LaunchError, match="cannot travel"):
         launch(until, (file,), wait=False)
+
+
+def test_not_on_a_cluster() -> None:
+    with pytest.raises(BadLaunch, match="Leave out wait= or cluster="):
+        launch(fails, wait=False, cluster=object())  # type: ignore[arg-type]
 
 
 SCRIPT = """

@@ -201,8 +201,8 @@ def launch(
         return run_here(fn, args, env or {}, nprocs * nnodes)
     if cluster is not None and not wait:
         raise BadLaunch(
-            "wait=False runs ranks on this machine; on a cluster, launch() waits for them. Leave out "
-            "wait= or cluster=."
+            "wait=False runs ranks on this machine; on a cluster, launch() waits for them. "
+            "Leave out wait= or cluster=."
         )
     packed = pack(fn, env or {}, profile=profile, notes=notes, post_mortem=post_mortem)
     limit = math.inf if timeout is None else float(timeout)

@@ -104,7 +104,7 @@ def test_what_cannot_be_sent_is_refused_at_once() -> None:
 
 def test_not_on_a_cluster() -> None:
     with pytest.raises(BadLaunch, match="Leave out wait= or cluster="):
-        launch(fails, wait=False, cluster=object())  # type: ignore[arg-type]
+        launch(fails, wait=False, cluster=object())
 
 
 SCRIPT = """

@@ -16,12 +16,13 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 Role = Literal["slider", "checkbox", "combobox"]
 
-ALL = """
+# Half of them: JupyterLab shows 50 outputs of a cell at the most.
+HALF = """
     from IPython.display import display
     from tests.widgets.test_explorers import EXPLORERS
 
     shown = []
-    for explore, _ in EXPLORERS.values():
+    for explore, _ in list(EXPLORERS.values())[{half}::2]:
         shown.append(explore())
         display(shown[-1])
 """
@@ -52,10 +53,11 @@ def test_a_key_moves_a_slider_and_real_ranks_draw_anew(open_notebook: Open) -> N
     notebook.picture("explorer_05")
 
 
+@pytest.mark.parametrize("half", [0, 1])
 def test_every_control_has_a_name_and_nothing_is_cut_off(
-    open_notebook: Open, server: Server
+    open_notebook: Open, server: Server, half: int
 ) -> None:
-    notebook = open_notebook(server.write("all", ALL, COUNT))
+    notebook = open_notebook(server.write(f"half_{half}", HALF.format(half=half), COUNT))
     notebook.start_all()
     notebook.wait_for_all()
     number = int(notebook.cells()[1]["outputs"][0]["text"])
@@ -73,5 +75,5 @@ def test_every_control_has_a_name_and_nothing_is_cut_off(
     for name in SIZES:
         notebook.resize(name)
         notebook.show(0)
-        notebook.picture(f"explorers_{name}")
+        notebook.picture(f"explorers_{half}_{name}")
         notebook.check_that_all_fits()

@@ -128,11 +128,12 @@ RESUMES = """
         print(f"total {state['total']}")
 """
 ONE_LOADS = RESUMES.replace("os.path.exists(path)", "rank == 0 and os.path.exists(path)")
+# The ranks do not meet, so only rank 0, which writes, may read.
 RESUMES_ALONE = """
     import json
     path, rank = os.environ["CHECKPOINT"], int(os.environ["RANK"])
     state = {"step": 0, "total": 0}
-    if os.path.exists(path):
+    if rank == 0 and os.path.exists(path):
         state = json.load(open(path))
     for step in range(state["step"], 6 if rank == 0 else 0):
         if step == 3 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -171,8 +172,6 @@ TEXT_STRAIGHT_IN = (
     .replace("json.dump(state, file)", "print(*state.values(), file=file)")
     .replace('path + ".part", "w"', 'path, "w"')
     .replace('os.replace(path + ".part", path)', "pass")
-    # The ranks do not meet: rank 1 could read while rank 0 writes.
-    .replace("if os.path", "if rank == 0 and os.path")
 )
 IN_NUMPY_TOO = (
     RESUMES_ALONE.replace("import json", "import numpy as np")

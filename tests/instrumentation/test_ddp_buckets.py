@@ -165,6 +165,7 @@ def test_buckets_lie_within_backward_and_so_does_the_wait_for_them() -> None:
         assert wait.t0_ns < max(ends) <= wait.t1_ns <= backward.t1_ns
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("hook", [None, default_hooks.allreduce_hook], ids=["plain", "own hook"])
 def test_the_late_rank_is_named_and_the_wait_found(hook: Any) -> None:
     run = launch(train, (True, hook, 0.03, 12), nprocs=4)

@@ -88,7 +88,7 @@ def explore(
     controls = {
         "size": one_of("model", list(sizes), next(iter(sizes))),
         "gpus": one_of("GPUs", GPUS, 1_000),
-        "gigabytes": whole("network, GB/s a GPU", 50, 5, 100, 5),
+        "gigabytes": whole("network, GB/s", 50, 5, 100, 5),
     }
 
     def start(size: str, gpus: int, gigabytes: int) -> Run:

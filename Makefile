@@ -17,7 +17,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make lessons    copy the course to lessons/ once, and open it in JupyterLab (LAB_ARGS=--no-browser on a server)"
-	@echo "make test       check everything: style, types, tests, notebooks (16 minutes on two shared cores; JOBS=8 on more)"
+	@echo "make test       check everything: style, types, tests, notebooks (26 minutes on two shared cores; JOBS=8 on more)"
 	@echo "make quick      the tests that start no process (less than a minute)"
 	@echo "make parity     do launch and plain torch give the same? all features; make test has a sample (some minutes)"
 	@echo "make binder     build what Binder builds, and run a lesson in it (downloads everything)"

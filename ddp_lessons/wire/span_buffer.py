@@ -52,7 +52,7 @@ _PEER_NUMBER, _OP, _GROUP, _LANE, _SITE = 8, 10, 11, 12, 14  # positions in an u
 _TAIL_START = RECORD.size - _TAIL.size
 _INT = struct.Struct("=i")
 _PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
-CHUNK = 1 << 10  # records read at once: the last ones are mostly empty
+CHUNK = 1 << 12  # records read at once: the last ones are mostly empty
 LATEST = 64  # records among which calls that go on are looked for
 _FIRST_PIECE, _LARGEST_PIECE = RECORD.size << 6, RECORD.size << 11  # bytes reserved at once
 _LENGTH = struct.Struct("=H")
@@ -232,14 +232,16 @@ class SpanWriter:
     def _slot_in_new_piece(self) -> Slot:
         """Reserve the next piece and return a slot in it; 0 if there is no room."""
         start = self._slots_end
+        if slot := next(self._slots, 0):  # another thread was quicker: its piece must not be lost
+            return slot
         piece = min(max(start - _SPANS_START, _FIRST_PIECE), _LARGEST_PIECE)
         end = min(start + piece, _SPARE_START)
         if start == end or not self._has_room(start, end):
             return 0
         with self._lock:
             if self._slots_end == start:  # else another thread was quicker
+                self._slots = iter(range(start, end, RECORD.size))  # first: see above
                 self._slots_end = end
-                self._slots = iter(range(start, end, RECORD.size))
         return next(self._slots, 0) or self._slot_in_new_piece()
 
     def _has_room(self, start: int, end: int) -> bool:

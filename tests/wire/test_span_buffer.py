@@ -13,6 +13,7 @@ import pytest
 from ddp_lessons.wire.span_buffer import (
     LONGEST_NAME,
     MOST_SPANS,
+    RECORD,
     SPARE,
     CallFacts,
     SpanBuffers,
@@ -247,3 +248,11 @@ def test_without_memfd_a_file_without_a_name_serves(monkeypatch: pytest.MonkeyPa
     with closing(SpanBuffers(1)) as buffers:
         writer(buffers).begin("main", "compute", "work", 1, 2)
         assert [s.name for s in buffers.spans(0)] == ["work"]
+
+
+def test_a_thread_that_comes_late_to_a_new_piece_leaves_no_hole(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    buffer.begin("main", "compute", "first", 1, 2)
+    # Between its look at the slots, of which none was left, and here, another thread got a piece.
+    slot = buffer._slot_in_new_piece()
+    assert slot == buffer.begin("main", "compute", "third", 3, 4) - RECORD.size

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from ddp_lessons.processes.local import queued_seconds
+from ddp_lessons.worker import spare
 from tests.support.kernels import Kernel
 
 # Every process that a worker starts by exec inherits this variable; by it orphans are found, too.
@@ -148,13 +149,18 @@ def _description(pid: int, there_before: set[int]) -> str:
         if not _is_ours(process) or process.status() == psutil.STATUS_ZOMBIE:
             return ""
         command = " ".join(process.cmdline())
-        if "multiprocessing.forkserver" in command and process.ppid() in there_before:
+        forkserver = process.parent() if process.name() == spare.NAME else process
+        if forkserver and _is_forkserver(forkserver) and forkserver.ppid() in there_before:
             return ""  # it lives as long as the process that launches: this one, or an engine
     except psutil.NoSuchProcess:
         return ""
     if "multiprocessing.resource_tracker" in command:
         return ""
     return f"process {pid} {command[:80]}"
+
+
+def _is_forkserver(process: psutil.Process) -> bool:
+    return "multiprocessing.forkserver" in " ".join(process.cmdline())
 
 
 def _is_ours(process: psutil.Process) -> bool:

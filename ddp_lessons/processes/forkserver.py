@@ -1,11 +1,11 @@
 """Starts and keeps the two forkservers, processes that fork workers and end with the parent.
 
 Runs in the parent, called by local.py. The warm forkserver has torch imported (worker/preload.py)
-and forks a worker in milliseconds. The bare one forks processes that become new interpreters at
-once, for the start method "spawn". Both adopt the processes that their ranks leave behind. They are
-instances of multiprocessing's `ForkServer`, but not the one that the library shares: the learner's
-code may have started that, and its leftover processes are not ours to end. They are the package's
-only module-level state.
+and forks a worker in milliseconds, or beforehand (spares.py). The bare one forks processes that
+become new interpreters at once, for the start method "spawn". Both adopt the processes that their
+ranks leave behind. They are instances of multiprocessing's `ForkServer`, but not the one that the
+library shares: the learner's code may have started that, and its leftover processes are not ours to
+end. They are the package's only module-level state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from multiprocessing import util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from ddp_lessons.processes.spares import Spares
 from ddp_lessons.system import reaper
 from ddp_lessons.system.notebook import in_kernel
 
 if TYPE_CHECKING:
-    from ddp_lessons.processes.rank_process import Forked
+    from ddp_lessons.processes.rank_process import Forked, Spare
 
 # What a forkserver imports.
 WARM, BARE = "ddp_lessons.worker.preload", "ddp_lessons.worker.preload_bare"
@@ -51,6 +52,9 @@ LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes (unix(7)
 OURS_TO_BEAR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
+Taken = TypeVar("Taken")
+
+
 class Forkserver:
     """A forkserver, and the ranks that it has forked. Safe to use from several threads.
 
@@ -66,6 +70,7 @@ class Forkserver:
         self._server: Any = ForkServer()
         self._server.set_forkserver_preload([imports])
         self._ranks: set[int] = set()  # process ids
+        self._spares = Spares(self._server)
         self._lock = threading.RLock()
 
     @property
@@ -93,16 +98,21 @@ class Forkserver:
             if self.pid != before:
                 self.environment = dict(os.environ)
 
-    def start(self, popen: Callable[[Any], Forked]) -> Forked:
-        """Have `popen` start a rank by the forkserver. Raises what `popen` does: OSError, EOFError.
+    def start(
+        self,
+        popen: Callable[[Any], Forked],
+        become: Callable[[Spare], bool] | None = None,
+    ) -> Forked:
+        """Have a spare `become` a rank, or else `popen` start one by the forkserver.
 
-        If the forkserver does not answer, it is started anew, once.
+        Raises what these do: OSError, EOFError, CannotSend. If the forkserver does not answer, it
+        is started anew, once.
         """
         with self._lock:
             for last in (False, True):
                 self.ensure_running()
                 try:
-                    started = popen(self._server)
+                    started = (become and self._spares.take(become)) or popen(self._server)
                 except (OSError, EOFError) as error:
                     if last or getattr(error, "errno", None) in OURS_TO_BEAR:
                         raise
@@ -111,6 +121,21 @@ class Forkserver:
                     break
             self._ranks.add(started.pid)
         return started
+
+    def keep_spares(self, ranks: int) -> None:
+        """Have spares for the launches to come; one that has ended had `ranks`.
+
+        None are added while ranks still run.
+        """
+        with self._lock:
+            self._spares.note(ranks)
+            if not self._ranks and self.pid is not None and not reaper.has_ended(self.pid):
+                self._spares.fill()
+
+    def give_up_spares(self) -> int:
+        """End the spares; how many there were."""
+        with self._lock:
+            return self._spares.give_up()
 
     def end_orphans(self) -> None:
         """End the processes that dead ranks left behind: its children that are no ranks.
@@ -121,24 +146,30 @@ class Forkserver:
         with self._lock:
             self._ranks = {rank for rank in self._ranks if not reaper.has_ended(rank)}
             if self.pid is not None and not self._ranks:
-                reaper.end_all_children_of(self.pid)
+                reaper.end_all_children_of(self.pid, but=self._spares.pids)
 
     def forget(self) -> None:
         """In a forked copy of its owner: close its pipe, so that it ends when its owner does."""
         if (descriptor := self._server._forkserver_alive_fd) is not None:
             os.close(descriptor)
 
+    def forget_spares(self) -> None:
+        """In a forked copy of its owner: the spares, too, end when their owner does."""
+        self._spares.forget()
+
 
 _servers: dict[str, Forkserver] = {}
 _changing = threading.Lock()
 
 
-def _renew_lock() -> None:
+def _after_fork() -> None:
     global _changing
     _changing = threading.Lock()  # another thread may have held it when this process was forked
+    for one in _servers.values():
+        one.forget_spares()
 
 
-os.register_at_fork(after_in_child=_renew_lock)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def server(imports: str = WARM) -> Forkserver:
@@ -153,12 +184,25 @@ def server(imports: str = WARM) -> Forkserver:
         return known
 
 
+def _running() -> list[Forkserver]:
+    with _changing:
+        return [one for one in _servers.values() if one.owner == os.getpid()]
+
+
 def end_orphans() -> None:
     """End the processes that dead ranks left behind, however the ranks were started."""
-    with _changing:
-        ours = [one for one in _servers.values() if one.owner == os.getpid()]
-    for one in ours:
+    for one in _running():
         one.end_orphans()
+
+
+def spares_last(take: Callable[[], Taken]) -> Taken:
+    """What `take` gives; if something runs short, it is tried again without the spares."""
+    try:
+        return take()
+    except OSError as error:
+        if error.errno not in OURS_TO_BEAR or not sum(one.give_up_spares() for one in _running()):
+            raise
+        return take()
 
 
 _IMPORTED_BY = os.getpid()

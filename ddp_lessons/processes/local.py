@@ -7,6 +7,7 @@ for its one rank.
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import multiprocessing
 import os
@@ -108,7 +109,10 @@ class WorkerProcess(Worker):
                 daemon=False,  # a daemon could not have children, such as a DataLoader's workers
             )
             if method == "forkserver":
-                self._process = forkserver.server().start(lambda by: Forked(process, by, check))
+                self._process = forkserver.server().start(
+                    lambda by: Forked(process, by, check),
+                    lambda spare: spare.become(process, check),
+                )
             elif forkserver.default_start_method() == "forkserver":
                 self._process = forkserver.server(forkserver.BARE).start(
                     lambda by: Replaced(process, task.overrides, by, check)
@@ -333,7 +337,7 @@ class LocalWorkerGroup(WorkerGroup):
         with contextlib.ExitStack() as stack:
             self._port = stack.enter_context(reserve_port())
             try:
-                buffers = stack.enter_context(contextlib.closing(SpanBuffers(len(places))))
+                buffers = forkserver.spares_last(lambda: SpanBuffers(len(places)))
             except OSError as error:
                 raise LaunchError(
                     "the memory in which ranks note what they do cannot be had for "
@@ -341,6 +345,7 @@ class LocalWorkerGroup(WorkerGroup):
                     "Nothing was started. Free memory, raise the limit (ulimit -a), or use fewer "
                     "ranks."
                 ) from error
+            stack.callback(buffers.close)
             self._held = stack.pop_all()
         self.workers: Sequence[WorkerProcess] = [WorkerProcess(place, buffers) for place in places]
         self._pump = Pump(self.workers)
@@ -351,8 +356,9 @@ class LocalWorkerGroup(WorkerGroup):
         here = task.here(MasterAddress(self._port.getsockname()[1]))
         packed = [Argument(value, i, fn) for i, value in enumerate(args)]
         for worker in self.workers:
+            start = functools.partial(worker.start, self._method, here, packed, interrupts.check)
             try:
-                worker.start(self._method, here, packed, interrupts.check)
+                forkserver.spares_last(start)
             except (OSError, EOFError) as error:
                 raise LaunchError(
                     f"the process of rank {worker.rank} could not be started: {error!r}\n"
@@ -370,3 +376,5 @@ class LocalWorkerGroup(WorkerGroup):
             worker.close()
         forkserver.end_orphans()
         self._held.close()
+        if self._method == "forkserver":
+            forkserver.server().keep_spares(len(self.workers))

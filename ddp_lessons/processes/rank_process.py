@@ -17,10 +17,11 @@ import os
 import pickle
 import select
 import signal
+import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import (
     forkserver,
     popen_forkserver,
@@ -35,10 +36,12 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ddp_lessons.system import reaper
+from ddp_lessons.worker.spare import MOST_DESCRIPTORS, Waiting
 
 NEEDED = 8  # descriptors that are open for a moment while a rank starts
 PATIENCE = 120.0  # seconds that the forkserver may take, which first imports torch
 PAUSE = 0.1  # seconds between two checks whether it still runs
+REST = 300.0  # seconds after which a spare ends if no launch came
 GO_ON = (  # modelled on multiprocessing's forkserver._serve_one and spawn.spawn_main
     "import sys; from multiprocessing import forkserver, resource_tracker, spawn; "
     "forkserver._forkserver._inherited_fds = {received}; "
@@ -62,28 +65,40 @@ class Forked(popen_forkserver.Popen):
 
     def _launch(self, process: BaseProcess) -> None:
         data = self._data(process)
+        with self._asked_for() as data_w:
+            self._read_pid()
+            self._write(data_w, data)
+
+    def _data(self, process: BaseProcess) -> bytes:
+        """What the forked process reads."""
+        return _pickled(self, process)
+
+    @contextlib.contextmanager
+    def _asked_for(self) -> Iterator[int]:
+        """Ask the forkserver for a process; the descriptor from which that will read."""
         _make_sure_of_descriptors()
         self.sentinel, data_w = self._server.connect_to_new_process(self._fds)
         # The rank holds the other end of this pipe, and so notices when its parent ends.
         parent_w = os.dup(data_w)
         self.finalizer = util.Finalize(self, _close_fds, (parent_w, self.sentinel))
         try:
-            self._await_forkserver(self.sentinel, for_writing=False)
-            self.pid = forkserver.read_signed(self.sentinel)
-            os.set_blocking(data_w, False)
-            view = memoryview(data)
-            while view:
-                self._await_forkserver(data_w, for_writing=True)
-                view = view[os.write(data_w, view) :]
+            yield data_w
         except BaseException:
             self.finalizer()
             raise
         finally:
             os.close(data_w)
 
-    def _data(self, process: BaseProcess) -> bytes:
-        """What the forked process reads."""
-        return _pickled(self, process)
+    def _read_pid(self) -> None:
+        self._await_forkserver(self.sentinel, for_writing=False)
+        self.pid = forkserver.read_signed(self.sentinel)
+
+    def _write(self, descriptor: int, data: bytes) -> None:
+        os.set_blocking(descriptor, False)
+        view = memoryview(data)
+        while view:
+            self._await_forkserver(descriptor, for_writing=True)
+            view = view[os.write(descriptor, view) :]
 
     def _await_forkserver(self, descriptor: int, *, for_writing: bool) -> None:
         """Wait for a pipe. Raises OSError if the forkserver has ended or does not answer.
@@ -111,6 +126,68 @@ class Forked(popen_forkserver.Popen):
         """The exit code, or None. The lock keeps two threads from each reading a part of it."""
         with self._polling:
             return super().poll(flag)
+
+
+class Spare(Forked):
+    """A process that a forkserver forks when it has time, and that becomes a rank later.
+
+    Its own side is worker/spare.py.
+    """
+
+    pid: int | None = None  # type: ignore[assignment] # until it is asked for
+
+    def __init__(self, server: Any) -> None:
+        self.forkserver = server._forkserver_pid
+        self._channel, theirs = socket.socketpair()
+        with theirs:
+            self._fds = [theirs.fileno()]
+            self._server, self._check = server, lambda: None
+            self._polling = threading.Lock()
+            self.returncode = None
+            with self._asked_for() as data_w:
+                os.write(data_w, pickle.dumps({}) + pickle.dumps(Waiting(REST)))
+
+    @property
+    def usable(self) -> bool:
+        """Whether its forkserver and it still live and run."""
+        if self.forkserver != self._server._forkserver_pid or (pid := self.known_pid()) is None:
+            return False
+        return self.poll() is None and not (reaper.has_ended(pid) or reaper.is_suspended(pid))
+
+    def known_pid(self) -> int | None:
+        """Its process id, once the forkserver has forked it; None if that has ended before."""
+        if self.pid is None:
+            with contextlib.suppress(OSError, EOFError):
+                self._read_pid()
+        return self.pid
+
+    def become(self, process: BaseProcess, check: Callable[[], None]) -> bool:
+        """Have it run a rank's process object; False if it has ended, or cannot take it.
+
+        Raises CannotSend, as the start of a process does, and is as before then.
+        """
+        self._fds, self._check = [], check
+        data = _pickled(self, process)
+        tracker: Any = resource_tracker.getfd()
+        descriptors = [tracker, *self._fds]
+        if len(descriptors) > MOST_DESCRIPTORS:
+            return False
+        try:
+            socket.send_fds(self._channel, [b"+"], descriptors)
+            self._write(self._channel.fileno(), data)
+        except OSError:
+            return False
+        self._channel.close()
+        return True
+
+    def give_up(self) -> None:
+        """Have it end, if it has not become a rank."""
+        self._channel.close()
+        self.close()
+
+    def forget(self) -> None:
+        """In a forked copy of its owner: close the socket that keeps it."""
+        self._channel.close()
 
 
 class Replaced(Forked):

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
+import select
 import shutil
 import signal
 import socket
 import stat
 import time
+from collections.abc import Container
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _ROUNDS, _PAUSE = 50, 0.002  # an orphan's own children become orphans, too: look again
@@ -37,6 +40,23 @@ def end_with_parent() -> None:
     """Have this process killed when its parent ends, or the thread that started it (prctl(2))."""
     with contextlib.suppress(OSError, AttributeError):  # not Linux
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def kill_when_closed(pipe: int, whom: int) -> bool:
+    """Have a process, or the group -`whom`, killed when a pipe's other end closes; False: cannot.
+
+    Linux turns that into a signal (fcntl(2), F_SETOWN and F_SETSIG): no thread is needed, and a
+    process that is suspended or stuck in C++ dies, too.
+    """
+    if not hasattr(fcntl, "F_SETSIG"):
+        return False
+    fcntl.fcntl(pipe, fcntl.F_SETOWN, whom)
+    fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+    fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if select.select([pipe], [], [], 0)[0]:  # it closed before the line above
+        os.kill(whom, signal.SIGKILL)
+    return True
 
 
 def listening_paths() -> list[str]:
@@ -111,13 +131,13 @@ def kill_and_wait(pid: int) -> None:
         time.sleep(_PAUSE)
 
 
-def end_all_children_of(pid: int) -> None:
-    """Kill the children of a process, and their children, which it then adopts.
+def end_all_children_of(pid: int, but: Container[int | None] = ()) -> None:
+    """Kill the children of a process, `but` those, and their children, which it then adopts.
 
     Managers of shared memory are not killed; this waits for them to end.
     """
     for _ in range(_ROUNDS):
-        if not end_children_of(pid):
+        if not end_children_of(pid, but):
             break
         time.sleep(_PAUSE)
     deadline = time.monotonic() + _MANAGER_ENDS
@@ -125,9 +145,9 @@ def end_all_children_of(pid: int) -> None:
         time.sleep(10 * _PAUSE)
 
 
-def end_children_of(pid: int) -> bool:
+def end_children_of(pid: int, but: Container[int | None] = ()) -> bool:
     """SIGKILL the children of a process, with their process groups; True if there were any."""
-    children = {child for child in _children_of(pid) if not _is_manager(child)}
+    children = {child for child in _children_of(pid) if child not in but and not _is_manager(child)}
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(child) == child:

@@ -11,14 +11,12 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
-import fcntl
 import gc
 import logging
 import multiprocessing
 import multiprocessing.util
 import os
 import pickle
-import select
 import signal
 import socket
 import sys
@@ -32,7 +30,7 @@ from typing import Any, TextIO
 from ddp_lessons.instrumentation import profiler, recording
 from ddp_lessons.instrumentation.install import install
 from ddp_lessons.instrumentation.rendezvous import listen_on_loopback, meet_apart
-from ddp_lessons.system import memory
+from ddp_lessons.system import memory, reaper
 from ddp_lessons.wire.messages import (
     STACK_SIGNAL,
     Message,
@@ -153,22 +151,13 @@ class _Sender:
 def _die_with_parent() -> None:
     """Have this rank and its children end at once when the parent ends, in whatever way.
 
-    The pipe to the parent closes then. Linux can turn that into a signal for the whole process
-    group (fcntl(2), F_SETOWN and F_SETSIG): no thread is needed, and a rank that is stuck in C++
-    dies, too. PR_SET_PDEATHSIG would follow the forkserver instead.
+    The pipe to the parent closes then. PR_SET_PDEATHSIG would follow the forkserver instead.
     """
     parent = parent_process()
     assert parent is not None
-    sentinel = parent.sentinel
-    if hasattr(fcntl, "F_SETSIG"):
-        fcntl.fcntl(sentinel, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(sentinel, fcntl.F_SETSIG, signal.SIGKILL)
-        flags = fcntl.fcntl(sentinel, fcntl.F_GETFL)
-        fcntl.fcntl(sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
-        if select.select([sentinel], [], [], 0)[0]:  # the parent ended before the line above
-            os.killpg(0, signal.SIGKILL)
-    else:
-        threading.Thread(target=_kill_group_after, args=(sentinel,), daemon=True).start()
+    if not reaper.kill_when_closed(parent.sentinel, -os.getpgrp()):
+        args = (parent.sentinel,)
+        threading.Thread(target=_kill_group_after, args=args, daemon=True).start()
 
 
 def _kill_group_after(sentinel: int) -> None:

@@ -36,6 +36,7 @@ with ending_with_parent():
     import torch.profiler
     import torch.utils.data.distributed  # noqa: F401
 
+    import ddp_lessons.worker.spare  # noqa: F401
     from ddp_lessons import data
     from ddp_lessons.instrumentation.install import wrap_torch
 

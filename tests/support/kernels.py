@@ -14,6 +14,8 @@ import psutil
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
+from ddp_lessons.worker import spare
+
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -66,9 +68,9 @@ class Kernel:
         return psutil.Process(self.pid)
 
     def children(self) -> list[psutil.Process]:
-        """Every process below the kernel."""
+        """Every process below the kernel, but for the spares: they are no ranks yet."""
         found: list[psutil.Process] = self.process.children(recursive=True)
-        return found
+        return [process for process in found if not is_spare(process)]
 
     def start(self, code: str) -> str:
         """Begin to execute a cell; its message id."""
@@ -116,6 +118,14 @@ class Kernel:
                 cell.updates.append(content["data"])
             case "display_data":
                 cell.displays.append(content["data"])
+
+
+def is_spare(process: psutil.Process) -> bool:
+    """Whether it waits to become a rank, and has not ended."""
+    try:
+        return str(process.name()) == spare.NAME
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for_workers(kernel: psutil.Process, count: int) -> list[psutil.Process]:

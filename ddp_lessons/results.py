@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from ddp_lessons import text
 from ddp_lessons.wire import stacks
+from ddp_lessons.wire.messages import Displayed
 from ddp_lessons.wire.records import (
     ENGINE,
     ErrorRecord,
@@ -106,6 +107,9 @@ class RankResult:
         The frames in which it failed, with their variables; see `frames`.
     reports : list of Report
         What it reported, in order; see `Run.reports`.
+    displays : list of Displayed
+        What it displayed in a notebook (`display`, `plt.show()`), each with `data` by MIME type; at
+        most 50, of 8 MB.
     mistakes : tuple of Mistake
         Mistakes that it noticed in its own calls, though they raised nothing; see `Run.warnings`.
     noted : Noted or None
@@ -143,6 +147,7 @@ class RankResult:
     dead_threads: tuple[tuple[str, ErrorRecord], ...] = ()
     post_mortem: tuple[FrameVariables, ...] = field(default=(), repr=False)
     reports: Sequence[Report] = field(default=(), repr=False)
+    displays: Sequence[Displayed] = field(default=(), repr=False)
     mistakes: tuple[Mistake, ...] = field(default=(), repr=False)
     noted: Noted | None = field(default=None, repr=False)
 

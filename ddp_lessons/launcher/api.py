@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ddp_lessons.errors import BadLaunch, show_without_frames
 from ddp_lessons.instrumentation import recording
-from ddp_lessons.launcher import memory_check
+from ddp_lessons.launcher import live_panel, memory_check
 from ddp_lessons.launcher.in_process import run_here
 from ddp_lessons.launcher.live_panel import Panel
 from ddp_lessons.launcher.running import RunningRun
@@ -390,6 +390,19 @@ def _show(run: Run, interrupts: Interrupts) -> None:
         lines += [f"rank {rank.rank} {rank.outcome()}" for rank in run.ranks]
     if lines:
         print("\n".join(lines))
+    if in_kernel() and not live_panel.hidden.get():
+        _show_displays(run)
+
+
+def _show_displays(run: Run) -> None:
+    """Show what the ranks displayed, rank by rank."""
+    for rank in run.ranks:
+        if rank.displays:
+            from IPython.display import display
+
+            print(f"[rank {rank.rank}] displayed:")
+            for one in rank.displays:
+                display(one.data, metadata=one.metadata, raw=True)
 
 
 def _noticeable(finding: Finding) -> str:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 from ddp_lessons.errors import CannotSend
 from ddp_lessons.instrumentation import torch_api
+from ddp_lessons.system.notebook import in_kernel
 from ddp_lessons.wire.owners import home_of
 from ddp_lessons.wire.parcels import Packer, Parcel
 from ddp_lessons.wire.parcels import pack as pack_value
@@ -62,6 +63,7 @@ def pack(
         profile=profile,
         notes=notes,
         post_mortem=post_mortem,
+        in_notebook=in_kernel(),
     )
 
 

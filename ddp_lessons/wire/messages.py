@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
+from typing import Any
 
 from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import (
@@ -88,6 +89,18 @@ class PostMortem:
 
 
 @dataclass(frozen=True)
+class Displayed:
+    """What the rank displayed: `data`, and metadata, by MIME type.
+
+    A display with the same `display_id` as one before takes its place.
+    """
+
+    data: dict[str, Any]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    display_id: str | None = None
+
+
+@dataclass(frozen=True)
 class Clock:
     """The rank's clock is `behind_ns` behind rank 0's, give or take `within_ns`."""
 
@@ -135,6 +148,7 @@ Message = (
     | ThreadCalls
     | ThreadDied
     | PostMortem
+    | Displayed
     | Report
     | Mistake
     | Noted
@@ -157,6 +171,7 @@ class Told:
     post_mortem: tuple[FrameVariables, ...] = ()
     mistakes: tuple[Mistake, ...] = ()
     reports: list[Report] = field(default_factory=list)
+    displays: list[Displayed] = field(default_factory=list)
     noted: Noted | None = None
 
     def take(self, message: Message) -> None:
@@ -170,6 +185,8 @@ class Told:
                 self.dead_threads += ((thread, error),)
             case Report():
                 self.reports.append(message)
+            case Displayed():
+                self._show(message)
             case PostMortem(frames):
                 self.post_mortem = frames
             case Handling(site, error):
@@ -180,6 +197,13 @@ class Told:
                 self.mistakes += (message,)
             case Noted():
                 self.noted = message
+
+    def _show(self, new: Displayed) -> None:
+        same = [old.display_id == new.display_id is not None for old in self.displays]
+        if any(same):
+            self.displays[same.index(True)] = new
+        else:
+            self.displays.append(new)
 
 
 def encode(message: Message) -> tuple[bytes, Connection | None]:

@@ -63,7 +63,8 @@ class Task:
     `__main__` to their pickles; `start_method` is that of the processes that a rank starts, None
     for Python's default. `sources` maps the file names of cells to their text, so that a traceback
     made in the worker shows the cell's own lines. `home` is the installed package that holds the
-    function, if one does: its lines are the learner's. `one_clock` is true where all ranks run on
+    function, if one does: its lines are the learner's. `in_notebook`: what a rank displays
+    can be shown. `one_clock` is true where all ranks run on
     one machine.
     """
 
@@ -76,6 +77,7 @@ class Task:
     profile: bool = False
     notes: bool = False
     post_mortem: bool = False
+    in_notebook: bool = False
     sources: dict[str, str] = field(default_factory=dict)
     home: str | None = None
     one_clock: bool = True

@@ -46,7 +46,7 @@ from ddp_lessons.wire.pickling import dumps
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import RankInfo, Task
-from ddp_lessons.worker import post_mortem, settings
+from ddp_lessons.worker import displays, post_mortem, settings
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
@@ -249,6 +249,9 @@ def _carry_out(
     `by_file` says whether a value may travel in a file.
     """
     called = False
+    shown = displays.Displays(recorder.send)
+    if task.in_notebook:
+        shown.catch()
     try:
         fn = unpack(task.function)
         values = [argument.load() for argument in args]
@@ -265,6 +268,7 @@ def _carry_out(
         value = fn(rank, *values)
     except BaseException as error:  # SystemExit and KeyboardInterrupt end a rank, too
         end_ns = _close(recorder)
+        shown.close()
         code = _exit_code(error)
         if task.post_mortem and code:
             recorder.send(PostMortem(post_mortem.frames_of(error, task.home)))
@@ -275,6 +279,7 @@ def _carry_out(
         )
         return code
     end_ns = _close(recorder)
+    shown.close()
     recorder.send(_returned(value, end_ns, by_file=by_file))
     return 0
 

@@ -14,6 +14,14 @@ MOST_PARTS = 16  # of a list of ranks
 INSTALL = "pip install git+https://github.com/ddp-lessons/ddp-lessons"  # as in pyproject.toml
 
 
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
+def without_colours(line: str) -> str:
+    """A line without a terminal's colours, which HTML does not know."""
+    return _ANSI.sub("", line)
+
+
 def count(number: int, noun: str) -> str:
     """`1 rank`, `4 ranks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,5 +1,7 @@
 """The panel that a cell shows while a run takes longer than a second; removed when the run ends.
 
+Below it stands the log (live_log.py), once a rank has printed more than a line.
+
 Runs in the parent, in the thread of the cell; launcher/api.py creates it, the watchdog updates it.
 It is off outside notebooks, where DDP_LESSONS_LIVE=0 (set when notebooks are stored or tested), and
 where `hidden` is set because there is no cell to show it.
@@ -8,7 +10,6 @@ where `hidden` is set because there is no cell to show it.
 from __future__ import annotations
 
 import html
-import re
 import time
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -16,15 +17,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ddp_lessons.launcher import live_curves
+from ddp_lessons.launcher.live_log import Log
 from ddp_lessons.processes.base import Worker
 from ddp_lessons.system.notebook import is_live
+from ddp_lessons.text import without_colours
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
 FIRST_AFTER, EVERY = 1.0, 0.5  # seconds
 MOST = 120  # characters of a line
-_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours, which HTML does not know
 hidden: ContextVar[bool] = ContextVar("hidden", default=False)
 
 
@@ -41,19 +43,21 @@ class Panel:
         self._workers, self._stays = workers, stays
         self._due = time.monotonic() + FIRST_AFTER
         self._handle: DisplayHandle | None = None
-        self._on = is_live() and not hidden.get()
+        self._log = Log(workers) if is_live() and not hidden.get() else None
 
     def __enter__(self) -> Panel:
-        if self._on and self._stays:  # now, in the cell's own thread
+        if self._log is not None and self._stays:  # now, in the cell's own thread
             self._show(_table(self._workers, ""))
+            self._log.show()
         return self
 
     def tick(self, suspicion: str = "") -> None:
         """Draw the panel if it is time; called often from the pump."""
-        if not self._on or time.monotonic() < self._due:
+        if self._log is None or time.monotonic() < self._due:
             return
         self._due = time.monotonic() + EVERY
         self._show(_table(self._workers, suspicion))
+        self._log.tick()
 
     def __exit__(
         self,
@@ -63,6 +67,8 @@ class Panel:
     ) -> None:
         if self._handle is not None:
             self._show(_table(self._workers, "") if self._stays else "")
+        if self._log is not None:
+            self._log.close()
 
     def _show(self, text: str) -> None:
         from IPython.display import HTML, display
@@ -91,7 +97,7 @@ def _cell(text: str) -> str:
 
 
 def _last_line(worker: Worker) -> str:
-    return _ANSI.sub("", worker.output.last_line())[:MOST]
+    return without_colours(worker.output.last_line())[:MOST]
 
 
 def _call(worker: Worker) -> str:

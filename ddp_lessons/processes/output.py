@@ -6,6 +6,8 @@ which says what the worker did, and the last, which says why it failed; it only 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 LIMIT = 1 << 20  # bytes kept of one rank's output
 
 
@@ -17,8 +19,11 @@ class OutputBuffer:
         self._head = bytearray()
         self._tail = bytearray()
         self._total = 0
+        self.tap: Callable[[bytes], None] | None = None  # sees whatever comes, too
 
     def feed(self, data: bytes) -> None:
+        if self.tap is not None:
+            self.tap(data)
         self._total += len(data)
         room = self._half - len(self._head)
         if room > 0:

@@ -44,6 +44,25 @@ LONG = """
 
     launch(work, args=("go on, long run",), nprocs=3);
 """
+TALKS = """
+    import pathlib
+    import time
+    from ddp_lessons import launch
+
+
+    def work(rank, go_on):
+        for step in range(30):
+            time.sleep(0.02 * (1 + rank))
+            print(f"step {step}", flush=True)
+        print("50 %", end="\\r")
+        print("100 %", end="", flush=True)
+        while not pathlib.Path(go_on).exists():
+            time.sleep(0.02)
+        print()
+
+
+    launch(work, args=("go on, talk",), nprocs=2);
+"""
 AFTER = "print(launch(lambda rank: rank).values)"
 PROMISED = 5.0  # seconds from Stop to the explanation; the ladder of signals takes 2.5 of them
 
@@ -63,6 +82,35 @@ def test_a_long_run_shows_what_its_ranks_do(open_notebook: Open, server: Server)
     expect(panel).to_have_count(0)
     expect(notebook.show(0)).to_contain_text("[rank 2] waiting for the word")
     notebook.picture("panel_gone")
+
+
+def test_the_log_by_rank_and_by_time(open_notebook: Open, server: Server) -> None:
+    notebook = open_notebook(server.write("talk", TALKS))
+    notebook.start_all()
+    notebook.wait_for_panel(0, ranks=2, text="100 %")
+    cell = notebook.show(0)
+    log = cell.locator("pre:visible", has_text="[rank 0] step 29")
+    expect(log).to_contain_text("[rank 1] 100 %")
+    assert log.inner_text().splitlines() == [
+        f"[rank {rank}] {text}"
+        for rank in (0, 1)
+        for text in [*(f"step {step}" for step in range(30)), "100 %"]
+    ]
+    notebook.picture("log_by_rank")
+    by_time = cell.get_by_role("tab", name="by time")
+    cell.get_by_role("tab", name="by rank").focus()
+    notebook.page.keyboard.press("ArrowRight")  # to the next tab, which Enter chooses
+    notebook.page.keyboard.press("Enter")
+    expect(by_time).to_have_attribute("aria-selected", "true")
+    log = cell.locator("pre:visible", has_text="[rank 0] step 29")
+    lines = log.inner_text().splitlines()
+    assert lines.index("[rank 0] step 29") < lines.index("[rank 1] step 29")
+    assert lines.index("[rank 1] step 0") < lines.index("[rank 0] step 29")
+    notebook.picture("log_by_time")
+    (server.root / "go on, talk").touch()
+    notebook.wait_for_all()
+    expect(cell.get_by_role("tab")).to_have_count(0)
+    expect(cell).to_contain_text("[rank 1] step 29")
 
 
 def test_the_stop_button_explains_and_leaves_no_rank(open_notebook: Open, server: Server) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.processes.base import Worker
+from ddp_lessons.system.notebook import prepare_widgets
 from ddp_lessons.text import without_colours
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Log:
             worker.output.tap = functools.partial(self._take, worker.rank)
         self._changed = False
         self._due = 0.0
-        self._handle: DisplayHandle | None = None
+        self._shown: list[DisplayHandle] = []
         self._tabs: Any = None
 
     def show(self) -> None:
@@ -58,13 +59,13 @@ class Log:
             self._tabs = ipywidgets.Tab(
                 children, titles=("by rank", "by time"), layout={"display": "none"}
             )
-            self._handle = display(self._tabs, display_id=True)
+            self._shown = [display(self._tabs, display_id=True), prepare_widgets()]
 
     def tick(self) -> None:
         """Show what is new, if it is time."""
         if not self._changed or time.monotonic() < self._due or not self._worth_it:
             return
-        if self._handle is None:
+        if not self._shown:
             self.show()
         self._due, self._changed = time.monotonic() + EVERY, False
         if self._tabs is not None:
@@ -74,10 +75,11 @@ class Log:
 
     def close(self) -> None:
         """Remove it from the cell."""
-        if self._handle is not None:
+        if self._shown:
             from IPython.display import HTML
 
-            self._handle.update(HTML(""))
+            for handle in self._shown:
+                handle.update(HTML(""))
             for widget in (*self._tabs.children, self._tabs):
                 widget.close()
 

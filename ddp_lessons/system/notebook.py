@@ -1,9 +1,24 @@
-"""Whether this process is a notebook's kernel, and whether a person is watching it."""
+"""Whether this process is a notebook's kernel, and whether a person is watching it.
+
+If so, `prepare_widgets` makes the widgets of a cell usable by keyboard.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
+
+# Runs once the output is on the page. Notebook 7 takes a key before the widget that has the focus,
+# unless an element around it forbids that; JupyterLab asks the widget first.
+_SCRIPT = """if (element instanceof Node) new ResizeObserver((_, observer) => {
+    observer.disconnect();
+    const cell = element.closest(".jp-OutputArea") ?? document.body;
+    cell.setAttribute("data-lm-suppress-shortcuts", "");%s
+}).observe(element);"""
 
 
 def in_kernel() -> bool:
@@ -18,3 +33,14 @@ def is_live() -> bool:
     There the environment variable DDP_LESSONS_LIVE is 0.
     """
     return in_kernel() and os.environ.get("DDP_LESSONS_LIVE", "1") != "0"
+
+
+def prepare_widgets(script: str = "") -> DisplayHandle:
+    """Let the widgets of this cell have the keys that are pressed in them.
+
+    `script` is JavaScript that runs with it; it knows the cell's output as `cell`.
+    """
+    from IPython.display import display
+
+    data = {"application/javascript": _SCRIPT % script, "text/plain": ""}
+    return display(data, raw=True, display_id=True)  # type: ignore[no-any-return]

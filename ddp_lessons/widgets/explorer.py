@@ -23,7 +23,7 @@ from ddp_lessons.errors import LaunchError
 from ddp_lessons.launcher.api import launch
 from ddp_lessons.launcher.live_panel import hidden
 from ddp_lessons.plots import alt_text
-from ddp_lessons.system.notebook import is_live
+from ddp_lessons.system.notebook import is_live, prepare_widgets
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
@@ -38,15 +38,12 @@ LABEL = {"description_width": "10em"}
 LAYOUT = {"width": "29em", "max_width": "98%"}
 # ipywidgets 8 gives a slider's handle no name for screen readers. This script names the sliders of
 # its cell once its output is on the page.
-NAMES = """if (element instanceof Node) new ResizeObserver((_, observer) => {
-    observer.disconnect();
-    const cell = element.closest(".jp-OutputArea") ?? document.body;
+NAMES = """
     const name = () => cell.querySelectorAll(".widget-slider").forEach(slider =>
         slider.querySelector("[role=slider]")?.setAttribute(
             "aria-label", slider.querySelector("label").textContent));
     new MutationObserver(name).observe(cell, {childList: true, subtree: true});
-    name();
-}).observe(element);"""
+    name();"""
 MOST_ERROR = 1500  # characters shown of a failure
 
 
@@ -106,7 +103,7 @@ class Explorer:
         else:  # ipywidgets 7, as on Colab
             display(self.panel)
         if is_live():
-            display({"application/javascript": NAMES, "text/plain": ""}, raw=True)
+            prepare_widgets(NAMES)
         self.redraw()
         if self._picture is None:  # reserves the place in this cell for later plots
             self._picture = display({"text/plain": ""}, raw=True, display_id=True)

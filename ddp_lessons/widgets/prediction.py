@@ -14,7 +14,7 @@ import ipywidgets
 from IPython.display import display
 
 from ddp_lessons.course.progress import note_prediction
-from ddp_lessons.system.notebook import is_live
+from ddp_lessons.system.notebook import is_live, prepare_widgets
 from ddp_lessons.text import as_html
 
 LAYOUT = {"width": "auto", "max_width": "60em"}
@@ -70,6 +70,7 @@ class Prediction:
             how = "Choose, then run on." if self.choices else "Write a number, then run on."
             text = f"<b>{as_html(self.question)}</b> <span style='opacity:0.7'>{how}</span>"
             display(ipywidgets.VBox([ipywidgets.HTML(text), self._control], layout=LAYOUT))
+            prepare_widgets()
         else:
             display({"text/html": self._html(), "text/plain": self._text()}, raw=True)
 

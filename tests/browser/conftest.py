@@ -17,6 +17,8 @@ from tests.browser.server import Server
 
 OPTIONS = ["--no-sandbox", "--disable-dev-shm-usage"]  # it runs in containers, too
 
+LAB, NOTEBOOK = FRONT_ENDS = "JupyterLab", "Notebook"
+
 Open = Callable[..., Notebook]
 
 
@@ -58,8 +60,10 @@ def open_notebook(browser: Browser, server: Server) -> Iterator[Open]:
     context = browser.new_context(viewport=SIZES["usual"])
     opened: list[Notebook] = []
 
-    def open_notebook(path: str) -> Notebook:
-        opened.append(Notebook(context, server, path, f"tab{len(opened)}"))
+    def open_notebook(path: str, front_end: str = LAB) -> Notebook:
+        lab = front_end == LAB
+        url = server.url(path, f"tab{len(opened)}") if lab else server.notebook_url(path)
+        opened.append(Notebook(context, path, url))
         return opened[-1]
 
     yield open_notebook

@@ -18,7 +18,6 @@ from playwright.sync_api import (
     expect,
 )
 
-from tests.browser.server import Server
 from tests.support.checkout import ROOT
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -27,7 +26,9 @@ READY, RUN = 60_000, 90_000  # until a kernel is there; until a notebook has run
 
 # JupyterLab asks the kernel of a tab for its debugger also as the tab closes, which cancels the
 # question; it logs that as an error.
+# Notebook 7.6 logs the second one on every page, also without widgets.
 _CANCELLED = "Could not restore the debugger state: Canceled future"
+_OF_NOTEBOOK = "Cannot read properties of undefined (reading 'schema')"
 _IDLE = """() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status
     === 'idle'"""
 _CELLS = """() => jupyterapp.shell.currentWidget.content.widgets.map(cell => ({
@@ -63,18 +64,19 @@ _CUT_OFF = """() => [...document.querySelectorAll('.jp-OutputArea-output')].flat
 class Notebook:
     """One tab with one notebook, its kernel ready."""
 
-    def __init__(self, context: BrowserContext, server: Server, path: str, tab: str) -> None:
+    def __init__(self, context: BrowserContext, path: str, url: str) -> None:
         self.name = Path(path).stem
         self.errors: list[str] = []
         self.page: Page = context.new_page()
         self.page.set_default_timeout(CLICK)
         self.page.on("pageerror", self._failed)
         self.page.on("console", self._said)
-        self.page.goto(server.url(path, tab), timeout=READY)
+        self.page.goto(url, timeout=READY)
         self.page.wait_for_function(_IDLE, timeout=READY)
 
     def _failed(self, error: Error) -> None:
-        self.errors.append(f"{error}")
+        if str(error) != _OF_NOTEBOOK:
+            self.errors.append(f"{error}")
 
     def _said(self, message: ConsoleMessage) -> None:
         if message.type == "error" and not message.text.startswith(_CANCELLED):

@@ -19,12 +19,14 @@ from ddp_lessons.cli import jupyterlab
 from ddp_lessons.cli.lesson_copies import bring
 from tests.support import checkout, servers
 
+NOTEBOOK_TOO = "--JupyterNotebookApp.expose_app_in_browser=True"
+
 
 class Server(servers.Server):
     """JupyterLab as a context manager, on a copy of the lessons."""
 
     def __init__(self, folder: Path) -> None:
-        command = (*servers.LAB, "--expose-app-in-browser")
+        command = (*servers.LAB, "--expose-app-in-browser", NOTEBOOK_TOO)
         super().__init__(folder, folder / "lessons", command, env=_environment())
 
     def __enter__(self) -> Self:
@@ -43,6 +45,10 @@ class Server(servers.Server):
         """The address of a notebook in a fresh workspace, with the token to log in."""
         place = f"{self.address}/lab/workspaces/{workspace}/tree/{urllib.parse.quote(path)}"
         return f"{place}?reset&token={self.token}"
+
+    def notebook_url(self, path: str) -> str:
+        """The same in Notebook 7, which the same server has."""
+        return f"{self.address}/notebooks/{urllib.parse.quote(path)}?token={self.token}"
 
     def kernels(self) -> dict[str, psutil.Process]:
         """The process of each kernel, by its id."""

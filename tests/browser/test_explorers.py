@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.conftest import Open
+from tests.browser.conftest import FRONT_ENDS, Open
 from tests.browser.pages import SIZES
 from tests.browser.server import Server
 
@@ -31,8 +31,9 @@ CONTROLS = "[role=slider], input[type=checkbox], select"
 IMPORTS = "import torch.distributed as dist\nfrom torch.utils.data import DistributedSampler"
 
 
-def test_a_key_moves_a_slider_and_real_ranks_draw_anew(open_notebook: Open) -> None:
-    notebook = open_notebook("05_distributed_sampler.ipynb")
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+def test_a_key_moves_a_slider_and_real_ranks_draw_anew(open_notebook: Open, front_end: str) -> None:
+    notebook = open_notebook("05_distributed_sampler.ipynb", front_end)
     notebook.forget()
     notebook.add_first(IMPORTS)
     for number in (0, *(notebook.find(text) for text in ("def knobs", "explore(knobs)"))):
@@ -50,7 +51,7 @@ def test_a_key_moves_a_slider_and_real_ranks_draw_anew(open_notebook: Open) -> N
     expect(slider).to_be_focused()
     notebook.page.keyboard.press("Tab")
     notebook.page.keyboard.press("Tab")
-    notebook.picture("explorer_05")
+    notebook.picture(f"explorer_05_{front_end}")
 
 
 @pytest.mark.parametrize("half", [0, 1])

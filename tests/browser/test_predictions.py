@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from ddp_lessons.course.progress import FILE, read
-from tests.browser.conftest import Open
+from tests.browser.conftest import FRONT_ENDS, Open
 from tests.browser.server import Server
 
 pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
@@ -14,10 +14,11 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
 LESSON = "04_barriers.ipynb"
 
 
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
 def test_a_learner_predicts_by_keyboard_and_then_sees_the_answer(
-    open_notebook: Open, server: Server
+    open_notebook: Open, server: Server, front_end: str
 ) -> None:
-    notebook = open_notebook(LESSON)
+    notebook = open_notebook(LESSON, front_end)
     question = notebook.find("longest_wait = predict(")
     run = notebook.find("longest_wait.reveal(")
     for number in range(2, question + 1):
@@ -29,7 +30,7 @@ def test_a_learner_predicts_by_keyboard_and_then_sees_the_answer(
     choice.focus()
     notebook.page.keyboard.press("Space")
     expect(choice).to_be_checked()
-    notebook.picture("prediction")
+    notebook.picture(f"prediction_{front_end}")
     notebook.run(run)
     notebook.wait_for(run)
     expect(notebook.show(run)).to_contain_text("You predicted rank 3.")
@@ -37,7 +38,7 @@ def test_a_learner_predicts_by_keyboard_and_then_sees_the_answer(
     expect(fold.get_by_text("All leave when rank 3 has come")).not_to_be_visible()
     fold.locator("summary").click()
     expect(fold.get_by_text("All leave when rank 3 has come")).to_be_visible()
-    notebook.picture("prediction_revealed")
+    notebook.picture(f"prediction_revealed_{front_end}")
     (kept,) = read(server.root.parent / FILE).predictions.values()
     assert (kept["said"], kept["right"]) == ("rank 3", False)
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.conftest import Open
+from tests.browser.conftest import FRONT_ENDS, Open
 from tests.browser.pages import SIZES
 from tests.browser.server import Server
 from tests.support.kernels import gone, wait_for_workers
@@ -64,28 +64,37 @@ TALKS = """
     launch(work, args=("go on, talk",), nprocs=2);
 """
 AFTER = "print(launch(lambda rank: rank).values)"
+in_both = pytest.mark.parametrize("front_end", FRONT_ENDS)
 PROMISED = 5.0  # seconds from Stop to the explanation; the ladder of signals takes 2.5 of them
 
 
-def test_a_long_run_shows_what_its_ranks_do(open_notebook: Open, server: Server) -> None:
-    notebook = open_notebook(server.write("long", LONG))
+@in_both
+def test_a_long_run_shows_what_its_ranks_do(
+    open_notebook: Open, server: Server, front_end: str
+) -> None:
+    go_on = server.root / "go on, long run"
+    go_on.unlink(missing_ok=True)
+    notebook = open_notebook(server.write("long", LONG), front_end)
     notebook.start_all()
     panel = notebook.wait_for_panel(0, ranks=3, text="waiting for the word")
     assert panel.locator("td:has-text('running')").count() == 3
-    notebook.picture("panel")
+    notebook.picture(f"panel_{front_end}")
     for name in SIZES:
         notebook.resize(name)
         notebook.check_that_all_fits()
-    notebook.picture("panel_200_percent")
-    (server.root / "go on, long run").touch()
+    notebook.picture(f"panel_200_percent_{front_end}")
+    go_on.touch()
     notebook.wait_for_all()
     expect(panel).to_have_count(0)
     expect(notebook.show(0)).to_contain_text("[rank 2] waiting for the word")
-    notebook.picture("panel_gone")
+    notebook.picture(f"panel_gone_{front_end}")
 
 
-def test_the_log_by_rank_and_by_time(open_notebook: Open, server: Server) -> None:
-    notebook = open_notebook(server.write("talk", TALKS))
+@in_both
+def test_the_log_by_rank_and_by_time(open_notebook: Open, server: Server, front_end: str) -> None:
+    go_on = server.root / "go on, talk"
+    go_on.unlink(missing_ok=True)
+    notebook = open_notebook(server.write("talk", TALKS), front_end)
     notebook.start_all()
     notebook.wait_for_panel(0, ranks=2, text="100 %")
     cell = notebook.show(0)
@@ -96,7 +105,7 @@ def test_the_log_by_rank_and_by_time(open_notebook: Open, server: Server) -> Non
         for rank in (0, 1)
         for text in [*(f"step {step}" for step in range(30)), "100 %"]
     ]
-    notebook.picture("log_by_rank")
+    notebook.picture(f"log_by_rank_{front_end}")
     by_time = cell.get_by_role("tab", name="by time")
     cell.get_by_role("tab", name="by rank").focus()
     notebook.page.keyboard.press("ArrowRight")  # to the next tab, which Enter chooses
@@ -106,15 +115,18 @@ def test_the_log_by_rank_and_by_time(open_notebook: Open, server: Server) -> Non
     lines = log.inner_text().splitlines()
     assert lines.index("[rank 0] step 29") < lines.index("[rank 1] step 29")
     assert lines.index("[rank 1] step 0") < lines.index("[rank 0] step 29")
-    notebook.picture("log_by_time")
-    (server.root / "go on, talk").touch()
+    notebook.picture(f"log_by_time_{front_end}")
+    go_on.touch()
     notebook.wait_for_all()
     expect(cell.get_by_role("tab")).to_have_count(0)
     expect(cell).to_contain_text("[rank 1] step 29")
 
 
-def test_the_stop_button_explains_and_leaves_no_rank(open_notebook: Open, server: Server) -> None:
-    notebook = open_notebook(server.write("hang", HANG, AFTER))
+@in_both
+def test_the_stop_button_explains_and_leaves_no_rank(
+    open_notebook: Open, server: Server, front_end: str
+) -> None:
+    notebook = open_notebook(server.write("hang", HANG, AFTER), front_end)
     notebook.start_all()
     notebook.wait_for_panel(0, ranks=3, text="joined")
     (kernel,) = server.kernels().values()
@@ -126,7 +138,7 @@ def test_the_stop_button_explains_and_leaves_no_rank(open_notebook: Open, server
     expect(cell).to_contain_text("KeyboardInterrupt")
     assert time.monotonic() - began < PROMISED
     assert gone(ranks)
-    notebook.picture("stop")
+    notebook.picture(f"stop_{front_end}")
     notebook.run(1)
     expect(notebook.cell(1)).to_contain_text("[0, 1]")
 

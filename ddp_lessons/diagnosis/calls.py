@@ -167,6 +167,11 @@ class Calls:
         mine = self.of_rank[rank]
         return mine[-1] if mine and mine[-1].state == "failed" else None
 
+    def last_met(self, rank: int) -> Call | None:
+        """The last collective that a rank called."""
+        mine = (there[rank] for met in self.met.values() for there in met.values() if rank in there)
+        return max(mine, key=lambda call: call.t0_ns, default=None)
+
     def _awaited(self, spans: Sequence[Span]) -> Iterator[Call]:
         """The collectives in flight while a rank's backward waits for its buckets."""
         if not any(s.t1_ns is None and s.name == WAIT_FOR_BUCKETS for s in spans):

@@ -255,14 +255,18 @@ def _from_two(calls: Iterable[Call]) -> bool:
 class _Hang(Standstill):
     def verdict(self) -> Verdict:
         """The verdict; unequal steps, or an exception that ended a thread, may be the reason."""
-        verdict = self._verdict()
+        verdict = self._with_steps(self._verdict())
+        if not any(rank.dead_threads for rank in self.run.ranks):
+            return verdict
+        return dataclasses.replace(verdict, advice=f"{verdict.advice} {advice.DEAD_THREAD}")
+
+    def _with_steps(self, verdict: Verdict) -> Verdict:
+        """The verdict, with the steps that the ranks made if some made fewer."""
         handled = verdict.advice == advice.HANDLED
         if verdict.kind in _UNEVEN and not handled and (steps := self.steps()):
             evidence = (steps, "", *verdict.evidence)
             verdict = dataclasses.replace(verdict, evidence=evidence, advice=self._uneven())
-        if not any(rank.dead_threads for rank in self.run.ranks):
-            return verdict
-        return dataclasses.replace(verdict, advice=f"{verdict.advice} {advice.DEAD_THREAD}")
+        return verdict
 
     def _uneven(self) -> str:
         """Advice where some ranks made fewer steps."""
@@ -348,7 +352,7 @@ class _Hang(Standstill):
         Of messages only those count that may have ended the ranks `ended`.
         """
         parting = self._first(self._latest(), _harmful(self.calls, ended))
-        return None if parting is None else self.parted(parting)
+        return None if parting is None else self._with_steps(self.parted(self._by_stacks(parting)))
 
     def _latest(self) -> dict[str, int]:
         return {group: max(numbers) for group, numbers in self.calls.met.items() if numbers}

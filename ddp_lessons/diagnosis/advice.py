@@ -47,9 +47,7 @@ SHARDS = (
     "by torch.distributed.checkpoint communicate: all ranks must call them. Only what is done with "
     "the result, such as printing it, may be left to rank 0."
 )
-PIPELINE = (
-    "All stages must run the same kind of schedule, with the same number of micro-batches."
-)
+PIPELINE = "All stages must run the same kind of schedule, with the same number of micro-batches."
 JOINING = (
     "init_process_group returns when every rank has called it. Look for the `if`, the early "
     "`return` or the long work before it that keeps the missing rank away."

@@ -307,9 +307,7 @@ class _Hang(Standstill):
             return parting
         at = [[self._stands_in(call) for call in side] for side in parting.sides]
         first = [next((rank for rank in side if rank is not None), None) for side in at]
-        by_sync = [
-            rank is not None and _library(rank) == advice.SYNC_BATCHNORM for rank in first
-        ]
+        by_sync = [rank is not None and _library(rank) == advice.SYNC_BATCHNORM for rank in first]
         sides = [
             [call._replace(owner=SYNC_BATCHNORM) if by else call for call in side]
             for side, by in zip(parting.sides, by_sync, strict=True)
@@ -412,7 +410,10 @@ class _Hang(Standstill):
 
     def _stands_elsewhere(self, call: Call) -> bool:
         stands = self.standing.get(call.rank)
-        return stands is None or stands.site != call.site
+        here = stands is not None and (
+            stands.site == call.site or (stands.group, stands.seq) == (call.group, call.seq)
+        )
+        return not here
 
     # Missing ranks
 
@@ -465,6 +466,8 @@ class _Hang(Standstill):
         frame = stacks.position(self.run.ranks[ranks[0]].stack).frame
         if frame is None and (call := self.calls.not_made(ranks[0])) is not None:
             frame = frame_of(call.site)
+        if frame is None and kind == "returned early":
+            frame = self.frame()
         return Verdict(
             kind,
             ranks,
@@ -497,8 +500,10 @@ class _Hang(Standstill):
             case "not ended":
                 keeper = self.run.ranks[ranks[0]].kept_by
                 return limit + _ENDING.get(str(keeper), advice.THREADS) + slow
+        in_pairs = self.standing and all(call.pairwise for call in self.standing.values())
+        against = advice.PAIRS if in_pairs else advice.MISSING
         library = self.library(self.standing)
-        return f"{advice.MISSING} {library}" if library else advice.MISSING
+        return f"{against} {library}" if library else against
 
     def _limit(self, ranks: Sequence[int]) -> tuple[str, str]:
         """Which timeout ran out, and what to do if `ranks` are only slow: two pieces of advice."""

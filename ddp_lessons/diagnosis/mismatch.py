@@ -135,12 +135,11 @@ def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None
             break
         if len(by_rank) > 1 and (why := _difference(calls.met[group], seq)):
             found = Mismatch(group, seq, tuple(by_rank.values()), why, None)
-            if why != "order":
-                return found
-            most, *_, least = found.sides
-            passed = _passed_by(calls.met[group], most[0].site, least[0].site)
-            found = found._replace(passed=passed)
-            return found if passed is not None else _earlier(calls.met[group], found) or found
+            if why == "order":
+                most, *_, least = found.sides
+                passed = _passed_by(calls.met[group], most[0].site, least[0].site)
+                found = found._replace(passed=passed)
+            return found if found.passed else _earlier(calls.met[group], found) or found
     return None
 
 

@@ -104,7 +104,6 @@ class Loop(NamedTuple):
         """Whether a line is in it."""
         return frame.filename == self.file and self.first <= frame.lineno <= self.last
 
-
     def is_before(self, frame: Frame) -> bool:
         """Whether a line comes after it, in the same function."""
         way = _way_to(self.file, frame.lineno)

@@ -6,11 +6,8 @@ some ranks, streams that end.
 
 from __future__ import annotations
 
-import inspect
-import time
+import tempfile
 from collections.abc import Callable, Iterator
-from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.data import DataLoader, IterableDataset
 
 from ddp_lessons import Run, launch
+from ddp_lessons.syncbn import convert_sync_batchnorm
 
 pytestmark = pytest.mark.ranks
 
@@ -35,7 +33,7 @@ def two_layers() -> nn.Sequential:
 # Tensor parallelism
 
 
-def tensor_parallel(shape: tuple[int, ...]) -> nn.Module:
+def tensor_parallel() -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -43,14 +41,14 @@ def tensor_parallel(shape: tuple[int, ...]) -> nn.Module:
         parallelize_module,
     )
 
-    mesh = init_device_mesh("cpu", shape)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     model: nn.Module = parallelize_module(two_layers(), mesh, plan)
     return model
 
 
 def skips_a_forward(rank: int) -> None:
-    model = tensor_parallel((dist.get_world_size(),))
+    model = tensor_parallel()
     for step in range(3):
         if step == 1 and rank == 1:
             continue
@@ -58,95 +56,82 @@ def skips_a_forward(rank: int) -> None:
     dist.barrier()
 
 
-def forward_on_rank_0_only(rank: int) -> None:
-    model = tensor_parallel((dist.get_world_size(),))
-    if rank == 0:
-        print(model(torch.ones(3, 4)).sum().item())  # HERE
-    dist.barrier()
-
-
-def parallelized_on_rank_0_only(rank: int) -> None:
+def cuts_a_tensor_alone(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
+
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if rank == 0:
         distribute_tensor(torch.ones(6, 2), mesh, [Shard(0)])  # HERE
     dist.barrier()
 
 
-def mesh_on_some(rank: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    if rank != 2:
-        init_device_mesh("cpu", (3,), mesh_dim_names=("tp",))
-        init_device_mesh("cpu", (3,1), mesh_dim_names=("tp","dp"))  # HERE
-    dist.barrier()
-
-
 # Pipelines
 
 
-def schedule(rank: int, warmup: int) -> None:
-    """1F1B by hand, with a warm-up of `warmup` micro-batches."""
+def one_f_one_b(rank: int, warm_up: int) -> None:
+    """1F1B by hand: the forwards of `warm_up` micro-batches first, then one of each in turn."""
     last = dist.get_world_size() - 1
 
     def forward() -> None:
-        x = torch.zeros(2)
         if rank:
-            dist.recv(x, rank - 1)
+            dist.recv(torch.zeros(2), rank - 1)
         if rank < last:
-            dist.send(x, rank + 1)
+            dist.send(torch.zeros(2), rank + 1)
 
     def backward() -> None:
-        grad = torch.zeros(2)
         if rank < last:
-            dist.recv(grad, rank + 1)
+            dist.recv(torch.zeros(2), rank + 1)  # HERE
         if rank:
-            dist.send(grad, rank - 1)
+            dist.send(torch.zeros(2), rank - 1)
 
-    for _ in range(warmup):
+    for _ in range(warm_up):
         forward()
-    for _ in range(4 - warmup):
+    for _ in range(4 - warm_up):
         forward()
         backward()
-    for _ in range(warmup):
+    for _ in range(warm_up):
         backward()
 
 
 def warms_up_by_rank(rank: int) -> None:
-    schedule(rank, rank)
+    one_f_one_b(rank, rank)
 
 
-def one_stage_warms_up_less(rank: int) -> None:
-    schedule(rank, 0 if rank == 0 else dist.get_world_size() - 1 - rank)
+def first_stage_does_not_warm_up(rank: int) -> None:
+    one_f_one_b(rank, 0 if rank == 0 else dist.get_world_size() - 1 - rank)
 
 
-BIG = 4_000_000
+BIG = 4_000_000  # numbers: a send of so many waits for its recv
+
+
+def around(rank: int) -> tuple[int, int]:
+    return (rank + 1) % dist.get_world_size(), (rank - 1) % dist.get_world_size()
 
 
 def all_send_first(rank: int) -> None:
-    after, before = (rank + 1) % dist.get_world_size(), (rank - 1) % dist.get_world_size()
-    dist.send(torch.ones(BIG), after)
+    after, before = around(rank)
+    dist.send(torch.ones(BIG), after)  # HERE
     dist.recv(torch.ones(BIG), before)
 
 
 def all_receive_first(rank: int) -> None:
-    after, before = (rank + 1) % dist.get_world_size(), (rank - 1) % dist.get_world_size()
-    dist.recv(torch.ones(1), before)
+    after, before = around(rank)
+    dist.recv(torch.ones(1), before)  # HERE
     dist.send(torch.ones(1), after)
 
 
-def all_receive_in_the_second_round(rank: int) -> None:
-    after, before = (rank + 1) % dist.get_world_size(), (rank - 1) % dist.get_world_size()
-    work = dist.isend(torch.ones(1), after)
+def all_send_then_receive_twice(rank: int) -> None:
+    after, before = around(rank)
+    sent = dist.isend(torch.ones(1), after)
     dist.recv(torch.ones(1), before)
-    work.wait()
-    dist.recv(torch.ones(1), before)
-    dist.send(torch.ones(1), after)
+    sent.wait()
+    dist.recv(torch.ones(1), before)  # HERE
 
 
-def mixed_circle(rank: int) -> None:
+def some_send_first(rank: int) -> None:
     if rank == 0:
-        dist.send(torch.ones(BIG), 1)
+        dist.send(torch.ones(BIG), 1)  # HERE
     elif rank == 1:
         dist.recv(torch.ones(1), 2)
         dist.recv(torch.ones(BIG), 0)
@@ -155,54 +140,39 @@ def mixed_circle(rank: int) -> None:
         dist.send(torch.ones(1), 1)
 
 
-def pipelined(rank: int, name: str, odd: int) -> None:
+def fewer_micro_batches(rank: int, name: str, odd: int) -> None:
     from torch.distributed import pipelining
 
-    stage = pipelining.PipelineStage(
-        nn.Linear(4, 4), rank, dist.get_world_size(), torch.device("cpu")
-    )
-    kind = getattr(pipelining, name)
-    micro = 4 if rank != odd else 3
-    run = kind(stage, micro, loss_fn=lambda y, t: (y - t).square().mean())
-    if rank == 0:
-        run.step(torch.ones(12, 4))
-    elif rank == dist.get_world_size() - 1:
-        run.step(target=torch.ones(12, 4))
-    else:
-        run.step()
-    dist.barrier()
+    last = dist.get_world_size() - 1
+    stage = pipelining.PipelineStage(nn.Linear(4, 4), rank, last + 1, torch.device("cpu"))
+    batches = 3 if rank == odd else 4
+    run = getattr(pipelining, name)(stage, batches, loss_fn=lambda y, t: (y - t).square().mean())
+    x = (torch.ones(3 * batches, 4),) if rank == 0 else ()
+    run.step(*x, target=torch.ones(3 * batches, 4) if rank == last else None)  # HERE
 
 
-def gpipe0(rank: int) -> None:
-    pipelined(rank, "ScheduleGPipe", 0)
+def gpipe_fewer_on_rank_0(rank: int) -> None:
+    fewer_micro_batches(rank, "ScheduleGPipe", 0)
 
 
-def gpipe1(rank: int) -> None:
-    pipelined(rank, "ScheduleGPipe", 1)
+def gpipe_fewer_on_rank_1(rank: int) -> None:
+    fewer_micro_batches(rank, "ScheduleGPipe", 1)
 
 
-def gpipe2(rank: int) -> None:
-    pipelined(rank, "ScheduleGPipe", 2)
+def one_f_one_b_fewer_on_rank_1(rank: int) -> None:
+    fewer_micro_batches(rank, "Schedule1F1B", 1)
 
 
-def f1b0(rank: int) -> None:
-    pipelined(rank, "Schedule1F1B", 0)
-
-
-def f1b1(rank: int) -> None:
-    pipelined(rank, "Schedule1F1B", 1)
-
-
-def f1b2(rank: int) -> None:
-    pipelined(rank, "Schedule1F1B", 2)
+def one_f_one_b_fewer_on_rank_2(rank: int) -> None:
+    fewer_micro_batches(rank, "Schedule1F1B", 2)
 
 
 # Shards
 
 
 def sharded() -> nn.Sequential:
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     model = two_layers()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -214,86 +184,53 @@ def sharded() -> nn.Sequential:
 def full_tensor_on_rank_0(rank: int) -> None:
     model = sharded()
     if rank == 0:
-        whole = {name: p.full_tensor() for name, p in model.named_parameters()}  # HERE
-        print(len(whole))
+        for parameter in model.parameters():
+            parameter.full_tensor()  # HERE
     dist.barrier()
-
-
-def full_tensor_then_return(rank: int) -> None:
-    model = sharded()
-    if rank == 0:
-        whole = {name: p.full_tensor() for name, p in model.named_parameters()}  # HERE
-        print(len(whole))
 
 
 def evaluates_on_rank_0(rank: int) -> None:
     model = sharded()
-    model(torch.ones(3, 4)).sum().backward()
-    if rank == 0:
-        with torch.no_grad():
-            model(torch.ones(3, 4))  # HERE
-    dist.barrier()
-
-
-def one_step_fewer(rank: int) -> None:
-    model = sharded()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(3 if rank == 1 else 4):
-        optimizer.zero_grad()
-        model(torch.ones(3, 4)).sum().backward()  # HERE
-        optimizer.step()
-
-
-def one_step_fewer_then_barrier(rank: int) -> None:
-    model = sharded()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for _ in range(3 if rank == 1 else 4):
-        optimizer.zero_grad()
-        model(torch.ones(3, 4)).sum().backward()  # HERE
-        optimizer.step()
-    dist.barrier()
-
-
-def saves_on_rank_0(rank: int) -> None:
-    import tempfile
-    from torch.distributed import checkpoint
-
-    model = sharded()
-    with tempfile.TemporaryDirectory() as folder:
+    for _ in range(2):
+        model(torch.ones(3, 4)).sum().backward()
         if rank == 0:
-            checkpoint.save(model.state_dict(), checkpoint_id=folder)  # HERE
+            with torch.no_grad():
+                model(torch.ones(3, 4))  # HERE
+
+
+def one_step_fewer(rank: int, then: str = "") -> None:
+    model = sharded()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3 if rank == 1 else 4):
+        optimizer.zero_grad()
+        model(torch.ones(3, 4)).sum().backward()  # HERE
+        optimizer.step()
+    if then == "barrier":
         dist.barrier()
 
 
-def saves_then_return(rank: int) -> None:
-    import tempfile
+def one_step_fewer_then_barrier(rank: int) -> None:
+    one_step_fewer(rank, "barrier")
+
+
+def saves_on_rank_0(rank: int) -> None:
+    from torch.distributed import checkpoint
+
+    model = sharded()
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(3):
+            model(torch.ones(3, 4)).sum().backward()
+            if rank == 0:
+                checkpoint.save(model.state_dict(), checkpoint_id=folder)  # HERE
+
+
+def saves_on_rank_0_then_all_return(rank: int) -> None:
     from torch.distributed import checkpoint
 
     model = sharded()
     with tempfile.TemporaryDirectory() as folder:
         if rank == 0:
             checkpoint.save(model.state_dict(), checkpoint_id=folder)  # HERE
-
-
-def saves_then_trains(rank: int) -> None:
-    import tempfile
-    from torch.distributed import checkpoint
-
-    model = sharded()
-    with tempfile.TemporaryDirectory() as folder:
-        for step in range(3):
-            model(torch.ones(3, 4)).sum().backward()
-            if rank == 0 and step == 1:
-                checkpoint.save(model.state_dict(), checkpoint_id=folder)  # HERE
-
-
-def full_state_on_rank_0(rank: int) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    model = sharded()
-    if rank == 0:
-        get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))  # HERE
-    dist.barrier()
 
 
 def clips_on_rank_0(rank: int) -> None:
@@ -304,30 +241,15 @@ def clips_on_rank_0(rank: int) -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # HERE
 
 
-def clips_on_rank_1_then_barrier(rank: int) -> None:
-    model = sharded()
-    model(torch.ones(3, 4)).sum().backward()
-    if rank == 1:
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # HERE
-    dist.barrier()
-
-
 # Metrics
 
 
 def gathers_where_there_are_samples(rank: int) -> None:
-    samples: list[float] = [] if rank == 1 else [0.1 * rank]
+    samples = [] if rank == 1 else [0.1 * rank]
     if samples:
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, samples)  # HERE
     dist.barrier()
-
-
-def gathers_then_returns(rank: int) -> None:
-    samples: list[float] = [] if rank == 1 else [0.1 * rank]
-    if samples:
-        found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, samples)  # HERE
 
 
 def gathers_by_key(rank: int) -> None:
@@ -338,8 +260,8 @@ def gathers_by_key(rank: int) -> None:
     dist.barrier()
 
 
-def gathers_to_0(rank: int) -> None:
-    samples: list[float] = [] if rank == 1 else [0.1 * rank]
+def gathers_to_rank_0(rank: int) -> None:
+    samples = [] if rank == 1 else [0.1 * rank]
     if samples:
         found: list[Any] | None = [None] * dist.get_world_size() if rank == 0 else None
         dist.gather_object(samples, found)  # HERE
@@ -350,90 +272,179 @@ def gathers_to_0(rank: int) -> None:
 
 
 class Stream(IterableDataset[torch.Tensor]):  # type: ignore[misc]
-    def __init__(self, rank: int) -> None:
-        self.length = 20 - 4 * (rank == 1)
+    def __init__(self, length: int) -> None:
+        self.length = length
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (torch.ones(4) for _ in range(self.length))
 
 
-def stream_ends_early(rank: int) -> None:
+def stream_ends(rank: int, then: str) -> None:
     model = DDP(two_layers())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for batch in DataLoader(Stream(rank), batch_size=4):
+    for batch in DataLoader(Stream(16 if rank == 1 else 20), batch_size=4):
         optimizer.zero_grad()
         model(batch).sum().backward()  # HERE
         optimizer.step()
+    if then == "barrier":
+        dist.barrier()
+    if then == "metric":
+        dist.all_reduce(torch.ones(1))
 
 
-def stream_ends_early_then_barrier(rank: int) -> None:
+def stream_ends_and_it_returns(rank: int) -> None:
+    stream_ends(rank, "return")
+
+
+def stream_ends_before_a_barrier(rank: int) -> None:
+    stream_ends(rank, "barrier")
+
+
+def stream_ends_before_a_metric(rank: int) -> None:
+    stream_ends(rank, "metric")
+
+
+def stops_by_its_own_loss(rank: int) -> None:
     model = DDP(two_layers())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for batch in DataLoader(Stream(rank), batch_size=4):
+    for step in range(4):
         optimizer.zero_grad()
-        model(batch).sum().backward()  # HERE
+        model(torch.ones(3, 4)).sum().backward()  # HERE
         optimizer.step()
-    dist.barrier()
+        if rank == 1 and step == 2:
+            break
 
 
-def stream_ends_early_then_metric(rank: int) -> None:
-    model = DDP(two_layers())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for batch in DataLoader(Stream(rank), batch_size=4):
-        optimizer.zero_grad()
-        model(batch).sum().backward()  # HERE
-        optimizer.step()
-    dist.all_reduce(torch.ones(1))
+# A model that one rank calls
 
 
-# SyncBatchNorm
+class Normed(nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 8)
+        self.norm = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(8)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer(x))
 
 
-def sync_model(ddp: bool) -> nn.Module:
-    from ddp_lessons.syncbn import convert_sync_batchnorm
-    model: nn.Module = convert_sync_batchnorm(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)))
-    return DDP(model) if ddp else model
-
-
-def sync_on_rank_0(rank: int) -> None:
-    model = sync_model(True)
-    model(torch.ones(3, 4)).sum().backward()
-    if rank == 0:
-        model.module(torch.ones(3, 4))  # HERE
-    model(torch.ones(3, 4)).sum().backward()
-
-
-def sync_ddp_on_rank_0(rank: int) -> None:
-    model = sync_model(True)
-    model(torch.ones(3, 4)).sum().backward()
-    if rank == 0:
-        model(torch.ones(3, 4))  # HERE
-    model(torch.ones(3, 4)).sum().backward()
-
-
-def sync_on_rank_0_then_barrier(rank: int) -> None:
-    model = sync_model(True)
-    for step in range(2):
+def validates_on_rank_0(rank: int) -> None:
+    model = DDP(Normed())
+    for _ in range(2):
         model(torch.ones(3, 4)).sum().backward()
         if rank == 0:
             model.module(torch.ones(3, 4))  # HERE
-    dist.barrier()
 
 
-def sync_not_on_rank_1(rank: int) -> None:
-    model = sync_model(True)
-    for step in range(3):
-        if rank == 1 and step == 1:
-            continue
-        model(torch.ones(3, 4)).sum().backward()  # HERE
-
-
-def ddp_on_rank_0(rank: int) -> None:
-    model = DDP(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)))
-    for step in range(2):
+def validates_by_ddp_on_rank_0(rank: int) -> None:
+    model = DDP(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
+    for _ in range(2):
         model(torch.ones(3, 4)).sum().backward()
         if rank == 0:
             model(torch.ones(3, 4))  # HERE
+
+
+class Case(NamedTuple):
+    """What the explanation must say, and what it must not."""
+
+    work: Callable[[int], None]
+    kind: str
+    ranks: tuple[int, ...]
+    says: tuple[str, ...] = ()
+    says_not: tuple[str, ...] = ()
+
+
+SHARDS = "A rank has only its shards"
+STEPS = "Rank 1 made {} steps; ranks 0 and 2 began {}."
+UNEVEN = "unequal numbers of batches"
+TOGETHER = "Let all ranks decide together"
+CASES = [
+    Case(skips_a_forward, "skipped collective", (1,), ("ranks 0 and 2 call all_reduce", SHARDS)),
+    Case(cuts_a_tensor_alone, "skipped collective", (0,), ("rank 0 calls scatter",)),
+    Case(
+        warms_up_by_rank,
+        "unmatched recv",
+        (0, 1),
+        (
+            "rank 0 waits for message 1 from rank 1, which has sent none",
+            "rank 1 waits for message 2 from rank 0, which has sent 1",
+            "In a pipeline",
+        ),
+        ("all of them receive first", "all of them send first"),
+    ),
+    Case(
+        first_stage_does_not_warm_up,
+        "unmatched recv",
+        (0, 1),
+        ("In a pipeline",),
+        ("all of them receive first",),
+    ),
+    Case(
+        all_send_first, "unmatched send", (0, 1, 2), ("all of them send first", "has received none")
+    ),
+    Case(all_receive_first, "unmatched recv", (0, 1, 2), ("all of them receive first",)),
+    Case(
+        all_send_then_receive_twice,
+        "unmatched recv",
+        (0, 1, 2),
+        ("which has sent 1",),
+        ("all of them receive first",),
+    ),
+    Case(
+        some_send_first,
+        "unmatched recv",
+        (0, 1, 2),
+        ("rank 0 waits until message 1 is received by rank 1",),
+        ("all of them send first", "all of them receive first"),
+    ),
+    Case(gpipe_fewer_on_rank_0, "unmatched recv", (0, 1), ("the same number of micro-batches",)),
+    Case(gpipe_fewer_on_rank_1, "unmatched recv", (1, 2), ("the same number of micro-batches",)),
+    Case(
+        one_f_one_b_fewer_on_rank_1, "unmatched send", (0, 1), ("the same number of micro-batches",)
+    ),
+    Case(
+        one_f_one_b_fewer_on_rank_2, "unmatched send", (1, 2), ("the same number of micro-batches",)
+    ),
+    Case(full_tensor_on_rank_0, "skipped collective", (0,), (SHARDS,)),
+    Case(evaluates_on_rank_0, "skipped collective", (0,), (SHARDS,)),
+    Case(one_step_fewer, "returned early", (1,), (STEPS.format(3, 4), UNEVEN), ("Join",)),
+    Case(
+        one_step_fewer_then_barrier,
+        "skipped collective",
+        (1,),
+        (STEPS.format(3, 4), UNEVEN),
+        ("Join",),
+    ),
+    Case(saves_on_rank_0, "skipped collective", (0,), (SHARDS,)),
+    Case(saves_on_rank_0_then_all_return, "returned early", (1, 2), (SHARDS,)),
+    Case(clips_on_rank_0, "skipped collective", (0,), (SHARDS, "rank 0 calls all_reduce")),
+    Case(gathers_where_there_are_samples, "skipped collective", (1,)),
+    Case(gathers_by_key, "skipped collective", (2,)),
+    Case(gathers_to_rank_0, "skipped collective", (1,)),
+    Case(stream_ends_and_it_returns, "returned early", (1,), (STEPS.format(4, 5), UNEVEN, "Join")),
+    Case(stream_ends_before_a_barrier, "skipped collective", (1,), (STEPS.format(4, 5), "Join")),
+    Case(stream_ends_before_a_metric, "skipped collective", (1,), (STEPS.format(4, 5), "Join")),
+    Case(
+        stops_by_its_own_loss,
+        "returned early",
+        (1,),
+        (STEPS.format(3, 4), TOGETHER),
+        ("drop_last", UNEVEN),
+    ),
+    Case(
+        validates_on_rank_0,
+        "skipped collective",
+        (0,),
+        ("rank 0 calls SyncBatchNorm's all_gather", "model.eval()"),
+        ("ranks 1 and 2 call",),
+    ),
+    Case(
+        validates_by_ddp_on_rank_0,
+        "skipped collective",
+        (0,),
+        ("rank 0 calls DDP's broadcast", "model.module"),
+    ),
+]
 
 
 def joined(rank: int, work: Callable[[int], None]) -> None:
@@ -441,14 +452,15 @@ def joined(rank: int, work: Callable[[int], None]) -> None:
     work(rank)
 
 
-if __name__ == "__main__":
-    import sys
-
-    for name, work in list(globals().items()):
-        if callable(work) and getattr(work, "__code__", None) and work.__code__.co_varnames[:1] == ("rank",) and work.__code__.co_argcount == 1 and (len(sys.argv) < 2 or any(a in name for a in sys.argv[1:])):
-            began = time.monotonic()
-            run = launch(joined, (work,), nprocs=3, timeout=8, check=False, output="none") if 0 else launch(joined, (work,), nprocs=3, timeout=8, check=False)
-            print(f"######## {name} {time.monotonic() - began:.1f} s")
-            print(run.verdict and (run.verdict.kind, run.verdict.ranks, run.verdict.frame and run.verdict.frame.source))
-            print(run.explain())
-            print()
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.work.__name__)
+def test_a_hang_is_explained_to_rank_and_line(case: Case) -> None:
+    run: Run = launch(joined, (case.work,), nprocs=3, timeout=LONG, check=False)
+    verdict, text = run.verdict, run.explain()
+    assert verdict is not None
+    assert (verdict.kind, verdict.ranks) == (case.kind, case.ranks), text
+    assert verdict.frame is not None
+    assert verdict.frame.source.endswith("# HERE"), text
+    for said in case.says:
+        assert said in text
+    for said in (*case.says_not, "not recorded"):
+        assert said not in text

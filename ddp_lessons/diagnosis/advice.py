@@ -26,11 +26,28 @@ HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
     "or have the ranks agree what to do, by an all_reduce of a flag in every step."
 )
-UNEVEN = (
-    "The ranks have unequal numbers of batches, or some left the loop early. With drop_last=True "
-    "of DistributedSampler all have as many; Join([model]) lets those that are done go along; and "
-    "to stop early, all ranks decide together, by an all_reduce of a flag in every step."
+BATCHES = (
+    "The ranks have unequal numbers of batches. {join}DistributedSampler gives all ranks as many; "
+    "a stream must be cut to what the shortest rank has, or repeated to the longest; or the ranks "
+    "ask before each step whether all have a batch, by an all_reduce of a flag."
 )
+JOIN = "Join([model]) lets those that are done go along. "
+DECISION = (
+    "A rank has left the loop by a decision of its own, such as a `break`, or has no more batches. "
+    "Let all ranks decide together: an all_reduce of a flag in every step tells whether any rank "
+    "wants to stop, or has no batch."
+)
+SYNC_BATCHNORM = (
+    "In training mode SyncBatchNorm calls collectives in forward and in backward, and every rank "
+    "must take part. What a rank does alone, such as validation, needs eval mode: model.eval(), "
+    "then model.module; or let all ranks do it."
+)
+SHARDS = (
+    "A rank has only its shards, so forward, backward, full_tensor(), clip_grad_norm_ and saving "
+    "by torch.distributed.checkpoint communicate: all ranks must call them. Only what is done with "
+    "the result, such as printing it, may be left to rank 0."
+)
+PIPELINE = "All stages must run the same kind of schedule, with the same number of micro-batches."
 JOINING = (
     "init_process_group returns when every rank has called it. Look for the `if`, the early "
     "`return` or the long work before it that keeps the missing rank away."
@@ -100,6 +117,13 @@ SENDS_FIRST = (
 RECEIVES_FIRST = (
     "A recv waits for its send, and here all of them receive first. Send before receiving, or "
     "start with irecv and wait for it after the send."
+)
+CIRCLE = (
+    "What one rank waits for, the next would do later, and so on in a circle. Write down for each "
+    "rank, in order, what it sends and receives: neighbours must do it in orders that fit."
+)
+STAGES = (
+    "In a pipeline, that is the order of forwards and backwards, and the number of micro-batches."
 )
 PAIRS = (
     "Each send needs one recv on the rank that it names, with the same tag, and each recv one "

@@ -59,13 +59,13 @@ class Call(NamedTuple):
     t0_ns: int
     waits: bool = False  # a wait for asynchronous work issued earlier
     tag: int | None = None  # of a send or recv
-    of_ddp: bool = False  # DDP made the call, not the learner's code
+    owner: str = ""  # who made the call, if it is not the learner's code: "DDP"
     thread: str | None = None  # its name, if it is not the main one
 
     @property
     def name(self) -> str:
         """The function; `DDP's broadcast` for a call that DDP made."""
-        return f"DDP's {self.op}" if self.of_ddp else self.op
+        return f"{self.owner}'s {self.op}" if self.owner else self.op
 
     @property
     def pairwise(self) -> bool:
@@ -166,6 +166,11 @@ class Calls:
             return still[0]
         mine = self.of_rank[rank]
         return mine[-1] if mine and mine[-1].state == "failed" else None
+
+    def last_met(self, rank: int) -> Call | None:
+        """The last collective that a rank called."""
+        mine = (there[rank] for met in self.met.values() for there in met.values() if rank in there)
+        return max(mine, key=lambda call: call.t0_ns, default=None)
 
     def _awaited(self, spans: Sequence[Span]) -> Iterator[Call]:
         """The collectives in flight while a rank's backward waits for its buckets."""
@@ -277,7 +282,7 @@ def _calls(spans: Iterable[Span], threads: Mapping[str, str]) -> Iterator[Call]:
         yield Call(
             span.rank, span.op, span.group, span.seq, span.peer, span.nbytes, span.tensor,
             span.site, state, span.t0_ns, span.kind == Kind.WAIT, span.tag,
-            of_ddp=span.kind == Kind.COMM and span.name != span.op,
+            owner="DDP" if span.kind == Kind.COMM and span.name != span.op else "",
             thread=threads.get(span.lane),
         )  # fmt: skip
 

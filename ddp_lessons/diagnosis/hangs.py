@@ -21,9 +21,11 @@ from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.ops import DDP_CALLS, JOINING, RECVS, SENDS
+from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import Frame, Lane, Span
 
 JOIN = "init_process_group"
+DDP = "DDP"  # the owner of calls
 # The kind of verdict where several ranks are missing: the first of these wins.
 _WORST: tuple[Kind, ...] = (
     "suspended",
@@ -47,6 +49,18 @@ _UNEVEN: tuple[Kind, ...] = (
     "left the group",
     "waiting for each other",
 )
+
+# What makes calls in a rank's stead, by parts of its files' names, and the advice for it.
+SYNC_BATCHNORM = "SyncBatchNorm"
+_LIBRARIES = {
+    "ddp_lessons/syncbn.py": advice.SYNC_BATCHNORM,
+    "torch/nn/modules/_functions.py": advice.SYNC_BATCHNORM,
+    "torch/distributed/pipelining/": advice.PIPELINE,
+    "torch/distributed/fsdp/": advice.SHARDS,
+    "torch/distributed/tensor/": advice.SHARDS,
+    "torch/distributed/_functional_collectives.py": advice.SHARDS,
+    "torch/distributed/checkpoint/": advice.SHARDS,
+}
 
 # Advice by what keeps a rank from ending, if it is not a thread.
 _ENDING = {
@@ -146,19 +160,31 @@ class Standstill:
         of = f" that {own.call} got at {line_of(own.site)}" if own.call else ""
         return f"The timeout of {own.seconds:g} s{of} ran out. "
 
+    def training_loop(self) -> Loop | None:
+        """The innermost loop in which a rank waits and an optimizer steps."""
+        loops = filter(None, (source_code.training_loop(_frames(rank)) for rank in self.waiting))
+        return min(loops, key=lambda loop: loop.last - loop.first, default=None)
+
+    def library(self, ranks: Iterable[int]) -> str:
+        """Advice on the library by which ranks wait; "" if they call torch.distributed directly."""
+        found = [_library(self.run.ranks[rank]) for rank in ranks if rank in self.standing]
+        return next(filter(None, found), "")
+
     def steps(self) -> str:
         """`Rank 1 made 4 steps; ranks 0 and 2 began 5.`, or "" if it is not sure that it is so.
 
         The ranks that made fewer must have left the loop in which the others wait.
         """
         made = {r.rank: sum(_is_whole_step(span) for span in r.spans) for r in self.run.ranks}
-        loops = filter(None, (source_code.training_loop(_frames(rank)) for rank in self.waiting))
-        loop = min(loops, key=lambda loop: loop.last - loop.first, default=None)
+        loop = self.training_loop()
         if loop is None or self.run.lossy:
             return ""
         inside = [r.rank for r in self.waiting if any(map(loop.holds, _frames(r)))]
         outside = [r for r in self.run.ranks if r.rank not in inside]
-        left = all(rank.status == "returned" or _left(loop, rank) for rank in outside)
+        left = all(
+            rank.status == "returned" or _left(loop, rank) or self._died_after(loop, rank)
+            for rank in outside
+        )
         counts = {made[rank.rank] for rank in outside}, {made[rank] for rank in inside}
         if not left or any(len(each) != 1 for each in counts):
             return ""
@@ -167,6 +193,12 @@ class Standstill:
             return ""
         who = at_head(ranks_text([rank.rank for rank in outside]))
         return f"{who} made {count(fewer, 'step')}; {ranks_text(inside)} began {most + 1}."
+
+    def _died_after(self, loop: Loop, rank: RankResult) -> bool:
+        """Whether a rank died in a call that comes after a loop."""
+        made = self.calls.of_rank[rank.rank]
+        frame = frame_of(made[-1].site) if made and rank.status == "died" else None
+        return frame is not None and loop.is_before(frame)
 
     def errors(self) -> list[str]:
         """The traceback of a rank that raised its own error, or else gave up waiting."""
@@ -187,6 +219,27 @@ def _frames(rank: RankResult) -> Sequence[Frame]:
     return rank.stack if rank.error is None else rank.error.frames
 
 
+def _library(rank: RankResult) -> str:
+    """Advice on the library in which a rank waits, below its own lines."""
+    frames = _frames(rank)
+    own = stacks.learners(frames)
+    below = frames[own[-1] + 1 if own else 0 :]
+    names = (name for frame in below for name in _LIBRARIES if name in frame.filename)
+    return next((_LIBRARIES[name] for name in names), "")
+
+
+def _fork(one: Sequence[Frame], other: Sequence[Frame]) -> tuple[str, str] | None:
+    """The two lines of a learner's function at which two stacks part; None if there are none."""
+    for here, there in zip(one, other, strict=False):
+        if (here.filename, here.function) != (there.filename, there.function):
+            return None
+        if here.lineno != there.lineno:
+            own = owner_of(here.filename) is Owner.LEARNER or here.at_home
+            sites = f"{here.filename}:{here.lineno}", f"{there.filename}:{there.lineno}"
+            return sites if own else None
+    return None
+
+
 def _left(loop: Loop, rank: RankResult) -> bool:
     """Whether a rank is in none of a loop's lines. Its whole stack must be known for that."""
     frames = _frames(rank)
@@ -202,19 +255,31 @@ def _from_two(calls: Iterable[Call]) -> bool:
 class _Hang(Standstill):
     def verdict(self) -> Verdict:
         """The verdict; unequal steps, or an exception that ended a thread, may be the reason."""
-        verdict = self._verdict()
-        handled = verdict.advice == advice.HANDLED
-        if verdict.kind in _UNEVEN and not handled and (steps := self.steps()):
-            evidence = (steps, "", *verdict.evidence)
-            verdict = dataclasses.replace(verdict, evidence=evidence, advice=advice.UNEVEN)
+        verdict = self._with_steps(self._verdict())
         if not any(rank.dead_threads for rank in self.run.ranks):
             return verdict
         return dataclasses.replace(verdict, advice=f"{verdict.advice} {advice.DEAD_THREAD}")
 
+    def _with_steps(self, verdict: Verdict) -> Verdict:
+        """The verdict, with the steps that the ranks made if some made fewer."""
+        handled = verdict.advice == advice.HANDLED
+        if verdict.kind in _UNEVEN and not handled and (steps := self.steps()):
+            evidence = (steps, "", *verdict.evidence)
+            verdict = dataclasses.replace(verdict, evidence=evidence, advice=self._uneven())
+        return verdict
+
+    def _uneven(self) -> str:
+        """Advice where some ranks made fewer steps."""
+        loop = self.training_loop()
+        if loop is not None and loop.ends_by_decision:
+            return advice.DECISION
+        of_ddp = any(call.owner == DDP for made in self.calls.of_rank for call in made)
+        return advice.BATCHES.format(join=advice.JOIN if of_ddp else "")
+
     def _verdict(self) -> Verdict:
         parting = self._parting()
         if parting is not None:
-            return self.parted(parting)
+            return self.parted(self._by_stacks(parting))
         awaited = self._awaited()
         if awaited:
             return self._missed(awaited)
@@ -232,6 +297,45 @@ class _Hang(Standstill):
             last = self._latest()
         return self._first(last, [m for m in mismatch.messages(self.calls) if self._stands_at(m)])
 
+    def _by_stacks(self, parting: Mismatch) -> Mismatch:
+        """A mismatch with what only stacks tell: SyncBatchNorm made a call, or a line that calls.
+
+        Where the calls are on lines of several functions, as in a model's forward, it is the
+        function that has both on its stack that shows which rank went a way of its own.
+        """
+        if parting.why not in ("order", "tensors"):
+            return parting
+        at = [[self._stands_in(call) for call in side] for side in parting.sides]
+        first = [next((rank for rank in side if rank is not None), None) for side in at]
+        by_sync = [rank is not None and _library(rank) == advice.SYNC_BATCHNORM for rank in first]
+        sides = [
+            [call._replace(owner=SYNC_BATCHNORM) if by else call for call in side]
+            for side, by in zip(parting.sides, by_sync, strict=True)
+        ]
+        told = parting._replace(calls=tuple(call for side in sides for call in side))
+        if parting.why != "order" or len(sides) != 2 or None in first:
+            return told
+        here, there = (_frames(rank) for rank in first if rank is not None)
+        sites = [side[0].site for side in sides]
+        lines = _fork(here, there)
+        if source_code.optional(*sites) is not None or lines is None:
+            return told
+        passed = source_code.optional(*lines)
+        if passed is None:
+            return told
+        calls = (
+            call._replace(site=site)
+            for side, site in zip(sides, lines, strict=True)
+            for call in side
+        )
+        return told._replace(calls=tuple(calls), passed=passed)
+
+    def _stands_in(self, call: Call) -> RankResult | None:
+        """The rank that made a call, if it is still in it."""
+        stands = self.standing.get(call.rank)
+        here = stands is not None and (stands.group, stands.seq) == (call.group, call.seq)
+        return self.run.ranks[call.rank] if here else None
+
     def _stands_at(self, message: Mismatch) -> bool:
         """Whether a rank waits in a message, or in a later one after objects met a tensor."""
         pair = message.calls[0].pair
@@ -246,7 +350,7 @@ class _Hang(Standstill):
         Of messages only those count that may have ended the ranks `ended`.
         """
         parting = self._first(self._latest(), _harmful(self.calls, ended))
-        return None if parting is None else self.parted(parting)
+        return None if parting is None else self._with_steps(self.parted(self._by_stacks(parting)))
 
     def _latest(self) -> dict[str, int]:
         return {group: max(numbers) for group, numbers in self.calls.met.items() if numbers}
@@ -271,7 +375,11 @@ class _Hang(Standstill):
             "sent": advice.MESSAGES,
             "objects": advice.OBJECTS,
         }[parting.why]
-        if any(call.of_ddp for call in parting.calls):
+        library = self.library(call.rank for side in parting.sides[::-1] for call in side)
+        owners = {call.owner for call in parting.calls}
+        if library:
+            against += f" {library}"
+        elif DDP in owners:
             against += f" {advice.DDP}"
         if parting.why in ("order", "tensors") and self._in_two_threads(parting):
             against = advice.TWO_THREADS
@@ -302,7 +410,10 @@ class _Hang(Standstill):
 
     def _stands_elsewhere(self, call: Call) -> bool:
         stands = self.standing.get(call.rank)
-        return stands is None or stands.site != call.site
+        here = stands is not None and (
+            stands.site == call.site or (stands.group, stands.seq) == (call.group, call.seq)
+        )
+        return not here
 
     # Missing ranks
 
@@ -355,6 +466,8 @@ class _Hang(Standstill):
         frame = stacks.position(self.run.ranks[ranks[0]].stack).frame
         if frame is None and (call := self.calls.not_made(ranks[0])) is not None:
             frame = frame_of(call.site)
+        if frame is None and kind == "returned early":
+            frame = self.frame()
         return Verdict(
             kind,
             ranks,
@@ -387,7 +500,10 @@ class _Hang(Standstill):
             case "not ended":
                 keeper = self.run.ranks[ranks[0]].kept_by
                 return limit + _ENDING.get(str(keeper), advice.THREADS) + slow
-        return advice.MISSING
+        in_pairs = self.standing and all(call.pairwise for call in self.standing.values())
+        against = advice.PAIRS if in_pairs else advice.MISSING
+        library = self.library(self.standing)
+        return f"{against} {library}" if library else against
 
     def _limit(self, ranks: Sequence[int]) -> tuple[str, str]:
         """Which timeout ran out, and what to do if `ranks` are only slow: two pieces of advice."""
@@ -462,8 +578,8 @@ def _deadlock(still: Standstill) -> Verdict:
     groups = {c.group for c in still.standing.values() if not c.pairwise and c.group}
     if (verdict := _other_tag(unmatched, lines)) is not None:
         return verdict
-    if unmatched and len(unmatched) == len(still.standing):
-        return _all_pairwise(title, unmatched, lines)
+    if (verdict := _circle(still, unmatched)) is not None:
+        return verdict
     if unmatched:
         return _unmatched(unmatched[0], lines)
     if len(groups) > 1 and (verdict := _came_too_soon(still, lines)) is not None:
@@ -576,13 +692,64 @@ def _other_tag(calls: Iterable[Call], lines: tuple[str, ...]) -> Verdict | None:
     return None
 
 
-def _all_pairwise(title: str, calls: list[Call], lines: tuple[str, ...]) -> Verdict:
-    ranks = tuple(sorted(call.rank for call in calls))
-    kind: Kind = "unmatched recv"
-    against = advice.RECEIVES_FIRST
-    if all(call.op in SENDS for call in calls):
-        kind, against = "unmatched send", advice.SENDS_FIRST
-    return Verdict(kind, ranks, title, lines, against, frame_of(calls[0].site))
+def _circle(still: Standstill, unmatched: Iterable[Call]) -> Verdict | None:
+    """The verdict where sends and recvs wait for each other in a circle."""
+    calls = {call.rank: call for call in unmatched}
+    circle = _circle_in({rank: call.peer for rank, call in calls.items()})
+    if not circle:
+        return None
+    there = [calls[rank] for rank in circle]
+    sent = [_handed_on(still.calls, call) for call in there]
+    sends = all(call.side == "send" for call in there)
+    kind: Kind = "unmatched send" if sends else "unmatched recv"
+    if sends:
+        against = advice.SENDS_FIRST
+    elif not any(sent) and all(call.side == "recv" for call in there):
+        against = advice.RECEIVES_FIRST
+    else:
+        against = f"{advice.CIRCLE} {advice.STAGES}"
+    if library := still.library(circle):
+        against = f"{library} {advice.CIRCLE}"
+    waiting = [_waits_for(call, done) for call, done in zip(there, sent, strict=True)]
+    title = f"{ranks_text(sorted(circle))} wait for each other"
+    return Verdict(
+        kind,
+        tuple(sorted(circle)),
+        f"{title}, in a circle" if len(circle) > 2 else title,
+        (*waiting, "", *still.evidence()),
+        against,
+        frame_of(there[0].site),
+    )
+
+
+def _circle_in(peers: Mapping[int, int | None]) -> list[int]:
+    """Ranks each of which waits for the next, and the last one for the first; [] without any."""
+    for rank in sorted(peers):
+        way: list[int] = []
+        at: int | None = rank
+        while at is not None and at not in way:
+            way.append(at)
+            at = peers.get(at)
+        if at == rank:
+            return way
+    return []
+
+
+def _handed_on(calls: Calls, call: Call) -> int:
+    """How many messages the other rank has sent to a recv's rank, or received from a send's."""
+    other = "send" if call.side == "recv" else "recv"
+    numbers = calls.messages.get(call.pair, {}) if call.pair is not None else {}
+    return sum(other in sides for sides in numbers.values())
+
+
+def _waits_for(call: Call, done: int) -> str:
+    """`rank 1 waits for message 2 from rank 0, which has sent 1`."""
+    number, tag = (call.seq or 0) + 1, f" with tag {call.tag}" if call.tag else ""
+    if call.side == "recv":
+        what, did = f"waits for message {number}{tag} from", "sent"
+    else:
+        what, did = f"waits until message {number}{tag} is received by", "received"
+    return f"rank {call.rank} {what} rank {call.peer}, which has {did} {done or 'none'}"
 
 
 def _unmatched(call: Call, lines: tuple[str, ...]) -> Verdict:

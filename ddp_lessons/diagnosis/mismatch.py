@@ -18,6 +18,7 @@ from ddp_lessons.diagnosis.verdict import Kind
 from ddp_lessons.text import agree, listed, ranks_text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.ops import FROM_ROOT, RECVS
+from ddp_lessons.wire.owners import is_of_check
 from ddp_lessons.wire.records import Frame, split_site
 
 # Dtypes as which tensors of other dtypes are viewed to send them, and complex ones, viewed as real.
@@ -71,7 +72,7 @@ class Mismatch(NamedTuple):
         """The calls in groups that agree, the largest first."""
         sides: dict[object, list[Call]] = defaultdict(list)
         for call in self.calls:
-            order = call.op, call.peer, call.site
+            order = call.op, call.peer, call.owner, call.site
             sides[call.look if self.why == "tensors" else order].append(call)
         return sorted(sides.values(), key=lambda side: (-len(side), side[0].rank))
 
@@ -137,8 +138,25 @@ def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None
             if why == "order":
                 most, *_, least = found.sides
                 passed = _passed_by(calls.met[group], most[0].site, least[0].site)
-                return found._replace(passed=passed)
-            return found
+                found = found._replace(passed=passed)
+            return found if found.passed else _earlier(calls.met[group], found) or found
+    return None
+
+
+def _earlier(numbers: Numbers, later: Mismatch) -> Mismatch | None:
+    """Where ranks got out of step before calls differed: at a line that only some of them reach.
+
+    Such as a forward that rank 0 makes alone: its first calls meet those of the others' next one.
+    """
+    for seq in sorted(numbers):
+        if seq >= later.seq:
+            return None
+        found = Mismatch(later.group, seq, tuple(numbers[seq].values()), "order", None)
+        if len(found.sides) != 2:
+            continue
+        sites = [side[0].site for side in found.sides]
+        if (passed := source_code.optional(*sites)) is not None:
+            return found._replace(passed=passed)
     return None
 
 
@@ -189,14 +207,17 @@ def ranks_of(calls: Sequence[Call]) -> tuple[int, ...]:
 
 
 def frame_of(site: str | None) -> Frame | None:
-    """The line of a site."""
-    return None if site is None else stacks.frame_at(*split_site(site))
+    """The line of a site; None for a line of an exercise's check, which is not the learner's."""
+    if site is None or is_of_check(split_site(site)[0]):
+        return None
+    return stacks.frame_at(*split_site(site))
 
 
 def line_of(site: str | None) -> str:
     """`Cell In[3], line 4`."""
-    frame = frame_of(site)
-    return stacks.line_name(frame) if frame else "an unknown line"
+    if (frame := frame_of(site)) is not None:
+        return stacks.line_name(frame)
+    return "an unknown line" if site is None else "a line of the check"
 
 
 Numbers = dict[int, dict[int, Call]]  # the calls in a group by number and rank
@@ -204,11 +225,26 @@ Numbers = dict[int, dict[int, Call]]  # the calls in a group by number and rank
 
 def _difference(numbers: Numbers, seq: int) -> Why | None:
     calls = list(numbers[seq].values())
-    if len({(call.op, call.peer) for call in calls}) > 1:
+    if len({(call.op, call.peer, call.owner) for call in calls}) > 1:
         return "order"
     if len({call.site for call in calls}) > 1 and _out_of_step(numbers, seq):
         return "order"
-    return "tensors" if len({call.look for call in calls}) > 1 else None
+    if len({call.look for call in calls}) == 1:
+        return None
+    return "order" if _came_from(numbers, seq) else "tensors"
+
+
+def _came_from(numbers: Numbers, seq: int) -> bool:
+    """Whether a rank has called before at the line at which another rank is now."""
+    here = numbers[seq]
+    sites = {call.site for call in here.values()}
+    return any(
+        numbers[before][rank].site in sites - {call.site}
+        and not source_code.exclusive(numbers[before][rank].site, call.site)
+        for rank, call in here.items()
+        for before in numbers
+        if before < seq and rank in numbers[before]
+    )
 
 
 def _unlike(send: Call, recv: Call) -> Why | None:
@@ -248,6 +284,8 @@ def _passed_by(numbers: Numbers, one: str | None, other: str | None) -> str | No
     """
     if one is None or other is None or one == other:
         return None
+    if (optional := source_code.optional(one, other)) is not None:
+        return optional
     forth, back = _follows(numbers, one, other), _follows(numbers, other, one)
     if forth != back:
         return one if forth else other

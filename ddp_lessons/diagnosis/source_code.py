@@ -40,6 +40,59 @@ def exclusive(one: str | None, other: str | None) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=256)
+def optional(one: str | None, other: str | None) -> str | None:
+    """Of two lines of one function, the one to which only some ranks may come.
+
+    It is under an `if`, or in a loop of its own, and the other one is not. None if that tells
+    nothing: neither or both are, or they are in branches of one `if`.
+    """
+    if one is None or other is None or one == other:
+        return None
+    (file, line), (other_file, other_line) = split_site(one), split_site(other)
+    if file != other_file:
+        return None
+    way, other_way = _way_to(file, line), _way_to(file, other_line)
+    while way and other_way and way[0] == other_way[0]:
+        way, other_way = way[1:], other_way[1:]
+    if (way and other_way and way[0][0] is other_way[0][0]) or _leaves(way) or _leaves(other_way):
+        return None
+    if bool(way) == bool(other_way):
+        return None
+    return one if way else other
+
+
+Way = tuple[tuple[ast.AST, str], ...]  # statements around a line, and in which of their parts it is
+
+
+@functools.lru_cache(maxsize=256)
+def _way_to(file: str, line: int) -> Way:
+    """The functions, loops and branches around a line, from the outermost on."""
+    kinds = (
+        ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.For, ast.While,
+        ast.ExceptHandler, ast.match_case,
+    )  # fmt: skip
+    found = [
+        (node, part)
+        for node in ast.walk(_parsed(file))
+        if isinstance(node, kinds)
+        for part in ("body", "orelse")
+        if _within(getattr(node, part, []), line)
+    ]
+    return tuple(sorted(found, key=lambda step: getattr(*step)[0].lineno))
+
+
+def _leaves(way: Way) -> bool:
+    """Whether a way leads into another function, or into a branch that does not rejoin the rest."""
+    for node, part in way:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return True
+        last = getattr(node, part)[-1]
+        if isinstance(last, ast.Return | ast.Raise | ast.Continue | ast.Break):
+            return True
+    return False
+
+
 class Loop(NamedTuple):
     """The lines of a loop."""
 
@@ -50,6 +103,41 @@ class Loop(NamedTuple):
     def holds(self, frame: Frame) -> bool:
         """Whether a line is in it."""
         return frame.filename == self.file and self.first <= frame.lineno <= self.last
+
+    def is_before(self, frame: Frame) -> bool:
+        """Whether a line comes after it, in the same function."""
+        way = _way_to(self.file, frame.lineno)
+        return (
+            frame.filename == self.file
+            and frame.lineno > self.last
+            and _functions(way) == _functions(_way_to(self.file, self.first))
+        )
+
+    @property
+    def ends_by_decision(self) -> bool:
+        """Whether a rank may leave it by a decision: it is a `while`, or has a `break`."""
+        nodes = [
+            node
+            for node in ast.walk(_parsed(self.file))
+            if isinstance(node, ast.For | ast.While) and node.lineno == self.first
+        ]
+        return any(isinstance(node, ast.While) or any(map(_ends, node.body)) for node in nodes)
+
+
+def _functions(way: Way) -> list[ast.AST]:
+    return [node for node, _ in way if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def _ends(node: ast.AST, in_another: bool = False) -> bool:
+    """Whether a statement in a loop's body may end that loop."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+        return False
+    if isinstance(node, ast.Break):
+        return not in_another
+    in_another = in_another or isinstance(node, ast.For | ast.While)
+    return isinstance(node, ast.Return) or any(
+        _ends(child, in_another) for child in ast.iter_child_nodes(node)
+    )
 
 
 def training_loop(frames: Sequence[Frame]) -> Loop | None:

@@ -7,11 +7,12 @@ the result is cached by place in the code.
 from __future__ import annotations
 
 import linecache
+import os
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-from ddp_lessons.wire.owners import Owner, owner_of
+from ddp_lessons.wire.owners import Owner, is_of_check, is_outside, owner_of
 from ddp_lessons.wire.unfiled import MADE_UP
 
 _MOST = 10_000  # places kept; code that is made in a loop must not fill the memory
@@ -21,6 +22,8 @@ class _Place(NamedTuple):
     code: CodeType  # kept, so that no other code object gets its id
     owner: Owner
     site: str
+    of_check: bool
+    outside: bool
 
 
 class Sites:
@@ -34,9 +37,10 @@ class Sites:
     def of(self, frame: FrameType | None) -> str | None:
         """The innermost of the learner's own lines at or above `frame`.
 
-        Without any, the innermost line of an installed package; without that, None.
+        Without any, the innermost line of an installed package, or else of an exercise's check;
+        without those, None.
         """
-        of_package = None
+        of_package = of_check = None
         while frame is not None:
             # By id, because hashing a code object reads all of it.
             key = id(frame.f_code), frame.f_lasti
@@ -47,17 +51,28 @@ class Sites:
                     self._known[key] = place
             if place.owner is Owner.LEARNER:
                 return place.site
+            if place.outside:
+                break
             if place.owner is Owner.PACKAGE and of_package is None:
                 of_package = place.site
+            if place.of_check and of_check is None:
+                of_check = place.site
             frame = frame.f_back
-        return of_package
+        return of_package or of_check
 
     def _place(self, frame: FrameType) -> _Place:
         code = frame.f_code
         owner = owner_of(code.co_filename, self._home)
         if owner is not Owner.LIBRARY:
             self.on_file(code.co_filename)
-        return _Place(code, owner, _site(frame))
+        is_library = owner is Owner.LIBRARY
+        return _Place(
+            code,
+            owner,
+            _site(frame),
+            is_library and is_of_check(code.co_filename),
+            is_library and is_outside(os.path.realpath(code.co_filename)),
+        )
 
 
 def _nothing(filename: str) -> None:

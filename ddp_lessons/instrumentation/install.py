@@ -127,15 +127,16 @@ def _codes(owner: ModuleType | type, package: str) -> Iterator[CodeType]:
 
 
 def _replace(name: str, make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Replace a public function where learners import it from, and where torch defines it."""
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d
+    """Replace a public function wherever torch.distributed has it by this name.
 
+    Its modules import functions from each other, as DeviceMesh does init_process_group. Those that
+    are imported later get the wrapped ones.
+    """
     if (function := public(name)) is None:
         return
     wrapped = make(name, function)
-    for module in (dist, distributed_c10d):
-        if getattr(module, name, None) is function:
+    for module in [m for path, m in sys.modules.items() if path.startswith("torch.distributed")]:
+        if vars(module).get(name) is function:
             setattr(module, name, wrapped)
     # torch.compile knows by this table, if it is made already, what to trace in a function's place.
     remaps = getattr(sys.modules.get(FUNCTIONAL), "traceable_collective_remaps", {})

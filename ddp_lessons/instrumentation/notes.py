@@ -106,7 +106,7 @@ class _Notes:
         line = self._lines.setdefault(site, _Line(iterator._num_workers))
         line.batches += 1
         if len(line.samples) < MOST_SAMPLES:
-            line.samples.update(_samples(batch))
+            line.samples.update(_samples(batch, is_one=not iterator._auto_collation))
         is_first = iterator not in line.iterators
         line.iterators.add(iterator)
         if line.workers and is_first:
@@ -132,7 +132,7 @@ class _Notes:
         self._recorder.send(Noted(tuple(weights), tuple(rates), tuple(lines)))
 
 
-def _mixed(checksum: int, *numbers: int) -> int:
+def _mixed(checksum: int, *numbers: object) -> int:
     return zlib.crc32(repr(numbers).encode(), checksum)
 
 
@@ -146,11 +146,17 @@ def _rows(tensor: torch.Tensor) -> Any:
     return flat.view(torch.uint8).numpy()
 
 
-def _samples(batch: Any) -> list[int]:
-    """A checksum of each sample in a batch, over all tensors that have a row for each."""
+def _samples(batch: Any, *, is_one: bool) -> list[int]:
+    """A checksum of each sample in a batch, over all tensors that have a row for each.
+
+    Without such tensors, of each entry of a list; or of all of it, `is_one` sample that the
+    DataLoader passed on as it came.
+    """
     tensors = [t for t in _tensors(batch) if t.dim() and t.numel()]
     if not tensors:
-        return []
+        entries = batch if isinstance(batch, list | tuple) and not is_one else [batch]
+        texts = [list(_plain(entry)) for entry in entries]
+        return [_mixed(0, *text) for text in texts if text]
     try:
         rows = [_rows(tensor) for tensor in tensors if len(tensor) == len(tensors[0])]
     except (RuntimeError, TypeError):  # such as a sparse tensor
@@ -170,6 +176,21 @@ def _tensors(batch: Any) -> Iterator[torch.Tensor]:
     elif isinstance(batch, list | tuple):
         for value in batch:
             yield from _tensors(value)
+
+
+def _plain(sample: Any) -> Iterator[object]:
+    """The numbers and texts in a sample."""
+    if isinstance(sample, torch.Tensor):
+        if not sample.dim():
+            yield sample.item()
+    elif isinstance(sample, bool | int | float | complex | str | bytes):
+        yield sample
+    elif isinstance(sample, Mapping):
+        for value in sample.values():
+            yield from _plain(value)
+    elif isinstance(sample, list | tuple):
+        for value in sample:
+            yield from _plain(value)
 
 
 def _random_states() -> dict[str, int]:

@@ -16,7 +16,7 @@ from ddp_lessons.text import count, exit_name, ranks_text
 from ddp_lessons.wire.ops import JOINING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from matplotlib.axes import Axes
 
@@ -83,7 +83,7 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
     {title}; by default the title of the run's verdict.
     {ax}
     """
-    columns = _columns(Calls.of(run))
+    columns = _columns(run)
     shown = columns[-MOST_COLUMNS:]
     rows = _rows(run, shown)
     ax = ax or style.new_axes(len(rows), 1.15)
@@ -106,7 +106,7 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
 
 def as_text(run: Run) -> str:
     """The same as a table of text, with a mark where a rank waits or makes another call."""
-    columns = _columns(Calls.of(run))
+    columns = _columns(run)
     shown = columns[-MOST_COLUMNS:]
     head = ["", *(" ".join(column.label.split()) for column in shown), "now"]
     table = [head, *([row.label, *map(_as_text, row.cells), row.note] for row in _rows(run, shown))]
@@ -126,12 +126,18 @@ def _as_text(cell: Cell | None) -> str:
     return " ".join([*cell.text.split(), *([marks] if marks else [])])
 
 
-def _columns(calls: Calls) -> list[Column]:
+def _columns(run: Run) -> list[Column]:
     """The calls, in order of the first arrival."""
+    calls = Calls.of(run)
+    still = {(call.rank, call.group, call.seq): call.state for call in _still(run, calls)}
     found = []
     for group, numbers in calls.met.items():
         name = "" if group == "world" else f"\nin group {group.replace(' #', ', no. ')}"
-        for seq, there in numbers.items():
+        for seq, made in numbers.items():
+            there = {
+                rank: call._replace(state=still.get((rank, group, seq), call.state))
+                for rank, call in made.items()
+            }
             found.append(_column(f"call {seq + 1}{name}", there, calls.members(group)))
     standing = [calls.standing(rank) for rank in range(calls.world_size)]
     for call in standing:
@@ -141,6 +147,19 @@ def _columns(calls: Calls) -> list[Column]:
     if joining:
         found.append(_column("to join", joining, range(calls.world_size)))
     return sorted(found, key=lambda column: column.t0_ns)
+
+
+def _still(run: Run, calls: Calls) -> Iterator[Call]:
+    """The calls that ranks are in, or in which they lost a partner.
+
+    Work in flight, such as the buckets of a backward, counts as done for its rank, unless that
+    waits for it.
+    """
+    for rank in run.ranks:
+        yield from (opened := calls.open(rank.rank))
+        last = calls.last_met(rank.rank)
+        if not opened and last is not None and waits(rank) and calls.missing(last):
+            yield last._replace(state="failed")
 
 
 def _column(label: str, calls: dict[int, Call], ranks: Sequence[int]) -> Column:

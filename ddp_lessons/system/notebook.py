@@ -43,4 +43,4 @@ def prepare_widgets(script: str = "") -> DisplayHandle:
     from IPython.display import display
 
     data = {"application/javascript": _SCRIPT % script, "text/plain": ""}
-    return display(data, raw=True, display_id=True)  # type: ignore[no-any-return]
+    return display(data, raw=True, display_id=True)

@@ -19,6 +19,8 @@ from enum import StrEnum
 from typing import Any
 
 _HERE = os.path.realpath(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
+_CHECKS = os.path.join(_HERE, "exercises", "")
+_OUTSIDE = tuple(os.path.join(_HERE, folder, "") for folder in ("worker", "launcher"))
 # These match paths of any host, because an engine's differ from the notebook's.
 _IN_PACKAGE = re.compile(r"^(?P<root>.*/(?:site|dist)-packages/)(?P<name>[^/]+?)(?:\.py)?(?:/|$)")
 _IN_STDLIB = re.compile(r"^.*/lib(?:64)?/python3\.\d+t?/")
@@ -118,6 +120,16 @@ def _package_of(filename: str) -> str | None:
             return path[len(root) :].partition(os.sep)[0].removesuffix(".py")
     found = _IN_PACKAGE.match(path)
     return found["name"] if found else None
+
+
+def is_of_check(filename: str) -> bool:
+    """Whether a file holds the checks of exercises, which make calls of their own in ranks."""
+    return os.path.realpath(filename).startswith(_CHECKS)
+
+
+def is_outside(filename: str) -> bool:
+    """Whether code in a file calls the learner's function, so that its callers are not theirs."""
+    return filename.startswith(_OUTSIDE)
 
 
 def is_stdlib(filename: str) -> bool:

@@ -66,6 +66,36 @@ def test_a_barrier_that_one_rank_skips_in_a_loop() -> None:
     assert source(run) == "dist.all_reduce(torch.ones(1))"
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_call_that_one_rank_makes_more_in_a_loop(size: int) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for step in range(3):
+            dist.broadcast(torch.ones(1), 0)
+            dist.all_reduce(torch.ones(1))
+            if (rank, step) == (2, 1):
+                dist.all_reduce(torch.ones(size))  # alone
+
+    run = hung(work)
+    assert kind(run) == ("skipped collective", (2,))
+    assert source(run) == "dist.all_reduce(torch.ones(size))  # alone"
+    assert "rank 2 calls all_reduce at" in run.explain()
+
+
+def test_a_call_that_one_rank_makes_more_before_calls_differ() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for _ in range(3):
+            dist.all_reduce(torch.ones(1))
+            if rank == 2:
+                dist.all_reduce(torch.ones(1))  # alone
+        dist.barrier()
+
+    run = hung(work)
+    assert kind(run) == ("skipped collective", (2,))
+    assert source(run) == "dist.all_reduce(torch.ones(1))  # alone"
+
+
 def test_branches_in_another_order() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

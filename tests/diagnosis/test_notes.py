@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -131,6 +132,37 @@ def test_an_iterable_dataset_that_gives_all_ranks_the_same(workers: int) -> None
     assert note.frame is not None
     assert note.frame.source == "return sum(1 for _ in make(rank))"
     assert noted(load, lambda rank: DataLoader(Stream(rank, 3), 4, num_workers=workers)) == []
+
+
+class Plain(IterableDataset[object]):  # type: ignore[misc]
+    """Numbers, texts and tensors without dimensions, the same on all ranks or every third."""
+
+    def __init__(self, make: Callable[[int], object], rank: int = 0, size: int = 1) -> None:
+        self.make = make
+        self.part = range(rank, 30, size)
+
+    def __iter__(self) -> Iterator[object]:
+        return map(self.make, self.part)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [int, float, str, torch.tensor, lambda n: (n, n / 2), lambda n: {"path": f"{n}.png", "n": n}],
+    ids=["int", "float", "str", "tensor", "tuple", "dict"],
+)
+def test_samples_that_are_no_tensors_with_rows(make: Callable[[int], object]) -> None:
+    (note,) = noted(load, lambda rank: DataLoader(Plain(make), batch_size=None))
+    assert note.kind == "same samples"
+    assert "the same 30 samples" in note.text
+    assert noted(load, lambda rank: DataLoader(Plain(make, rank, 3), batch_size=None)) == []
+
+
+def test_batches_of_texts_and_of_what_is_left_as_it_is() -> None:
+    for collate in (None, list):
+        make = functools.partial(DataLoader, batch_size=4, collate_fn=collate)
+        (note,) = noted(load, lambda rank, make=make: make(Plain(str)))
+        assert "the same 30 samples" in note.text
+        assert noted(load, lambda rank, make=make: make(Plain(str, rank, 3))) == []
 
 
 def test_a_sampler_that_was_forgotten() -> None:

@@ -15,8 +15,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import launch, plots
+from ddp_lessons.plots.hang_board import as_text
 from tests.support import faults
 
 pytestmark = pytest.mark.ranks
@@ -66,6 +69,23 @@ def test_a_rank_that_did_not_come() -> None:
     assert ax.get_title(loc="left") == "rank 1 is dead"
     assert cells(ax, 1)[-2:] == ["–", "died: SIGKILL"]
     assert "did not come" in legend(ax)
+
+
+@pytest.mark.parametrize("then", ["return", "barrier"])
+def test_the_bucket_that_a_backward_waits_for_is_not_done(then: str) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Linear(4, 2))
+        for _ in range(2 if rank == 1 else 3):
+            model(torch.ones(1, 4)).sum().backward()
+        if then == "barrier":
+            dist.barrier()
+
+    run = launch(work, nprocs=3, timeout=30, check=False)
+    _, first, second, third, *_ = as_text(run).splitlines()
+    assert [row.count("…") for row in (first, second, third)] == [1, int(then == "barrier"), 1]
+    assert "all_reduce …  " in first
+    assert ("barrier !…" if then == "barrier" else "–") in second
 
 
 def test_unlike_tensors_show_their_shapes() -> None:

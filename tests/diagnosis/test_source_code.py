@@ -1,0 +1,99 @@
+"""What the learner's code around a line tells: lines that only some ranks reach, loops' ends."""
+
+from __future__ import annotations
+
+import linecache
+
+import pytest
+
+from ddp_lessons.diagnosis import source_code
+from ddp_lessons.diagnosis.source_code import Loop
+from ddp_lessons.wire.records import Frame
+
+CODE = """\
+def train(rank, batches):
+    setup(rank)
+    for batch in batches:
+        forward(batch)
+        if rank == 0:
+            save(batch)
+        if rank == 1:
+            continue
+        else:
+            report()
+        for one in batch:
+            inner(one)
+    done()
+
+def other():
+    if True:
+        helper()
+
+def stops():
+    for batch in batches:
+        for part in batch:
+            if part:
+                break
+        step()
+    while True:
+        step()
+    for batch in batches:
+        if batch:
+            return
+
+def early(rank):
+    if rank == 0:
+        mine()
+        return
+    theirs()
+"""
+
+
+@pytest.fixture
+def file() -> str:
+    name = "Cell of test_source_code"
+    linecache.cache[name] = len(CODE), None, CODE.splitlines(True), name
+    return name
+
+
+def line(text: str) -> int:
+    return next(n for n, row in enumerate(CODE.splitlines(), 1) if text in row)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ("forward(", "save(", "save("),
+        ("save(", "forward(", "save("),
+        ("forward(", "inner(", "inner("),
+        ("setup(", "done(", None),
+        ("save(", "report(", None),  # both are under an if
+        ("setup(", "helper(", None),  # another function
+        ("mine(", "theirs(", None),  # a branch that does not rejoin the rest
+        ("forward(", "forward(", None),
+    ],
+)
+def test_the_line_that_only_some_ranks_reach(
+    file: str, one: str, other: str, found: str | None
+) -> None:
+    sites = [f"{file}:{line(text)}" for text in (one, other)]
+    assert source_code.optional(*sites) == (found and f"{file}:{line(found)}")
+
+
+def test_of_two_files_nothing_is_known(file: str) -> None:
+    assert source_code.optional(f"{file}:{line('save(')}", "elsewhere.py:4") is None
+    assert source_code.optional(None, f"{file}:4") is None
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "ends"), [(20, 24, False), (25, 26, True), (27, 29, True), (3, 12, False)]
+)
+def test_whether_a_loop_ends_by_decision(file: str, first: int, last: int, ends: bool) -> None:
+    assert Loop(file, first, last).ends_by_decision == ends
+
+
+def test_what_comes_after_a_loop(file: str) -> None:
+    loop = Loop(file, line("for batch"), line("inner("))
+    assert loop.is_before(Frame(file, line("done("), "train", ""))
+    assert not loop.is_before(Frame(file, line("forward("), "train", ""))
+    assert not loop.is_before(Frame(file, line("helper("), "other", ""))

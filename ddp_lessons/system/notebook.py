@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
 
-# Runs once the output is on the page. Notebook 7 takes a key before the widget that has the focus,
-# unless an element around it forbids that; JupyterLab asks the widget first.
+# Runs once the output is on the page, and when a part of it is drawn anew. Notebook 7 takes a key
+# before the widget that has the focus, unless the widget forbids that; JupyterLab asks it first.
 _SCRIPT = """if (element instanceof Node) new ResizeObserver((_, observer) => {
     observer.disconnect();
     const cell = element.closest(".jp-OutputArea") ?? document.body;
-    cell.setAttribute("data-lm-suppress-shortcuts", "");%s
+    const prepare = () => {
+        cell.querySelectorAll("input, select, button, [role=slider], [role=tab], [tabindex]")
+            .forEach(widget => widget.setAttribute("data-lm-suppress-shortcuts", ""));
+        %s
+    };
+    new MutationObserver(prepare).observe(cell, {childList: true, subtree: true});
+    prepare();
 }).observe(element);"""
 
 
@@ -38,7 +44,7 @@ def is_live() -> bool:
 def prepare_widgets(script: str = "") -> DisplayHandle:
     """Let the widgets of this cell have the keys that are pressed in them.
 
-    `script` is JavaScript that runs with it; it knows the cell's output as `cell`.
+    `script` is JavaScript that prepares them further; it knows the cell's output as `cell`.
     """
     from IPython.display import display
 

@@ -36,14 +36,10 @@ SOON = 0.03  # seconds in which moves of controls are merged
 TIMEOUT = 10.0  # seconds without progress: nobody watches a slider longer
 LABEL = {"description_width": "10em"}
 LAYOUT = {"width": "29em", "max_width": "98%"}
-# ipywidgets 8 gives a slider's handle no name for screen readers. This script names the sliders of
-# its cell once its output is on the page.
-NAMES = """
-    const name = () => cell.querySelectorAll(".widget-slider").forEach(slider =>
-        slider.querySelector("[role=slider]")?.setAttribute(
-            "aria-label", slider.querySelector("label").textContent));
-    new MutationObserver(name).observe(cell, {childList: true, subtree: true});
-    name();"""
+# ipywidgets 8 gives a slider's handle no name for screen readers.
+NAMES = """cell.querySelectorAll(".widget-slider").forEach(slider =>
+    slider.querySelector("[role=slider]")?.setAttribute(
+        "aria-label", slider.querySelector("label").textContent));"""
 MOST_ERROR = 1500  # characters shown of a failure
 
 

@@ -18,6 +18,7 @@ from ddp_lessons.wire import stacks
 from ddp_lessons.wire.messages import STACK_SIGNAL
 
 START = 120.0  # seconds that a new process may take until it calls the function
+END = 30.0  # seconds that it may take to end, after that, while it waits for a processor
 TICK = 0.1  # seconds between two checks of the clock
 GRACE = 1.0  # seconds that the others get after the first failure
 QUIET = 1.0  # seconds without progress after which to ask whether anything can still move
@@ -77,7 +78,7 @@ class Watchdog:
             if failed_at is not None:
                 if now - failed_at > GRACE:
                     self.stop(AFTER_FAILURE)
-            elif quiet > (timeout if self._all_started else max(timeout, START)):
+            elif quiet > self._patience(timeout):
                 self._give_up()
                 return timeout
             elif quiet > QUIET and now > look_at:
@@ -88,9 +89,16 @@ class Watchdog:
                 look_at = ended + max(QUIET, LOOKING * (ended - now))
         return None
 
-    @property
-    def _all_started(self) -> bool:
-        return all(w.started_ns is not None or w.exitcode is not None for w in self._workers)
+    def _patience(self, timeout: float) -> float:
+        """Seconds without progress after which the run hangs.
+
+        A rank may take long to start and, where it gets no processor, to end.
+        """
+        if any(w.started_ns is None and w.exitcode is None for w in self._workers):
+            return max(timeout, START)
+        if any(w.queued and w.outcome is not None for w in self.alive):
+            return max(timeout, END)
+        return timeout
 
     def pump(self, seconds: float) -> None:
         """Take in what the ranks sent, waiting at most `seconds` for something to come."""

@@ -7,6 +7,7 @@ import logging.handlers
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -190,3 +191,29 @@ def test_exit_handlers_of_the_forkserver_are_not_the_ranks() -> None:
 
     assert launch(work, nprocs=1, start_method="forkserver").values == [3]
     assert launch(lambda rank: rank).values == [0, 1]  # and it is still there
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
+def test_a_rank_that_gets_no_processor_to_end_is_not_taken_for_one_that_never_does() -> None:
+    """Three others keep its core busy, and it gives way to them: to end takes it seconds."""
+    core = min(os.sched_getaffinity(0))
+
+    def work(rank: int) -> int:
+        if rank == 0:
+            threading.Thread(target=goes_on, name="saver").start()
+        else:
+            os.sched_setaffinity(0, {core})
+            os.nice(19)
+        return rank + 5
+
+    command = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile 1: 0"]
+    busy = [subprocess.Popen(command) for _ in range(3)]
+    try:
+        run = launch(work, timeout=0.5, check=False, start_method="spawn")
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("not ended", (0,))
+    assert run.values == [5, 6]

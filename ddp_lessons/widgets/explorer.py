@@ -40,6 +40,9 @@ LAYOUT = {"width": "29em", "max_width": "98%"}
 NAMES = """cell.querySelectorAll(".widget-slider").forEach(slider =>
     slider.querySelector("[role=slider]")?.setAttribute(
         "aria-label", slider.querySelector("label").textContent));"""
+# While ranks run that the picture does not show yet; a quick run is over before it fades.
+BUSY = """<style>.jp-OutputArea:has(> * .ddp-lessons-busy) img {
+    opacity: 0.4; transition: opacity 0.2s 0.3s}</style><span class="ddp-lessons-busy"></span>"""
 MOST_ERROR = 1500  # characters shown of a failure
 
 
@@ -77,10 +80,11 @@ class Explorer:
         self._due = False
         self._picture: DisplayHandle | None = None
         self._failure = ipywidgets.HTML()
+        self._busy = ipywidgets.HTML(layout={"height": "0"})
         box = ipywidgets.Box(
             list(self.controls.values()), layout={"flex_flow": "row wrap", "max_width": "60em"}
         )
-        self.panel = ipywidgets.VBox([box, self._failure])
+        self.panel = ipywidgets.VBox([box, self._failure, self._busy])
         for control in self.controls.values():
             control.observe(self._moved, "value")
 
@@ -123,6 +127,13 @@ class Explorer:
 
     def redraw(self) -> None:
         """Launch the ranks with the values of the controls, and show what they did."""
+        self._busy.value = BUSY
+        try:
+            self._run_and_show()
+        finally:
+            self._busy.value = ""
+
+    def _run_and_show(self) -> None:
         values = self.values
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # hides the ranks' output

@@ -26,7 +26,6 @@ import greenlet
 import torch.distributed as dist
 
 from ddp_lessons import Run, Span, launch, span
-from ddp_lessons.exercises import framework
 from ddp_lessons.exercises.framework import Exercise, Feedback, run_ranks
 from ddp_lessons.launcher.live_panel import hidden
 from ddp_lessons.processes.packing import name_of
@@ -97,10 +96,7 @@ def _runs(asked: Sequence[_Asked]) -> list[Run | BaseException]:
             shared = _share([asked[number] for number in left])
             found |= {n: run for n, run in zip(left, shared, strict=False) if run is not None}
             left = left[len(shared) :]
-    for number, one in enumerate(asked):
-        if number not in found:
-            found[number] = _alone(one)
-    return [found[number] for number in range(len(asked))]
+    return [found[n] if n in found else _alone(one) for n, one in enumerate(asked)]
 
 
 def _alone(asked: _Asked) -> Run | BaseException:
@@ -178,7 +174,9 @@ def _part(rank: RankResult, place: int, file: Path) -> RankResult | None:
 
 
 def _is_inside(one: Span, begin: int, end: int) -> bool:
-    return begin <= one.t0_ns and one.t1_ns is not None and one.t1_ns <= end and PLACE not in one.name
+    return (
+        begin <= one.t0_ns and one.t1_ns is not None and one.t1_ns <= end and PLACE not in one.name
+    )
 
 
 def _line(place: int) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
-import greenlet
+import greenlet  # type: ignore[import-untyped]
 import torch.distributed as dist
 
 from ddp_lessons import Run, Span, launch, span
@@ -122,7 +122,7 @@ def _share(asked: Sequence[_Asked]) -> list[Run | None]:
             )
         finally:
             hidden.reset(token)
-        found = []
+        found: list[Run | None] = []
         for place, one in enumerate(asked):
             files = [_file(folder, place, rank.rank) for rank in run.ranks]
             if not all(file.exists() for file in files):
@@ -142,7 +142,8 @@ def _file(folder: str, place: int, rank: int) -> Path:
 def _pickled(asked: _Asked) -> bytes:
     """What a rank calls; each by itself, as functions of one pickle share their globals."""
     try:
-        return cloudpickle.dumps((asked.fn, asked.args))
+        pickled: bytes = cloudpickle.dumps((asked.fn, asked.args))
+        return pickled
     except Exception:  # `launch` says why, when it runs alone
         return b""
 
@@ -155,7 +156,7 @@ def _part(rank: RankResult, place: int, file: Path) -> RankResult | None:
         return None
     _, _, after = rank.output.partition(_line(place))
     output, ended, _ = after.partition(_line(place + 1))
-    inside = [s for s in rank.spans if _is_inside(s, around.t0_ns, around.t1_ns)]
+    inside = _within(rank.spans, around.t0_ns, around.t1_ns)
     if not ended:
         return None
     return RankResult(
@@ -173,10 +174,12 @@ def _part(rank: RankResult, place: int, file: Path) -> RankResult | None:
     )
 
 
-def _is_inside(one: Span, begin: int, end: int) -> bool:
-    return (
-        begin <= one.t0_ns and one.t1_ns is not None and one.t1_ns <= end and PLACE not in one.name
-    )
+def _within(spans: Sequence[Span], begin: int, end: int) -> Iterator[Span]:
+    """The spans that begin within a place; what goes on behind its end never ended."""
+    for one in spans:
+        if begin <= one.t0_ns < end and not one.name.startswith(PLACE):
+            goes_on = one.t1_ns is None or one.t1_ns > end
+            yield one._replace(t1_ns=None) if goes_on else one
 
 
 def _line(place: int) -> str:

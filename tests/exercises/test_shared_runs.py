@@ -152,7 +152,7 @@ ANSWERS: dict[Any, list[Any]] = {
         sends_too_much,
         passes_on,
         uses_the_library,
-        lambda pieces: None,
+        lambda pieces: len(pieces),
     ],
     check_greet: [greets, greets_everywhere, greets_below_python, ends_no_line, is_silent, greets],
 }

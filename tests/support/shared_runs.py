@@ -46,6 +46,16 @@ class _Asked(NamedTuple):
     check: bool = True
 
 
+class _Packed(NamedTuple):
+    """The same for a rank: a pickle, as functions that share one share their globals, too."""
+
+    pickle: bytes
+    name: str
+    nprocs: int
+    nnodes: int
+    check: bool
+
+
 def judged(check: Exercise, answers: Sequence[Any]) -> list[Feedback]:
     """What `check` says of each answer, in the order of the answers."""
     asking: dict[greenlet.greenlet, _Asked] = {}
@@ -86,17 +96,20 @@ def _asking_instead(check: Exercise, ask: Callable[..., Any]) -> Iterator[None]:
 
 def _runs(asked: Sequence[_Asked]) -> list[Run | BaseException]:
     """The run of each, or what it raised; those on equally many ranks share one."""
-    found: dict[int, Run | BaseException] = {}
-    ranks: dict[tuple[int, int], list[int]] = {}
-    for number, one in enumerate(asked):
-        ranks.setdefault((one.nprocs, one.nnodes), []).append(number)
-    for numbers in ranks.values():
-        left = numbers
+    found: dict[_Packed, Run | BaseException] = {}
+    packed = [_pack(one) for one in asked]
+    ranks: dict[tuple[int, int], list[_Packed]] = {}
+    for one in dict.fromkeys(packed):  # what is asked for twice, as it has no answer in it, is one
+        ranks.setdefault((one.nprocs, one.nnodes), []).append(one)
+    for left in ranks.values():
         while len(left) > 1:
-            shared = _share([asked[number] for number in left])
-            found |= {n: run for n, run in zip(left, shared, strict=False) if run is not None}
+            shared = _share(left)
+            found |= {one: run for one, run in zip(left, shared, strict=False) if run is not None}
             left = left[len(shared) :]
-    return [found[n] if n in found else _alone(one) for n, one in enumerate(asked)]
+    for pack, one in zip(packed, asked, strict=True):
+        if pack not in found:
+            found[pack] = _alone(one)
+    return [found[pack] for pack in packed]
 
 
 def _alone(asked: _Asked) -> Run | BaseException:
@@ -106,7 +119,7 @@ def _alone(asked: _Asked) -> Run | BaseException:
         return error
 
 
-def _share(asked: Sequence[_Asked]) -> list[Run | None]:
+def _share(asked: Sequence[_Packed]) -> list[Run | None]:
     """A run for each that came to its end, in order, and None for one that needs its own."""
     first, begin = asked[0], time.perf_counter_ns()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
@@ -114,7 +127,7 @@ def _share(asked: Sequence[_Asked]) -> list[Run | None]:
         try:
             run = launch(
                 _one_after_another,
-                ([_pickled(one) for one in asked], folder),
+                ([one.pickle for one in asked], folder),
                 first.nprocs,
                 nnodes=first.nnodes,
                 timeout=TIMEOUT,
@@ -130,7 +143,7 @@ def _share(asked: Sequence[_Asked]) -> list[Run | None]:
             parts = [_part(r, place, f) for r, f in zip(run.ranks, files, strict=True)]
             ranks = [part for part in parts if part is not None]
             whole = len(ranks) == run.world_size
-            found.append(Run(name_of(one.fn), ranks, begin_ns=begin) if whole else None)
+            found.append(Run(one.name, ranks, begin_ns=begin) if whole else None)
     return found
 
 
@@ -139,13 +152,12 @@ def _file(folder: str, place: int, rank: int) -> Path:
     return Path(folder, f"{place} of {rank}")
 
 
-def _pickled(asked: _Asked) -> bytes:
-    """What a rank calls; each by itself, as functions of one pickle share their globals."""
+def _pack(asked: _Asked) -> _Packed:
     try:
-        pickled: bytes = cloudpickle.dumps((asked.fn, asked.args))
-        return pickled
+        pickled = cloudpickle.dumps((asked.fn, asked.args))
     except Exception:  # `launch` says why, when it runs alone
-        return b""
+        pickled = repr(id(asked)).encode()
+    return _Packed(pickled, name_of(asked.fn), *asked[2:])
 
 
 def _part(rank: RankResult, place: int, file: Path) -> RankResult | None:

@@ -99,8 +99,8 @@ def _runs(asked: Sequence[_Asked]) -> list[Run | BaseException]:
     found: dict[_Packed, Run | BaseException] = {}
     packed = [_pack(one) for one in asked]
     ranks: dict[tuple[int, int], list[_Packed]] = {}
-    for one in dict.fromkeys(packed):  # what is asked for twice, as it has no answer in it, is one
-        ranks.setdefault((one.nprocs, one.nnodes), []).append(one)
+    for pack in dict.fromkeys(packed):  # without an answer in it, several ask for the same
+        ranks.setdefault((pack.nprocs, pack.nnodes), []).append(pack)
     for left in ranks.values():
         while len(left) > 1:
             shared = _share(left)

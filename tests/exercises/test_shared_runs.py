@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from ddp_lessons import Run, launch
 from ddp_lessons.exercises import framework
+from ddp_lessons.exercises.barriers import check_load
 from ddp_lessons.exercises.collectives import check_mean_over_ranks, check_ring_all_gather
 from ddp_lessons.exercises.start_here import check_greet
 from tests.support import answers, shared_runs
@@ -107,6 +109,21 @@ def uses_the_library(pieces: list[Any]) -> None:
     dist.all_gather(pieces, pieces[dist.get_rank()].clone())
 
 
+def load(rank: int, local_rank: int, path: str, download: Any) -> str:
+    if local_rank == 0 and not os.path.exists(path):
+        download(f"{path}.part")
+        os.replace(f"{path}.part", path)
+    dist.barrier()
+    return Path(path).read_text()
+
+
+def looks_before_it_is_there(rank: int, local_rank: int, path: str, download: Any) -> str:
+    """Rank 0 leaves the file behind, where a second try would find it."""
+    if local_rank == 0 and not os.path.exists(path):
+        download(path)
+    return Path(path).read_text()
+
+
 def greets(rank: int, world_size: int) -> None:
     if rank == 0:
         print(f"hello from {world_size} ranks")
@@ -154,6 +171,7 @@ ANSWERS: dict[Any, list[Any]] = {
         uses_the_library,
         lambda pieces: len(pieces),
     ],
+    check_load: [load, looks_before_it_is_there, looks_before_it_is_there, load],
     check_greet: [greets, greets_everywhere, greets_below_python, ends_no_line, is_silent, greets],
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import shutil
 import sys
 import tempfile
 import threading
@@ -101,15 +102,27 @@ def _runs(asked: Sequence[_Asked]) -> list[Run | BaseException]:
     ranks: dict[tuple[int, int], list[_Packed]] = {}
     for pack in dict.fromkeys(packed):  # without an answer in it, several ask for the same
         ranks.setdefault((pack.nprocs, pack.nnodes), []).append(pack)
-    for left in ranks.values():
-        while len(left) > 1:
-            shared = _share(left)
-            found |= {one: run for one, run in zip(left, shared, strict=False) if run is not None}
-            left = left[len(shared) :]
-    for pack, one in zip(packed, asked, strict=True):
-        if pack not in found:
-            found[pack] = _alone(one)
+    with tempfile.TemporaryDirectory() as copies:
+        folders = [Path(arg) for one in asked for arg in one.args if _is_folder(arg)]
+        kept = {folder: Path(copies, str(n)) for n, folder in enumerate(dict.fromkeys(folders))}
+        for folder, copy in kept.items():
+            shutil.copytree(folder, copy)
+        for left in ranks.values():
+            while len(left) > 1:
+                shared = _share(left)
+                found |= {p: run for p, run in zip(left, shared, strict=False) if run is not None}
+                left = left[len(shared) :]
+        for pack, one in zip(packed, asked, strict=True):
+            if pack not in found:
+                for folder in filter(_is_folder, one.args):
+                    shutil.rmtree(folder)  # what the first try left there
+                    shutil.copytree(kept[Path(folder)], folder)
+                found[pack] = _alone(one)
     return [found[pack] for pack in packed]
+
+
+def _is_folder(arg: Any) -> bool:
+    return isinstance(arg, str | Path) and os.path.isdir(arg)
 
 
 def _alone(asked: _Asked) -> Run | BaseException:
@@ -202,6 +215,7 @@ def _line(place: int) -> str:
 def _one_after_another(rank: int, places: Sequence[bytes], folder: str) -> None:
     environment, directory = dict(os.environ), os.getcwd()
     for place, pickled in enumerate(places):
+        _await_all(folder, place, rank)
         _write(_line(place))
         threads = set(threading.enumerate())
         with span(f"{PLACE} {place}"):
@@ -215,6 +229,14 @@ def _one_after_another(rank: int, places: Sequence[bytes], folder: str) -> None:
         more = set(threading.enumerate()) - threads
         _file(folder, place, rank).write_bytes(b"" if more else returned)
     _write(_line(len(places)))
+
+
+def _await_all(folder: str, place: int, rank: int) -> None:
+    """Begin when all ranks do, as the ranks of a launch."""
+    here = [Path(folder, f"{n} comes to {place}") for n in range(int(os.environ["WORLD_SIZE"]))]
+    here[rank].touch()
+    while not all(file.exists() for file in here):
+        time.sleep(0.002)
 
 
 def _returned(pickled: bytes, rank: int) -> bytes:

@@ -16,6 +16,7 @@ from ddp_lessons.exercises.framework import Wrong, tell
 from ddp_lessons.system.host import LOOPBACK_INTERFACE
 from ddp_lessons.text import exit_name
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 PATIENCE = 90.0  # seconds: torch is imported anew by each rank, on a busy machine slowly
 GRACE = 40.0  # seconds to end after SIGTERM: torchrun gives its ranks 30
 # The last option: otherwise, after half of all restarts, ranks find keys of killed ranks in the
@@ -60,8 +61,8 @@ def under_torchrun(script: Path, *options: str, env: Mapping[str, str] | None = 
     """Run ``torchrun --standalone OPTIONS script``."""
     tell("by torchrun")
     with tempfile.TemporaryDirectory() as logs:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--log-dir={logs}"]
-        outcome = _run([*torchrun, "--standalone", *options, str(script)], env or {})
+        command = [*TORCHRUN, f"--log-dir={logs}", "--standalone", *options, str(script)]
+        outcome = _run(command, env or {})
         return outcome._replace(starts=len(list(Path(logs).glob("*/attempt_*"))))
 
 

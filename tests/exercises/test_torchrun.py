@@ -7,6 +7,7 @@ new Pythons.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,20 @@ import pytest
 
 from ddp_lessons.exercises import script_runner
 from ddp_lessons.exercises.torchrun import check_both_ways, check_resumes
-from tests.support import answers
+from tests.support import answers, warm_torchrun
 
 pytestmark = pytest.mark.ranks
+
+REAL_TORCHRUN = script_runner.TORCHRUN
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked_agents() -> Iterator[None]:
+    """torchrun's agents need not import torch anew."""
+    with warm_torchrun.command() as command, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script_runner, "TORCHRUN", command)
+        yield
+
 
 # Only scripts whose group matters import torch, which takes each of five new Pythons a second.
 IMPORTS = "import os, signal\n"
@@ -252,3 +264,20 @@ def test_not_attempted(tmp_path: Path, check: Any) -> None:
 
 def test_no_script(tmp_path: Path) -> None:
     answers.is_explained(check_both_ways, tmp_path / "both.py", "there is no file both.py")
+
+
+@pytest.mark.parametrize("body", [FAILS_AGAIN, NEVER_KILLED, OTHER_KEY])
+def test_a_forked_agent_does_what_a_new_one_does(
+    body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def outcome() -> tuple[Any, ...]:
+        checkpoint = {"CHECKPOINT": str(tmp_path / "last.pt")}
+        options = ("--nproc-per-node=2", "--max-restarts=1")
+        found = script_runner.under_torchrun(script, *options, env=checkpoint)
+        (tmp_path / "last.pt").unlink(missing_ok=True)
+        return found.exitcode, found.output, found.error, found.starts
+
+    script = written(tmp_path, body)
+    forked = outcome()
+    monkeypatch.setattr(script_runner, "TORCHRUN", REAL_TORCHRUN)
+    assert forked == outcome()

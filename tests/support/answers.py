@@ -3,27 +3,80 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from ddp_lessons.exercises.framework import Exercise, Feedback
+from tests.support import shared_runs
+
+TOGETHER = 12  # answers whose runs share processes
+
 
 def right(answers: Sequence[tuple[Any, Any]]) -> pytest.MarkDecorator:
     """Give a test each (check, answer)."""
-    names = [check.__name__ for check, _ in answers]
-    return pytest.mark.parametrize(("check", "answer"), answers, ids=names)
+    return pytest.mark.parametrize(
+        ("check", "answer"), [_case(check.__name__, check, answer) for check, answer in answers]
+    )
 
 
 def wrong(answers: Sequence[tuple[Any, Any, str]]) -> pytest.MarkDecorator:
     """Give a test each (check, answer, what is said of it)."""
-    names = [f"{check.__name__}-{said[:30]}" for check, _, said in answers]
-    return pytest.mark.parametrize(("check", "answer", "said"), answers, ids=names)
+    return pytest.mark.parametrize(
+        ("check", "answer", "said"),
+        [_case(f"{case[0].__name__}-{case[2][:30]}", *case) for case in answers],
+    )
+
+
+def _case(name: str, check: Exercise, *rest: Any) -> Any:
+    """Those of one check run in one process, which judges them together."""
+    group = pytest.mark.xdist_group(f"answers of {check.__name__}")
+    return pytest.param(check, *rest, id=name, marks=group)
+
+
+class Verdicts:
+    """The verdicts on the answers of a session, each for one use.
+
+    They are found for several answers at a time: the one that is asked for, and those after it.
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[Exercise, list[Any]] = {}
+        self._found: list[tuple[Exercise, Any, Feedback]] = []
+
+    def expect(self, cases: Iterable[tuple[Exercise, Any]]) -> None:
+        for check, answer in cases:
+            self._left.setdefault(check, []).append(answer)
+
+    def __call__(self, check: Exercise, answer: Any) -> Feedback:
+        if (found := self._taken(check, answer)) is None:
+            left = self._left.get(check, [])
+            start = next((n for n, one in enumerate(left) if one is answer), None)
+            if start is None:
+                return check(answer)
+            several = left[start : start + TOGETHER]
+            del left[start : start + TOGETHER]
+            judged = shared_runs.judged(check, several)
+            self._found += [(check, *one) for one in zip(several, judged, strict=True)]
+            found = self._taken(check, answer)
+            assert found is not None
+        return found
+
+    def _taken(self, check: Exercise, answer: Any) -> Feedback | None:
+        for place, (of, judged, verdict) in enumerate(self._found):
+            if of is check and judged is answer:
+                del self._found[place]
+                return verdict
+        return None
+
+
+verdict_on = Verdicts()
 
 
 def passes(check: Any, answer: Any) -> None:
-    verdict = check(answer)
+    verdict = verdict_on(check, answer)
     assert verdict.passed, verdict
     assert verdict.because == ""
     assert repr(verdict).startswith(f"✓ {check.__name__}: ")
@@ -31,7 +84,7 @@ def passes(check: Any, answer: Any) -> None:
 
 def is_explained(check: Any, answer: Any, said: str) -> None:
     """The verdict is no, and says `said`, a pattern in which a line's end is a space."""
-    verdict = check(answer)
+    verdict = verdict_on(check, answer)
     assert verdict.passed is False
     assert re.search(said, repr(verdict).replace("\n", " ")), repr(verdict)
 

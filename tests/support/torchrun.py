@@ -11,10 +11,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ddp_lessons.exercises.script_runner import VARIABLES
+from ddp_lessons.exercises.script_runner import TORCHRUN, VARIABLES
 from ddp_lessons.system.host import reserve_port
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 QUIET = {**VARIABLES, "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
 PATIENCE = 90.0  # seconds
 # A training in DDP, whose ranks print what they return: the last loss, to the last bit.

@@ -7,15 +7,14 @@ a run fails and fails with the course's own piece, too, there is no verdict.
 
 from __future__ import annotations
 
+import functools
 import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from torch.utils.data import TensorDataset
 from ddp_lessons import Run
 from ddp_lessons.data import SmallCNN, digits
 from ddp_lessons.exercises import capstone_pieces
-from ddp_lessons.exercises.checkpoint_training import Disk, checkpoint_path
+from ddp_lessons.exercises.capstone_disk import SlowDisk
 from ddp_lessons.exercises.framework import (
     Feedback,
     Unjudged,
@@ -90,33 +89,46 @@ def _run_once(worker: Piece, piece: Piece, ranks: int) -> Run:
 
 def _failure(run: Run) -> str:
     """One line of the verdict, without its advice."""
-    return run.verdict.title if run.verdict else str(run.error).splitlines()[0]
+    verdict = run.verdict
+    if verdict is None:
+        return str(run.error).splitlines()[0]
+    if verdict.kind == "computing" and verdict.frame is not None:  # its title names no line
+        place = f"{verdict.frame.function}, line {verdict.frame.lineno}"
+        return f"{verdict.title}: {ranks_text(verdict.ranks)} is in {place}"
+    return verdict.title
 
 
 SHUFFLED, BATCH = 24, 6  # samples, and those of a batch, of all ranks together
 EPOCHS = (*range(8), 1)  # one of them twice, as after a restart
+SEEDS = (0, 5, 3)  # of the ranks; on one rank a wrong seed makes no difference
 Orders = list[list[list[int]]]  # by epoch and batch
 
 
 @in_group
-def _shuffled(rank: int, batches: Piece, _: str) -> Orders:
-    torch.manual_seed(rank)  # dropout and augmentation have their own numbers on each rank
+def _shuffled(rank: int, batches: Piece, _: str) -> tuple[Orders, list[int]]:
+    torch.manual_seed(SEEDS[rank])  # dropout and augmentation have their own numbers on each rank
     dataset = TensorDataset(torch.arange(SHUFFLED))
-    return [[plain(batch[0]) for batch in batches(dataset, epoch, BATCH)] for epoch in EPOCHS]
+    orders, drawn = [], []
+    for epoch in EPOCHS:
+        orders.append([plain(batch[0]) for batch in batches(dataset, epoch, BATCH)])
+        drawn.append(int(torch.randint(2**62, ())))  # as dropout would draw
+    return orders, drawn
 
 
 @exercise(
     "Count how often the ranks together see each sample of an epoch.",
     "Each rank shuffles all samples and then takes its part. When are the parts disjoint?",
     "All ranks must shuffle in the same way: one seed for all, and `set_epoch(epoch)`. A rank's "
-    "own seed is not one for all: what is `torch.initial_seed()` on rank 1?",
+    "own seed is not one for all: what is `torch.initial_seed()` on rank 1? (The check seeds the "
+    "ranks in its own way.)",
 )
 def check_data(batches: Piece) -> str:
     """Check `batches(dataset, epoch, batch_size)`: each sample once, in the batches of one rank."""
     together: dict[int, Orders] = {}
     for ranks in RANKS:
-        found = _run(_shuffled, batches, ranks, DATA)
+        found, drawn = zip(*_run(_shuffled, batches, ranks, DATA), strict=True)
         _judge_data(count(ranks, "rank"), found)
+        _judge_drawn(count(ranks, "rank"), drawn)
         together[ranks] = _together(found)
     for ranks in RANKS:
         _judge_batches(count(ranks, "rank"), together[ranks], together[1])
@@ -125,7 +137,7 @@ def check_data(batches: Piece) -> str:
     )
 
 
-def _judge_data(what: str, ranks: list[Orders]) -> None:
+def _judge_data(what: str, ranks: Sequence[Orders]) -> None:
     for number, epoch in enumerate(EPOCHS):
         of_ranks = [rank[number] for rank in ranks]
         times = Counter(chain(*chain(*of_ranks)))
@@ -154,7 +166,20 @@ def _judge_data(what: str, ranks: list[Orders]) -> None:
         )
 
 
-def _together(ranks: list[Orders]) -> Orders:
+def _judge_drawn(what: str, ranks: Sequence[list[int]]) -> None:
+    """Judge the random numbers that each rank drew after each epoch's batches."""
+    of_epochs = [*zip(*ranks, strict=True)]
+    for epoch, of_ranks in zip(EPOCHS, of_epochs, strict=True):
+        if len({*of_ranks}) < len(of_ranks):
+            seen = f"after the batches of epoch {epoch}, ranks draw the same random numbers"
+            raise Wrong(f"{what}: {seen}. Dropout would drop the same on them.", DATA)
+    for rank, drawn in enumerate(ranks):
+        if len({*drawn[:-1]}) < len(drawn) - 1:
+            seen = f"rank {rank} draws the same random numbers after the batches of each epoch"
+            raise Wrong(f"{what}: {seen}. Dropout would always drop the same.", DATA)
+
+
+def _together(ranks: Sequence[Orders]) -> Orders:
     """The samples of each batch, of all ranks together, sorted."""
     return [
         [sorted(chain(*parts)) for parts in zip(*of_ranks, strict=True)]
@@ -173,25 +198,42 @@ def _judge_batches(what: str, together: Orders, alone: Orders) -> None:
 GLOBAL, PARTS = 24, 8  # images of a batch, of all ranks together, and how many steps
 
 
+Learned = tuple[Tensor, Tensor, Tensor]  # weights, scores of images together, and one by one
+
+
 @in_group
-def _learned(rank: int, wrap: Piece, _: str) -> tuple[Tensor, Tensor, Tensor, bool]:
-    torch.manual_seed(3)
-    model, ranks = wrap(SmallCNN()), dist.get_world_size()
+def _learned(rank: int, wrap: Piece, _: str) -> Learned:
+    torch.manual_seed(3 + rank)  # the weights of rank 0 are to be those of all
+    model = wrap(SmallCNN())
+    _learn(model, rank, dist.get_world_size())
+    return _end(model, model.eval().module)  # which `train` evaluates
+
+
+def _learn(model: nn.Module, rank: int, ranks: int) -> None:
     images, labels = digits()[: GLOBAL * PARTS]
     images = images * (1 + torch.arange(len(images)) % 6).view(-1, 1, 1, 1)  # ranks' shares differ
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for part in range(PARTS):
         mine = slice(GLOBAL * part + rank, GLOBAL * (part + 1), ranks)
-        optimizer.zero_grad()
+        model.zero_grad()
         cross_entropy(model(images[mine]), labels[mine]).backward()
-        optimizer.step()
-    plain_model = model.eval().module  # what `train` evaluates
+        descend(model, 0.05)
+
+
+def _end(model: nn.Module, evaluated: nn.Module) -> Learned:
     test = digits(train=False)[:8][0]
-    means = [b for name, b in plain_model.named_buffers() if name.endswith("running_mean")]
     with torch.no_grad():
-        together = plain_model(test)
-        single = torch.cat([plain_model(image[None]) for image in test])
-    return flat(model.parameters()), together, single, all(bool(mean.any()) for mean in means)
+        single = torch.cat([evaluated(image[None]) for image in test])
+        return flat(model.parameters()), evaluated(test), single
+
+
+@functools.cache
+def _learned_without_ranks() -> Learned:
+    """What the model learns in one process as it is: neither wrapped nor changed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = SmallCNN()
+    _learn(model, 0, 1)
+    return _end(model, model.eval())
 
 
 @exercise(
@@ -207,13 +249,13 @@ def check_statistics(wrap: Piece) -> str:
     for ranks in RANKS:
         ends[ranks] = _run(_learned, wrap, ranks, STATISTICS)
         _judge_statistics(count(ranks, "rank"), ends[ranks])
-    for ranks in RANKS:
-        _judge_learned(count(ranks, "rank"), ends[ranks][0], ends[1][0])
-    return f"after {PARTS} steps all ranks predict the same in eval mode, as one rank alone does."
+    for ranks in sorted(RANKS):  # on one rank the change to a model shows alone
+        _judge_learned(count(ranks, "rank"), ends[ranks][0], _learned_without_ranks())
+    return f"after {PARTS} steps all ranks predict the same in eval mode, as one process does."
 
 
-def _judge_statistics(what: str, ranks: list[tuple[Tensor, Tensor, Tensor, bool]]) -> None:
-    weights, together, single, moved = zip(*ranks, strict=True)
+def _judge_statistics(what: str, ranks: list[Learned]) -> None:
+    weights, together, single = zip(*ranks, strict=True)
     after = f"after {PARTS} steps"
     if off := _apart(weights):
         raise Wrong(f"{what}: {after} their weights differ by up to {off:.2g}.", STATISTICS)
@@ -223,18 +265,19 @@ def _judge_statistics(what: str, ranks: list[tuple[Tensor, Tensor, Tensor, bool]
     if off := _apart((together[0], single[0])):
         seen = "in eval mode an image's scores depend on the other images of its batch"
         raise Wrong(f"{what}: {seen}, by up to {off:.2g}.", STATISTICS)
-    if not all(moved):
-        raise Wrong(f"{what}: {after} a running mean is still zero.", STATISTICS)
 
 
-def _judge_learned(what: str, end: tuple[Tensor, ...], alone: tuple[Tensor, ...]) -> None:
+def _judge_learned(what: str, end: Learned, alone: Learned) -> None:
     seen = f"{what}: after {PARTS} steps all ranks predict the same, but"
+    unchanged = "the model as it was before `wrap`, in one process, with the same samples"
+    if len(end[0]) != len(alone[0]):
+        raise Wrong(f"{what}: {len(end[0])} weights, not {len(alone[0])} as before.", STATISTICS)
     if off := _apart((end[0], alone[0])):
-        far = f"their weights are off by up to {off:.2g} from those of one rank"
-        raise Wrong(f"{seen} {far} with the same samples.", STATISTICS)
+        far = f"the weights are off by up to {off:.2g} from those of"
+        raise Wrong(f"{seen} {far} {unchanged}.", STATISTICS)
     if off := _apart((end[1], alone[1])):
-        far = f"not the same as one rank with the same samples: scores differ by up to {off:.2g}"
-        raise Wrong(f"{seen} {far}.", STATISTICS)
+        far = f"the scores are off by up to {off:.2g} from those of"
+        raise Wrong(f"{seen} {far} {unchanged}.", STATISTICS)
 
 
 def _apart(tensors: Sequence[Tensor], tolerance: float = 1e-4) -> float:
@@ -243,7 +286,7 @@ def _apart(tensors: Sequence[Tensor], tolerance: float = 1e-4) -> float:
     return worst if not worst < tolerance else 0.0
 
 
-STEPS, LR, MOMENTUM = 4, 0.1, 0.9
+STEPS, LR, MOMENTUM = 4, 0.07, 0.9
 
 
 @in_group
@@ -291,7 +334,8 @@ def check_rate(make_optimizer: Piece) -> str:
     wanted = _of_one_process()
     first = wanted[0] - flat(new_layer().parameters())
     for ranks in RANKS:
-        what = f"{count(ranks, 'rank')}, {SAMPLES} samples a step together"
+        call = f"`make_optimizer(model, {LR})`"
+        what = f"{call} on {count(ranks, 'rank')}, {SAMPLES} samples a step together"
         paths = _run(_descended, make_optimizer, ranks, RATE)
         for path in paths:
             far = (path[0] - wanted[0] + first).norm() / first.norm()
@@ -308,17 +352,32 @@ MICRO = 6  # samples of a batch, of all ranks together
 ACCUMULATED = ((2, 4), (3, 7), (1, 2))  # k, and how many batches
 
 
+class _Layer(nn.Module):  # type: ignore[misc]
+    """The small layer; it counts the batches that it gets in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = new_layer()
+        self.in_eval = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.in_eval += not self.training
+        scores: Tensor = self.layer(inputs)
+        return scores
+
+
 @in_group
-def _accumulated(rank: int, train_epoch: Piece, _: str) -> list[tuple[Tensor, object]]:
+def _accumulated(rank: int, train_epoch: Piece, _: str) -> list[tuple[Tensor, object, int]]:
     ranks = dist.get_world_size()
-    ends: list[tuple[Tensor, object]] = []
+    ends: list[tuple[Tensor, object, int]] = []
     for k, number in ACCUMULATED:
-        model = DistributedDataParallel(new_layer())
+        model = DistributedDataParallel(_Layer())
         optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
         mine = [(inputs[rank::ranks], labels[rank::ranks]) for inputs, labels in _micro(number)]
         for _epoch in range(2):  # in the second one, momenta that differ show
             loss = train_epoch(model, optimizer, mine, k)
-        ends.append((flat(model.parameters()), number_or_text(loss)))
+            model.eval()  # as an evaluation leaves it
+        ends.append((flat(model.parameters()), number_or_text(loss), model.module.in_eval))
     return ends
 
 
@@ -362,9 +421,9 @@ def check_gradients(train_epoch: Piece) -> str:
 
 
 def _judge_gradients(
-    what: str, of_ranks: Sequence[tuple[Tensor, object]], wanted: Tensor, means: list[float]
+    what: str, of_ranks: Sequence[tuple[Tensor, object, int]], wanted: Tensor, means: list[float]
 ) -> None:
-    weights, losses = zip(*of_ranks, strict=True)
+    weights, losses, in_eval = zip(*of_ranks, strict=True)
     if off := _apart(weights, 1e-9):
         raise Wrong(f"{what}: the ranks' weights differ by up to {off:.2g}.", GRADIENTS)
     if off := _apart((wanted, weights[0]), 1e-9):
@@ -372,6 +431,9 @@ def _judge_gradients(
         raise Wrong(f"{what}: {seen} with the same samples.", GRADIENTS)
     if not all(map(is_number, losses)):
         raise Wrong(f"{what}: returned {losses[0]}, not a loss.", GRADIENTS)
+    if any(in_eval):
+        seen = f"in the second epoch, after an evaluation, {max(in_eval)} of a rank's batches"
+        raise Wrong(f"{what}: {seen} went through the model in eval mode.", GRADIENTS)
     of_all = sum(means) / len(means)  # may be returned, too
     for rank, (loss, mean) in enumerate(zip(losses, means, strict=True)):
         if not (near(loss, mean, 1e-5) or near(loss, of_all, 1e-5)):
@@ -447,7 +509,10 @@ def _judge_evaluation(size: int, values: Sequence[object], shares: Sequence[int]
 
 
 TARGET = 0.5
-LOSSES = ((0.1, 0.2, 0.4), (0.9, 0.6, 0.8), (0.3, 0.6, 0.7), (0.9, 0.4, 0.4), (0.49, 0.52, 0.1))
+LOSSES = (
+    *((0.1, 0.2, 0.4), (0.9, 0.6, 0.8), (0.3, 0.6, 0.7), (0.9, 0.4, 0.4), (0.49, 0.52, 0.1)),
+    (0.5, 0.5, 0.5),  # not below the target
+)
 
 
 @in_group
@@ -476,40 +541,17 @@ def check_stop(should_stop: Piece) -> str:
     return "all ranks decide the same, by the mean of their losses; on 1, 2 and 3 ranks."
 
 
-@dataclass
-class _Writes:
-    """A rank's writes to files of a folder: it opened one to write, or gave one a new name."""
-
-    folder: str
-    names: set[str] = field(default_factory=set)
-
-    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
-        if event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR):
-            self._keep(args[0])
-        elif event == "os.rename":
-            self._keep(args[1])
-
-    def _keep(self, path: object) -> None:
-        if isinstance(path, str | os.PathLike):
-            folder, name = os.path.split(os.path.abspath(os.fspath(path)))
-            if folder == self.folder:
-                self.names.add(name)
-
-
 @in_group
-def _saved(rank: int, save: Piece, folder: str) -> list[tuple[list[str], str]]:
-    path, disk, found = checkpoint_path(folder), Disk(rank, folder), []
-    writes = _Writes(os.path.abspath(os.path.dirname(path)))
-    os.makedirs(writes.folder, exist_ok=True)
-    sys.addaudithook(writes)  # for the rest of this process's life
-    dist.barrier()
-    with mock.patch.object(torch, "save", disk):
+def _saved(rank: int, save: Piece, folder: str) -> list[tuple[list[str], str, str]]:
+    disk, found = SlowDisk(rank, folder), []
+    with disk.in_place():
+        dist.barrier()
         for epoch in range(2):  # the second one finds the first one's file
             state = {"model": new_layer().state_dict(), "optimizer": {}, "epoch": epoch}
-            disk.begin(slow=True)
-            writes.names.clear()
-            save(path, state)
-            found.append((sorted(writes.names), _content(path, state)))
+            with disk.watched():
+                save(disk.path, state)
+                content = _content(disk.path, state)  # before another rank knows of the return
+            found.append((sorted(disk.names), disk.in_danger, content))
             dist.barrier()
     return found
 
@@ -533,7 +575,8 @@ def _content(path: str, state: dict[str, Any]) -> str:
 @exercise(
     "What does a rank find in the file as soon as its own `save` returns? Which ranks write?",
     "One rank is enough. The others must know when it is done.",
-    "Rank 0 writes, then all ranks meet in a `dist.barrier()`, which stands outside of the `if`.",
+    "Rank 0 writes a new file and puts it in the old one's place, then all ranks meet in a "
+    "`dist.barrier()`, which stands outside of the `if`.",
 )
 def check_save(save: Piece) -> str:
     """Check `save(path, state)`: one rank writes; complete as soon as it returns anywhere."""
@@ -544,22 +587,38 @@ def check_save(save: Piece) -> str:
     return "one rank writes, and all find the file complete; on 1, 2 and 3 ranks."
 
 
-def _judge_saved(what: str, of_ranks: Sequence[tuple[list[str], str]]) -> None:
-    wrote = {rank: names for rank, (names, _) in enumerate(of_ranks) if names}
+def _judge_saved(what: str, of_ranks: Sequence[tuple[list[str], str, str]]) -> None:
+    wrote = {rank: names for rank, (names, *_) in enumerate(of_ranks) if names}
     if len(wrote) > 1:
         names = sorted({*chain(*wrote.values())})
         raise Wrong(f"{what}: {ranks_text(wrote)} wrote to {listed(names)}.", SAVE)
-    for rank, (_, wrong) in enumerate(of_ranks):
+    for rank, (*_, wrong) in enumerate(of_ranks):
         if wrong:
             seen = f"when `save` returned on rank {rank}, the file was {wrong}"
             raise Wrong(f"{what}: {seen}.", SAVE)
+    for rank, (_, in_danger, _) in enumerate(of_ranks):
+        if in_danger:
+            seen = f"while rank {rank} wrote, {in_danger}"
+            raise Wrong(f"{what}: {seen}. A rank that is stopped there leaves no checkpoint.", SAVE)
 
 
 SAVED, LAST = 1, 4  # the epoch of the checkpoint; the training has 4
 
 
+@dataclass(frozen=True)
+class _Resumed:
+    """What a rank saw: what `resume` returned, what it did to the file, how far off all is."""
+
+    at_first: object  # without a file
+    place: object
+    file: str
+    weights: Tensor  # right after loading, less those that were saved
+    buffers: Tensor
+    end: Tensor  # weights some epochs later, less those of a training that was never stopped
+
+
 @in_group
-def _resumed(rank: int, resume: Piece, folder: str) -> tuple[object, object, Tensor, Tensor | None]:
+def _resumed(rank: int, resume: Piece, folder: str) -> _Resumed:
     path = os.path.join(folder, "last.pt")
     model, optimizer = _fresh(1)
     before = flat(model.parameters())
@@ -572,21 +631,35 @@ def _resumed(rank: int, resume: Piece, folder: str) -> tuple[object, object, Ten
         state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
         torch.save({**state, "epoch": SAVED}, path)
     dist.barrier()
-    saved = flat(model.parameters())
+    file = _bytes(path)
+    saved = torch.load(path)["model"]
     _epochs(model, optimizer, SAVED + 1, LAST)
     wanted = flat(model.parameters())
     model, optimizer = _fresh(7)
     place = number_or_text(resume(path, model, optimizer))
-    loaded = flat(model.parameters()) - saved
+    weights = flat(p - saved[name] for name, p in model.module.named_parameters())
+    buffers = flat((b - saved[name]).double() for name, b in model.module.named_buffers())
+    dist.barrier()  # all have loaded it
+    left = "the same" if _bytes(path) == file else "changed" if os.path.exists(path) else "gone"
+    dist.barrier()
     _epochs(model, optimizer, SAVED + 1, LAST)
     at_first = at_first if untouched else "something after changing the weights"
-    return at_first, place, loaded, flat(model.parameters()) - wanted
+    return _Resumed(at_first, place, left, weights, buffers, flat(model.parameters()) - wanted)
 
 
 def _fresh(seed: int) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
     torch.manual_seed(seed)
-    model = DistributedDataParallel(nn.Linear(4, 3).double())
+    layers = nn.Linear(4, 3), nn.BatchNorm1d(3, affine=False)
+    model = DistributedDataParallel(nn.Sequential(*layers).double())
     return model, torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return b""
 
 
 def _epochs(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
@@ -612,22 +685,38 @@ def check_resume(resume: Piece) -> str:
     return "it goes on as if it had never been stopped; on 1, 2 and 3 ranks."
 
 
-def _judge_resumed(ranks: int, values: list[Any]) -> None:
+def _judge_resumed(ranks: int, values: Sequence[_Resumed]) -> None:
     what = [f"{count(ranks, 'rank')}, rank {rank}: " for rank in range(ranks)]
-    for rank, (at_first, place, loaded, _) in enumerate(values):
-        if not near(at_first, 0):
-            raise Wrong(f"{what[rank]}without a file, `resume` returned {at_first}.", RESUME)
-        if not near(place, SAVED + 1):
-            seen = f"after epoch {SAVED} was saved, `resume` returned {place}"
+    for rank, seen_by in enumerate(values):
+        if not near(seen_by.at_first, 0):
+            seen = f"without a file, `resume` returned {seen_by.at_first}"
             raise Wrong(f"{what[rank]}{seen}.", RESUME)
-        if off := _apart((torch.zeros(()), loaded), 1e-9):
-            seen = f"right after `resume`, its weights are off by up to {off:.2g}"
+        if not near(seen_by.place, SAVED + 1):
+            seen = f"after epoch {SAVED} was saved, `resume` returned {seen_by.place}"
+            raise Wrong(f"{what[rank]}{seen}.", RESUME)
+    for name in ("weights", "buffers"):
+        rank, off = _worst([getattr(seen_by, name) for seen_by in values])
+        if off:
+            seen = f"right after `resume`, its {name} are off by up to {off:.2g}"
             raise Wrong(f"{what[rank]}{seen} from those that were saved.", RESUME)
-    for rank, (*_, end) in enumerate(values):
-        if off := _apart((torch.zeros(()), end), 1e-9):
-            seen = f"the weights were loaded, but {LAST - SAVED - 1} epochs later they are off by"
-            undisturbed = "those of a training that was never stopped"
-            raise Wrong(f"{what[rank]}{seen} up to {off:.2g} from {undisturbed}.", RESUME)
+    if (left := values[0].file) != "the same":
+        raise Wrong(f"{count(ranks, 'rank')}: after `resume`, the checkpoint was {left}.", RESUME)
+    ends = [seen_by.end for seen_by in values]
+    later = f"all was loaded, but {LAST - SAVED - 1} epochs later"
+    if apart := _apart(ends, 1e-9):
+        seen = f"{later} the ranks' weights differ by up to {apart:.2g}"
+        raise Wrong(f"{count(ranks, 'rank')}: {seen}. They were equal after loading.", RESUME)
+    rank, off = _worst(ends)
+    if off:
+        undisturbed = "those of a training that was never stopped"
+        seen = f"the weights are off by up to {off:.2g} from {undisturbed}"
+        raise Wrong(f"{what[rank]}{later} {seen}.", RESUME)
+
+
+def _worst(ranks: Sequence[Tensor]) -> tuple[int, float]:
+    """The rank whose values are farthest from 0, and how far; 0 if only by rounding."""
+    far = [_apart((torch.zeros(()), values), 1e-9) for values in ranks]
+    return far.index(max(far)), max(far)
 
 
 @dataclass(frozen=True)

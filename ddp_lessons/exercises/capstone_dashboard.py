@@ -1,16 +1,20 @@
 """The dashboard of lesson 20: one picture of what the ranks of a training noted, epoch by epoch.
 
-Runs in the parent, called by the notebook, whose `note` keeps a file for each rank and epoch. A
-panel without anything to draw says so: a run that failed may have noted only a part.
+Runs in the parent, called by the notebook, whose `note` keeps a file for each rank and epoch; only
+`first_step` and `slow_disk` run in workers. A panel without anything to draw says so: a run that
+failed may have noted only a part.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence, Sized
 from itertools import chain
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import matplotlib.pyplot as plt
 import torch
@@ -18,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from ddp_lessons import Run, plots
+from ddp_lessons import Run
 from ddp_lessons.plots import style
 from ddp_lessons.text import count
 
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]  # what a rank noted in an epoch
 Epochs = dict[int, list[Facts]]  # by epoch, of all ranks
 
-LAYOUT = [["time"] * 3, ["samples", "weights", "buffers"], ["reference", "accuracy", "checkpoint"]]
+LAYOUT = [["step"] * 3, ["samples", "weights", "buffers"], ["reference", "accuracy", "checkpoint"]]
 SEEN = {"never": style.ORANGE, "once": style.PALE, "more often": style.INK}
 # Ranks with equal values lie on top of each other: each is thinner than the one below it.
 LOOKS: list[dict[str, Any]] = [
@@ -44,8 +48,50 @@ SAMPLES = 720  # that the lesson's trainer trains on
 LEAST = 0.1  # top of an axis of distances, at the least: rounding shall look like zero
 
 
+def first_step(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, rate: float
+) -> list[float]:
+    """A list that gets a number with the optimizer's first step: its length.
+
+    In units of `rate` times the gradient's length: so long is SGD's first step.
+    """
+    lengths: list[float] = []
+    before: list[torch.Tensor] = []
+
+    def keep(*_: object) -> None:
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        before[:] = [_weights(model), torch.cat(gradients)]
+        first.remove()
+
+    def measure(*_: object) -> None:
+        weights, gradient = before
+        lengths.append(float((_weights(model) - weights).norm() / (rate * gradient.norm())))
+        after.remove()
+
+    first = optimizer.register_step_pre_hook(keep)
+    after = optimizer.register_step_post_hook(measure)
+    return lengths
+
+
+@contextlib.contextmanager
+def slow_disk(seconds: float = 0.1) -> Iterator[None]:
+    """Have `torch.save` take so long, as with a network drive: who does not wait for it shows."""
+    save = torch.save
+
+    def save_slowly(*args: Any, **kwargs: Any) -> None:
+        time.sleep(seconds)
+        save(*args, **kwargs)
+
+    with mock.patch.object(torch, "save", save_slowly):
+        yield
+
+
+def _weights(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
 def dashboard(run: Run, folder: str, reference: str | None = None) -> None:
-    """Draw the time of a step, and what `note` kept in the run's folder, of up to four ranks.
+    """Draw what `note` kept in the folder of a run, of up to four ranks.
 
     Parameters
     ----------
@@ -53,9 +99,9 @@ def dashboard(run: Run, folder: str, reference: str | None = None) -> None:
         The run, also if it failed.
     folder : str
         Has a file `rank R, epoch E.pt` for each rank and epoch, a dictionary with some of `seen`
-        (numbers of samples), `weights` and `buffers` (flat tensors), `own` (accuracy of the rank's
-        model), `said` (that of `evaluate`) and `found` (the epoch of the checkpoint as `save`
-        returned, -1 for none).
+        (numbers of samples), `step` (what `first_step` returned), `weights` and `buffers` (flat
+        tensors), `own` (accuracy of the rank's model), `said` (that of `evaluate`) and `found` (the
+        epoch of the checkpoint as `save` returned, -1 for none).
     reference : str, optional
         The folder of another run, mostly that on one rank: the weights' distance from it is drawn.
 
@@ -69,8 +115,8 @@ def dashboard(run: Run, folder: str, reference: str | None = None) -> None:
     figure = plt.figure(figsize=(8.6, 6.2), dpi=82, layout="constrained")
     axes = figure.subplot_mosaic(LAYOUT, height_ratios=[0.25 + 0.25 * run.world_size, 2, 2])
     figure.suptitle(_title(run), x=0.01, ha="left", fontsize=11)
-    plots.totals(run, title="Time of a step", ax=axes["time"])
     epochs = _noted(folder, run.world_size)
+    _draw_step(axes["step"], run.world_size, epochs)
     _draw_samples(axes["samples"], epochs)
     for name in ("weights", "buffers"):
         _draw_distances(axes[name], f"{name.capitalize()}: distance from rank 0", epochs, name)
@@ -109,6 +155,23 @@ def _load(path: str) -> Facts:
 def _epoch(name: str) -> int:
     head, _, number = name.removesuffix(".pt").rpartition("epoch ")
     return int(number) if head and number.isdigit() else -1
+
+
+def _draw_step(ax: Axes, ranks: int, epochs: Epochs) -> None:
+    """A bar by rank; a line where they should end."""
+    lengths = [length for facts in epochs.get(0, []) for length in facts.get("step", [])[:1]]
+    style.head(ax, "First step: its length, in units of rate × gradient", [])
+    ax.set_title(ax.get_title("left"), loc="left", fontsize=10, pad=8)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
+    ax.set_ylim(ranks - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    colours = [look["color"] for look in LOOKS]
+    ax.barh(range(len(lengths)), lengths, height=0.6, color=colours)
+    ax.axvline(1, color=style.INK, linestyle="--", linewidth=1.2)
+    ax.set_xlim(0, max([3.2, *(1.1 * length for length in lengths if math.isfinite(length))]))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _say_if_empty(ax, lengths)
 
 
 def _draw_samples(ax: Axes, epochs: Epochs) -> None:
@@ -191,5 +254,9 @@ def _head(
     ax.set_xlim(first - 0.6, last + 0.6)
     ax.set_xticks(range(first, last + 1))
     ax.yaxis.set_major_locator(MaxNLocator(4, integer="late" in title))
-    if not epochs:
+    _say_if_empty(ax, epochs)
+
+
+def _say_if_empty(ax: Axes, values: Sized) -> None:
+    if not values:
         ax.text(0.5, 0.5, "no rank came so far", transform=ax.transAxes, ha="center", va="center")

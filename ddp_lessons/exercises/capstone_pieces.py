@@ -25,19 +25,19 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(dataset: Dataset[Any], epoch: int, batch_size: int) -> DataLoader[Any]:
-    """The rank's part of each batch of an epoch; a batch is the same on any number of ranks."""
+    """The rank's part of an epoch's batches, shuffled; `batch_size` is that of all ranks."""
     sampler = DistributedSampler(dataset)
     sampler.set_epoch(epoch)
     return DataLoader(dataset, batch_size // dist.get_world_size(), sampler=sampler)
 
 
 def wrap(model: nn.Module) -> DistributedDataParallel:
-    """The model in DDP; it learns the same on any number of ranks."""
+    """The model in DDP, its batch norms synchronised."""
     return DistributedDataParallel(convert_sync_batchnorm(model, quiet=True))
 
 
 def make_optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9; `rate` is right for the global batch, whatever the world size."""
+    """SGD with momentum; `rate` is for batches of 24."""
     return torch.optim.SGD(model.parameters(), rate, momentum=0.9)
 
 
@@ -47,7 +47,7 @@ def train_epoch(
     batches: Sequence[Batch],
     k: int,
 ) -> float:
-    """Take a step after every `k` batches, and after the last; return the rank's mean loss."""
+    """Train for an epoch, with a step for every `k` batches; return the mean loss."""
     model.train()
     losses: list[float] = []
     for first in range(0, len(batches), k):
@@ -63,7 +63,7 @@ def train_epoch(
 
 
 def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
-    """The accuracy on the whole dataset, from 0 to 1, on every rank; each takes its part."""
+    """The accuracy on the dataset, of which each rank takes a part."""
     model.eval()
     size = len(dataset)
     mine = Subset(dataset, range(dist.get_rank(), size, dist.get_world_size()))
@@ -76,14 +76,14 @@ def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
 
 
 def should_stop(loss: float, target: float) -> bool:
-    """Whether the training ends after this epoch: the mean of all losses is below `target`."""
-    mean = torch.tensor(loss)
+    """Whether the ranks' mean loss is below `target`."""
+    mean = torch.tensor(loss, dtype=torch.double)
     dist.all_reduce(mean)
     return bool(mean / dist.get_world_size() < target)
 
 
 def save(path: str, state: State) -> None:
-    """Let one rank write a checkpoint; when it returns, on whatever rank, the file is complete."""
+    """Write the checkpoint."""
     if dist.get_rank() == 0:
         torch.save(state, f"{path}.new")
         os.replace(f"{path}.new", path)
@@ -91,7 +91,7 @@ def save(path: str, state: State) -> None:
 
 
 def resume(path: str, model: DistributedDataParallel, optimizer: torch.optim.Optimizer) -> int:
-    """Load a checkpoint if there is one; return the epoch to go on with."""
+    """Load the checkpoint if there is one; return the epoch to go on with."""
     if not os.path.exists(path):
         return 0
     state = torch.load(path)

@@ -15,6 +15,7 @@ import inspect
 import io
 import reprlib
 import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -122,6 +123,12 @@ class Exercise:
         try:
             if is_unattempted(answer):
                 raise Unattempted
+            if self._takes_a_function() and not callable(answer):
+                raise Wrong(
+                    f"it got {_short.repr(answer)}, not a function.",
+                    f"Pass the function itself, {self.__name__}({self._parameter.name}), and not "
+                    "what a call of it returns.",
+                )
             return self._feedback(True, self._check(answer))
         except Unattempted:
             return self._feedback(
@@ -135,6 +142,18 @@ class Exercise:
             return self._feedback(
                 False, f"it failed on real ranks.\n{error}", "Read the error first."
             )
+
+    @property
+    def _parameter(self) -> inspect.Parameter:
+        return next(iter(inspect.signature(self._check).parameters.values()))
+
+    def _takes_a_function(self) -> bool:
+        """Whether the check says so, by the type of its parameter."""
+        name, written = self._parameter.name, self._parameter.annotation
+        try:
+            return typing.get_origin(typing.get_type_hints(self._check).get(name)) is Callable
+        except NameError:  # it has names that only type checkers import
+            return isinstance(written, str) and written.startswith("Callable[")
 
     def hint(self) -> None:
         """Print the next hint; after the last one, say so and print the first again."""

@@ -110,6 +110,19 @@ def test_hints_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == said
 
 
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_what_a_function_returned_is_not_taken_for_it(check: Exercise) -> None:
+    """Some checks take a script or an object of the learner's."""
+    if check.__name__ in ("check_both_ways", "check_resumes") or check.__doc__ is None:
+        return
+    if check.__module__.endswith("rank_zero") and check.__name__ == "check_resume":
+        return
+    verdict = check([1, 2])
+    assert verdict.passed is False
+    assert "it got [1, 2], not a function" in verdict.seen
+    assert f"Pass the function itself, {check.__name__}(" in verdict.because
+
+
 def test_what_cannot_be_judged_is_no_wrong_answer() -> None:
     def check(answer: object) -> str:
         raise Unjudged("The course's own answer fails, too.")

@@ -545,7 +545,7 @@ def test_scripts_do_under_torchrun_what_launch_does(
     lessons: list[tuple[str, str, tuple[int, ...]]] = [
         ("05_distributed_sampler", "compare", ()),
         ("07_ddp_timing", "train", (2,)),
-        ("12_rank_zero", "log", ()),
+        ("12_rank_zero", "log_step", ()),
     ]
     for lesson, function, args in lessons:
         scripts.append(path := tmp_path / f"{function}_of_{lesson}.py")

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ddp_lessons.recorded_run import load_run
     from ddp_lessons.results import RankResult
     from ddp_lessons.run import Run
+    from ddp_lessons.wire.messages import Displayed
     from ddp_lessons.wire.records import (
         Batches,
         ErrorRecord,
@@ -57,6 +58,7 @@ __all__ = [
     "Batches",
     "CannotSend",
     "Cause",
+    "Displayed",
     "ErrorRecord",
     "Finding",
     "Frame",
@@ -92,6 +94,7 @@ _HOME = {
     "Arrival": "analysis.wait_states",
     "Batches": "wire.records",
     "Cause": "analysis.stragglers",
+    "Displayed": "wire.messages",
     "ErrorRecord": "wire.records",
     "Finding": "diagnosis.verdict",
     "Frame": "wire.records",

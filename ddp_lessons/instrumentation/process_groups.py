@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ddp_lessons.instrumentation import clock_sync, gpu_sharing, recording
+from ddp_lessons.instrumentation import clock_sync, gloo_threads, gpu_sharing, recording
 from ddp_lessons.instrumentation.group_registry import groups
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.instrumentation.rendezvous import await_others
@@ -83,17 +83,23 @@ def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap destroy_process_group: with older torch, keep the group from being freed (torch_api)."""
-    if leaving_is_safe():
-        return recorded(name, function)
+    """Wrap destroy_process_group: have gloo's threads leave at once.
+
+    With older torch, also keep the group from being freed (torch_api).
+    """
+    from torch.distributed import distributed_c10d
+
+    keeps = not leaving_is_safe()
 
     @functools.wraps(function)
     def destroy(*args: Any, **kwargs: Any) -> Any:
-        if (recorder := recording.current()) is not None:
+        recorder = recording.current()
+        if recorder is None:
+            return function(*args, **kwargs)
+        if keeps:
             recorder.groups += distributed_c10d._world.pg_map
-        return function(*args, **kwargs)
-
-    from torch.distributed import distributed_c10d
+        with gloo_threads.woken():
+            return function(*args, **kwargs)
 
     return recorded(name, destroy)
 

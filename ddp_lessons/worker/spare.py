@@ -1,8 +1,8 @@
 """A process that was forked before it is needed: it waits until it becomes a rank.
 
 The parent's side is `Spare` in processes/rank_process.py. Until a rank's process object comes, with
-its file descriptors, through a socket, the process does nothing: it is as fresh then as one that is
-forked at the launch.
+its file descriptors, through a socket, the process changes nothing: it is as fresh then as one that
+is forked at the launch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from multiprocessing import forkserver, process, resource_tracker, spawn
 from typing import Any
 
 from ddp_lessons.system import reaper
+from ddp_lessons.worker import settings
 
 NAME = "ddp-spare"  # of the process while it waits (proc_pid_comm(5)): at most 15 characters
 MOST_DESCRIPTORS = 250  # that travel with one message (unix(7), SCM_MAX_FD)
@@ -35,6 +36,7 @@ class Waiting:
         server: Any = forkserver._forkserver
         tracker: Any = resource_tracker._resource_tracker
         reaper.kill_when_closed(parent_sentinel, os.getpid())
+        settings.take_over(settings.taken(with_seed=False))  # its own: touches the pages it needs
         own_name = _rename(NAME)
         with socket.socket(fileno=server._inherited_fds[0]) as channel:
             descriptors = _descriptors(channel, self.rest)

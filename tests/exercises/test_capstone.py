@@ -65,16 +65,21 @@ PIECES = {
 }
 
 
-def pieces(notebook: str) -> dict[str, Any]:
-    """What a notebook's cells of imports, pieces and `train` define."""
+def pieces(notebook: str, file: Path | None = None) -> dict[str, Any]:
+    """What a notebook's cells of imports, pieces and `train` define; as a file's, if one is given.
+
+    Of code in a file, explanations can read the lines.
+    """
     cells = json.loads((ROOT / "notebooks" / notebook).read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     found: dict[str, Any] = {"__name__": notebook}
     starts = "|".join(
         ["import contextlib", *(rf"def {name}\(" for name in (*PIECES, "train", "seen", "note"))]
     )
-    for source in filter(re.compile(starts).match, code):
-        exec(source, found)
+    source = "\n\n".join(filter(re.compile(starts).match, code))
+    if file is not None:
+        file.write_text(source)
+    exec(compile(source, str(file or "<string>"), "exec"), found)
     return found
 
 
@@ -1246,6 +1251,29 @@ def test_repaired_it_takes_the_same_steps_on_any_number_of_ranks(tmp_path: Path)
     again = launch(SOLVED["train"], args=(str(tmp_path / "2"), 8, 1.5), nprocs=2).values[0]
     assert torch.equal(again, ends[2][0])
     assert len([*(tmp_path / "2").glob("rank 0, epoch *.pt")]) == 2
+
+
+def test_a_stop_that_hangs_no_rank_shows_in_the_number_of_epochs(tmp_path: Path) -> None:
+    """With all else repaired, the mistake ends the training too early; the notebook says so."""
+    code = pieces("solutions/20_capstone.ipynb")
+    code["should_stop"] = BROKEN["should_stop"]
+    epochs = {}
+    for ranks in (1, 2, 3):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        assert launch(code["train"], args=(str(folder), 8, 0.4), nprocs=ranks).ok
+        epochs[ranks] = len([*folder.glob("rank 0, epoch *.pt")])
+    assert 8 > epochs[1] > epochs[2] > epochs[3]
+
+
+def test_where_one_rank_stops_alone_the_advice_is_to_decide_together(tmp_path: Path) -> None:
+    """As stored: the loop of the steps is in `train_epoch`, and `train` has the `break`."""
+    code = pieces("20_capstone.ipynb", tmp_path / "trainer.py")
+    run = launch(code["train"], args=(str(tmp_path),), nprocs=2, check=False)
+    assert run.verdict is not None
+    assert run.verdict.kind == "returned early"
+    assert "Let all ranks decide together" in run.explain()
+    assert "unequal numbers of batches" not in run.explain()
 
 
 @pytest.mark.parametrize("repairs", [(), ("should_stop",), tuple({*PIECES} - {"evaluate"})])

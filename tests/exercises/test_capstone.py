@@ -1211,6 +1211,15 @@ def test_an_endless_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     answers.is_explained(check_stop, never_ends_on_rank_1, said)
 
 
+def test_the_notebook_says_what_its_checks_and_its_trainer_do() -> None:
+    """A new order each epoch is asked for; a larger `epochs` goes on; no run of `look` stops."""
+    text = (ROOT / "notebooks/20_capstone.ipynb").read_text()
+    assert "see each sample once, in a new order" in text
+    assert "called again with the same `epochs`, stays as it is" in text
+    assert "look([(1, 8), (2, 8), (3, 8)], target=0.4)" in text
+    assert "enough as long as they fail" not in text
+
+
 def test_the_easier_start_has_four_repaired_pieces() -> None:
     cells = json.loads((ROOT / "notebooks/20_capstone.ipynb").read_text())["cells"]
     easier = next(cell["source"] for cell in cells if cell["source"][0].startswith("EASIER"))

@@ -269,12 +269,27 @@ class _Hang(Standstill):
         return verdict
 
     def _uneven(self) -> str:
-        """Advice where some ranks made fewer steps."""
+        """Advice where some ranks made fewer steps.
+
+        They have left the loop of the steps, or one around it, such as that over the epochs.
+        """
         loop = self.training_loop()
-        if loop is not None and loop.ends_by_decision:
+        if loop is not None and any(left.ends_by_decision for left in self._left_loops(loop)):
             return advice.DECISION
         of_ddp = any(call.owner == DDP for made in self.calls.of_rank for call in made)
         return advice.BATCHES.format(join=advice.JOIN if of_ddp else "")
+
+    def _left_loops(self, loop: Loop) -> list[Loop]:
+        """The loop of the steps, and those around it that a rank has left as well."""
+        inside = [rank for rank in self.waiting if any(map(loop.holds, _frames(rank)))]
+        outside = [rank for rank in self.run.ranks if rank not in inside]
+        own = [f for f in _frames(inside[0]) if owner_of(f.filename) is Owner.LEARNER or f.at_home]
+        around = source_code.loops_around(loop, own)
+        return [loop] + [
+            each
+            for each in around
+            if any(rank.status == "returned" or _left(each, rank) for rank in outside)
+        ]
 
     def _verdict(self) -> Verdict:
         parting = self._parting()

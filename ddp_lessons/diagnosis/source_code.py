@@ -149,15 +149,32 @@ def training_loop(frames: Sequence[Frame]) -> Loop | None:
     return None
 
 
+def loops_around(loop: Loop, frames: Sequence[Frame]) -> list[Loop]:
+    """The loops in which a stack came to a loop: in its own function, and in those that called."""
+    inside = [number for number, frame in enumerate(frames) if loop.holds(frame)]
+    if not inside:
+        return []
+    own = frames[inside[-1]]
+    return [
+        around
+        for frame in frames[: inside[-1] + 1]
+        for around in _loops(frame.filename)
+        if around.holds(frame) and (frame != own or around.first < loop.first)
+    ]
+
+
 @functools.lru_cache(maxsize=256)
-def _stepping_loops(file: str) -> list[Loop]:
-    lines = linecache.getlines(file)
-    loops = [
+def _loops(file: str) -> list[Loop]:
+    return [
         Loop(file, node.lineno, node.end_lineno or node.lineno)
         for node in ast.walk(_parsed(file))
         if isinstance(node, ast.For | ast.While)
     ]
-    return [loop for loop in loops if ".step(" in "".join(lines[loop.first - 1 : loop.last])]
+
+
+def _stepping_loops(file: str) -> list[Loop]:
+    lines = linecache.getlines(file)
+    return [loop for loop in _loops(file) if ".step(" in "".join(lines[loop.first - 1 : loop.last])]
 
 
 def _within(block: Sequence[ast.stmt], line: int) -> bool:

@@ -123,7 +123,7 @@ def _shuffled(rank: int, batches: Piece, _: str) -> tuple[Orders, list[int]]:
     "ranks in its own way.)",
 )
 def check_data(batches: Piece) -> str:
-    """Check `batches(dataset, epoch, batch_size)`: each sample once, in the batches of one rank."""
+    """Check `batches(dataset, epoch, batch_size)`: each sample once, in a new order each epoch."""
     together: dict[int, Orders] = {}
     for ranks in RANKS:
         found, drawn = zip(*_run(_shuffled, batches, ranks, DATA), strict=True)
@@ -240,8 +240,9 @@ def _learned_without_ranks() -> Learned:
     "Compare the ranks' buffers after an epoch, and the weights with those of a run on one rank.",
     "In training a batch norm takes mean and variance of what is in front of it: on two ranks, of "
     "half the batch. So it gives other numbers than on one rank, and each rank other ones.",
-    "The batch norms must take them over all ranks' samples: convert the model before DDP gets it. "
-    "torch's own layer needs a GPU; `convert_sync_batchnorm` of `ddp_lessons.syncbn` runs here.",
+    "The batch norms must take them over all ranks' samples: `convert_sync_batchnorm` before DDP. "
+    "Does your line with it run? `model.children()` are only the layers right below the model; "
+    "`model.modules()` are all. Without an `if` it runs always. (torch's own layer needs a GPU.)",
 )
 def check_statistics(wrap: Piece) -> str:
     """Check `wrap(model)`: after some steps, weights and predictions are those of one rank."""
@@ -338,10 +339,14 @@ def check_rate(make_optimizer: Piece) -> str:
         what = f"{call} on {count(ranks, 'rank')}, {SAMPLES} samples a step together"
         paths = _run(_descended, make_optimizer, ranks, RATE)
         for path in paths:
-            far = (path[0] - wanted[0] + first).norm() / first.norm()
-            if abs(far - 1) > 1e-6:
-                seen = f"the first step is {far:.3g} times as long as that of one process"
+            far = f"{(path[0] - wanted[0] + first).norm() / first.norm():.3g}"
+            if far != "1":
+                seen = f"the first step is {far} times as long as that of one process"
                 raise Wrong(f"{what}: {seen} with the same samples.", RATE)
+            if off := _apart((wanted[0], path[0]), 1e-9):
+                seen = "the first step is about as long as that of one process with the same"
+                seen += f" samples, but the weights after it are off by up to {off:.2g}"
+                raise Wrong(f"{what}: {seen}.", RATE)
         if off := _apart([wanted[-1], *(path[-1] for path in paths)], 1e-9):
             seen = f"after {STEPS} steps the weights are off by up to {off:.2g}"
             raise Wrong(f"{what}: the first step is right, but {seen}.", RATE)
@@ -450,10 +455,12 @@ class _Scores(nn.Module):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen = 0
+        self.seen = self.in_training = 0
 
     def forward(self, samples: Tensor) -> Tensor:
-        self.seen += samples.numel() // CLASSES
+        number = samples.numel() // CLASSES
+        self.seen += number
+        self.in_training += number * self.training
         return samples.roll(1, dims=-1) if self.training else samples
 
 
@@ -461,19 +468,25 @@ CLASSES = 10
 
 
 @in_group
-def _evaluated(_: int, evaluate: Piece, __: str) -> list[tuple[object, int]]:
-    found: list[tuple[object, int]] = []
+def _evaluated(_: int, evaluate: Piece, __: str) -> list[tuple[object, int, int]]:
+    found: list[tuple[object, int, int]] = []
     for size in EVALUATED[dist.get_world_size()]:
         model = _Scores()
-        found.append((number_or_text(evaluate(model, _scored(size))), model.seen))
+        value = number_or_text(evaluate(model, _scored(size)))
+        found.append((value, model.seen, model.in_training))
     return found
 
 
 def _scored(size: int) -> TensorDataset:
-    """Samples that are their own scores; the last third of them has the next label."""
-    labels = torch.arange(size) % CLASSES
-    wrong = torch.arange(size) >= size - size // 3
-    return TensorDataset(torch.eye(CLASSES)[labels], (labels + wrong) % CLASSES)
+    """Samples that are their own scores; a third of them, in the middle, has the next label.
+
+    So who leaves out the first or the last ones leaves out hits.
+    """
+    scores = torch.arange(size) % CLASSES
+    labels = scores.clone()
+    first = (size - size // 3) // 2
+    labels[first : first + size // 3] += 1
+    return TensorDataset(torch.eye(CLASSES)[scores], labels % CLASSES)
 
 
 @exercise(
@@ -491,7 +504,9 @@ def check_evaluation(evaluate: Piece) -> str:
     return "exact on every rank; for 70 and 65 samples on 2, 97 and 2 on 3, 40 on 1."
 
 
-def _judge_evaluation(size: int, values: Sequence[object], shares: Sequence[int]) -> None:
+def _judge_evaluation(
+    size: int, values: Sequence[object], shares: Sequence[int], in_training: Sequence[int]
+) -> None:
     ranks = len(values)
     what = f"{size} samples on {count(ranks, 'rank')}"
     wrong = size // 3
@@ -499,8 +514,10 @@ def _judge_evaluation(size: int, values: Sequence[object], shares: Sequence[int]
     if not all(near(value, exact, 1e-5) for value in values):
         told = listed([f"{v:.4g}" if is_number(v) else str(v)[:40] for v in values])
         seen = f"the accuracy is {exact:.4g}, and the ranks returned {told}"
-        if all(near(value, wrong / size, 1e-5) for value in values):
+        if any(in_training) and all(near(value, wrong / size, 1e-5) for value in values):
             seen += ", which is that of the model in training mode"
+        elif 0 < sum(shares) < size:
+            seen += f"; together they gave {sum(shares)} of the samples to the model"
         raise Wrong(f"{what}: {seen}.", EVALUATION)
     for rank, share in enumerate(shares):
         if share > size // ranks + ranks:
@@ -523,8 +540,9 @@ def _decided(rank: int, should_stop: Piece, _: str) -> list[bool]:
 @exercise(
     "After which call does each rank decide, and by which number?",
     "The ranks' mean loss is the same for all. Which ranks have it when they compare?",
-    "`reduce` gives the sum to one rank only. All need it: `all_reduce`; or let the rank that has "
-    "it decide, and broadcast what it decided.",
+    "`all_reduce` puts the sum into the tensor that it gets. If that is a copy, as `mean.double()` "
+    "makes one, `mean` stays the rank's own loss. Make the tensor a double first, hand over that "
+    "tensor, and compare it. (`reduce` would give the sum to one rank only.)",
 )
 def check_stop(should_stop: Piece) -> str:
     """Check `should_stop(loss, target)`: all ranks decide by the mean of their losses."""
@@ -602,7 +620,7 @@ def _judge_saved(what: str, of_ranks: Sequence[tuple[list[str], str, str]]) -> N
             raise Wrong(f"{what}: {seen}. A rank that is stopped there leaves no checkpoint.", SAVE)
 
 
-SAVED, LAST = 1, 4  # the epoch of the checkpoint; the training has 4
+SAVED, LAST = 1, 4  # the epoch of the first checkpoint; the training has 4
 
 
 @dataclass(frozen=True)
@@ -615,10 +633,11 @@ class _Resumed:
     weights: Tensor  # right after loading, less those that were saved
     buffers: Tensor
     end: Tensor  # weights some epochs later, less those of a training that was never stopped
+    again: Tensor  # the same, for one that was stopped and resumed twice
 
 
 @in_group
-def _resumed(rank: int, resume: Piece, folder: str) -> _Resumed:
+def _resumed(_: int, resume: Piece, folder: str) -> _Resumed:
     path = os.path.join(folder, "last.pt")
     model, optimizer = _fresh(1)
     before = flat(model.parameters())
@@ -627,10 +646,7 @@ def _resumed(rank: int, resume: Piece, folder: str) -> _Resumed:
     _epochs(model, optimizer, 0, SAVED + 1)
     for group in optimizer.param_groups:
         group["lr"] /= 2  # as a schedule does
-    if rank == 0:
-        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save({**state, "epoch": SAVED}, path)
-    dist.barrier()
+    _checkpoint(path, model, optimizer, SAVED)
     file = _bytes(path)
     saved = torch.load(path)["model"]
     _epochs(model, optimizer, SAVED + 1, LAST)
@@ -642,9 +658,28 @@ def _resumed(rank: int, resume: Piece, folder: str) -> _Resumed:
     dist.barrier()  # all have loaded it
     left = "the same" if _bytes(path) == file else "changed" if os.path.exists(path) else "gone"
     dist.barrier()
-    _epochs(model, optimizer, SAVED + 1, LAST)
+    _epochs(model, optimizer, SAVED + 1, LAST - 1)
+    _checkpoint(path, model, optimizer, LAST - 2)
+    again = _resumed_and_trained(resume, path) - wanted
+    _epochs(model, optimizer, LAST - 1, LAST)
     at_first = at_first if untouched else "something after changing the weights"
-    return _Resumed(at_first, place, left, weights, buffers, flat(model.parameters()) - wanted)
+    end = flat(model.parameters()) - wanted
+    return _Resumed(at_first, place, left, weights, buffers, end, again)
+
+
+def _resumed_and_trained(resume: Piece, path: str) -> Tensor:
+    """The weights at the end of a training that is resumed before its last epoch."""
+    model, optimizer = _fresh(8)
+    resume(path, model, optimizer)
+    _epochs(model, optimizer, LAST - 1, LAST)
+    return flat(model.parameters())
+
+
+def _checkpoint(path: str, model: Any, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+    if dist.get_rank() == 0:
+        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save({**state, "epoch": epoch}, path)
+    dist.barrier()
 
 
 def _fresh(seed: int) -> tuple[DistributedDataParallel, torch.optim.Optimizer]:
@@ -702,15 +737,17 @@ def _judge_resumed(ranks: int, values: Sequence[_Resumed]) -> None:
     if (left := values[0].file) != "the same":
         raise Wrong(f"{count(ranks, 'rank')}: after `resume`, the checkpoint was {left}.", RESUME)
     ends = [seen_by.end for seen_by in values]
-    later = f"all was loaded, but {LAST - SAVED - 1} epochs later"
+    later = f"the weights are right after loading, but {LAST - SAVED - 1} epochs later"
     if apart := _apart(ends, 1e-9):
         seen = f"{later} the ranks' weights differ by up to {apart:.2g}"
-        raise Wrong(f"{count(ranks, 'rank')}: {seen}. They were equal after loading.", RESUME)
-    rank, off = _worst(ends)
-    if off:
-        undisturbed = "those of a training that was never stopped"
-        seen = f"the weights are off by up to {off:.2g} from {undisturbed}"
-        raise Wrong(f"{what[rank]}{later} {seen}.", RESUME)
+        raise Wrong(f"{count(ranks, 'rank')}: {seen}.", RESUME)
+    again = "resumed once, it goes on rightly; stopped and resumed a second time,"
+    for when, offs in ((later, ends), (again, [seen_by.again for seen_by in values])):
+        rank, off = _worst(offs)
+        if off:
+            undisturbed = "those of a training that was never stopped"
+            seen = f"the weights are off by up to {off:.2g} from {undisturbed}"
+            raise Wrong(f"{what[rank]}{when} {seen}.", RESUME)
 
 
 def _worst(ranks: Sequence[Tensor]) -> tuple[int, float]:

@@ -92,6 +92,18 @@ def test_whether_a_loop_ends_by_decision(file: str, first: int, last: int, ends:
     assert Loop(file, first, last).ends_by_decision == ends
 
 
+def test_the_loops_around_a_loop(file: str) -> None:
+    """Those in its own function and in the callers', but none within it."""
+    frames = [Frame(file, line("inner("), "train", ""), Frame(file, 22, "stops", "")]
+    assert source_code.loops_around(Loop(file, 21, 23), frames) == [
+        Loop(file, 3, 12),
+        Loop(file, 11, 12),
+        Loop(file, 20, 24),
+    ]
+    assert source_code.loops_around(Loop(file, 20, 24), frames[1:]) == []
+    assert source_code.loops_around(Loop(file, 25, 26), frames) == []
+
+
 def test_what_comes_after_a_loop(file: str) -> None:
     loop = Loop(file, line("for batch"), line("inner("))
     assert loop.is_before(Frame(file, line("done("), "train", ""))

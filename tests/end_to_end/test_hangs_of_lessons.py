@@ -304,6 +304,34 @@ def stream_ends_before_a_metric(rank: int) -> None:
     stream_ends(rank, "metric")
 
 
+def two_steps(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for _ in range(2):
+        model(torch.ones(3, 4)).sum().backward()  # HERE
+        optimizer.step()
+
+
+def stops_by_its_own_epoch(rank: int) -> None:
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for epoch in range(3):
+        two_steps(model, optimizer)
+        if epoch == rank:
+            break
+
+
+def has_another_number_of_batches_than_epochs(rank: int) -> None:
+    """The loop over the epochs ends by a decision, but no rank has left it."""
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for epoch in range(3):
+        for _ in range(1 if rank == 1 else 2):
+            model(torch.ones(3, 4)).sum().backward()  # HERE
+            optimizer.step()
+        dist.barrier()
+        if epoch == 1:
+            break
+
+
 def stops_by_its_own_loss(rank: int) -> None:
     model = DDP(two_layers())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -430,6 +458,20 @@ CASES = [
         (1,),
         (STEPS.format(3, 4), TOGETHER),
         ("drop_last", UNEVEN),
+    ),
+    Case(
+        stops_by_its_own_epoch,
+        "returned early",
+        (0,),
+        ("Rank 0 made 2 steps; ranks 1 and 2 began 3.", TOGETHER),
+        ("drop_last", UNEVEN),
+    ),
+    Case(
+        has_another_number_of_batches_than_epochs,
+        "skipped collective",
+        (1,),
+        ("Rank 1 made 1 step; ranks 0 and 2 began 2.", UNEVEN),
+        (TOGETHER,),
     ),
     Case(
         validates_on_rank_0,

@@ -5,6 +5,7 @@ The mistakes are those of the stored notebook, the usual repairs those of its so
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -64,16 +65,21 @@ PIECES = {
 }
 
 
-def pieces(notebook: str) -> dict[str, Any]:
-    """What a notebook's cells of imports, pieces and `train` define."""
+def pieces(notebook: str, file: Path | None = None) -> dict[str, Any]:
+    """What a notebook's cells of imports, pieces and `train` define; as a file's, if one is given.
+
+    Of code in a file, explanations can read the lines.
+    """
     cells = json.loads((ROOT / "notebooks" / notebook).read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     found: dict[str, Any] = {"__name__": notebook}
     starts = "|".join(
         ["import contextlib", *(rf"def {name}\(" for name in (*PIECES, "train", "seen", "note"))]
     )
-    for source in filter(re.compile(starts).match, code):
-        exec(source, found)
+    source = "\n\n".join(filter(re.compile(starts).match, code))
+    if file is not None:
+        file.write_text(source)
+    exec(compile(source, str(file or "<string>"), "exec"), found)
     return found
 
 
@@ -324,6 +330,18 @@ def sgd(change: Callable[[float, int], float], momentum: float = 0.9) -> Any:
     return make_optimizer
 
 
+def decays(decay: float) -> Any:
+    def make_optimizer(model: nn.Module, rate: float) -> Any:
+        return torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=decay)
+
+    return make_optimizer
+
+
+def uphill(model: nn.Module, rate: float) -> Any:
+    """The first step is as long, in the other direction."""
+    return torch.optim.SGD(model.parameters(), rate, momentum=0.9, maximize=True)
+
+
 def of_rank_0(rate: float, ranks: int) -> float:
     return rate if dist.get_rank() == 0 else rate * ranks
 
@@ -482,6 +500,11 @@ def in_blocks_of_images(model: nn.Module, dataset: Any) -> float:
     return float(total) / size
 
 
+def of_a_copy(model: nn.Module, dataset: Any) -> float:
+    """The model that is asked does not count."""
+    return gathered(copy.deepcopy(model), dataset)
+
+
 def in_training_mode(model: nn.Module, dataset: Any) -> float:
     right = [int(model(image).argmax()) == int(label) for image, label in mine(dataset)]
     total = torch.tensor(float(sum(right)))
@@ -523,6 +546,56 @@ def reduced_to_0(model: nn.Module, dataset: Any) -> float:
     total = torch.tensor(float(sum(hits(model, mine(dataset)))))
     dist.reduce(total, 0)
     return float(total) / len(dataset)
+
+
+def in_batches(keep: Callable[[Any, Any], tuple[Any, Any]], inside: bool = False) -> Any:
+    """`evaluate` over a rank's part in batches of 32, of which it may leave out some.
+
+    `keep(part, dataset)` returns what `DataLoader` gets and how many of the batches are used.
+    """
+
+    def evaluate(model: nn.Module, dataset: Any) -> float:
+        model.eval()
+        (part, drop_last), number = keep(mine(dataset), dataset)
+        total = torch.zeros(())
+        for _, (images, labels) in zip(
+            range(int(number)), DataLoader(part, 32, drop_last=drop_last), strict=False
+        ):
+            right = (model(images).argmax(dim=1) == labels).sum()
+            if inside:
+                dist.all_reduce(right)
+            total += right
+        if not inside:
+            dist.all_reduce(total)
+        return float(total) / len(dataset)
+
+    return evaluate
+
+
+def common_batches(part: Any, dataset: Any) -> Any:
+    common = torch.tensor(-(-len(part) // 32))
+    dist.all_reduce(common, dist.ReduceOp.MIN)
+    return (part, False), common
+
+
+def whole_batches(part: Any, dataset: Any) -> Any:
+    return (part, True), len(part)
+
+
+def whole_batches_if_any(part: Any, dataset: Any) -> Any:
+    return (part, len(part) > 32), len(part)
+
+
+def cut_to_the_same(part: Any, dataset: Any) -> Any:
+    return (Subset(part, range(len(dataset) // dist.get_world_size())), False), len(part)
+
+
+def without_the_first(part: Any, dataset: Any) -> Any:
+    return (Subset(part, range(len(part))[1:]), False), len(part)
+
+
+def counted_whole_batches(part: Any, dataset: Any) -> Any:
+    return (part, False), max(1, len(dataset) // dist.get_world_size() // 32)
 
 
 def divides_by_none(model: nn.Module, dataset: Any) -> float:
@@ -868,6 +941,41 @@ def must_exist(path: str, model: Any, optimizer: Any) -> int:
     return int(state["epoch"]) + 1
 
 
+def leaves_it(path: str, model: Any, optimizer: Any) -> int:
+    """The optimizer stays as it is."""
+    if not os.path.exists(path):
+        return 0
+    state = torch.load(path)
+    model.module.load_state_dict(state["model"])
+    return int(state["epoch"]) + 1
+
+
+def mapped(rate: bool) -> Any:
+    """Each saved momentum goes to its parameter, by hand."""
+
+    def resume(path: str, model: Any, optimizer: Any) -> int:
+        first = leaves_it(path, model, optimizer)
+        if first:
+            saved = torch.load(path)["optimizer"]
+            for number, parameter in enumerate(model.parameters()):
+                optimizer.state[parameter] = saved["state"][number]
+            for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                group["lr"] = old["lr"] if rate else group["lr"]
+        return first
+
+    return resume
+
+
+def loads_and_updates(path: str, model: Any, optimizer: Any) -> int:
+    """The numbers that stay as keys win over the parameters' momenta in the next checkpoint."""
+    first = leaves_it(path, model, optimizer)
+    if first:
+        saved = torch.load(path)["optimizer"]
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        optimizer.state.update(saved["state"])
+    return first
+
+
 def new_optimizer(path: str, model: Any, optimizer: Any) -> int:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     return repaired.resume(path, model, optimizer)
@@ -888,12 +996,14 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_gradients, epoch_of(one_backward, result=mean_of_all_ranks)),
     (check_evaluation, answers.mixed(gathered, weighted, in_blocks_of_images)),
     (check_evaluation, answers.mixed(weighted, in_blocks_of_images, gathered)),
+    (check_evaluation, of_a_copy),
     (check_stop, answers.mixed(gathered_losses, sum_below, told_by_the_root)),
     (check_stop, answers.mixed(sum_below, told_by_the_root, gathered_losses)),
     (check_save, answers.mixed(polled, by_the_last, told_by_rank_0)),
     (check_save, answers.mixed(by_the_last, asynchronous, replaced)),
     (check_resume, answers.mixed(sent_by_rank_0, into_ddp)),
     (check_resume, answers.mixed(into_ddp, sent_by_rank_0)),
+    (check_resume, mapped(rate=True)),
 ]
 PLANTED = {
     "batches": "of 24 samples, 6 were seen more than once.*Family: data",
@@ -903,7 +1013,7 @@ PLANTED = {
     "evaluate": "2 ranks: .*waited in all_reduce.*Family: uneven work",
     "should_stop": "losses 0.9 and 0.6, target 0.5.*stop and stop. Their mean loss is 0.75.*hangs",
     "save": "epoch 0: when `save` returned on rank 1.*not there.*Family: rank",
-    "resume": "2 epochs later the weights are off by .*Family: resuming",
+    "resume": "weights are right after loading, but 2 epochs later .* off by .*Family: resuming",
 }
 WRONG: list[tuple[Any, Any, str]] = [
     (check_data, no_epoch, "epochs 0 and 1 have the same batches in the same order"),
@@ -935,6 +1045,8 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_rate, sgd(of_rank_0), "first step is 2 times"),
     (check_rate, sgd(lambda *_: 0.05), "model, 0.07.`.*first step is 0.714 times as long"),
     (check_rate, sgd(lambda rate, _: rate, momentum=0), "first step is right, but after 4 steps"),
+    (check_rate, decays(1e-4), "about as long as .* weights after it are off by up to"),
+    (check_rate, uphill, "about as long as .* weights after it are off by up to"),
     (check_rate, sgd(lambda rate, ranks: rate * (ranks - 1)), "3 ranks, .*first step is 2 times"),
     (check_gradients, epoch_of(first_averaged), "4 batches, .*: the ranks' weights differ"),
     (check_gradients, epoch_of(one_backward, result=last_one), "weights are right, but rank 0 ret"),
@@ -964,6 +1076,16 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_evaluation, all_on_every_rank, "rank 0 gave 70 of them to the model; its part is some"),
     (check_evaluation, on_rank_0, "but rank 0 gave 70 of them to the model; its part is some 35"),
     (check_evaluation, divides_by_none, "Family: uneven work"),
+    (
+        check_evaluation,
+        in_batches(common_batches, inside=True),
+        "65 samples on 2 ranks: .*returned 0.6615 and 0.6615; together they gave 64 of the samples",
+    ),
+    (check_evaluation, in_batches(whole_batches), "70 samples .* they gave 64 of the samples"),
+    (check_evaluation, in_batches(whole_batches_if_any), "70 samples .* gave 64 of the samples"),
+    (check_evaluation, in_batches(counted_whole_batches), "70 samples .* gave 64 of the samples"),
+    (check_evaluation, in_batches(cut_to_the_same), "65 samples .* gave 64 of the samples"),
+    (check_evaluation, in_batches(without_the_first), "70 samples .* gave 68 of the samples"),
     (check_stop, not_above, "losses 0.5 and 0.5, .*decide: stop and stop. Their mean loss is 0.5"),
     (check_stop, reduced_to_rank_0, "losses 0.9 and 0.6, target 0.5.*go on and stop"),
     (check_stop, own_loss, "losses 0.3 and 0.6, target 0.5: they decide: stop and go on"),
@@ -997,6 +1119,9 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_save, barrier_of_one, "Family: rank 0"),
     (check_save, if_missing, "epoch 1: when `save` returned on rank 0, the file was that of epoch"),
     (check_save, only_the_model, "when `save` returned on rank 0, the file was not what was saved"),
+    (check_resume, leaves_it, "the weights are right after loading, but 2 epochs later the"),
+    (check_resume, mapped(rate=False), "the weights are right after loading, but 2 epochs later"),
+    (check_resume, loads_and_updates, "stopped and resumed a second time, the weights are off by"),
     (check_resume, only_the_momentum, "2 epochs later the weights are off by up to"),
     (check_resume, only_the_rates, "2 epochs later the weights are off by up to"),
     (check_resume, no_buffers, "right after `resume`, its buffers are off by up to"),
@@ -1027,6 +1152,24 @@ def test_a_planted_mistake_is_seen_and_no_verdict_says_how_to_repair_it(name: st
     answers.is_explained(lambda _: verdict, None, PLANTED[name])
     told = repr(verdict).partition("For a hint")[0]
     assert not re.search(r"Call |Make |Let |must|set_epoch|broadcast|no_sync|barrier", told), told
+
+
+def test_no_verdict_gives_another_cause_than_the_right_one() -> None:
+    """The model is in eval mode, 0 is no loss of all, and a length of 1 is no fault."""
+    no = {
+        check_evaluation: (in_batches(common_batches, inside=True), "training mode"),
+        check_rate: (decays(1e-4), "is 1 times"),
+        check_resume: (leaves_it, "all was loaded"),
+    }
+    for check, (answer, text) in no.items():
+        assert text not in check(answer).seen
+
+
+def test_the_last_hint_is_the_way() -> None:
+    """For the mistakes of the notebook."""
+    assert "children()" in check_statistics(...).hints[-1]
+    assert "mean.double()" in check_stop(...).hints[-1]
+    assert not any(word in hint for hint in check_stop(...).hints[:-1] for word in ("copy", "double"))
 
 
 def test_on_one_rank_one_mistake_shows(tmp_path: Path) -> None:
@@ -1066,6 +1209,15 @@ def test_an_endless_loop_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(framework, "TIMEOUT", 3.0)
     said = "2 ranks: .*rank 1 is in never_ends_on_rank_1, line"
     answers.is_explained(check_stop, never_ends_on_rank_1, said)
+
+
+def test_the_notebook_says_what_its_checks_and_its_trainer_do() -> None:
+    """A new order each epoch is asked for; a larger `epochs` goes on; no run of `look` stops."""
+    text = (ROOT / "notebooks/20_capstone.ipynb").read_text()
+    assert "see each sample once, in a new order" in text
+    assert "called again with the same `epochs`, stays as it is" in text
+    assert "look([(1, 8), (2, 8), (3, 8)], target=0.4)" in text
+    assert "enough as long as they fail" not in text
 
 
 def test_the_easier_start_has_four_repaired_pieces() -> None:
@@ -1108,6 +1260,29 @@ def test_repaired_it_takes_the_same_steps_on_any_number_of_ranks(tmp_path: Path)
     again = launch(SOLVED["train"], args=(str(tmp_path / "2"), 8, 1.5), nprocs=2).values[0]
     assert torch.equal(again, ends[2][0])
     assert len([*(tmp_path / "2").glob("rank 0, epoch *.pt")]) == 2
+
+
+def test_a_stop_that_hangs_no_rank_shows_in_the_number_of_epochs(tmp_path: Path) -> None:
+    """With all else repaired, the mistake ends the training too early; the notebook says so."""
+    code = pieces("solutions/20_capstone.ipynb")
+    code["should_stop"] = BROKEN["should_stop"]
+    epochs = {}
+    for ranks in (1, 2, 3):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        assert launch(code["train"], args=(str(folder), 8, 0.4), nprocs=ranks).ok
+        epochs[ranks] = len([*folder.glob("rank 0, epoch *.pt")])
+    assert 8 > epochs[1] > epochs[2] > epochs[3]
+
+
+def test_where_one_rank_stops_alone_the_advice_is_to_decide_together(tmp_path: Path) -> None:
+    """As stored: the loop of the steps is in `train_epoch`, and `train` has the `break`."""
+    code = pieces("20_capstone.ipynb", tmp_path / "trainer.py")
+    run = launch(code["train"], args=(str(tmp_path),), nprocs=2, check=False)
+    assert run.verdict is not None
+    assert run.verdict.kind == "returned early"
+    assert "Let all ranks decide together" in run.explain()
+    assert "unequal numbers of batches" not in run.explain()
 
 
 @pytest.mark.parametrize("repairs", [(), ("should_stop",), tuple({*PIECES} - {"evaluate"})])

@@ -34,7 +34,9 @@ def test_the_import_is_cheap() -> None:
         "ddp_lessons",
         "ddp_lessons.processes",
         "ddp_lessons.processes.forkserver",
+        "ddp_lessons.processes.spares",
         "ddp_lessons.system",
+        "ddp_lessons.system.memory",
         "ddp_lessons.system.notebook",
         "ddp_lessons.system.reaper",
     }

@@ -125,9 +125,9 @@ class Exercise:
                 raise Unattempted
             if self._takes_a_function() and not callable(answer):
                 raise Wrong(
-                    f"it got {_short.repr(answer)}, not a function.",
-                    f"Pass the function itself, {self.__name__}({self._parameter.name}), and not "
-                    "what a call of it returns.",
+                    f"it got {_short.repr(answer)}, which cannot be called.",
+                    f"Pass {self._parameter.name} itself, {self.__name__}({self._parameter.name}), "
+                    "and not what a call of it returns.",
                 )
             return self._feedback(True, self._check(answer))
         except Unattempted:

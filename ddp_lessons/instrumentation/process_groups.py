@@ -8,6 +8,7 @@ they only call through.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -85,7 +86,8 @@ def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap destroy_process_group: have gloo's threads leave at once.
 
-    With older torch, also keep the group from being freed (torch_api).
+    But not rank 0, which takes the store with it: others may still make a group of their own, and
+    need it as long as without us. With older torch, keep the group from being freed (torch_api).
     """
     from torch.distributed import distributed_c10d
 
@@ -98,7 +100,7 @@ def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         if keeps:
             recorder.groups += distributed_c10d._world.pg_map
-        with gloo_threads.woken():
+        with gloo_threads.woken() if recorder.rank != 0 else contextlib.nullcontext():
             return function(*args, **kwargs)
 
     return recorded(name, destroy)

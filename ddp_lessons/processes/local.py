@@ -170,7 +170,10 @@ class WorkerProcess(Worker):
 
         Then take in what it wrote before, and kill the children that it left in its group.
         """
-        if not self.alive or (code := self._process.poll()) is None:
+        if not self.alive:
+            return False
+        if (code := self._process.poll()) is None:
+            self._wake_forkserver()
             return False
         self.exitcode = code
         if (
@@ -188,6 +191,12 @@ class WorkerProcess(Worker):
         self.ended_ns = self.ended_ns or time.perf_counter_ns()
         self.moved_at = time.monotonic()
         return True
+
+    def _wake_forkserver(self) -> None:
+        """If the rank has ended, but a suspended forkserver cannot tell, end that one, too."""
+        suspended = self.forkserver is not None and reaper.is_suspended(self.forkserver)
+        if self.forkserver is not None and suspended and reaper.has_ended(self.pid):
+            reaper.kill_and_wait(self.forkserver)
 
     def cpu_seconds(self) -> float:
         """The processor time that the rank has used so far; 0 if it has ended."""

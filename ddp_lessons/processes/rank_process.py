@@ -18,7 +18,6 @@ import pickle
 import select
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +34,7 @@ from multiprocessing.context import set_spawning_popen
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from ddp_lessons.system import reaper
+from ddp_lessons.system import memory, reaper
 from ddp_lessons.worker.spare import MOST_DESCRIPTORS, Waiting
 
 NEEDED = 8  # descriptors that are open for a moment while a rank starts
@@ -223,7 +222,7 @@ class _Becomes:
 
     def _bootstrap(self, parent_sentinel: int) -> int:
         """Become a new interpreter, which runs the process object that this process was sent."""
-        with tempfile.TemporaryFile() as file:
+        with open(memory.memory_file(), "w+b") as file:
             file.write(self._data)
             file.seek(0)
             tracker: Any = resource_tracker.getfd()

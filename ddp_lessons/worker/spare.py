@@ -36,8 +36,8 @@ class Waiting:
         server: Any = forkserver._forkserver
         tracker: Any = resource_tracker._resource_tracker
         reaper.kill_when_closed(parent_sentinel, os.getpid())
-        settings.take_over(settings.taken(with_seed=False))  # its own: touches the pages it needs
         own_name = _rename(NAME)
+        settings.take_over(settings.taken(with_seed=False))  # its own: touches the pages it needs
         with socket.socket(fileno=server._inherited_fds[0]) as channel:
             descriptors = _descriptors(channel, self.rest)
             if descriptors is None:

@@ -231,10 +231,7 @@ def test_what_cannot_be_summed_up_is_left_out() -> None:
             """Do nothing; it has no learning rate."""
 
     def work(rank: int) -> None:
-        sparse, words = torch.eye(4).to_sparse(), ["a", "b"]
-        for _ in DataLoader([sparse, words, 1, None], batch_size=None):
-            pass
-        for _ in DataLoader(words, 2):
+        for _ in DataLoader([torch.eye(4).to_sparse(), object(), None], batch_size=None):
             pass
         Plain([torch.zeros(1)], {}).step()
 

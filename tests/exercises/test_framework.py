@@ -119,8 +119,8 @@ def test_what_a_function_returned_is_not_taken_for_it(check: Exercise) -> None:
         return
     verdict = check([1, 2])
     assert verdict.passed is False
-    assert "it got [1, 2], not a function" in verdict.seen
-    assert f"Pass the function itself, {check.__name__}(" in verdict.because
+    assert "it got [1, 2], which cannot be called" in verdict.seen
+    assert f" itself, {check.__name__}(" in verdict.because
 
 
 def test_what_cannot_be_judged_is_no_wrong_answer() -> None:

@@ -196,6 +196,9 @@ def test_stop_while_ranks_are_starting(kernel: Kernel) -> None:
         time.sleep(delay)
         kernel.manager.interrupt_kernel()
         assert kernel.finish(message).error_name == "KeyboardInterrupt"
+    deadline = time.monotonic() + 5
+    while len(kernel.children()) > 2 and time.monotonic() < deadline:
+        time.sleep(0.02)  # what has just been forked becomes a spare
     assert len(kernel.children()) <= 2
 
 
@@ -285,7 +288,9 @@ def test_live_panel_of_a_longer_run(kernel: Kernel) -> None:
         launch(work, nprocs=2);
     """
     cell = kernel.run(code)
-    assert len(cell.displays) == 1
+    panel, log, _ = cell.displays
+    assert "<table>" in panel["text/html"]
+    assert log["text/plain"].startswith("Tab(")
     assert "step &lt; " in "".join(update["text/html"] for update in cell.updates)
     assert cell.updates[-1]["text/html"] == ""
     assert "no rank has made" not in "".join(update["text/html"] for update in cell.updates)

@@ -84,6 +84,19 @@ def test_the_next_launch_works(harm: Any, method: str, nprocs: int) -> None:
         assert launch(ident).values == [0, 1]
 
 
+@linux
+def test_a_forkserver_that_is_suspended_while_ranks_run() -> None:
+    """It cannot tell how they ended; what they returned is there, and the next launch works."""
+
+    def suspends(rank: int) -> int:
+        if rank == 0:
+            os.kill(os.getppid(), signal.SIGSTOP)
+        return rank
+
+    assert launch(suspends, timeout=20).values == [0, 1]
+    assert launch(ident).values == [0, 1]
+
+
 def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS."""
     monkeypatch.setattr(forkserver, "default_start_method", lambda: "spawn")

@@ -23,6 +23,7 @@ import torch
 
 from ddp_lessons import CannotSend, launch
 from ddp_lessons.processes import forkserver, rank_process, spares
+from ddp_lessons.system import reaper
 from ddp_lessons.worker.spare import MOST_DESCRIPTORS, NAME
 from tests.support.kernels import Kernel, gone, is_spare
 
@@ -143,7 +144,7 @@ def kill_spares(server: forkserver.Forkserver) -> None:
 
 def suspend_spares(server: forkserver.Forkserver) -> None:
     for spare in spares_of(psutil.Process()):
-        spare.suspend()
+        suspend(spare)
 
 
 def kill_one_spare(server: forkserver.Forkserver) -> None:
@@ -151,11 +152,18 @@ def kill_one_spare(server: forkserver.Forkserver) -> None:
 
 
 def kill_server(server: forkserver.Forkserver) -> None:
-    os.kill(server.pid or 0, signal.SIGKILL)
+    assert server.pid is not None
+    reaper.kill_and_wait(server.pid)
 
 
 def suspend_server(server: forkserver.Forkserver) -> None:
-    os.kill(server.pid or 0, signal.SIGSTOP)
+    suspend(psutil.Process(server.pid))
+
+
+def suspend(process: psutil.Process) -> None:
+    process.suspend()
+    while process.status() != psutil.STATUS_STOPPED:
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize(

@@ -280,8 +280,13 @@ class _Hang(Standstill):
         return advice.BATCHES.format(join=advice.JOIN if of_ddp else "")
 
     def _left_loops(self, loop: Loop) -> list[Loop]:
-        """The loop of the steps, and those around it that a rank has left as well."""
+        """The loop of the steps; those around it, if a rank left them when it ended as others did.
+
+        The others then came to it anew: since their last step they called something outside of it.
+        """
         inside = [rank for rank in self.waiting if any(map(loop.holds, _frames(rank)))]
+        if not all(self._came_anew(loop, rank) for rank in inside):
+            return [loop]
         outside = [rank for rank in self.run.ranks if rank not in inside]
         own = [f for f in _frames(inside[0]) if owner_of(f.filename) is Owner.LEARNER or f.at_home]
         around = source_code.loops_around(loop, own)
@@ -290,6 +295,13 @@ class _Hang(Standstill):
             for each in around
             if any(rank.status == "returned" or _left(each, rank) for rank in outside)
         ]
+
+    def _came_anew(self, loop: Loop, rank: RankResult) -> bool:
+        ends = (span.t1_ns for span in rank.spans if _is_whole_step(span) and span.t1_ns)
+        last = max(ends, default=0)
+        since = (call for call in self.calls.of_rank[rank.rank] if call.t0_ns > last)
+        sites = filter(None, (frame_of(call.site) for call in since))
+        return not all(map(loop.holds, sites))
 
     def _verdict(self) -> Verdict:
         parting = self._parting()

@@ -315,6 +315,7 @@ def stops_by_its_own_epoch(rank: int) -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for epoch in range(3):
         two_steps(model, optimizer)
+        dist.barrier()
         if epoch == rank:
             break
 

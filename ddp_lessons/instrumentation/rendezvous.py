@@ -31,6 +31,7 @@ _BACKLOG = 2048  # connections that may wait at once, as in torch's own store
 PATIENCE = timedelta(seconds=10)  # for a rank that does not take part
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.016  # seconds between two attempts to connect
 _OLD_STORE = 2.0  # seconds that the store of an earlier group may take to end, unless it is kept
+_STOPS_LISTENING = 0.05  # seconds that it may take from its last connection's end
 _connections: list[socket.socket] = []  # of this process, to the stores by which it joined
 _uses = itertools.count()  # numbers the uses of the store, so that each has its own keys
 
@@ -212,4 +213,5 @@ def _leave_last_store() -> None:
     """Wait until the store of the last join is gone, but not long, as something may keep it."""
     while _connections:
         with _connections.pop() as last:
-            select.select([last], [], [], _OLD_STORE)
+            if select.select([last], [], [], _OLD_STORE)[0]:
+                time.sleep(_STOPS_LISTENING)  # until then one could still connect to it

@@ -168,29 +168,27 @@ def _samples(batch: Any, *, is_one: bool) -> list[int]:
 
 
 def _tensors(batch: Any) -> Iterator[torch.Tensor]:
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _tensors(value)
+    return (value for value in _values(batch) if isinstance(value, torch.Tensor))
 
 
 def _plain(sample: Any) -> Iterator[object]:
     """The numbers and texts in a sample."""
-    if isinstance(sample, torch.Tensor):
-        if not sample.dim():
-            yield sample.item()
-    elif isinstance(sample, bool | int | float | complex | str | bytes):
-        yield sample
-    elif isinstance(sample, Mapping):
-        for value in sample.values():
-            yield from _plain(value)
-    elif isinstance(sample, list | tuple):
-        for value in sample:
-            yield from _plain(value)
+    for value in _values(sample):
+        if isinstance(value, torch.Tensor) and not value.dim():
+            yield value.item()
+        elif isinstance(value, bool | int | float | complex | str | bytes):
+            yield value
+
+
+def _values(nested: Any) -> Iterator[Any]:
+    """What is in dicts, lists and tuples, in order."""
+    if isinstance(nested, Mapping):
+        nested = list(nested.values())
+    if isinstance(nested, list | tuple):
+        for value in nested:
+            yield from _values(value)
+    else:
+        yield nested
 
 
 def _random_states() -> dict[str, int]:

@@ -173,7 +173,7 @@ class WorkerProcess(Worker):
         if not self.alive:
             return False
         if (code := self._process.poll()) is None:
-            self._wake_forkserver()
+            self._end_suspended_forkserver()
             return False
         self.exitcode = code
         if (
@@ -192,7 +192,7 @@ class WorkerProcess(Worker):
         self.moved_at = time.monotonic()
         return True
 
-    def _wake_forkserver(self) -> None:
+    def _end_suspended_forkserver(self) -> None:
         """If the rank has ended, but a suspended forkserver cannot tell, end that one, too."""
         suspended = self.forkserver is not None and reaper.is_suspended(self.forkserver)
         if self.forkserver is not None and suspended and reaper.has_ended(self.pid):

@@ -163,7 +163,7 @@ class Spare(Forked):
     def become(self, process: BaseProcess, check: Callable[[], None]) -> bool:
         """Have it run a rank's process object; False if it has ended, or cannot take it.
 
-        Raises CannotSend, as the start of a process does, and is as before then.
+        Raises CannotSend, as the start of a process does.
         """
         self._fds, self._check = [], check
         data = _pickled(self, process)

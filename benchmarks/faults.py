@@ -103,11 +103,11 @@ def _run(todo: Plan) -> dict[str, Any]:
         timer.start()
     began = time.perf_counter_ns()
     run = launch(
-        faults.train,
+        faults.program(todo.setting),
         (todo.fault, todo.victim, todo.moment, todo.setting),
         nprocs=todo.world_size,
         env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"} if todo.setting == "detail" else None,
-        timeout=TIMEOUT,
+        timeout=PATIENCE if todo.fault in faults.SLOW else TIMEOUT,
         check=False,
     )
     ended = time.perf_counter_ns()
@@ -116,7 +116,7 @@ def _run(todo: Plan) -> dict[str, Any]:
     happened = [s.t0_ns for s in run.ranks[todo.victim].spans if s.name == faults.MARK] or [began]
     return {
         "outcome": run.verdict.kind if run.verdict else "fine",
-        "wrong": faults.judge(todo.fault, todo.victim, todo.world_size, run),
+        "wrong": faults.judge(todo.fault, todo.victim, todo.world_size, run, todo.setting),
         "seconds": (ended - happened[0]) / 1e9,
         "text": run.explain()[:3000],
     }

@@ -27,7 +27,7 @@ from ddp_lessons.wire import facts, span_buffer, stacks
 from ddp_lessons.wire.facts import Fields, Sources
 from ddp_lessons.wire.messages import Told
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
-from ddp_lessons.wire.records import Frame, Kind, Lane, Span, split_site
+from ddp_lessons.wire.records import Caught, Frame, Kind, Lane, Span, split_site
 from ddp_lessons.wire.run_folder import READABLE, VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
@@ -87,6 +87,7 @@ class RankFiles:
     told: str  # what faulthandler printed on SIGTERM, else empty
     sources: Sources = field(default_factory=lambda: Sources({}))
     itself: Told = field(default_factory=Told)  # what the rank told of itself
+    caught: list[Caught] | None = None
 
     @property
     def rank(self) -> int:
@@ -151,7 +152,7 @@ def _read(file: Path) -> RankFiles:
     path = file.with_suffix(".tape")
     with facts.of_file(path), regular_files.opened(path) as opened:
         highest = began["world_size"] - 1
-        spans, dropped = span_buffer.read_file(
+        spans, dropped, caught = span_buffer.read_file(
             opened,
             began["rank"],
             highest,
@@ -164,7 +165,7 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, itself,
+        sources, itself, caught,
     )  # fmt: skip
 
 
@@ -289,6 +290,7 @@ def _result(record: RankFiles) -> RankResult:
         ended_ns=last_ns,
         stack=stack,
         dropped=record.dropped,
+        caught=None if record.caught is None else tuple(record.caught),
         group_rank=int(record.began["group_rank"]),
         host=str(record.began["host"]),
         pid=int(record.began["pid"]) if record.alive else None,

@@ -17,6 +17,7 @@ from ddp_lessons.wire import stacks
 from ddp_lessons.wire.messages import Displayed
 from ddp_lessons.wire.records import (
     ENGINE,
+    Caught,
     ErrorRecord,
     Frame,
     FrameVariables,
@@ -94,6 +95,9 @@ class RankResult:
     handling : tuple or None
         The line of the last call of torch.distributed that it made in an `except` block, and the
         exception that was handled there.
+    caught : tuple of Caught or None
+        The latest exceptions that its code caught and went on, at most 32, in order. None where
+        that is unknown: before Python 3.12.
     unseen : tuple of str
         How it communicated without being recorded: "RPC", "DDP over nccl".
     timeouts : tuple of Timeout
@@ -141,6 +145,7 @@ class RankResult:
     host: str | None = None
     pid: int | None = None
     handling: tuple[str, ErrorRecord] | None = None
+    caught: tuple[Caught, ...] | None = None
     unseen: tuple[str, ...] = ()
     timeouts: tuple[Timeout, ...] = ()
     threads: Mapping[str, str] = field(default_factory=dict)

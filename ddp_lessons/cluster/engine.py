@@ -25,7 +25,7 @@ from ddp_lessons.processes.local import Pump, WorkerProcess
 from ddp_lessons.system import host, memory
 from ddp_lessons.system.host import clock_id, reserve_port
 from ddp_lessons.wire.parcels import Parcel
-from ddp_lessons.wire.records import ErrorRecord, Span
+from ddp_lessons.wire.records import Caught, ErrorRecord, Span
 from ddp_lessons.wire.span_buffer import SpanBuffers
 from ddp_lessons.wire.task import MasterAddress, RankInfo, Task
 
@@ -89,6 +89,7 @@ class Exit(NamedTuple):
     ended_ns: int
     spans: list[Span]
     dropped: int
+    caught: list[Caught] | None
     lost: ErrorRecord | None
     out_of_memory: bool | None
 
@@ -260,6 +261,7 @@ class Rank:
             process.ended_ns,
             process.spans(),
             process.dropped(),
+            process.caught(),
             process.lost,
             None if self._kills is None else memory.kills() != self._kills,
         )

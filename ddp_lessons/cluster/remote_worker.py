@@ -20,7 +20,7 @@ from ddp_lessons.cluster.engine import (
     StartRequest,
 )
 from ddp_lessons.processes.base import UNKNOWN_EXIT, Worker
-from ddp_lessons.wire.records import ENGINE, ErrorRecord, Span
+from ddp_lessons.wire.records import ENGINE, Caught, ErrorRecord, Span
 from ddp_lessons.wire.task import RankInfo
 
 SHORTEST, LONGEST = 0.2, 0.5  # seconds that an engine waits for news before it replies
@@ -85,6 +85,7 @@ class RemoteWorker(Worker):
         self._progress = 0
         self._spans: Sequence[Span] = ()
         self._dropped = 0
+        self._caught: Sequence[Caught] | None = None
 
     @property
     def alive(self) -> bool:
@@ -168,6 +169,7 @@ class RemoteWorker(Worker):
             self.exitcode, self.lost = news.end.exitcode, news.end.lost
             self.ended_ns = self.ended_ns or news.end.ended_ns
             self._spans, self._dropped = news.end.spans, news.end.dropped
+            self._caught = news.end.caught
             self.out_of_memory = news.end.out_of_memory
             self.moved_at = time.monotonic()
 
@@ -192,6 +194,9 @@ class RemoteWorker(Worker):
 
     def dropped(self) -> int:
         return self._dropped
+
+    def caught(self) -> Sequence[Caught] | None:
+        return self._caught
 
     def note_activity(self) -> None:
         self._note_activity = True

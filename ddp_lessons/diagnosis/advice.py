@@ -26,6 +26,10 @@ HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
     "or have the ranks agree what to do, by an all_reduce of a flag in every step."
 )
+SWALLOWED = (
+    "{line} is in a `try`, and an exception that {them} caught at line {handler} would have left "
+    "it out. Python 3.12 and later would tell what was caught."
+)
 BATCHES = (
     "The ranks have unequal numbers of batches. {join}DistributedSampler gives all ranks as many; "
     "a stream must be cut to what the shortest rank has, or repeated to the longest; or the ranks "

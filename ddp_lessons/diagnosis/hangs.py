@@ -22,7 +22,7 @@ from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
 from ddp_lessons.wire.ops import DDP_CALLS, JOINING, RECVS, SENDS
 from ddp_lessons.wire.owners import Owner, owner_of
-from ddp_lessons.wire.records import Frame, Lane, Span
+from ddp_lessons.wire.records import Caught, Frame, Lane, Span
 
 JOIN = "init_process_group"
 DDP = "DDP"  # the owner of calls
@@ -49,6 +49,9 @@ _UNEVEN: tuple[Kind, ...] = (
     "left the group",
     "waiting for each other",
 )
+
+# The kinds of verdict where an exception that a rank caught may be the reason.
+_PARTED: tuple[Kind, ...] = (*_UNEVEN, "computing", "blocked in Python", "no answer")
 
 # What makes calls in a rank's stead, by parts of its files' names, and the advice for it.
 SYNC_BATCHNORM = "SyncBatchNorm"
@@ -200,6 +203,29 @@ class Standstill:
         frame = frame_of(made[-1].site) if made and rank.status == "died" else None
         return frame is not None and loop.is_before(frame)
 
+    def caught(self, missed: Frame | None) -> dict[int, Caught]:
+        """By rank, an exception that it caught, and the waiting ranks did not, where they call on.
+
+        That is in the `try` or `with` that caught it; `missed` is another line that they called at.
+        """
+        found = {}
+        for rank in self.run.ranks:
+            others = [other for other in self.waiting if other is not rank]
+            if rank.status == "raised" and not lost_partner(rank):
+                continue  # its traceback tells
+            for what in reversed(rank.caught or ()):
+                lines = source_code.guarded(what)
+                if lines is None:
+                    continue
+                there = [other for other in others if any(map(lines.holds, _frames(other)))]
+                if missed is not None and lines.holds(missed):
+                    there = others
+                times = _times_caught(rank, what.handler)
+                if any(times > _times_caught(other, what.handler) for other in there):
+                    found[rank.rank] = what
+                    break
+        return found
+
     def errors(self) -> list[str]:
         """The traceback of a rank that raised its own error, or else gave up waiting."""
         raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
@@ -209,6 +235,10 @@ class Standstill:
     def evidence(self) -> tuple[str, ...]:
         """The traceback, and where every rank is."""
         return (*self.errors(), *rank_state.lines(self.run.ranks))
+
+
+def _times_caught(rank: RankResult, handler: str) -> int:
+    return sum(what.handler == handler for what in rank.caught or ())
 
 
 def _is_whole_step(span: Span) -> bool:
@@ -255,10 +285,54 @@ def _from_two(calls: Iterable[Call]) -> bool:
 class _Hang(Standstill):
     def verdict(self) -> Verdict:
         """The verdict; unequal steps, or an exception that ended a thread, may be the reason."""
-        verdict = self._with_steps(self._verdict())
+        verdict = self._with_reasons(self._verdict())
         if not any(rank.dead_threads for rank in self.run.ranks):
             return verdict
         return dataclasses.replace(verdict, advice=f"{verdict.advice} {advice.DEAD_THREAD}")
+
+    def _with_reasons(self, verdict: Verdict) -> Verdict:
+        """The verdict, with what the record tells about why the ranks went apart."""
+        return self._with_steps(self._with_caught(verdict))
+
+    def _with_caught(self, verdict: Verdict) -> Verdict:
+        """The verdict, with an exception that some ranks caught where the others call on."""
+        if verdict.kind not in _PARTED or verdict.advice == advice.HANDLED:
+            return verdict
+        found = self.caught(verdict.frame)
+        if not found or len(found) == self.run.world_size:
+            return self._with_swallowed(verdict)
+        told: dict[str, list[int]] = {}
+        for rank, what in found.items():
+            text = f"caught {what.error}{rank_state.line(frame_of(what.raised))}"
+            told.setdefault(text, []).append(rank)
+        ended = all(what.error.startswith("StopIteration") for what in found.values())
+        return dataclasses.replace(
+            verdict,
+            ranks=tuple(found) if verdict.kind in _UNEVEN else verdict.ranks,
+            evidence=(
+                *(f"{ranks_text(ranks)} {text}" for text, ranks in told.items()),
+                "",
+                *verdict.evidence,
+            ),
+            advice=verdict.advice if ended else advice.HANDLED,
+        )
+
+    def _with_swallowed(self, verdict: Verdict) -> Verdict:
+        """The verdict, with an `except` that may have hidden why a call was left out.
+
+        Where it is not known what ranks caught.
+        """
+        if any(rank.caught is not None for rank in self.run.ranks):
+            return verdict
+        for frame in reversed([frame for rank in self.waiting for frame in _frames(rank)]):
+            if (found := source_code.swallowed(frame)) is not None:
+                lines, handler = found
+                out = [r.rank for r in self.run.ranks if not any(map(lines.holds, _frames(r)))]
+                if out:
+                    line, them = stacks.line_name(frame), ranks_text(out)
+                    hint = advice.SWALLOWED.format(line=line, them=them, handler=handler)
+                    return dataclasses.replace(verdict, evidence=(*verdict.evidence, "", hint))
+        return verdict
 
     def _with_steps(self, verdict: Verdict) -> Verdict:
         """The verdict, with the steps that the ranks made if some made fewer."""
@@ -348,6 +422,8 @@ class _Hang(Standstill):
         if source_code.optional(*sites) is not None or lines is None:
             return told
         passed = source_code.optional(*lines)
+        if passed is None and told.passed is None:
+            passed = source_code.first_of(*lines)
         if passed is None:
             return told
         calls = (
@@ -377,7 +453,9 @@ class _Hang(Standstill):
         Of messages only those count that may have ended the ranks `ended`.
         """
         parting = self._first(self._latest(), _harmful(self.calls, ended))
-        return None if parting is None else self._with_steps(self.parted(self._by_stacks(parting)))
+        if parting is None:
+            return None
+        return self._with_reasons(self.parted(self._by_stacks(parting)))
 
     def _latest(self) -> dict[str, int]:
         return {group: max(numbers) for group, numbers in self.calls.met.items() if numbers}

@@ -136,11 +136,33 @@ def first(calls: Calls, group: str, until: int | None = None) -> Mismatch | None
         if len(by_rank) > 1 and (why := _difference(calls.met[group], seq)):
             found = Mismatch(group, seq, tuple(by_rank.values()), why, None)
             if why == "order":
+                if (shift := _shift(calls.met[group], found)) is not None:
+                    return shift
                 most, *_, least = found.sides
-                passed = _passed_by(calls.met[group], most[0].site, least[0].site)
+                passed = _passed_by(calls.met[group], seq, most[0].site, least[0].site)
                 found = found._replace(passed=passed)
             return found if found.passed else _earlier(calls.met[group], found) or found
     return None
+
+
+def _shift(numbers: Numbers, later: Mismatch) -> Mismatch | None:
+    """Where ranks skipped a call like their next one, right before the calls differed.
+
+    Until there each of their calls was that which the others made one call later.
+    """
+    found = None
+    for seq in range(later.seq - 1, -1, -1):
+        here = Mismatch(later.group, seq, tuple(numbers.get(seq, {}).values()), "order", None)
+        if len(here.sides) != 2:
+            return found
+        for skipped, ahead in (here.sides, here.sides[::-1]):
+            after = [numbers[seq + 1].get(call.rank) for call in skipped]
+            if all(call is not None and call.site == ahead[0].site for call in after):
+                found = here._replace(passed=skipped[0].site)
+                break
+        else:
+            return found
+    return found
 
 
 def _earlier(numbers: Numbers, later: Mismatch) -> Mismatch | None:
@@ -277,8 +299,8 @@ def _out_of_step(numbers: Numbers, seq: int) -> bool:
     return False
 
 
-def _passed_by(numbers: Numbers, one: str | None, other: str | None) -> str | None:
-    """Of two lines that ranks are at, the one that the ranks at the other have skipped.
+def _passed_by(numbers: Numbers, at: int, one: str | None, other: str | None) -> str | None:
+    """Of two lines at which ranks make call `at`, the one that the ranks at the other have skipped.
 
     None if it is unknown, as in the branches of one `if`.
     """
@@ -289,10 +311,19 @@ def _passed_by(numbers: Numbers, one: str | None, other: str | None) -> str | No
     forth, back = _follows(numbers, one, other), _follows(numbers, other, one)
     if forth != back:
         return one if forth else other
-    (file, line), (other_file, other_line) = split_site(one), split_site(other)
-    if file != other_file or source_code.exclusive(one, other):
-        return None
-    return one if line < other_line else other
+    return _usual(numbers, at, one, other) or source_code.first_of(one, other)
+
+
+def _usual(numbers: Numbers, at: int, one: str, other: str) -> str | None:
+    """Of two lines that follow each other in turn, the one that usually comes at call `at`."""
+    before = {call.site for call in numbers.get(at - 1, {}).values()}
+    past = {seq: calls for seq, calls in numbers.items() if seq < at}
+    usual = [
+        line
+        for line in (one, other)
+        if any(site is not None and _follows(past, site, line) for site in before)
+    ]
+    return usual[0] if len(usual) == 1 else None
 
 
 def _follows(numbers: Numbers, one: str, other: str) -> bool:

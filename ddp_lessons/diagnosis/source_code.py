@@ -12,7 +12,7 @@ import linecache
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ddp_lessons.wire.records import Frame, split_site
+from ddp_lessons.wire.records import Caught, Frame, split_site
 
 
 @functools.lru_cache(maxsize=256)
@@ -62,6 +62,17 @@ def optional(one: str | None, other: str | None) -> str | None:
     return one if way else other
 
 
+def first_of(one: str, other: str) -> str | None:
+    """Of two lines of one function, the one that comes first; None in branches of one `if`."""
+    (file, line), (other_file, other_line) = split_site(one), split_site(other)
+    if file != other_file or exclusive(one, other):
+        return None
+    way, other_way = _way_to(file, line), _way_to(file, other_line)
+    if _functions(way) != _functions(other_way):
+        return None
+    return one if line < other_line else other
+
+
 Way = tuple[tuple[ast.AST, str], ...]  # statements around a line, and in which of their parts it is
 
 
@@ -93,16 +104,67 @@ def _leaves(way: Way) -> bool:
     return False
 
 
-class Loop(NamedTuple):
-    """The lines of a loop."""
+class Lines(NamedTuple):
+    """Some lines of a file."""
 
     file: str
     first: int
     last: int
 
     def holds(self, frame: Frame) -> bool:
-        """Whether a line is in it."""
+        """Whether a line is among them."""
         return frame.filename == self.file and self.first <= frame.lineno <= self.last
+
+
+def guarded(caught: Caught) -> Lines | None:
+    """The lines that an exception may have left out: what the `try` or `with` that caught it holds.
+
+    None if they are not known.
+    """
+    (file, line), (_, handler) = split_site(caught.passed), split_site(caught.handler)
+    found = []
+    for node in ast.walk(_parsed(file)):
+        if isinstance(node, ast.Try | ast.TryStar):
+            catches = any(_holds(each, handler) for each in node.handlers)
+        elif isinstance(node, ast.With | ast.AsyncWith):
+            catches = node.lineno <= handler < node.body[0].lineno
+        else:
+            continue
+        if catches and _within(node.body, line):
+            found.append(_lines_in(file, node))
+    return max(found, key=lambda lines: lines.first, default=None)
+
+
+def swallowed(frame: Frame) -> tuple[Lines, int] | None:
+    """The `try` around a line from which an exception does not get out, and its `except`.
+
+    None if there is none, or it always raises.
+    """
+    nodes = [
+        node
+        for node in ast.walk(_parsed(frame.filename))
+        if isinstance(node, ast.Try | ast.TryStar)
+        and _within(node.body + node.orelse, frame.lineno)
+    ]
+    for node in sorted(nodes, key=lambda node: node.lineno, reverse=True):
+        for handler in node.handlers:
+            ends = {"KeyboardInterrupt", "SystemExit"} & {n.id for n in _names(handler.type)}
+            if not ends and not isinstance(handler.body[-1], ast.Raise):
+                return _lines_in(frame.filename, node), handler.lineno
+    return None
+
+
+def _names(node: ast.expr | None) -> list[ast.Name]:
+    return [] if node is None else [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+
+
+def _lines_in(file: str, node: ast.Try | ast.TryStar | ast.With | ast.AsyncWith) -> Lines:
+    block = [*node.body, *getattr(node, "orelse", ())]
+    return Lines(file, block[0].lineno, block[-1].end_lineno or block[-1].lineno)
+
+
+class Loop(Lines):
+    """The lines of a loop."""
 
     def is_before(self, frame: Frame) -> bool:
         """Whether a line comes after it, in the same function."""

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from ddp_lessons import ErrorRecord, LaunchError, Run, launch
 from ddp_lessons.course.progress import note_exercise
 from ddp_lessons.launcher.live_panel import hidden
-from ddp_lessons.system.notebook import is_live
+from ddp_lessons.system.notebook import is_live, show_html
 from ddp_lessons.text import as_html, count
 
 if TYPE_CHECKING:
@@ -215,12 +215,7 @@ class _Status:
             self._show(f"{self._check}: run {self._runs} of your answer, {where} ...")
 
     def _show(self, text: str) -> None:
-        from IPython.display import HTML, display
-
-        if self._handle is None:
-            self._handle = display(HTML(text), display_id=True)
-        else:
-            self._handle.update(HTML(text))
+        self._handle = show_html(text, self._handle)
 
     def __exit__(self, *_: object) -> None:
         _status.reset(self._token)

@@ -69,7 +69,7 @@ class Sites:
         return _Place(
             code,
             owner,
-            _site(frame),
+            site_at(code, frame.f_lineno),
             is_library and is_of_check(code.co_filename),
             is_library and is_outside(os.path.realpath(code.co_filename)),
         )
@@ -79,14 +79,13 @@ def _nothing(filename: str) -> None:
     """Do nothing: the default of `Sites.on_file`."""
 
 
-def _site(frame: FrameType) -> str:
+def site_at(code: CodeType, lineno: int) -> str:
     """`FILE:LINE`, or `FILE in FUNCTION:LINE` if the text of the file is not known."""
-    code = frame.f_code
     name = code.co_filename
     made_up = name in MADE_UP or (name.startswith("<") and name not in linecache.cache)
-    return f"{name}{f' in {code.co_name}' if made_up else ''}:{frame.f_lineno}"
+    return f"{name}{f' in {code.co_name}' if made_up else ''}:{lineno}"
 
 
 def is_in(site: str | None, frame: FrameType) -> bool:
     """True if the learner's line is in `frame` itself, and not in a caller of it."""
-    return site == _site(frame)
+    return site == site_at(frame.f_code, frame.f_lineno)

@@ -15,6 +15,7 @@ from typing import Any
 
 from ddp_lessons.instrumentation import (
     async_work,
+    caught,
     collectives,
     process_groups,
     recording,
@@ -39,6 +40,8 @@ def install(recorder: Recorder) -> None:
     """Wrap torch.distributed, and make `recorder` the recorder of this process."""
     wrap_torch()
     recording.use(recorder)
+    if caught.watch():
+        recorder.buffer.note_caught()
     threading.excepthook = _noting(threading.excepthook)
 
 
@@ -75,6 +78,7 @@ def wrap_torch() -> None:
     from ddp_lessons.instrumentation.ddp_traffic import record_ddp
     from ddp_lessons.instrumentation.functional import record_functional
 
+    caught.watch()
     register_optimizer_step_post_hook(collectives.stepped)
     loading = dataloader._BaseDataLoaderIter
     loading.__next__ = recording.batches(loading.__next__)

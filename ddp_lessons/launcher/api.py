@@ -38,7 +38,7 @@ from ddp_lessons.processes.local import LocalWorkerGroup
 from ddp_lessons.processes.packing import pack
 from ddp_lessons.run import Run
 from ddp_lessons.system.interrupts import Interrupts
-from ddp_lessons.system.notebook import in_kernel
+from ddp_lessons.system.notebook import can_display, in_kernel
 from ddp_lessons.text import listed, wrapped
 from ddp_lessons.wire.task import Task, places
 
@@ -390,7 +390,7 @@ def _show(run: Run, interrupts: Interrupts) -> None:
         lines += [f"rank {rank.rank} {rank.outcome()}" for rank in run.ranks]
     if lines:
         print("\n".join(lines))
-    if in_kernel() and not live_panel.hidden.get():
+    if in_kernel() and can_display() and not live_panel.hidden.get():
         _show_displays(run)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ddp_lessons.processes.base import Worker
-from ddp_lessons.system.notebook import prepare_widgets
+from ddp_lessons.system.notebook import can_display, prepare_widgets, show_html
 from ddp_lessons.text import without_colours
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class Log:
         """Show what is new, if it is time."""
         if not self._changed or time.monotonic() < self._due or not self._worth_it:
             return
+        if not can_display():
+            return
         if not self._shown:
             self.show()
         self._due, self._changed = time.monotonic() + EVERY, False
@@ -76,10 +78,8 @@ class Log:
     def close(self) -> None:
         """Remove it from the cell."""
         if self._shown:
-            from IPython.display import HTML
-
             for handle in self._shown:
-                handle.update(HTML(""))
+                show_html("", handle)
             for widget in (*self._tabs.children, self._tabs):
                 widget.close()
 

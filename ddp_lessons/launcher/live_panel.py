@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from ddp_lessons.launcher import live_curves
 from ddp_lessons.launcher.live_log import Log
 from ddp_lessons.processes.base import Worker
-from ddp_lessons.system.notebook import is_live
+from ddp_lessons.system.notebook import is_live, show_html
 from ddp_lessons.text import without_colours
 
 if TYPE_CHECKING:
@@ -71,12 +71,7 @@ class Panel:
             self._log.close()
 
     def _show(self, text: str) -> None:
-        from IPython.display import HTML, display
-
-        if self._handle is None:
-            self._handle = display(HTML(text), display_id=True)
-        else:
-            self._handle.update(HTML(text))
+        self._handle = show_html(text, self._handle)
 
 
 def _table(workers: Sequence[Worker], suspicion: str) -> str:

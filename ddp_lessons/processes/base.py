@@ -28,7 +28,7 @@ from ddp_lessons.wire.messages import (
     Unsendable,
 )
 from ddp_lessons.wire.parcels import Parcel
-from ddp_lessons.wire.records import ErrorRecord, Kind, Lane, Span
+from ddp_lessons.wire.records import Caught, ErrorRecord, Kind, Lane, Span
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -104,6 +104,10 @@ class Worker(ABC):
         """How many spans the buffer did not keep."""
 
     @abstractmethod
+    def caught(self) -> Sequence[Caught] | None:
+        """The latest exceptions that its code caught; None if that is unknown."""
+
+    @abstractmethod
     def note_activity(self) -> None:
         """Note whether the rank uses a processor, waits for one, or has data on the way."""
 
@@ -141,6 +145,7 @@ class Worker(ABC):
                 status, error = "unsendable", ErrorRecord(type_name, reason, ())
             case None:
                 error = self.lost
+        caught = self.caught()
         return RankResult(
             rank=self.rank,
             status=status,
@@ -158,6 +163,7 @@ class Worker(ABC):
             activity=self.activity,
             **vars(self.told),
             dropped=self.dropped(),
+            caught=None if caught is None else tuple(caught),
             group_rank=self.place.group_rank,
             host=self.host,
         )

@@ -37,7 +37,7 @@ from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.text import count
 from ddp_lessons.wire.messages import STACK_SIGNAL
 from ddp_lessons.wire.parcels import Parcel
-from ddp_lessons.wire.records import FORKSERVER, ErrorRecord, Span
+from ddp_lessons.wire.records import FORKSERVER, Caught, ErrorRecord, Span
 from ddp_lessons.wire.span_buffer import SpanBuffers
 from ddp_lessons.wire.task import MasterAddress, RankInfo, Task
 
@@ -252,6 +252,9 @@ class WorkerProcess(Worker):
 
     def dropped(self) -> int:
         return self.buffers.dropped(self.rank)
+
+    def caught(self) -> list[Caught] | None:
+        return self.buffers.caught(self.rank)
 
 
 def catches(pid: int, number: int) -> bool:

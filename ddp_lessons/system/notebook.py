@@ -41,6 +41,23 @@ def is_live() -> bool:
     return in_kernel() and os.environ.get("DDP_LESSONS_LIVE", "1") != "0"
 
 
+def can_display() -> bool:
+    """False below `redirect_stdout(None)`: IPython displays nothing then, but raises."""
+    return sys.stdout is not None and sys.stderr is not None
+
+
+def show_html(text: str, handle: DisplayHandle | None = None) -> DisplayHandle | None:
+    """Display HTML, in the place of what `handle` shows; its handle. Nothing if that cannot be."""
+    from IPython.display import HTML, display
+
+    if not can_display():
+        return handle
+    if handle is None:
+        return display(HTML(text), display_id=True)
+    handle.update(HTML(text))
+    return handle
+
+
 def prepare_widgets(script: str = "") -> DisplayHandle:
     """Let the widgets of this cell have the keys that are pressed in them.
 

@@ -170,6 +170,30 @@ class FrameVariables(NamedTuple):
     variables: tuple[tuple[str, str], ...]
 
 
+class Caught(NamedTuple):
+    """An exception that the learner's code caught, and then went on.
+
+    Attributes
+    ----------
+    t_ns : int
+        When.
+    error : str
+        Its type and the first line of its message: "ValueError: bad sample 17".
+    raised : str
+        The learner's innermost line in its traceback.
+    passed : str
+        The line through which it came out of the `try` or `with`.
+    handler : str
+        The line of the `except`, or of the `with`, that caught it.
+    """
+
+    t_ns: int
+    error: str
+    raised: str
+    passed: str
+    handler: str
+
+
 class Report(NamedTuple):
     """Numbers that a rank reported at a moment, by name."""
 

@@ -4,9 +4,10 @@ Writing costs under a microsecond, because the rank sends nothing and wakes nobo
 readable when the rank is killed, and the call that it was in stays open. One file in memory serves
 all ranks of a run, a region for each:
 
-    head: progress, spans dropped, bytes of text
+    head: progress, spans dropped, bytes of text, whether caught exceptions are noted
     text: every name once, as its length and UTF-8
     spans: RECORD by RECORD; t0_ns is 0 where nothing is written yet
+    caught: the latest exceptions that the learner's code caught, each in CAUGHT bytes
 
 The file is sparse. A rank that wrote to a page for which the system has no room would die of
 SIGBUS, so it reserves room piece by piece before it uses it. If none is left, it drops and counts
@@ -22,17 +23,18 @@ from __future__ import annotations
 import bisect
 import contextlib
 import errno
+import json
 import mmap
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from ddp_lessons.system.memory import memory_file
 from ddp_lessons.wire.ops import PAIRWISE
-from ddp_lessons.wire.records import Kind, Lane, Span
+from ddp_lessons.wire.records import Caught, Kind, Lane, Span
 from ddp_lessons.wire.run_folder import VERSION
 
 MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
@@ -41,7 +43,7 @@ LONGEST_NAME = 200  # bytes
 KINDS = {kind.value: number for number, kind in enumerate(Kind)}
 
 _WORD = struct.Struct("=q")
-_PROGRESS, _DROPPED, _TEXT_USED = range(3)  # words of the head
+_PROGRESS, _DROPPED, _TEXT_USED, _NOTES_CAUGHT = range(4)  # words of the head
 _HEAD = "=qqqqqq"  # of a record: t0_ns, t1_ns, step, seq, cpu_ns, queued_ns
 _T1, _STEP, _SEQ, _CPU, _QUEUED = 1, 2, 3, 4, 5  # words of it
 # nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed, tag
@@ -61,6 +63,9 @@ _TEXT_PIECE = 1 << 12  # bytes of head and text that are reserved at first, then
 _TEXT_END = 1 << 20
 _SPANS_START = _TEXT_END
 _PAGES = 1 << 16  # regions begin at a multiple: mmap's granularity everywhere
+MOST_CAUGHT = 32  # exceptions of one rank that are kept, the latest
+CAUGHT = 1 << 10  # bytes of each
+_CAUGHT_HEAD = struct.Struct("=qH")  # t_ns, which is 0 where there is none, and the bytes of JSON
 
 
 def _layout(record: struct.Struct) -> tuple[int, int, int]:
@@ -71,6 +76,8 @@ def _layout(record: struct.Struct) -> tuple[int, int, int]:
 
 
 _SPARE_START, _SPARE_END, REGION = _layout(RECORD)
+_CAUGHT_END = _SPARE_END + MOST_CAUGHT * CAUGHT
+assert _CAUGHT_END <= REGION  # they fill what was left over in it
 
 Record = tuple[int, ...]
 Slot = int  # the first byte of a span in the region; 0 if it was not kept
@@ -138,6 +145,8 @@ class SpanWriter:
         self._progress = 0
         self._text_used = 0
         self._numbers: dict[str | None, int] = {None: 0}
+        self._caught: list[Hashable] = []  # the keys of the exceptions kept, by their places
+        self._next_caught = 0
 
     @property
     def ended(self) -> tuple[int, int]:
@@ -221,6 +230,43 @@ class SpanWriter:
         """Note progress that no span shows."""
         self._progress += 1
         self._words[_PROGRESS] = self._progress
+
+    def note_caught(self) -> None:
+        """Note that exceptions that the learner's code catches are told from now on."""
+        self._words[_NOTES_CAUGHT] = 1
+
+    def caught(self, key: Hashable, what: Caught) -> None:
+        """Keep an exception that was caught, instead of the oldest one if there are many.
+
+        Its `key` may be that of an earlier one, which is gone by now.
+        """
+        t_ns, *texts = what
+        data = json.dumps(texts).encode()
+        with self._lock:
+            number = self._next_caught
+            is_new = number == len(self._caught)
+            start = _SPARE_END + number * CAUGHT
+        if _CAUGHT_HEAD.size + len(data) > CAUGHT or (
+            is_new and not self._has_room(start, start + CAUGHT)
+        ):
+            return
+        with self._lock:
+            self._caught = [None if kept == key else kept for kept in self._caught]
+            self._caught[number : number + 1] = [key]
+            self._next_caught = (number + 1) % MOST_CAUGHT
+            self._words[start >> 3] = 0
+            _CAUGHT_HEAD.pack_into(self._memory, start, 0, len(data))
+            begin = start + _CAUGHT_HEAD.size
+            self._memory[begin : begin + len(data)] = data
+            self._words[start >> 3] = t_ns  # last, because one without it does not count
+
+    def raised_again(self, key: Hashable) -> None:
+        """Drop an exception that went on after all: what handled it was a `finally`, say."""
+        with self._lock:
+            if key in self._caught:
+                number = self._caught.index(key)
+                self._caught[number] = None
+                self._words[(_SPARE_END + number * CAUGHT) >> 3] = 0
 
     def _give_back(self, slot: Slot) -> None:
         """Free a spare slot, which only an open span may hold; its span counts as dropped."""
@@ -317,6 +363,20 @@ class SpanReader:
     def dropped(self) -> int:
         """How many spans were not kept."""
         return self._word(_DROPPED)
+
+    def caught(self) -> list[Caught] | None:
+        """The latest exceptions that the learner's code caught; None if that is unknown."""
+        if self._record is not RECORD or not self._word(_NOTES_CAUGHT):
+            return None
+        data = self._bytes(_SPARE_END, MOST_CAUGHT * CAUGHT)
+        found = []
+        for start in range(0, len(data), CAUGHT):
+            t_ns, size = _CAUGHT_HEAD.unpack_from(data, start)
+            start += _CAUGHT_HEAD.size
+            if t_ns:
+                with contextlib.suppress(ValueError, TypeError):  # being written
+                    found.append(Caught(t_ns, *map(str, json.loads(data[start : start + size]))))
+        return sorted(found)
 
     def calls_now(self) -> list[tuple[str, int]]:
         """The calls of torch.distributed that go on, and when each began; of the latest spans."""
@@ -429,6 +489,10 @@ class SpanBuffers:
         """The spans of a rank in the order in which they began; see SpanReader.spans."""
         return self.of(rank).spans()
 
+    def caught(self, rank: int) -> list[Caught] | None:
+        """The latest exceptions that a rank caught; see SpanReader.caught."""
+        return self.of(rank).caught()
+
     def close(self) -> None:
         """Free the memory."""
         os.close(self._file)
@@ -441,8 +505,8 @@ def read_file(
     check_group: Callable[[str], None],
     site_of: Callable[[str], str],
     version: int = VERSION,
-) -> tuple[list[Span], int]:
-    """The spans in a .tape file, and how many were not kept.
+) -> tuple[list[Span], int, list[Caught] | None]:
+    """The spans in a .tape file, how many were not kept, and the exceptions that were caught.
 
     `highest` is the highest rank, `version` the file's format. `check_group` is called with the
     name of each group; `site_of` maps each site to the name to show. Raises ValueError if the file
@@ -459,6 +523,7 @@ def read_file(
         groups, sites = ({texts[record[n]] for record in records} for n in (_GROUP, _SITE))
         named = {site: None if site is None else site_of(site) for site in sites}
         spans = _spans(rank, records, texts, [named.get(text) for text in texts])
+        caught = reader.caught()
     except (IndexError, struct.error) as error:
         raise ValueError("is damaged") from error
     for group in groups - {None}:
@@ -467,7 +532,9 @@ def read_file(
         raise ValueError(f"is damaged: it names a rank beyond {highest}")
     if dropped < 0 or any(t0 < 0 or (t1 and t1 < t0) for t0, t1, *_ in records):
         raise ValueError("is damaged: its times make no sense")
-    return spans, dropped
+    if caught is not None:
+        caught = [Caught(t_ns, text, *map(site_of, sites)) for t_ns, text, *sites in caught]
+    return spans, dropped, caught
 
 
 def say(text: str) -> None:

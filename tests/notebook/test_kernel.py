@@ -299,3 +299,32 @@ def test_live_panel_of_a_longer_run(kernel: Kernel) -> None:
     assert "no rank has made progress for 6 s; after 30 s the run is given up" in shown
     quiet = kernel.run("import os; os.environ['DDP_LESSONS_LIVE'] = '0'\n" + "launch(work);")
     assert quiet.displays == []
+
+
+def test_a_run_whose_cell_gives_up_its_output(kernel: Kernel) -> None:
+    """`redirect_stdout(None)` discards what is printed; IPython displays nothing below it."""
+    code = """
+        import time
+        from contextlib import redirect_stdout
+        from IPython.display import Markdown, display
+        def work(rank):
+            for i in range(8):
+                print("step <", i)
+                time.sleep(0.25)
+            display(Markdown("done"))
+            return rank
+        with redirect_stdout(None):
+            run = launch(work, nprocs=2)
+        print(run.values, len(run.ranks[1].displays))
+    """
+    cell = kernel.run(code)
+    assert cell.stdout == "[0, 1] 1\n"
+    assert cell.displays == []
+    late = kernel.run("""
+        running = launch(work, nprocs=2, wait=False)
+        time.sleep(0.8)  # its panel is there by now
+        with redirect_stdout(None):
+            run = running.wait()
+        print(run.values)
+    """)
+    assert late.stdout.endswith("[0, 1]\n")

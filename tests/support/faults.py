@@ -7,12 +7,14 @@ sample.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import queue
 import resource
 import signal
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,18 +24,23 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 
 from ddp_lessons import Run, span
 
 STEPS = 4
-SETTINGS = ("plain", "detail", "own timeout", "subgroup", "beside a thread", "in a thread")
+SETTINGS = (
+    "plain", "detail", "own timeout", "subgroup", "beside a thread", "in a thread", "%%time",
+)  # fmt: skip
 OWN_TIMEOUT = timedelta(seconds=2)  # of the group, in a setting of that name
+TIMED = "<timed exec>"  # the name of code below %%time
+SLOW = ("skipped compiled",)  # faults that need more than the timeout of the others
 MARK = "the fault"  # the span that says when it happened
 NOTE = "DDP_LESSONS_FAULT_NOTE"  # an environment variable: a file for the time of it
 FROM_OUTSIDE = ("forkserver killed", "parent interrupted", "parent killed")
 
 
-def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
+def judge(fault: str, victim: int, world_size: int, run: Run, setting: str = "plain") -> str:
     """What is wrong with the verdict on a run with this fault; "" if nothing is."""
     expected, found = FAULTS[fault], run.verdict
     if fault in WARNED:
@@ -42,15 +49,22 @@ def judge(fault: str, victim: int, world_size: int, run: Run) -> str:
         return "" if found is None else f"it was fine, but: {found.title}"
     if found is None or found.kind not in expected.kinds:
         return f"kind is {found and found.kind!r}, not one of {expected.kinds}"
-    if expected.line not in found.text():
-        return f"{expected.line!r} is not shown"
+    if (what := _not_shown(expected, found.text(), setting)) is not None:
+        return f"{what!r} is not shown"
     # Of two ranks that disagree, nobody can say which is right.
     fair = [(victim,), (0, 1)] if world_size == 2 and found.kind in SIDES else [(victim,)]
-    if fault == "message too long":
+    if fault in ("message too long", "other tag"):
         fair = [tuple(sorted((victim, (victim + 1) % world_size)))]
     if fault not in FROM_OUTSIDE and found.ranks not in fair:
         return f"it blames {found.ranks}, not rank {victim}"
     return ""
+
+
+def _not_shown(expected: Fault, text: str, setting: str) -> str | None:
+    """What a verdict should show and does not."""
+    if setting == "%%time" and expected.line in inspect.getsource(sys.modules[__name__]):
+        return None if TIMED in text else TIMED  # the text of the line is not known
+    return None if expected.line in text else expected.line
 
 
 WARNED = {
@@ -71,6 +85,16 @@ class Fault(NamedTuple):
     act: Callable[[int], None] | None  # at the victim's moment; None: the loop itself does it
     kinds: tuple[str, ...]  # of Verdict.kind, any of them
     line: str  # part of the source that the verdict must show; "" for none
+
+
+def program(setting: str) -> Callable[..., int]:
+    """`train`; in the setting "%%time" compiled as IPython does below it, whose text is unknown."""
+    if setting != "%%time":
+        return train
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile(inspect.getsource(sys.modules[__name__]), TIMED, "exec"), names)
+    found: Callable[..., int] = names["train"]
+    return found
 
 
 def train(rank: int, fault: str, victim: int, moment: int, setting: str = "plain") -> int:
@@ -101,6 +125,8 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
         if fault in FROM_OUTSIDE:
             time.sleep(0.5)
         x = torch.ones(3 if hit and fault == "tensor mismatch" else 2)
+        if hit and fault == "other dtype":
+            x = x.double()
         y = torch.zeros(2)
         if hit and act is not None:
             act(rank)
@@ -119,11 +145,19 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
             time.sleep(0.3)
         if step == moment and fault in LENGTHS:
             send_on(rank, victim, LENGTHS[fault], group)
+        if step == moment and fault == "other tag":
+            send_on(rank, victim, 2, group, tag=7)
         if fault == "late for a wait":
             if hit:
                 time.sleep(60)
             dist.all_reduce(x, group=group, async_op=True).wait(timedelta(seconds=1))
-        if not (hit and fault == "skipped"):
+        if fault == "skipped functional" and not hit:
+            funcol.all_reduce(x, "sum", group)
+        if fault == "skipped compiled" and not hit:
+            compiled(x, group)
+        if fault == "caught":
+            reduced_or_skipped(x, group, hit)
+        elif not (hit and fault == "skipped"):
             dist.all_reduce(x, group=group)
         if hit and fault == "returned early":
             return
@@ -137,15 +171,36 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
                 dist.barrier(one)
 
 
+def reduced_or_skipped(x: torch.Tensor, group: Any, is_bad: bool) -> None:
+    """All_reduce a sample, or skip it if it cannot be read."""
+    try:
+        if is_bad:
+            raise ValueError("a bad sample")
+        dist.all_reduce(x, group=group)
+    except ValueError:
+        pass
+
+
+def compiled(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """All_reduce in compiled code."""
+    reduce = torch.compile(_reduce, backend="eager", fullgraph=True)
+    result: torch.Tensor = reduce(x, group)
+    return result
+
+
+def _reduce(x: torch.Tensor, group: Any) -> torch.Tensor:
+    return funcol.all_reduce(x, "sum", group) + 1
+
+
 def extra(group: Any) -> None:
     dist.barrier(group)
 
 
-def send_on(rank: int, victim: int, length: int, group: Any) -> None:
-    """The next rank sends so many numbers to the victim, which expects two."""
+def send_on(rank: int, victim: int, length: int, group: Any, tag: int = 0) -> None:
+    """The next rank sends so many numbers to the victim, which expects two, with tag 0."""
     source = (victim + 1) % dist.get_world_size()
     if rank == source:
-        dist.send(torch.ones(length), victim, group)
+        dist.send(torch.ones(length), victim, group, tag)
     if rank == victim:
         dist.recv(torch.zeros(2), source, group)
 
@@ -236,6 +291,7 @@ def receive_nothing(rank: int) -> None:
     dist.recv(torch.zeros(1), src=(rank + 1) % dist.get_world_size())
 
 
+SEES = sys.version_info >= (3, 12)  # what ranks catch; see instrumentation/caught.py
 LENGTHS = {"message too long": 5, "message too short": 1}
 ORDER = ("skipped collective", "different collectives")
 FAULTS = {
@@ -253,6 +309,11 @@ FAULTS = {
     "extra": Fault(None, ORDER, "dist.barrier("),
     "swapped": Fault(None, ORDER, "dist.all_reduce(x, group=group)"),
     "tensor mismatch": Fault(None, ("tensor mismatch",), "dist.all_reduce(x"),
+    "other dtype": Fault(None, ("tensor mismatch",), "dist.all_reduce(x"),
+    "skipped functional": Fault(None, ORDER, "funcol.all_reduce(x"),
+    "skipped compiled": Fault(None, ORDER, "reduce(x, group)"),
+    "caught": Fault(None, ORDER, "caught ValueError: a bad sample" if SEES else "is in a `try`"),
+    "other tag": Fault(None, ("unmatched send", "unmatched recv"), "with tag 7"),
     "swapped alike": Fault(None, (), ""),
     "extra in a thread": Fault(None, ORDER, "in thread 'extra'"),
     "message too long": Fault(None, ("tensor mismatch",), "dist.recv(torch.zeros(2)"),

@@ -10,8 +10,11 @@ from contextlib import closing
 
 import pytest
 
+from ddp_lessons.wire.records import Caught
 from ddp_lessons.wire.span_buffer import (
+    CAUGHT,
     LONGEST_NAME,
+    MOST_CAUGHT,
     MOST_SPANS,
     RECORD,
     SPARE,
@@ -256,3 +259,51 @@ def test_a_thread_that_comes_late_to_a_new_piece_leaves_no_hole(buffers: SpanBuf
     # Between its look at the slots, of which none was left, and here, another thread got a piece.
     slot = buffer._slot_in_new_piece()
     assert slot == buffer.begin("main", "compute", "third", 3, 4) - RECORD.size
+
+
+def caught(number: int, text: str = "ValueError: bad") -> Caught:
+    return Caught(number, f"{text} {number}", "a.py:1", "b.py:2", "b.py:3")
+
+
+def test_exceptions_that_were_caught_come_back(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers, 1)
+    assert buffers.caught(1) is None
+    buffer.note_caught()
+    assert buffers.caught(1) == []
+    for number in range(1, 4):
+        buffer.caught(number, caught(number))
+    buffer.raised_again(2)
+    buffer.raised_again(7)
+    assert buffers.caught(1) == [caught(1), caught(3)]
+    assert buffers.caught(0) is None
+    assert buffers.spans(1) == []
+
+
+def test_of_many_caught_exceptions_the_latest_are_kept(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    buffer.note_caught()
+    for number in range(1, 3 * MOST_CAUGHT):
+        buffer.caught(number, caught(number))
+    kept = list(range(2 * MOST_CAUGHT, 3 * MOST_CAUGHT))
+    assert buffers.caught(0) == [caught(number) for number in kept]
+    buffer.raised_again(kept[-1])
+    buffer.raised_again(1)  # no longer kept
+    assert buffers.caught(0) == [caught(number) for number in kept[:-1]]
+
+
+def test_an_exception_with_the_identity_of_one_that_is_gone(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    buffer.note_caught()
+    buffer.caught(5, caught(1))
+    buffer.caught(5, caught(2))
+    buffer.raised_again(5)
+    assert buffers.caught(0) == [caught(1)]
+
+
+def test_a_caught_exception_that_does_not_fit_is_left_out(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    buffer.note_caught()
+    buffer.caught(1, caught(1, "x" * CAUGHT))
+    buffer.caught(2, caught(2, "Fehler: ungültig \N{SNOWMAN}"))
+    assert buffers.caught(0) == [caught(2, "Fehler: ungültig \N{SNOWMAN}")]
+    assert buffers.spans(1) == []

@@ -18,6 +18,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -221,6 +222,8 @@ def processes_of(marker: str, process: subprocess.Popen[Any]) -> list[str]:
 def campaign(runs: int, seed: int) -> int:
     """Carry out the runs, print the report, and return the number of errors."""
     marker = f"{os.getpid()}"
+    cache = tempfile.mkdtemp()  # which torch.compile leaves where a rank is killed
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     results: list[tuple[Plan, dict[str, Any]]] = []
     with tempfile.TemporaryDirectory() as folder:
         current = Host(folder, marker)
@@ -245,6 +248,7 @@ def campaign(runs: int, seed: int) -> int:
             results.append((todo, report))
         current.close()
         remaining = [*current.left_behind(), *os.listdir(folder)]
+    shutil.rmtree(cache)
     _print(results, remaining)
     return sum(bool(report["problem"]) for _, report in results) + len(remaining)
 

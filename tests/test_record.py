@@ -22,6 +22,11 @@ HELPER = """
 
     def average(x):
         dist.all_reduce(x)
+
+    def read(x, rank):
+        if rank == 1:
+            raise ValueError("bad sample 17")
+        return x
 """
 HANGS = """
     import sys
@@ -37,6 +42,19 @@ HANGS = """
         if dist.get_rank() == 1:
             dist.barrier()
         average(x)
+"""
+SKIPS = """
+    import torch
+    import torch.distributed as dist
+    from helper import read
+
+    if __name__ == "__main__":
+        dist.init_process_group("gloo")
+        try:
+            dist.all_reduce(read(torch.ones(1), dist.get_rank()))
+        except ValueError:
+            pass
+        dist.barrier()
 """
 TELLS = """
     import os, pickle, sys
@@ -99,6 +117,19 @@ def test_a_job_that_hangs_is_explained_meanwhile(tmp_path: Path) -> None:
         "train.py",
         "helper.py",
     }
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="later Pythons tell what is caught")
+def test_what_a_rank_of_a_script_caught(tmp_path: Path) -> None:
+    script = written(tmp_path, SKIPS)
+    with torchrun.agent(script, "--standalone", "--nproc-per-node=2", *RECORD):
+        deadline = time.monotonic() + torchrun.PATIENCE
+        while "WorkersHung" not in (done := explain("record", cwd=tmp_path)).stdout:
+            assert time.monotonic() < deadline, done
+            time.sleep(0.5)
+    line = 'rank 1 caught ValueError: bad sample 17: helper.py, line 8:  raise ValueError("bad sam'
+    assert line in done.stdout
 
 
 def test_the_script_is_as_if_it_had_been_started_itself(tmp_path: Path) -> None:

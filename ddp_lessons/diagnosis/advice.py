@@ -26,9 +26,15 @@ HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
     "or have the ranks agree what to do, by an all_reduce of a flag in every step."
 )
+COUNTED = (
+    "Under TORCH_DISTRIBUTED_DEBUG=DETAIL torch counts the sends and recvs of a group, too, and "
+    "expects as many of every rank. Unset it, or give the ranks that send a group of their own: "
+    "new_group([0, 1])."
+)
 SWALLOWED = (
     "{line} is in a `try`, and an exception that {them} caught at line {handler} would have left "
-    "it out. Python 3.12 and later would tell what was caught."
+    "it out. If so, let it end the rank, or have the ranks agree what to do. Python 3.12 and later "
+    "would tell what was caught."
 )
 BATCHES = (
     "The ranks have unequal numbers of batches. {join}DistributedSampler gives all ranks as many; "

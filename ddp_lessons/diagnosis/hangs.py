@@ -703,6 +703,9 @@ def _deadlock(still: Standstill) -> Verdict:
     if _across_machines(still):
         title = f"{title}, but no data gets from one machine to the other"
         return Verdict("no route", everyone, title, lines, advice.NETWORK, frame)
+    if any(map(rank_state.is_counted_apart, still.waiting)):
+        title = f"torch's own check stopped ranks whose calls agree: {still.who_waits()}"
+        return Verdict("gave up waiting", everyone, title, lines, advice.COUNTED, frame)
     if still.run.hung_after is None:
         return Verdict("gave up waiting", everyone, still.who_waits(), lines, advice.MISSING, frame)
     return Verdict("waiting for each other", everyone, title, lines, advice.SAME_CALL, frame)

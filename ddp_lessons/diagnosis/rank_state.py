@@ -29,6 +29,7 @@ _GAVE_UP = re.compile(
 _TIMEOUT = re.compile(r"(?:Timed out waiting |monitoredBarrier in |Timeout\(ms\)=)(\d+)")  # ms
 # And how torch reports another call on other ranks, under TORCH_DISTRIBUTED_DEBUG=DETAIL.
 _MISMATCH = re.compile(r"Detected mismatch between collectives on ranks")
+_COUNTS = re.compile(r"differ in the following aspects:\s*Sequence number: ?\d+ ?vs ?\d+\s*$")
 
 # The verb at the start of a line, for one rank and for several.
 _PLURAL = {
@@ -239,6 +240,11 @@ def own_timeout(rank: RankResult) -> Timeout | None:
 def _lost(error: ErrorRecord) -> bool:
     # Only in torch.distributed: a database may lose its connection, too.
     return _says_so(error.text) and stacks.position(error.frames).call is not None
+
+
+def is_counted_apart(rank: RankResult) -> bool:
+    """Whether torch's check found nothing but its own number of a call unlike on another rank."""
+    return rank.error is not None and _COUNTS.search(rank.error.text) is not None
 
 
 def _says_so(text: str) -> bool:

@@ -68,10 +68,13 @@ def _on_handled(code: CodeType, offset: int, error: BaseException) -> None:
     if handler.line is None or handler.caught >= ROUTINE or trace is None:
         return
     handler.caught += 1
+    own = _innermost(trace, recorder.home)
+    for file in {own.tb_frame.f_code.co_filename, code.co_filename}:
+        recorder.sites.on_file(file)
     what = Caught(
         time.perf_counter_ns(),
         _text(error),
-        _innermost(trace, recorder.home),
+        site_at(own.tb_frame.f_code, own.tb_lineno),
         site_at(code, trace.tb_lineno),
         site_at(code, handler.line),
     )
@@ -90,15 +93,15 @@ def _handler(code: CodeType, offset: int, home: str | None) -> _Handler:
     return _Handler(code, lines[0] if own and lines else None)
 
 
-def _innermost(trace: TracebackType, home: str | None) -> str:
-    """The learner's innermost line in a traceback that begins at one."""
+def _innermost(trace: TracebackType, home: str | None) -> TracebackType:
+    """The learner's innermost place in a traceback that begins at one."""
     at: TracebackType | None = trace
     own = trace
     while at is not None:
         if owner_of(at.tb_frame.f_code.co_filename, home) is Owner.LEARNER:
             own = at
         at = at.tb_next
-    return site_at(own.tb_frame.f_code, own.tb_lineno)
+    return own
 
 
 def _text(error: BaseException) -> str:

@@ -671,3 +671,22 @@ def test_hosts_are_not_cut_off_where_a_rank_did_not_come() -> None:
     one = record(waited, 0, 2, raised=raised)
     run = run_of([one, record(late, 1, 2, returned=True, node=1, host="host1")])
     assert kind(run) == ("returned early", (1,))
+
+
+def test_torchs_check_counts_sends_as_calls_of_all_ranks() -> None:
+    def work(rank: int, ranks_that_send: list[int] | None) -> None:
+        dist.init_process_group("gloo")
+        group = dist.new_group(ranks_that_send) if ranks_that_send else None
+        if rank == 0:
+            dist.send(torch.ones(2), 1, group)
+        if rank == 1:
+            dist.recv(torch.ones(2), 0, group)
+        dist.all_reduce(torch.ones(1))
+
+    detail = {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}
+    run = launch(work, (None,), nprocs=3, env=detail, check=False)
+    assert kind(run) == ("gave up waiting", (0, 1, 2))
+    assert "torch's own check stopped ranks whose calls agree" in run.explain()
+    assert "new_group([0, 1])" in run.explain()
+    assert launch(work, ([0, 1],), nprocs=3, env=detail).verdict is None  # as it advises
+    assert launch(work, (None,), nprocs=3).verdict is None

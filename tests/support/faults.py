@@ -44,7 +44,10 @@ def judge(fault: str, victim: int, world_size: int, run: Run, setting: str = "pl
     """What is wrong with the verdict on a run with this fault; "" if nothing is."""
     expected, found = FAULTS[fault], run.verdict
     if fault in WARNED:
-        return "" if WARNED[fault] in run.explain() else "no warning"
+        # torch's check under DETAIL takes a send for a call that the other ranks do not make.
+        stopped = (fault, setting) == ("message too short", "detail") and world_size > 2
+        said = "torch counts the sends and recvs" if stopped else WARNED[fault]
+        return "" if said in run.explain() else f"{said!r} is not said"
     if not expected.kinds:
         return "" if found is None else f"it was fine, but: {found.title}"
     if found is None or found.kind not in expected.kinds:
@@ -62,6 +65,8 @@ def judge(fault: str, victim: int, world_size: int, run: Run, setting: str = "pl
 
 def _not_shown(expected: Fault, text: str, setting: str) -> str | None:
     """What a verdict should show and does not."""
+    if expected is FAULTS["late for a wait"] and setting == "detail":
+        return None  # there the ranks wait before they come to `wait`
     if setting == "%%time" and expected.line in inspect.getsource(sys.modules[__name__]):
         return None if TIMED in text else TIMED  # the text of the line is not known
     return None if expected.line in text else expected.line
@@ -311,7 +316,7 @@ FAULTS = {
     "tensor mismatch": Fault(None, ("tensor mismatch",), "dist.all_reduce(x"),
     "other dtype": Fault(None, ("tensor mismatch",), "dist.all_reduce(x"),
     "skipped functional": Fault(None, ORDER, "funcol.all_reduce(x"),
-    "skipped compiled": Fault(None, ORDER, "reduce(x, group)"),
+    "skipped compiled": Fault(None, ORDER, "def _reduce(x"),
     "caught": Fault(None, ORDER, "caught ValueError: a bad sample" if SEES else "is in a `try`"),
     "other tag": Fault(None, ("unmatched send", "unmatched recv"), "with tag 7"),
     "swapped alike": Fault(None, (), ""),

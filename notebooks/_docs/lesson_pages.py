@@ -17,12 +17,13 @@ from typing import Any
 import nbformat
 from docutils import nodes
 from docutils.statemachine import StringList
+from lesson_map import key_of, needs, picture
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 
-from ddp_lessons.course.lesson_files import lessons
+from ddp_lessons.course.lesson_files import Lesson, lessons
 
 CONTROLS = "Controls, in a running notebook: "  # the text of an explorer's sliders
 DEAD_CONTROLS = (
@@ -32,19 +33,37 @@ DEAD_CONTROLS = (
 
 
 class LessonTable(SphinxDirective):
-    """`{lesson-table}`: every lesson with its question and its minutes, read from the notebooks."""
+    """`{lesson-table}`: every lesson with its question, its minutes and what it builds on."""
 
     def run(self) -> list[nodes.Node]:
         """A table in Markdown, parsed in place."""
         folder = Path(self.env.srcdir)
-        rows = ["| lesson | the question | minutes |", "| --- | --- | ---: |"]
+        rows = ["| lesson | the question | minutes | builds on |", "| --- | --- | ---: | --- |"]
         for one in lessons(folder):
             self.env.note_dependency(str(folder / one.file))
             name = f"{one.number} {one.name}".strip()
-            rows.append(f"| [{name}]({one.file}) | {one.question} | {one.minutes} |")
+            before = ", ".join(needs(key_of(one)))
+            rows.append(f"| [{name}]({one.file}) | {one.question} | {one.minutes} | {before} |")
         node = nodes.container(classes=["lesson-table"])
         self.state.nested_parse(StringList(rows, source=self.env.docname), 0, node)
         return [node]
+
+
+class LessonMap(SphinxDirective):
+    """`{lesson-map}`: the picture of what builds on what, each lesson a link."""
+
+    def run(self) -> list[nodes.Node]:
+        """SVG in the page, so that its colours follow the theme."""
+        folder = Path(self.env.srcdir)
+        course = lessons(folder)
+        for one in course:
+            self.env.note_dependency(str(folder / one.file))
+        svg = picture(course, link=self._page)
+        return [nodes.raw("", f'<div class="drawing lesson-map">{svg}</div>', format="html")]
+
+    def _page(self, lesson: Lesson) -> str:
+        builder = self.env.app.builder
+        return builder.get_relative_uri(self.env.docname, Path(lesson.file).stem)
 
 
 class CommandHelp(SphinxDirective):
@@ -154,6 +173,7 @@ def picture_texts(path: Path) -> dict[str, str]:
 def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.add_directive("lesson-table", LessonTable)
+    app.add_directive("lesson-map", LessonMap)
     app.add_directive("command-help", CommandHelp)
     app.add_role("held-by", HeldBy())
     app.add_transform(StoredOutputs)

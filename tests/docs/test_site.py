@@ -108,6 +108,14 @@ def test_the_start_page_lists_every_lesson(site: Path) -> None:
     assert [link["href"] for link in table.find_all("a")] == pages
 
 
+def test_the_start_page_has_a_map_whose_lessons_are_links(site: Path) -> None:
+    drawing = parsed(site / "index.html").select_one(".lesson-map svg")
+    assert drawing is not None
+    pages = sorted(f"{name}.html" for name in (*(path.stem for path in LESSONS), "gpu"))
+    assert sorted(str(link["href"]) for link in drawing.find_all("a")) == pages
+    assert drawing.find("desc") is not None
+
+
 def test_every_internal_link_leads_to_a_page_and_a_place(site: Path) -> None:
     broken = [
         f"{page.relative_to(site)}: {target}"

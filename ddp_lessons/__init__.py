@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ddp_lessons.wire.messages import Displayed
     from ddp_lessons.wire.records import (
         Batches,
+        Caught,
         ErrorRecord,
         Frame,
         FrameVariables,
@@ -57,6 +58,7 @@ __all__ = [
     "BadLaunch",
     "Batches",
     "CannotSend",
+    "Caught",
     "Cause",
     "Displayed",
     "ErrorRecord",
@@ -93,6 +95,7 @@ __all__ = [
 _HOME = {
     "Arrival": "analysis.wait_states",
     "Batches": "wire.records",
+    "Caught": "wire.records",
     "Cause": "analysis.stragglers",
     "Displayed": "wire.messages",
     "ErrorRecord": "wire.records",

@@ -337,7 +337,10 @@ def _follows(numbers: Numbers, one: str, other: str) -> bool:
 
 
 def _source(call: Call) -> str:
-    return linecache.getline(*split_site(call.site)).strip() if call.site is not None else ""
+    """The text of a call's line; the line itself where its text is not known."""
+    if call.site is None:
+        return ""
+    return linecache.getline(*split_site(call.site)).strip() or call.site
 
 
 def _who(calls: Sequence[Call]) -> str:

@@ -497,3 +497,23 @@ def test_a_message_too_long_is_found_in_the_record_of_a_script() -> None:
     run = run_of(records)
     assert kind(run) == ("tensor mismatch", (0, 1))
     assert f"{SCRIPT}, line 9" in run.explain()
+
+
+def test_calls_that_changed_places_in_code_whose_text_is_unknown() -> None:
+    """As below `%%time`, where nobody knows the text any more."""
+    code = """
+def reduce_ones():
+    dist.all_reduce(torch.ones(1))
+
+def reduce_hundreds():
+    dist.all_reduce(torch.full((1,), 100.0))
+
+def work(rank):
+    dist.init_process_group("gloo")
+    for reduce in (reduce_ones, reduce_hundreds)[:: -1 if rank == 1 else 1]:
+        reduce()
+    """
+    names: dict[str, Any] = {"dist": dist, "torch": torch, "__name__": "__main__"}
+    exec(compile(code, "<timed exec>", "exec"), names)
+    (warning,) = launch(names["work"], nprocs=3).warnings
+    assert (warning.kind, warning.ranks) == ("different collectives", (1,))

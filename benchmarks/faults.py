@@ -108,7 +108,7 @@ def _run(todo: Plan) -> dict[str, Any]:
         (todo.fault, todo.victim, todo.moment, todo.setting),
         nprocs=todo.world_size,
         env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"} if todo.setting == "detail" else None,
-        timeout=PATIENCE if todo.fault in faults.SLOW else TIMEOUT,
+        timeout=PATIENCE / 2 if todo.fault in faults.SLOW else TIMEOUT,
         check=False,
     )
     ended = time.perf_counter_ns()

@@ -144,7 +144,7 @@ def swallowed(frame: Frame) -> tuple[Lines, int] | None:
         node
         for node in ast.walk(_parsed(frame.filename))
         if isinstance(node, ast.Try | ast.TryStar)
-        and _within(node.body + node.orelse, frame.lineno)
+        and (_within(node.body, frame.lineno) or _within(node.orelse, frame.lineno))
     ]
     for node in sorted(nodes, key=lambda node: node.lineno, reverse=True):
         for handler in node.handlers:

@@ -7,6 +7,7 @@ workers.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 from ddp_lessons.instrumentation import recording
 from ddp_lessons.instrumentation.call_sites import site_at
+from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import Caught
 
@@ -56,9 +58,13 @@ def watch() -> bool:
 
 def _on_handled(code: CodeType, offset: int, error: BaseException) -> None:
     """Python goes on at an `except`, a `finally` or the end of a `with`."""
-    recorder = recording.current()
-    if recorder is None:
-        return
+    if (recorder := recording.current()) is not None:
+        with contextlib.suppress(Exception):  # as when the stack is full: it would be the learner's
+            _note(recorder, code, offset, error)
+
+
+def _note(recorder: Recorder, code: CodeType, offset: int, error: BaseException) -> None:
+    """Keep an exception that the learner's code may have caught."""
     handler = _handlers.get((id(code), offset))
     if handler is None:
         handler = _handler(code, offset, recorder.home)

@@ -517,3 +517,43 @@ def work(rank):
     exec(compile(code, "<timed exec>", "exec"), names)
     (warning,) = launch(names["work"], nprocs=3).warnings
     assert (warning.kind, warning.ranks) == ("different collectives", (1,))
+
+
+def ahead_in_the_file() -> None:
+    dist.broadcast(torch.ones(1), 0)
+
+
+def test_of_lines_in_two_functions_the_upper_one_is_not_the_earlier() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for step in range(4):
+            if not (rank == 1 and step == 2):
+                further_down()
+            ahead_in_the_file()
+
+    run = hung(work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert source(run) == "further_down()"
+    assert "which rank 1 skipped" in run.explain()
+
+
+def further_down() -> None:
+    dist.all_reduce(torch.ones(1))
+
+
+def test_a_call_skipped_right_before_one_like_it() -> None:
+    """Its next one is taken for it, until the calls differ."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        first, then = torch.ones(2), torch.ones(2)
+        for step in range(4):
+            if not (rank == 1 and step == 2):
+                dist.all_reduce(first)
+            if step >= 0:
+                dist.all_reduce(then)
+            dist.broadcast(first, 0)
+
+    run = hung(work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert source(run) == "dist.all_reduce(first)"

@@ -8,7 +8,7 @@ import pytest
 
 from ddp_lessons.diagnosis import source_code
 from ddp_lessons.diagnosis.source_code import Loop
-from ddp_lessons.wire.records import Frame
+from ddp_lessons.wire.records import Caught, Frame
 
 CODE = """\
 def train(rank, batches):
@@ -109,3 +109,65 @@ def test_what_comes_after_a_loop(file: str) -> None:
     assert loop.is_before(Frame(file, line("done("), "train", ""))
     assert not loop.is_before(Frame(file, line("forward("), "train", ""))
     assert not loop.is_before(Frame(file, line("helper("), "other", ""))
+
+
+TRIES = """\
+def work(rank):
+    try:
+        try:
+            first()
+        finally:
+            clean()
+        second()
+    except (KeyError,
+            ValueError):
+        skip()
+    else:
+        third()
+    with suppress(OSError), \\
+            open(name):
+        fourth()
+    try:
+        fifth()
+    except KeyboardInterrupt:
+        pass
+    except OSError:
+        note()
+        raise
+    last()
+
+
+def other():
+    helper()
+"""
+
+
+@pytest.fixture
+def tries() -> str:
+    linecache.cache["tries.py"] = len(TRIES), None, TRIES.splitlines(keepends=True), "tries.py"
+    return "tries.py"
+
+
+@pytest.mark.parametrize(
+    ("passed", "handler", "lines"),
+    [(4, 8, (3, 12)), (7, 9, (3, 12)), (15, 13, (15, 15)), (15, 14, (15, 15)), (24, 8, None)],
+)
+def test_what_an_exception_left_out(
+    passed: int, handler: int, lines: tuple[int, int] | None, tries: str
+) -> None:
+    what = Caught(1, "OSError", f"{tries}:99", f"{tries}:{passed}", f"{tries}:{handler}")
+    found = source_code.guarded(what)
+    assert (found and (found.first, found.last)) == lines
+
+
+@pytest.mark.parametrize(("line", "handler"), [(4, 8), (12, 8), (10, None), (17, None), (15, None)])
+def test_where_an_exception_does_not_get_out(line: int, handler: int | None, tries: str) -> None:
+    found = source_code.swallowed(Frame(tries, line, "work"))
+    assert (found and found[1]) == handler
+
+
+def test_the_first_of_two_lines_of_one_function(tries: str) -> None:
+    here, there, elsewhere = f"{tries}:7", f"{tries}:23", f"{tries}:27"
+    assert source_code.first_of(there, here) == here
+    assert source_code.first_of(here, elsewhere) is None
+    assert source_code.first_of(here, "another.py:8") is None

@@ -165,6 +165,22 @@ def test_the_latest_are_kept_but_not_those_of_a_handler_that_is_routine() -> Non
 
 
 @needs_monitoring
+def test_a_full_stack_stays_the_learners_own_affair() -> None:
+    def deeper(depth: int) -> int:
+        try:
+            return deeper(depth + 1)
+        except RecursionError:
+            return depth
+
+    def work(_: int) -> int:
+        return deeper(0)
+
+    (rank,) = launch(work, nprocs=1).ranks
+    assert rank.value > 100
+    assert all(what.error.startswith("RecursionError") for what in rank.caught or ())
+
+
+@needs_monitoring
 def test_a_rank_that_hangs_and_one_that_dies() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

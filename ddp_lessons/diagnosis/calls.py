@@ -219,7 +219,10 @@ class Calls:
         if call.peer is None or call.pair is None:  # a recv from any rank
             return set(range(self.world_size)) - {call.rank}
         met = self.messages.get(call.pair, {}).get(-1 if call.seq is None else call.seq, {})
-        return set() if met.keys() - {call.side} else {call.peer}
+        other = next((met[side] for side in met if side != call.side), None)
+        # Objects are two messages, the first their size: a call that passes a tensor has one.
+        halfway = other is not None and other.state == "done" and "object" not in other.op
+        return {call.peer} if other is None or ("object" in call.op and halfway) else set()
 
     def stuck_for_good(self, alive: Iterable[int]) -> bool:
         """True if no living rank can proceed: recorded calls alone prove it.

@@ -690,3 +690,17 @@ def test_torchs_check_counts_sends_as_calls_of_all_ranks() -> None:
     assert "new_group([0, 1])" in run.explain()
     assert launch(work, ([0, 1],), nprocs=3, env=detail).verdict is None  # as it advises
     assert launch(work, (None,), nprocs=3).verdict is None
+
+
+def test_objects_of_which_a_tensor_took_the_size() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 0:
+            dist.send_object_list([{"a": 1}], 1)
+        if rank == 1:
+            dist.recv(torch.zeros(1, dtype=torch.int64), 0)
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("unmatched send", (0, 1))
+    assert "rank 0 calls send_object_list to rank 1, which calls recv" in run.explain()

@@ -209,7 +209,7 @@ def _name_rows(ax: Axes, rows: Sequence[Row], tops: Sequence[float], bottom: flo
 
 
 def _below(run: Run, step: int, shown: Sequence[RankResult]) -> list[str]:
-    lines = [f"ms since step {step} began"]
+    lines = [f"ms since step {step} began; the dotted line is its end"]
     if len(shown) < run.world_size:
         lines.append(f"{len(shown)} of {run.world_size} ranks")
     return [*lines, *style.losses(run)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ LOOKS: tuple[dict[str, Any], ...] = (
     {"color": style.PURPLE, "marker": "D", "linestyle": "-."},
 )
 APART = 0.09  # least distance of two labels, of the axes' height
+BESIDE = 0.015  # of the axes' width: from a curve's end to its label
 MARKS = 12  # on a curve
 MARK = 0.03  # height of a mark, as a part of the curves' range
 FONT = 9
@@ -67,23 +69,43 @@ def _is_on(curve: np.ndarray, other: np.ndarray, width: float) -> bool:
 
 
 def label_ends(ax: Axes, curves: Curves) -> None:
-    """Write each label beside the end of its curve, moved up where labels would overlap."""
+    """Write each label beside the end of its curve; labels that would overlap share their place.
+
+    A thin line in the curve's colour leads to a label that had to move.
+    """
     to_axes = ax.transData + ax.transAxes.inverted()
-    heights = {label: to_axes.transform((0, curve[-1]))[1] for label, curve in curves.items()}
-    lowest = -APART
-    for label, height in sorted(heights.items(), key=lambda item: item[1]):
-        lowest = max(float(height), lowest + APART)
+    ends = {label: float(to_axes.transform((0, curve[-1]))[1]) for label, curve in curves.items()}
+    colours = {label: look["color"] for label, look in zip(curves, LOOKS, strict=False)}
+    for label, height in _spread(ends).items():
+        lead = {"arrowstyle": "-", "color": colours[label], "relpos": (0, 0.5)}
         ax.annotate(
             label,
-            (1, lowest),
-            (8, 0),
+            (1, ends[label]),
+            (1 + BESIDE, height),
             xycoords="axes fraction",
-            textcoords="offset points",
+            textcoords="axes fraction",
+            arrowprops={**lead, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0},
             va="center",
             color=style.INK,
             fontsize=FONT,
             annotation_clip=False,
         )
+
+
+def _spread(ends: Mapping[str, float]) -> dict[str, float]:
+    """Heights at least `APART` from each other, and as near to the ends as they can be."""
+    labels = sorted(ends, key=lambda label: ends[label])
+    groups: list[list[float]] = []  # of each label its end, less its distance in an even stack
+    for number, label in enumerate(labels):
+        groups.append([ends[label] - number * APART])
+        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
+            last = groups.pop()
+            groups[-1] += last
+    places = [max(0.0, fmean(group)) for group in groups for _ in group]
+    return {
+        label: place + n * APART
+        for n, (label, place) in enumerate(zip(labels, places, strict=True))
+    }
 
 
 def mark(ax: Axes, marks: Mapping[str, float]) -> None:

@@ -41,6 +41,6 @@ def explore(train: Callable[..., Any]) -> Explorer:
 
 
 def _draw(run: Run, bucket_cap_mb: float, late_ms: int, megabytes: int) -> Axes:
-    link = f", simulated link of {megabytes} MB/s" if megabytes else ""
-    late = f", rank 1 late by {late_ms} ms" if late_ms else ""
-    return plots.buckets(run, title=f"bucket_cap_mb={bucket_cap_mb:g}{link}{late}")
+    link = f"simulated link of {megabytes} MB/s" if megabytes else "link as it is"
+    title = f"bucket_cap_mb={bucket_cap_mb:g}, rank 1 late by {late_ms} ms, {link}"
+    return plots.buckets(run, title=title)

@@ -90,7 +90,7 @@ def test_a_real_step_shows_its_buckets_under_backward(trained: Run) -> None:
         expected = pytest.approx(((s.t0_ns - begin) / MS, (s.t1_ns - begin) / MS))
         assert any(bar == expected for bar in drawn)
     assert {"forward", "backward", "bucket in flight"} <= set(legend(ax))
-    assert ax.get_xlabel() == "ms since step 3 began"
+    assert ax.get_xlabel() == "ms since step 3 began; the dotted line is its end"
 
 
 def test_buckets_that_overlap_lie_below_one_another() -> None:
@@ -117,7 +117,7 @@ def test_the_name_of_work_keeps_clear_of_the_waiting() -> None:
 @pytest.mark.ranks
 def test_a_typical_step_is_chosen(trained: Run) -> None:
     label = plots.buckets(trained).get_xlabel()
-    assert label in ("ms since step 2 began", "ms since step 3 began")
+    assert label.partition(";")[0] in ("ms since step 2 began", "ms since step 3 began")
 
 
 @pytest.mark.ranks

@@ -17,7 +17,12 @@ pytestmark = pytest.mark.usefixtures("figures_closed")
 
 def labels(ax: Any) -> dict[str, float]:
     """The labels at the ends, with their heights."""
-    return {text.get_text(): text.xy[1] for text in ax.texts if hasattr(text, "xy")}
+    return {text.get_text(): text.xyann[1] for text in ax.texts if hasattr(text, "xyann")}
+
+
+def end_of_the_first(ax: Any) -> float:
+    """The height at which the first curve ends."""
+    return float(ax.texts[0].xy[1])
 
 
 def test_each_curve_has_its_values_a_look_and_a_label() -> None:
@@ -44,6 +49,12 @@ def test_labels_of_curves_that_end_together_stand_apart() -> None:
     ax = plots.differences({name: [0.5, 0.5] for name in "abcd"})
     heights = sorted(labels(ax).values())
     assert all(b - a >= 0.08 for a, b in itertools.pairwise(heights))
+    assert sum(heights) / 4 == pytest.approx(end_of_the_first(ax)), "around the curves' end"
+
+
+def test_labels_that_have_room_stand_at_their_curves_ends() -> None:
+    ax = plots.differences({"near": [1e-7], "far": [1.0]})
+    assert labels(ax)["near"] == pytest.approx(end_of_the_first(ax))
 
 
 def test_rounding_is_a_named_band() -> None:

@@ -36,8 +36,8 @@ def explore(train: Callable[[int, float, str], list[float]]) -> Explorer:
 
     controls = {
         "nprocs": whole("ranks", 4, 1, 4),
-        "rule": one_of("learning rate", list(RULES), "fixed"),
-        "optimizer": one_of("optimizer", list(RATES), "SGD"),
+        "rule": one_of("learning rate", list(RULES), "linear"),
+        "optimizer": one_of("optimizer", list(RATES), "Adam"),
     }
 
     def start(nprocs: int, rule: str, optimizer: str) -> Run:

@@ -30,6 +30,7 @@ FONT = 8.5
 NOTE = 44  # characters beside a row
 NOTE_WIDTH = 3.9  # cells
 TITLE = 95  # characters in a line
+NBSP = "\N{NO-BREAK SPACE}"
 
 SAME: dict[str, Any] = {"facecolor": style.BLUE, "edgecolor": style.BLUE}
 OTHER: dict[str, Any] = {"facecolor": style.ORANGE, "edgecolor": style.ORANGE}
@@ -132,7 +133,7 @@ def _columns(run: Run) -> list[Column]:
     still = {(call.rank, call.group, call.seq): call.state for call in _still(run, calls)}
     found = []
     for group, numbers in calls.met.items():
-        name = "" if group == "world" else f"\nin group {group.replace(' #', ', no. ')}"
+        name = "" if group == "world" else f"\nin group\n{group.replace(' #', f', no.{NBSP}')}"
         for seq, made in numbers.items():
             there = {
                 rank: call._replace(state=still.get((rank, group, seq), call.state))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import cloudpickle
@@ -115,7 +116,7 @@ def test_the_names_of_groups_do_not_meet() -> None:
         "call 2 in group ranks 0 1",
     ]
     boxes = [label.get_window_extent() for label in labels]
-    assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
 
 
 def test_many_ranks_share_rows() -> None:

@@ -30,6 +30,7 @@ FONT = 8.5
 NOTE = 44  # characters beside a row
 NOTE_WIDTH = 3.9  # cells
 TITLE = 95  # characters in a line
+NBSP = "\N{NO-BREAK SPACE}"
 
 SAME: dict[str, Any] = {"facecolor": style.BLUE, "edgecolor": style.BLUE}
 OTHER: dict[str, Any] = {"facecolor": style.ORANGE, "edgecolor": style.ORANGE}
@@ -132,7 +133,7 @@ def _columns(run: Run) -> list[Column]:
     still = {(call.rank, call.group, call.seq): call.state for call in _still(run, calls)}
     found = []
     for group, numbers in calls.met.items():
-        name = "" if group == "world" else f"\nin group {group.replace(' #', ', no. ')}"
+        name = "" if group == "world" else f"\nin group\n{group.replace(' #', f', no.{NBSP}')}"
         for seq, made in numbers.items():
             there = {
                 rank: call._replace(state=still.get((rank, group, seq), call.state))
@@ -252,10 +253,17 @@ def _texts(text: str) -> list[str]:
 def _label(ax: Axes, rows: Sequence[Row], columns: Sequence[Column], left_out: int) -> None:
     ax.set_yticks(range(len(rows)), [row.label for row in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    labels = [column.label for column in columns]
+    width = max(8, int(style.points_per_unit(ax) / (style.CHARACTER * FONT)))  # characters
+    labels = [_folded(column.label, width) for column in columns]
     ax.set_xticks([x + 0.5 for x in range(len(columns))], labels, fontsize=FONT)
     if left_out:
         ax.set_xlabel(f"not shown: {count(left_out, 'earlier call')}", fontsize=FONT, loc="left")
     style.bare(ax)
     ax.tick_params(axis="x", length=0)
     ax.spines["bottom"].set_visible(False)
+
+
+def _folded(label: str, width: int) -> str:
+    """A column's label with its lines folded: neighbours with the names of groups must not meet."""
+    lines = label.split("\n")
+    return "\n".join(textwrap.fill(line, width, break_long_words=False) for line in lines)

@@ -60,7 +60,8 @@ def timeline(
     ----------
     {run}
     steps : (int, int), optional
-        The first and the last training step to show; by default everything since the launch.
+        The first and the last training step to show, with their numbers; by default everything
+        since the launch.
     {title}; by default the function's name and the number of ranks.
     {ax}
         The x axis counts milliseconds from the launch or from the first step, the same for all
@@ -88,6 +89,8 @@ def timeline(
     if not closest:
         _label(ax, bars)
     _mark_steps(ax, run, begin)
+    if steps is not None:
+        _number_steps(ax, run, begin)
     for rank in run.ranks:
         if _ms(rank.ended_ns, begin) <= ax.get_xlim()[1]:
             style.mark_failure(ax, rank, _ms(rank.ended_ns, begin))
@@ -293,3 +296,14 @@ def _mark_steps(ax: Axes, run: Run, begin_ns: int) -> None:
         ranks, at = zip(*ends, strict=True)
         top = [rank - HEIGHT / 2 for rank in ranks]
         ax.vlines(at, [t - 0.12 for t in top], top, color=style.INK, linewidth=0.8)
+
+
+def _number_steps(ax: Axes, run: Run, begin_ns: int) -> None:
+    """Write each step's number over the bar, where there is room between its borders."""
+    first, last = ax.get_xlim()
+    for span, t1_ns in (pair for rank in run.ranks for pair in ended(rank.spans, rank.ended_ns)):
+        seen = max(_ms(span.t0_ns, begin_ns), first), min(_ms(t1_ns, begin_ns), last)
+        if span.lane == Lane.STEPS and span.step is not None and seen[0] < seen[1]:
+            texts = [f"step {span.step}", str(span.step)]
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.3}
+            style.write(ax, texts, seen, span.rank - HEIGHT / 2 - 0.1, SMALL, bbox=box)

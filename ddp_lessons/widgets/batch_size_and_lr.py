@@ -36,8 +36,8 @@ def explore(train: Callable[[int, float, str], list[float]]) -> Explorer:
 
     controls = {
         "nprocs": whole("ranks", 4, 1, 4),
-        "rule": one_of("learning rate", list(RULES), "fixed"),
-        "optimizer": one_of("optimizer", list(RATES), "SGD"),
+        "rule": one_of("learning rate", list(RULES), "linear"),
+        "optimizer": one_of("optimizer", list(RATES), "Adam"),
     }
 
     def start(nprocs: int, rule: str, optimizer: str) -> Run:
@@ -51,7 +51,7 @@ def explore(train: Callable[[int, float, str], list[float]]) -> Explorer:
     def draw(run: Run, nprocs: int, rule: str, optimizer: str) -> Axes:
         many = f"{nprocs} rank{'s' * (nprocs > 1)},\n{rule} lr"
         curves = {"1 rank": alone[optimizer], many: run.values[0]}
-        title = f"{optimizer}, {BATCH} samples a rank, lr {rule}: one epoch"
+        title = f"{optimizer}, {BATCH} samples per rank, lr {rule}: one epoch"
         return plots.losses(curves, batch={"1 rank": BATCH, many: BATCH * nprocs}, title=title)
 
     return Explorer(controls, start, draw)

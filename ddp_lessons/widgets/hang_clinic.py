@@ -42,7 +42,10 @@ def explore(patient: Callable[[int, str, int], Any]) -> Explorer:
     def start(bug: str, odd: int) -> Run:
         return run_ranks(patient, (bug, odd), RANKS)
 
-    def draw(run: Run, **_: Any) -> Axes:
-        return plots.hang_board(run)
+    def draw(run: Run, bug: str, odd: int) -> Axes:
+        if bug == "none":
+            return plots.hang_board(run)
+        said = f": {run.verdict.title}" if run.verdict else ""
+        return plots.hang_board(run, title=f"{bug} on rank {odd}{said}")
 
     return Explorer(controls, start, draw, draws_failures=True)

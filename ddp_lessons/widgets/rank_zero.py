@@ -63,8 +63,12 @@ def explore(train: Callable[..., tuple[list[float], torch.Tensor]], steps: int =
         end = _compared(weights, straight[1])
         title = f"Killed in step {kill_at}, resumed with {loaded}: {end}"
         saved = kill_at // EVERY * EVERY
-        marks = {"checkpoint": saved} if saved else {}
-        return plots.losses(curves, marks={**marks, "killed": kill_at}, title=title)
+        marks = {"saved": saved} if saved else {}
+        look: dict[str, Any] = {"labels": False, "title": title}
+        ax = plots.losses(curves, marks={**marks, "killed": kill_at}, **look)
+        ax.legend(frameon=False, loc="lower left")  # the curves' ends may lie on each other
+        ax.set_xlabel("finished steps")
+        return ax
 
     return Explorer(controls, start, draw)
 

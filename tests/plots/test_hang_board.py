@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import cloudpickle
@@ -96,6 +97,26 @@ def test_unlike_tensors_show_their_shapes() -> None:
 def test_tensors_of_other_functions_are_not_compared() -> None:
     ax = board("extra", 3)
     assert not any("float32" in text for row in range(3) for text in cells(ax, row))
+
+
+def test_the_names_of_groups_do_not_meet() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        one, two = dist.new_group([0, 1]), dist.new_group([0, 1])
+        for group in (one, two, one):
+            dist.all_reduce(torch.ones(1), group=group)
+        dist.destroy_process_group()
+
+    ax: Any = plots.hang_board(launch(work))
+    ax.figure.canvas.draw()
+    labels = ax.get_xticklabels()
+    assert [" ".join(label.get_text().split()) for label in labels] == [
+        "call 1 in group ranks 0 1",
+        "call 1 in group ranks 0 1, no. 2",
+        "call 2 in group ranks 0 1",
+    ]
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
 
 
 def test_many_ranks_share_rows() -> None:

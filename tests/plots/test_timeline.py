@@ -305,6 +305,15 @@ def test_some_of_the_steps_are_shown() -> None:
     assert rows(ax) == ["rank 0", "rank 1"]
 
 
+def test_steps_that_are_chosen_have_their_numbers_over_the_bar() -> None:
+    ax: Any = plots.timeline(in_steps(), steps=(1, 2))
+    numbers = [t for t in ax.texts if t.get_text().startswith("step ")]
+    assert [t.get_text() for t in numbers] == ["step 1", "step 2"]
+    assert [t.get_position()[0] for t in numbers] == pytest.approx([10, 30])
+    assert all(-0.6 < t.get_position()[1] < -0.35 for t in numbers)
+    assert not any("step" in t.get_text() for t in plots.timeline(in_steps()).texts)
+
+
 def test_steps_that_go_beyond_the_last_are_those_that_there_are() -> None:
     assert plots.timeline(in_steps(), steps=(3, 99)).get_xlim() == pytest.approx((0, 20))
 

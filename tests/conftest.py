@@ -59,6 +59,7 @@ def marked_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     directory = tmp_path_factory.mktemp("system-temp")
     os.environ[MARK] = str(os.getpid())
     os.environ["TMPDIR"] = str(directory)
+    os.environ.pop("PYTHONUNBUFFERED", None)  # ranks would write C's output at once, too
     # A shell has what it runs in the background ignore interrupts; here some are meant.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tempfile.tempdir = str(directory)

@@ -42,7 +42,10 @@ def install(recorder: Recorder) -> None:
     recording.use(recorder)
     if caught.watch():
         recorder.buffer.note_caught()
+    is_pythons = threading.excepthook is threading.__excepthook__
     threading.excepthook = _noting(threading.excepthook)
+    if is_pythons:  # for a learner's hook that hands on to it
+        threading.__excepthook__ = threading.excepthook
 
 
 def _noting(

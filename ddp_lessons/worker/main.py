@@ -96,6 +96,7 @@ def run_rank(
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:
             stream.flush()
+    ctypes.CDLL(None).fflush(None)  # what C code printed: multiprocessing leaves by os._exit
     if "TORCHINDUCTOR_CACHE_DIR" not in {**task.environment, **task.overrides}:
         remove_unused_cache()
     for group in recorder.groups:

@@ -51,7 +51,7 @@ def modules(rank: int) -> Any:
 def variables(rank: int) -> Any:
     """The environment, but for the port, a folder of torch's and how plain ranks are started."""
     found = {key: value for key, value in os.environ.items() if key != "MASTER_PORT"}
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED"):
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "PYTHONUNBUFFERED", "PYTEST_CURRENT_TEST"):
         found.pop(name, None)
     return found
 

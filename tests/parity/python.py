@@ -52,7 +52,7 @@ def bytes_and_descriptors(rank: int) -> Any:
     print(" whole")
 
 
-@feature(ranks=1, alone=True)
+@feature(ranks=1, alone=True, sample=True)
 def written_by_c(rank: int) -> Any:
     """What C has kept when the rank ends is written then."""
     LIBC.puts(b"a line of C's")

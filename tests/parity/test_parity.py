@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import pprint
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,9 @@ from tests.parity.outcomes import Outcome
 from tests.parity.plain import PlainRanks
 
 pytestmark = pytest.mark.ranks
+
+# By a Python that was just started.
+IGNORED = (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,12 @@ def by_plain_torch(feature: Feature, ranks: PlainRanks) -> list[Outcome]:
 
 def by_launch(feature: Feature) -> list[Outcome]:
     args = feature.args() if feature.args else ()
-    run = launch(feature.run, args, feature.ranks, env=feature.env, check=False)
+    with warnings.catch_warnings():
+        warnings.resetwarnings()  # pytest's would be the ranks'
+        for ignored in IGNORED:
+            warnings.simplefilter("ignore", ignored)
+        warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")
+        run = launch(feature.run, args, feature.ranks, env=feature.env, check=False)
     return [_outcome(rank, feature.alone) for rank in run.ranks]
 
 

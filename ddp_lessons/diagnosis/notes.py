@@ -34,11 +34,17 @@ def notes(run: RunRecord) -> list[Finding]:
     found = [*several, *_in_order_of_sets(run)]
     first = noted[0]
     seen = [
-        f"the weights of {count(len(first.weights), 'DDP model')}",
-        f"the learning rates of {count(len(first.rates), 'optimizer')}",
-        f"the batches of {count(len(first.batches), 'DataLoader')}",
+        f"the {what} of {count(len(noted_of), whose)}"
+        for what, whose, noted_of in (
+            ("weights", "DDP model", first.weights),
+            ("learning rates", "optimizer", first.rates),
+            ("batches", "DataLoader", first.batches),
+        )
+        if noted_of
     ]
-    compared = Finding("compared", everyone, f"compared {listed(seen)}.", is_note=True)
+    nothing = "no rank had a DDP model, an optimizer or a DataLoader to compare."
+    text = f"compared between the ranks: {listed(seen)}." if seen else nothing
+    compared = Finding("compared", everyone, text, is_note=True)
     return [*found, compared]
 
 

@@ -96,13 +96,13 @@ def test_what_was_compared_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     run = launch(train, notes=True)
     (note,) = run.notes
     assert str(note) == (
-        "Note: compared the weights of 1 DDP model, the learning rates of 1 optimizer and the "
-        "batches of 1 DataLoader."
+        "Note: compared between the ranks: the weights of 1 DDP model, the learning rates of 1 "
+        "optimizer and the batches of 1 DataLoader."
     )
     assert capsys.readouterr().out == f"{note}\n"
     assert run.explain().endswith(str(note))
     (nothing,) = launch(lambda rank: None, notes=True).notes
-    assert "0 DDP models" in nothing.text
+    assert nothing.text.startswith("no rank had a DDP model")
 
 
 def change_weight(rank: int, model: DistributedDataParallel) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -80,6 +81,14 @@ def leaves_nothing() -> Iterator[None]:
         lost = max(0.0, *(queued_seconds(pid) - ready[pid] for pid in left.values()))
         assert time.monotonic() - began < LEFT_AFTER + lost, f"left behind: {sorted(left)}"
         time.sleep(0.02)
+
+
+@pytest.fixture
+def compiles() -> Iterator[None]:
+    """Remove what torch.compile leaves in the folder for temporary files."""
+    yield
+    for folder in Path(tempfile.gettempdir()).glob("torchinductor_*"):
+        shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ FROM_INSIDE = [name for name in faults.FAULTS if name not in faults.FROM_OUTSIDE
 
 
 @pytest.mark.parametrize("fault", FROM_INSIDE)
-def test_every_fault_is_explained(fault: str) -> None:
+def test_every_fault_is_explained(fault: str, compiles: None) -> None:
     number = FROM_INSIDE.index(fault)
     world_size, victim, moment = 2 + number % 3, number % 2, number % faults.STEPS
     timeout = 30 if fault in faults.SLOW else 2

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,14 +21,6 @@ pytestmark = pytest.mark.ranks
 
 N = 2
 HERE = os.path.basename(__file__)
-
-
-@pytest.fixture
-def compiles() -> Iterator[None]:
-    """Remove what torch.compile leaves in the folder for temporary files."""
-    yield
-    for folder in Path(tempfile.gettempdir()).glob("torchinductor_*"):
-        shutil.rmtree(folder)
 
 
 def _calls(run: Run, rank: int, kind: Kind = Kind.ISSUE) -> list[Span]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 def text(figure: Figure | SubFigure) -> str:
     """The alternative text of a figure: its left-hand titles."""
-    return "; ".join(filter(None, (axes.get_title("left") for axes in figure.axes)))
+    titles = (" ".join(axes.get_title("left").split()) for axes in figure.axes)
+    return "; ".join(filter(None, titles))
 
 
 def image(png: str, alt: str) -> str:

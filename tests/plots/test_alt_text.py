@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import pytest
 
 from ddp_lessons.plots import alt_text
@@ -69,3 +70,10 @@ def test_a_text_cannot_leave_its_attribute() -> None:
     assert alt_text.image("AAAA\n", '"><script>') == (
         '<img alt="&quot;&gt;&lt;script&gt;" src="data:image/png;base64,AAAA">'
     )
+
+
+def test_a_title_on_two_lines_is_one_text() -> None:
+    figure, axes = plt.subplots()
+    axes.set_title("ranks 0 and 2 call\nall_reduce", loc="left")
+    assert alt_text.text(figure) == "ranks 0 and 2 call all_reduce"
+    plt.close(figure)

@@ -67,13 +67,15 @@ def init_by_a_store(rank: int) -> Any:
 
 @feature()
 def init_refused(rank: int) -> Any:
+    # By a store of their own: rank 0's at the port would end while rank 1 still joins there.
+    alone = {"store": dist.HashStore(), "rank": rank, "world_size": 2}
     refused = [
-        attempt(dist.init_process_group, "nonsense"),
+        attempt(dist.init_process_group, "nonsense", **alone),
         attempt(dist.init_process_group, "gloo", init_method="ftp://x", rank=0, world_size=1),
         attempt(dist.init_process_group, "gloo", timeout=5),
         attempt(dist.init_process_group, "gloo", store=dist.HashStore()),
         attempt(dist.init_process_group, "gloo", init_method="tcp://127.0.0.1"),
-        attempt(dist.init_process_group, "mpi"),
+        attempt(dist.init_process_group, "mpi", **alone),
         attempt(dist.get_rank),
         attempt(dist.all_reduce, torch.zeros(1)),
         attempt(dist.destroy_process_group),

@@ -8,6 +8,7 @@ workers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from dataclasses import dataclass
@@ -36,20 +37,20 @@ class _Handler:
 _handlers: dict[tuple[int, int], _Handler] = {}
 
 
+@functools.cache
 def watch() -> bool:
-    """Have Python tell of every exception that is caught. False if it cannot, or tools have it."""
+    """Have Python tell of every exception that is caught. False if it cannot, or tools have it.
+
+    Once in a process; a forked one goes on with it.
+    """
     monitoring: Any = getattr(sys, "monitoring", None)
     if monitoring is None:  # before Python 3.12
         return False
-    name = __name__.partition(".")[0]
-    for tool in TOOLS:
-        if monitoring.get_tool(tool) == name:
-            return True
     free = [tool for tool in TOOLS if monitoring.get_tool(tool) is None]
     if not free:
         return False
     events = monitoring.events
-    monitoring.use_tool_id(free[0], name)
+    monitoring.use_tool_id(free[0], __name__.partition(".")[0])
     monitoring.register_callback(free[0], events.EXCEPTION_HANDLED, _on_handled)
     monitoring.register_callback(free[0], events.RERAISE, _on_raised_again)
     monitoring.set_events(free[0], events.EXCEPTION_HANDLED | events.RERAISE)

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ddp_lessons.processes.local import queued_seconds
+from ddp_lessons.processes.activity import queued_seconds
 from ddp_lessons.worker import spare
 from tests.support.kernels import Kernel
 

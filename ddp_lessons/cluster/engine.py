@@ -20,6 +20,7 @@ from importlib import metadata
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ddp_lessons.processes.activity import have_unsent_data
 from ddp_lessons.processes.forkserver import end_orphans, start_method
 from ddp_lessons.processes.local import Pump, WorkerProcess
 from ddp_lessons.system import host, memory
@@ -102,7 +103,6 @@ class PollReply(NamedTuple):
     progress: int  # grows with everything that the rank finishes
     activity: Activity | None
     queued: bool
-    sending: bool
     end: Exit | None
 
 
@@ -147,6 +147,11 @@ def news(run: str, question: PollRequest) -> PollReply | None:
 def spans(run: str) -> list[Span]:
     """The spans in the rank's buffer now."""
     return _ranks[run].spans() if run in _ranks else []
+
+
+def has_data_on_the_way(run: str) -> bool:
+    """Whether the rank has sent data that another one has not received yet."""
+    return run in _ranks and _ranks[run].has_data_on_the_way()
 
 
 def finish(run: str) -> None:
@@ -222,12 +227,17 @@ class Rank:
         self._sent = len(process.pieces)
         progress = process.buffers.progress(process.rank)
         end = None if process.alive else self._end(process)
-        noted = process.activity, process.queued, process.sending
+        noted = process.activity, process.queued
         return PollReply(self._number, tuple(process.pieces), progress, *noted, end)
 
     def spans(self) -> list[Span]:
         self._unasked = 0.0
         return [] if self._process is None else self._process.spans()
+
+    def has_data_on_the_way(self) -> bool:
+        self._unasked = 0.0
+        process = self._process
+        return process is not None and process.alive and have_unsent_data([process.pid])
 
     def close(self) -> None:
         process = self._process

@@ -94,6 +94,11 @@ class ClusterWorkerGroup(WorkerGroup):
             for worker, reply in zip(self.workers, self._replies(calls), strict=True)
         ]
 
+    def have_data_on_the_way(self) -> bool:
+        calls = [w.call("has_data_on_the_way") if w.alive else None for w in self.workers]
+        replies = zip(calls, self._replies(calls), strict=True)
+        return any(reply is not False for call, reply in replies if call is not None)
+
     def out_of_memory(self) -> bool | None:
         reports = [worker.out_of_memory for worker in self.workers]
         return True if True in reports else None if None in reports else False

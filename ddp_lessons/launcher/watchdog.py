@@ -178,12 +178,14 @@ class Watchdog:
             return False
         if any(own.seconds < timeout for worker in waiting for own in worker.told.timeouts):
             return False
-        if any(w.activity != "idle" or w.queued or w.sending for w in waiting):
+        if any(w.activity != "idle" or w.queued for w in waiting):
             return False
         moved_at = max(worker.moved_at for worker in waiting)
         lossy = (worker.rank for worker in self._workers if worker.dropped())
         calls = Calls(self._group.spans(), lossy)
         if not calls.stuck_for_good(worker.rank for worker in waiting):
+            return False
+        if self._group.have_data_on_the_way():
             return False
         self.take_stacks()
         if self.alive != waiting or max(worker.moved_at for worker in waiting) != moved_at:

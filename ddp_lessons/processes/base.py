@@ -59,8 +59,7 @@ class Worker(ABC):
         self.stopped = False  # the parent ended it
         self.outcome_after_stop = False  # its outcome came after the parent began to end it
         self.activity: Activity | None = None  # what it did when last noted
-        self.queued = False  # when last noted, its threads had waited long for a processor
-        self.sending = False  # when last noted, its data was on the way to another rank
+        self.queued = False  # when last noted, it had to queue for a processor
         self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
         self._decoder = Decoder()
 
@@ -109,7 +108,7 @@ class Worker(ABC):
 
     @abstractmethod
     def note_activity(self) -> None:
-        """Note whether the rank uses a processor, waits for one, or has data on the way."""
+        """Note whether the rank uses a processor, or waits for one."""
 
     @abstractmethod
     def send_signal(self, number: int) -> None:
@@ -250,6 +249,10 @@ class WorkerGroup(ABC):
     def spans(self) -> list[Sequence[Span]]:
         """The spans in the ranks' buffers now, by rank."""
         return [worker.spans() for worker in self.workers]
+
+    @abstractmethod
+    def have_data_on_the_way(self) -> bool:
+        """Whether a rank has sent data that another one has not received yet."""
 
     @abstractmethod
     def out_of_memory(self) -> bool | None:

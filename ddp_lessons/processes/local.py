@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import multiprocessing
 import os
 import signal
@@ -22,9 +21,9 @@ from typing import Any
 
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.processes import forkserver
+from ddp_lessons.processes.activity import ActivitySampler, have_unsent_data
 from ddp_lessons.processes.base import (
     CHANNELS,
-    CPU_SAMPLE_SECONDS,
     MESSAGES,
     UNKNOWN_EXIT,
     Worker,
@@ -32,7 +31,7 @@ from ddp_lessons.processes.base import (
 )
 from ddp_lessons.processes.packing import Argument
 from ddp_lessons.system import memory, reaper
-from ddp_lessons.system.host import processor_ns, reserve_port
+from ddp_lessons.system.host import reserve_port
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.text import count
 from ddp_lessons.wire.messages import STACK_SIGNAL
@@ -50,9 +49,6 @@ FORKSERVER_ENDED = ErrorRecord(
 NEW_PYTHON = 30.0  # seconds that a new Python may take to import torch
 CHUNK = 1 << 16  # bytes read from a pipe at once
 EVERY = 0.1  # seconds between two checks of all ranks
-CONNECTED = ("01", "08")  # states of a TCP socket: ESTABLISHED, CLOSE_WAIT (tcp_states.h)
-PACKET = 1500  # bytes
-BUSY = 0.1  # of the sampled time: a rank that uses the processor for more of it is busy
 
 
 Reader = Connection | socket.socket
@@ -68,7 +64,7 @@ class WorkerProcess(Worker):
         self.buffers = buffers
         self.forkserver: int | None = None  # its process id
         self._progress = 0
-        self._noted: tuple[float, float, float] | None = None  # when; seconds used and queued
+        self._sampler = ActivitySampler()
         self._channels: dict[Reader, int] = {}
         self._process: Any = None
 
@@ -198,33 +194,9 @@ class WorkerProcess(Worker):
         if self.forkserver is not None and suspended and reaper.has_ended(self.pid):
             reaper.kill_and_wait(self.forkserver)
 
-    def cpu_seconds(self) -> float:
-        """The processor time that the rank has used so far; 0 if it has ended."""
-        import psutil
-
-        try:
-            times = psutil.Process(self.pid).cpu_times()
-        except psutil.NoSuchProcess:
-            return 0.0
-        return float(times.user + times.system)
-
     def note_activity(self) -> None:
-        import psutil
-
-        now = time.monotonic()
-        if self._noted is not None and now - self._noted[0] < CPU_SAMPLE_SECONDS:
-            return
-        used, queued = self.cpu_seconds(), queued_seconds(self.pid)
-        if self._noted is not None:
-            then, used_before, queued_before = self._noted
-            least = BUSY * (now - then)
-            self.activity = "busy" if used - used_before > least else "idle"
-            self.queued = queued - queued_before > least
-        self._noted = now, used, queued
-        self.sending = has_unsent_data(self.pid)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if psutil.Process(self.pid).status() == psutil.STATUS_STOPPED:
-                self.activity = "suspended"
+        if (found := self._sampler.sample(self.pid)) is not None:
+            self.activity, self.queued = found
 
     def send_signal(self, number: int) -> None:
         if number == STACK_SIGNAL and not catches(self.pid, number):
@@ -264,35 +236,6 @@ def catches(pid: int, number: int) -> bool:
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return True
-
-
-def has_unsent_data(pid: int) -> bool:
-    """Whether a process wrote data to TCP sockets that the other side has not received (Linux).
-
-    The kernel keeps it in the socket's send queue until then: proc_net_tcp, `tx_queue`. One packet
-    or less does not count: it arrives soon, but may be acknowledged later. While rank 0 asks its
-    store every 10 ms whether the others have joined, some answer is always unacknowledged.
-    """
-    inodes = set()
-    for file in glob.iglob(f"/proc/{pid}/fd/*"):
-        with contextlib.suppress(OSError):
-            inodes.add(os.readlink(file))
-    for table in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
-            for fields in map(str.split, lines):
-                is_own = fields[3] in CONNECTED and f"socket:[{fields[9]}]" in inodes
-                if is_own and int(fields[4].partition(":")[0], 16) > PACKET:
-                    return True
-    return False
-
-
-def queued_seconds(pid: int) -> float:
-    """How long a process's threads have waited for a processor, ready to run (Linux; else 0)."""
-    total_ns = 0
-    for file in glob.iglob(f"/proc/{pid}/task/*/schedstat"):
-        with contextlib.suppress(OSError, ValueError):
-            total_ns += processor_ns(file)[1]
-    return total_ns / 1e9
 
 
 class Pump:
@@ -379,6 +322,9 @@ class LocalWorkerGroup(WorkerGroup):
 
     def pump(self, seconds: float) -> None:
         self._pump(seconds)
+
+    def have_data_on_the_way(self) -> bool:
+        return have_unsent_data([worker.pid for worker in self.workers if worker.alive])
 
     def out_of_memory(self) -> bool | None:
         return None if self._kills is None else memory.kills() != self._kills

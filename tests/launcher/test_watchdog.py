@@ -6,14 +6,11 @@ for a hang after one to ten seconds. Real hangs are still reported soon.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import cloudpickle
@@ -25,7 +22,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import launch, watch_ddp
-from ddp_lessons.processes.local import has_unsent_data, queued_seconds
 from ddp_lessons.simulated import SimulatedLink
 from tests.support.checkout import ROOT
 from tests.support.hosts import skip_where_not_allowed
@@ -248,54 +244,3 @@ def test_a_sample_of_the_campaign(tmp_path: Path) -> None:
     command += ["--seed", "100", "--machine", "plain"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def spin(stop: Callable[[], bool]) -> None:
-    while not stop():
-        pass
-
-
-@pytest.mark.alone
-@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
-def test_time_in_the_queue_for_a_processor_is_seen() -> None:
-    """Six processes on one core: each waits for it for five sixths of the time."""
-    context = multiprocessing.get_context("fork")
-    ended = context.Event()
-    spinners = [context.Process(target=spin, args=(ended.is_set,)) for _ in range(6)]
-    for spinner in spinners:
-        spinner.start()
-        os.sched_setaffinity(spinner.pid or 0, {0})
-    before = [queued_seconds(spinner.pid or 0) for spinner in spinners]
-    time.sleep(1.0)
-    after = [queued_seconds(spinner.pid or 0) for spinner in spinners]
-    ended.set()
-    for spinner in spinners:
-        spinner.join()
-    assert min(b - a for a, b in zip(before, after, strict=True)) > 0.3
-    quiet = queued_seconds(os.getpid())
-    time.sleep(0.5)
-    assert queued_seconds(os.getpid()) - quiet < 0.1
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc")
-def test_data_that_nobody_has_received_is_seen() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        one = socket.create_connection(server.getsockname())
-        other, _ = server.accept()
-        assert not has_unsent_data(os.getpid())
-        one.setblocking(False)
-        sent = 0
-        try:
-            while True:
-                sent += one.send(bytes(1 << 20))
-        except BlockingIOError:
-            assert has_unsent_data(os.getpid())
-        other.settimeout(10)
-        while sent:
-            sent -= len(other.recv(1 << 20))
-        deadline = time.monotonic() + 10
-        while has_unsent_data(os.getpid()) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not has_unsent_data(os.getpid())
-        one.close()
-        other.close()

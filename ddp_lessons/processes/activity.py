@@ -1,0 +1,122 @@
+"""What a rank does, as the system sees it: it computes, waits for a processor, has data on the way.
+
+`local.py` asks for it while a run stands still. All but the processor time is known on Linux only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import time
+from collections.abc import Iterable, Sequence
+
+from ddp_lessons.processes.base import CPU_SAMPLE_SECONDS
+from ddp_lessons.results import Activity
+from ddp_lessons.system import reaper
+from ddp_lessons.system.host import processor_ns
+
+CONNECTED = ("01", "08")  # states of a TCP socket: ESTABLISHED, CLOSE_WAIT (tcp_states.h)
+PACKET = 1500  # bytes
+BUSY = 0.1  # of the sampled time: a rank that uses the processor for more of it is busy
+
+
+class ActivitySampler:
+    """Compares what a process has done by now with what it had done before."""
+
+    def __init__(self) -> None:
+        self._sampled_at = 0.0
+        self._used: float | None = None  # seconds until then; None before the first sample
+        self._queued = 0.0
+        self._ready: dict[str, int] = {}  # the threads that were ready then
+
+    def sample(self, pid: int) -> tuple[Activity | None, bool] | None:
+        """What it does, None if that is not known yet; and whether it has to queue for a processor.
+
+        None if the last sample is too young to compare with.
+        """
+        now = time.monotonic()
+        seconds = now - self._sampled_at
+        if self._used is not None and seconds < CPU_SAMPLE_SECONDS:
+            return None
+        used, queued, ready = cpu_seconds(pid), queued_seconds(pid), ready_threads(pid)
+        activity: Activity | None = None
+        has_queued = False
+        if self._used is not None:
+            never_slept = any(self._ready.get(thread) == slept for thread, slept in ready.items())
+            activity = "busy" if used - self._used > BUSY * seconds or never_slept else "idle"
+            has_queued = bool(ready) or queued - self._queued > BUSY * seconds
+        self._sampled_at, self._used, self._queued, self._ready = now, used, queued, ready
+        return ("suspended" if reaper.is_suspended(pid) else activity), has_queued
+
+
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has used so far; 0 if it has ended."""
+    import psutil
+
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)
+
+
+def queued_seconds(pid: int) -> float:
+    """How long a process's threads have waited for a processor, ready to run (Linux; else 0).
+
+    The kernel adds a wait when it is over (kernel documentation, sched-stats); see `ready_threads`
+    for one that lasts.
+    """
+    total_ns = 0
+    for file in glob.iglob(f"/proc/{pid}/task/*/schedstat"):
+        with contextlib.suppress(OSError, ValueError):
+            total_ns += processor_ns(file)[1]
+    return total_ns / 1e9
+
+
+def ready_threads(pid: int) -> dict[str, int]:
+    """The threads that use a processor or wait for one, and how often each has slept (Linux).
+
+    On a starved machine a thread may get no processor for seconds: then neither its processor time
+    nor its time in the queue grows.
+    """
+    found = {}
+    for thread in glob.iglob(f"/proc/{pid}/task/*"):
+        with contextlib.suppress(OSError, ValueError):
+            with open(f"{thread}/status") as file:
+                facts = dict(line.split(":", 1) for line in file)  # proc_pid_status(5)
+            if facts["State"].split()[0] == "R":
+                found[thread] = int(facts["voluntary_ctxt_switches"])
+    return found
+
+
+def have_unsent_data(pids: Sequence[int]) -> bool:
+    """Whether one of them wrote data to TCP sockets that the other side has not received (Linux).
+
+    The kernel keeps it in the socket's send queue until then: proc_net_tcp, `tx_queue`. One packet
+    or less does not count: it arrives soon, but may be acknowledged later. While rank 0 asks its
+    store every 10 ms whether the others have joined, some answer is always unacknowledged.
+
+    To read these tables takes the kernel some 10 ms: it looks through all its hash table.
+    """
+    networks: dict[str, int] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            networks.setdefault(os.readlink(f"/proc/{pid}/ns/net"), pid)
+    unsent = {f"socket:[{inode}]" for pid in networks.values() for inode in _unsent(pid)}
+    return bool(unsent) and any(unsent.intersection(_open_files(pid)) for pid in pids)
+
+
+def _unsent(pid: int) -> Iterable[str]:
+    """The inodes of the sockets with unsent data, in the network that a process sees."""
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/net/{table}") as lines:
+            for fields in map(str.split, lines):
+                if fields[3] in CONNECTED and int(fields[4].partition(":")[0], 16) > PACKET:
+                    yield fields[9]
+
+
+def _open_files(pid: int) -> Iterable[str]:
+    for file in glob.iglob(f"/proc/{pid}/fd/*"):
+        with contextlib.suppress(OSError):
+            yield os.readlink(file)

@@ -1,0 +1,131 @@
+"""What a rank does is seen from outside: that it computes, gets no processor, or sends data."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ddp_lessons.processes.activity import (
+    ActivitySampler,
+    cpu_seconds,
+    have_unsent_data,
+    queued_seconds,
+)
+
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(sys.platform != "linux", reason="read from Linux's /proc"),
+]
+SPIN = "while True: pass"
+SLEEP = "import time\nwhile True: time.sleep(60)"
+POLL = "import time\nwhile True: time.sleep(0.01)"
+LAST = "import os; os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+WAITS = "import sys, threading\nthreading.Thread(target=sys.stdin.read).start()\n"
+
+
+@contextlib.contextmanager
+def running(*programs: str) -> Iterator[list[int]]:
+    """The ids of processes that run these programs, all on one processor."""
+    core = min(os.sched_getaffinity(0))
+    pin = f"import os; os.sched_setaffinity(0, {{{core}}})\n"
+    with contextlib.ExitStack() as stack:
+        started = []
+        for program in programs:
+            command = [sys.executable, "-c", pin + program]
+            process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE))
+            stack.callback(process.kill)
+            started.append(process.pid)
+        yield started
+
+
+def samples(pid: int, number: int) -> list[tuple[str | None, bool]]:
+    """So many samples of a process, but for the first, with which the next is compared."""
+    sampler = ActivitySampler()
+    found: list[tuple[str | None, bool]] = []
+    while len(found) <= number:
+        if (sample := sampler.sample(pid)) is not None:
+            found.append(sample)
+        time.sleep(0.05)
+    return found[1:]
+
+
+def waits(pid: int) -> bool:
+    """Whether a process has started, and waits where its program does."""
+    before = cpu_seconds(pid)
+    time.sleep(0.3)
+    return cpu_seconds(pid) == before > 0
+
+
+def test_a_process_that_gets_no_processor_is_not_idle() -> None:
+    """Three others keep its core busy, and it comes last: it gets none for seconds."""
+    with running(LAST + SPIN, SPIN, SPIN, SPIN) as (starved, *_):
+        while os.sched_getscheduler(starved) != os.SCHED_IDLE:
+            time.sleep(0.01)
+        assert set(samples(starved, 8)) == {("busy", True)}
+
+
+@pytest.mark.parametrize("program", [SLEEP, POLL, WAITS])
+def test_a_process_that_waits_is_idle(program: str) -> None:
+    with running(program) as (waiting,):
+        while not waits(waiting):
+            time.sleep(0.05)
+        found = samples(waiting, 8)
+    assert {activity for activity, _ in found} == {"idle"}
+    assert program == POLL or not any(queued for _, queued in found)
+
+
+def spin(stop: Callable[[], bool]) -> None:
+    while not stop():
+        pass
+
+
+@pytest.mark.alone
+def test_time_in_the_queue_for_a_processor_is_seen() -> None:
+    """Six processes on one core: each waits for it for five sixths of the time."""
+    context = multiprocessing.get_context("fork")
+    ended = context.Event()
+    spinners = [context.Process(target=spin, args=(ended.is_set,)) for _ in range(6)]
+    for spinner in spinners:
+        spinner.start()
+        os.sched_setaffinity(spinner.pid or 0, {0})
+    before = [queued_seconds(spinner.pid or 0) for spinner in spinners]
+    time.sleep(1.0)
+    after = [queued_seconds(spinner.pid or 0) for spinner in spinners]
+    ended.set()
+    for spinner in spinners:
+        spinner.join()
+    assert min(b - a for a, b in zip(before, after, strict=True)) > 0.3
+    quiet = queued_seconds(os.getpid())
+    time.sleep(0.5)
+    assert queued_seconds(os.getpid()) - quiet < 0.1
+
+
+def test_data_that_nobody_has_received_is_seen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        other, _ = server.accept()
+        assert not have_unsent_data([os.getpid()])
+        one.setblocking(False)
+        sent = 0
+        try:
+            while True:
+                sent += one.send(bytes(1 << 20))
+        except BlockingIOError:
+            assert have_unsent_data([os.getpid()])
+        other.settimeout(10)
+        while sent:
+            sent -= len(other.recv(1 << 20))
+        deadline = time.monotonic() + 10
+        while have_unsent_data([os.getpid()]) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not have_unsent_data([os.getpid()])
+        one.close()
+        other.close()

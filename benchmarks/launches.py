@@ -3,9 +3,11 @@
     python -m benchmarks.launches --runs 500 --kills 200 --seed 0
 
 After each launch there must be no rank, no new descriptor, temporary file or shared memory, and the
-next launch must return its values. After each SIGKILL of a kernel at a random moment of a launch,
-all its processes and files must be gone. Each run follows from its seed. Prints errors and figures;
-the exit code is 1 if there were errors.
+next launch must return its values. Kernels get SIGKILL at a random moment: half of them while they
+launch again and again, half after one launch, while spares are forked or wait. Then all their
+processes and files must be gone within 2 s; shared memory that torch keeps in files has a manager
+of torch's, which needs 2 s itself. Each run follows from its seed. Prints errors and figures; the
+exit code is 1 if there were errors.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing import util
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -38,9 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.leftovers import files, left
 from ddp_lessons import LaunchError, launch
 from ddp_lessons.processes import forkserver
-from tests.support.kernels import Kernel
+from tests.support.kernels import Kernel, is_spare
 
-GONE_WITHIN = 10.0  # seconds; shared memory of "file_system" has a manager that takes two
+GONE_WITHIN = 10.0  # seconds, after a launch that a kernel survived
+DEAD_WITHIN = 2.0  # seconds, after a kernel was killed
+MANAGER = 3.0  # seconds more for shared memory of "file_system": torch's manager takes two
 MARK = "DDP_LESSONS_BENCHMARK"  # a variable that marks a kernel's processes
 
 
@@ -228,26 +232,46 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def kill_a_kernel(seed: int) -> Iterator[str]:
-    """Kill a kernel during launches; return the errors."""
+class Kill(NamedTuple):
+    """A kernel that was killed."""
+
+    what: str
+    spares: int  # that waited then
+    seconds: float  # until all was gone
+    wrong: str  # what was left, if it was not
+
+
+def kill_a_kernel(seed: int) -> Kill:
+    """Kill a kernel while it launches, or while spares wait for the next launch."""
     draw = random.Random(seed)
     program = draw.choice(PROGRAMS)
     method = draw.choice(("forkserver", "spawn"))
+    rests = method == "forkserver" and draw.random() < 0.75
+    ranks = draw.randint(2, 8) if rests else 2
     delay = draw.uniform(0.0, 1.5 if method == "forkserver" else 5.0)
     before = temporary()
     mark = os.environ[MARK] = f"{os.getpid()}/{seed}"
     first_cell = f"from {__spec__.name} import *"
-    cell = f"while True: launch({program.__name__}, start_method={method!r}, check=False)"
+    options = f"nprocs={ranks}, start_method={method!r}, check=False"
+    options += ", timeout=1.5" if rests else ""
     with Kernel(first_cell) as kernel:
         before.add(kernel.manager.connection_file)
-        kernel.start(cell)
+        if rests:
+            kernel.run(f"launch({program.__name__}, {options})")
+        else:
+            kernel.start(f"while True: launch({program.__name__}, {options})")
         time.sleep(delay)
+        spares = sum(map(is_spare, kernel.process.children(recursive=True)))
         os.kill(kernel.pid, signal.SIGKILL)
-        deadline = time.monotonic() + GONE_WITHIN
-        while (more := [*marked(mark), *(temporary() - before)]) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    if more:
-        yield f"seed {seed}, {program.__name__}, {method}, killed after {delay:.2f} s: left {more}"
+        killed = time.monotonic()
+        most = DEAD_WITHIN + MANAGER * (program is shares_memory)
+        while more := [*marked(mark), *(temporary() - before)]:
+            if time.monotonic() - killed > most:
+                break
+            time.sleep(0.02)
+        seconds = time.monotonic() - killed
+    what = f"seed {seed}, {program.__name__}, {method}, {'at rest' if rests else 'at work'}"
+    return Kill(what, spares, seconds, f"killed after {delay:.2f} s: left {more}" if more else "")
 
 
 def temporary() -> set[str]:
@@ -269,15 +293,16 @@ def main() -> int:
     print(*failed, sep="\n")
     took = time.monotonic() - began
     print(f"{chosen.runs} launches, {len(failed)} wrong, {took:.0f} s", flush=True)
-    killed = [
-        wrong
-        for seed in range(chosen.seed, chosen.seed + chosen.kills)
-        for wrong in kill_a_kernel(seed)
-    ]
-    print(*killed, sep="\n")
+    killed = [kill_a_kernel(seed) for seed in range(chosen.seed, chosen.seed + chosen.kills)]
+    wrong = [f"{kill.what}, {kill.wrong}" for kill in killed if kill.wrong]
+    print(*wrong, sep="\n")
     took = time.monotonic() - began - took
-    print(f"{chosen.kills} kernels killed, {len(killed)} wrong, {took:.0f} s", flush=True)
-    return 1 if failed or killed else 0
+    print(f"{chosen.kills} kernels killed, {len(wrong)} wrong, {took:.0f} s")
+    waited = [kill for kill in killed if kill.spares]
+    print(f"{len(waited)} of them had spares, {sum(kill.spares for kill in waited)} in all")
+    for kill in sorted(killed, key=lambda kill: kill.seconds)[-3:]:
+        print(f"all was gone after {kill.seconds:.2f} s: {kill.what}, {kill.spares} spares")
+    return 1 if failed or wrong else 0
 
 
 if __name__ == "__main__":

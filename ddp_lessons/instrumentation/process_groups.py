@@ -26,6 +26,8 @@ from ddp_lessons.instrumentation.torch_api import leaving_is_safe
 from ddp_lessons.wire.ops import OWN_WORLD, SOME_RANKS
 from ddp_lessons.wire.span_buffer import CallFacts
 
+SOON = 0.01  # seconds that rank 0 waits for others that leave at the same time
+
 
 def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap init_process_group: check before it, compare clocks and wait after it."""
@@ -37,6 +39,7 @@ def joining(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     ) -> None:
         recorder = recording.current() if not dist.is_initialized() else None  # else torch raises
         if recorder is not None:
+            recorder.buffer.note_leaving(False)
             gpu_sharing.before_joining(recorder, backend, argument(args, kwargs, 1, "world_size"))
             if leaving_is_safe():
                 recorder.groups.clear()
@@ -86,8 +89,8 @@ def making(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap destroy_process_group: have gloo's threads leave at once.
 
-    But not rank 0, which takes the store with it: others may still make a group of their own, and
-    need it as long as without us. With older torch, keep the group from being freed (torch_api).
+    Rank 0 takes the store with it, which others may still need for a group of their own. So there
+    only if all others leave, too. With older torch, keep the group from being freed (torch_api).
     """
     from torch.distributed import distributed_c10d
 
@@ -100,10 +103,24 @@ def leaving(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
         if keeps:
             recorder.groups += distributed_c10d._world.pg_map
-        with gloo_threads.woken() if recorder.rank != 0 else contextlib.nullcontext():
+        at_once = _nobody_needs_the_store(recorder) if _subgroup(args, kwargs) is None else True
+        with gloo_threads.woken() if at_once else contextlib.nullcontext():
             return function(*args, **kwargs)
 
     return recorded(name, destroy)
+
+
+def _nobody_needs_the_store(recorder: Recorder) -> bool:
+    """Note that this rank leaves. Whether nobody will need the store that ends with it, if any."""
+    recorder.buffer.note_leaving(True)
+    if recorder.rank != 0:
+        return True
+    deadline = time.monotonic() + SOON
+    while not (all_leave := recorder.buffer.others_leave(recorder.world_size)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(SOON / 20)
+    return all_leave
 
 
 def setting_a_timeout(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

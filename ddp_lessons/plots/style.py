@@ -35,7 +35,7 @@ WAIT_LOOK: dict[str, Any] = {
     "hatch": "////",
     "linewidth": 0.6,
 }
-WAIT_LABEL = {"facecolor": "#FDE8EC", "edgecolor": "none", "pad": 1}
+WAIT_LABEL = {"facecolor": WAIT_LOOK["facecolor"], "edgecolor": "none", "pad": 1}
 
 # Added to the look of a span that never ended.
 OPEN_EDGE: dict[str, Any] = {"edgecolor": INK, "linewidth": 1.1, "linestyle": "--"}

@@ -22,9 +22,10 @@ from collections.abc import Callable, Mapping
 from multiprocessing import util
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ddp_lessons.processes.spares import Spares
+from ddp_lessons.processes.spares import Spares, most
 from ddp_lessons.system import reaper
 from ddp_lessons.system.notebook import in_kernel
+from ddp_lessons.worker import huge_pages
 
 if TYPE_CHECKING:
     from ddp_lessons.processes.rank_process import Forked, Spare
@@ -47,6 +48,7 @@ READ_AT_START = (
 )
 # Importing scikit-learn sets these; they matter only to a process that has not loaded OpenMP yet.
 SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+FEW = 5  # launches of a script after which more are expected
 LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes (unix(7), sun_path)
 # Shortages of this process itself, which a new forkserver would not cure.
 OURS_TO_BEAR = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
@@ -71,6 +73,8 @@ class Forkserver:
         self._server.set_forkserver_preload([imports])
         self._ranks: set[int] = set()  # process ids
         self._spares = Spares(self._server)
+        self._launches = 0  # that it has served
+        self._has_huge_pages = False
         self._lock = threading.RLock()
 
     @property
@@ -97,6 +101,7 @@ class Forkserver:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if self.pid != before:
                 self.environment = dict(os.environ)
+                self._launches, self._has_huge_pages = 0, False
 
     def start(
         self,
@@ -125,12 +130,19 @@ class Forkserver:
     def keep_spares(self, ranks: int) -> None:
         """Have spares for the launches to come; one that has ended had `ranks`.
 
-        None are added while ranks still run.
+        None are added while ranks still run. Before the first spares, and in a script after some
+        launches, the forkserver moves its memory into huge pages: copies of it would keep the old.
         """
         with self._lock:
             self._spares.note(ranks)
-            if not self._ranks and self.pid is not None and not reaper.has_ended(self.pid):
-                self._spares.fill()
+            self._launches += 1
+            if self._ranks or self.pid is None or reaper.has_ended(self.pid):
+                return
+            if self._launches >= (1 if most() else FEW) and not self._has_huge_pages:
+                self._has_huge_pages = True
+                if reaper.catches(self.pid, huge_pages.REQUEST):
+                    os.kill(self.pid, huge_pages.REQUEST)
+            self._spares.fill()
 
     def give_up_spares(self) -> int:
         """End the spares; how many there were."""

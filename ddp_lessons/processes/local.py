@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 from ddp_lessons.errors import LaunchError
@@ -52,6 +54,7 @@ EVERY = 0.1  # seconds between two checks of all ranks
 
 
 Reader = Connection | socket.socket
+_Source = tuple["WorkerProcess", Reader | None]  # a pipe of a rank; None is for its end
 
 
 class WorkerProcess(Worker):
@@ -199,7 +202,7 @@ class WorkerProcess(Worker):
             self.activity, self.queued = found
 
     def send_signal(self, number: int) -> None:
-        if number == STACK_SIGNAL and not catches(self.pid, number):
+        if number == STACK_SIGNAL and not reaper.catches(self.pid, number):
             return  # the rank has become another program, by exec, which the signal would end
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
@@ -229,40 +232,50 @@ class WorkerProcess(Worker):
         return self.buffers.caught(self.rank)
 
 
-def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal (proc(5), SigCgt); True if that is unknown."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status:
-        for line in status:
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
-    return True
-
-
 class Pump:
     """Takes in what the processes of some ranks send."""
 
     def __init__(self, workers: Sequence[WorkerProcess]) -> None:
         self._workers = workers
         self._polled = 0.0
+        self._poll = select.poll()  # kept from call to call, as registering takes time
+        self._sources: dict[int, _Source] = {}  # what is registered, by descriptor
 
     def __call__(self, seconds: float) -> None:
         """Wait at most `seconds` for something to come, and take it in."""
         alive = [worker for worker in self._workers if worker.alive]
-        sources = {r: worker for worker in alive for r in worker.readers}
-        ends = {worker.sentinel: worker for worker in alive}
-        ready = wait([*sources, *ends], timeout=seconds)
-        for source in ready:
-            if source in sources:
-                sources[source].read(source)
+        self._look_at(alive)
+        ended = []
+        for descriptor, _ in self._poll.poll(math.ceil(seconds * 1000)):
+            worker, reader = self._sources[descriptor]
+            if reader is None:
+                ended.append(worker)
+            else:
+                worker.read(reader)
         # A child forked by a spawned rank keeps the rank's sentinel open: poll all now and then.
         everyone = time.monotonic() - self._polled > EVERY
-        for worker in alive if everyone else [ends[s] for s in ready if s in ends]:
+        for worker in alive if everyone else ended:
             worker.poll()
         if everyone:
             for worker in alive:
                 if worker.alive:
                     worker.note_progress()
             self._polled = time.monotonic()
+
+    def _look_at(self, alive: Sequence[WorkerProcess]) -> None:
+        """Wait for the open pipes of these ranks, and for their ends, from now on."""
+        sources: dict[int, _Source] = {}
+        for worker in alive:
+            sources[worker.sentinel] = worker, None
+            for reader in worker.readers:
+                sources[reader.fileno()] = worker, reader
+        if sources == self._sources:
+            return
+        for descriptor in self._sources.keys() - sources.keys():
+            self._poll.unregister(descriptor)
+        for descriptor in sources:
+            self._poll.register(descriptor, select.POLLIN)
+        self._sources = sources
 
 
 def _why_not_started(error: OSError | EOFError) -> str:

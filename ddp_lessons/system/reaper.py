@@ -110,6 +110,15 @@ def _state_of(pid: int) -> str | None:
         return None
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal (proc(5), SigCgt); True if that is unknown."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/status") as status:
+        for line in status:
+            if line.startswith("SigCgt:"):
+                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    return True
+
+
 def ends_soon(pid: int, seconds: float = 0.3) -> bool:
     """Wait a moment for a process to end: its pipes close a little before it has."""
     deadline = time.monotonic() + seconds

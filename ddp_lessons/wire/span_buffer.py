@@ -4,7 +4,8 @@ Writing costs under a microsecond, because the rank sends nothing and wakes nobo
 readable when the rank is killed, and the call that it was in stays open. One file in memory serves
 all ranks of a run, a region for each:
 
-    head: progress, spans dropped, bytes of text, whether caught exceptions are noted
+    head: progress, spans dropped, bytes of text, whether caught exceptions are noted, whether the
+        rank leaves all groups
     text: every name once, as its length and UTF-8
     spans: RECORD by RECORD; t0_ns is 0 where nothing is written yet
     caught: the latest exceptions that the learner's code caught, each in CAUGHT bytes
@@ -43,7 +44,7 @@ LONGEST_NAME = 200  # bytes
 KINDS = {kind.value: number for number, kind in enumerate(Kind)}
 
 _WORD = struct.Struct("=q")
-_PROGRESS, _DROPPED, _TEXT_USED, _NOTES_CAUGHT = range(4)  # words of the head
+_PROGRESS, _DROPPED, _TEXT_USED, _NOTES_CAUGHT, _LEAVES = range(5)  # words of the head
 _HEAD = "=qqqqqq"  # of a record: t0_ns, t1_ns, step, seq, cpu_ns, queued_ns
 _T1, _STEP, _SEQ, _CPU, _QUEUED = 1, 2, 3, 4, 5  # words of it
 # nbytes, bucket, peer, name, op, group, lane, tensor, site, kind, failed, tag
@@ -54,7 +55,7 @@ _PEER_NUMBER, _OP, _GROUP, _LANE, _SITE = 8, 10, 11, 12, 14  # positions in an u
 _TAIL_START = RECORD.size - _TAIL.size
 _INT = struct.Struct("=i")
 _PEER, _FAILED = _TAIL_START + 12, _TAIL_START + 41  # bytes of a record
-CHUNK = 1 << 12  # records read at once: the last ones are mostly empty
+FIRST_CHUNK, CHUNK = 1 << 6, 1 << 12  # records read at once: the last ones are mostly empty
 LATEST = 64  # records among which calls that go on are looked for
 _FIRST_PIECE, _LARGEST_PIECE = RECORD.size << 6, RECORD.size << 11  # bytes reserved at once
 _LENGTH = struct.Struct("=H")
@@ -130,6 +131,7 @@ class SpanWriter:
 
     def __init__(self, descriptor: int, rank: int, number: int | None = None) -> None:
         self._rank = rank
+        self._has_others = number is None  # their regions are in the file, too
         self._base = (rank if number is None else number) * REGION
         self._file = Connection(os.dup(descriptor))  # see SpanBuffers.sendable
         self._identity = identity(descriptor)
@@ -231,6 +233,21 @@ class SpanWriter:
         self._progress += 1
         self._words[_PROGRESS] = self._progress
 
+    def note_leaving(self, leaves: bool) -> None:
+        """Note whether the rank leaves all groups, or has left them and joins no other."""
+        self._words[_LEAVES] = leaves
+
+    def others_leave(self, world_size: int) -> bool:
+        """Whether all other ranks have noted that they leave; False if that is unknown."""
+        if not self._has_others:
+            return False
+        try:
+            file = self._own_file()
+        except OSError:
+            return False
+        others = (rank for rank in range(world_size) if rank != self._rank)
+        return all(SpanReader(file, rank * REGION, rank).leaves() for rank in others)
+
     def note_caught(self) -> None:
         """Note that exceptions that the learner's code catches are told from now on."""
         self._words[_NOTES_CAUGHT] = 1
@@ -295,14 +312,18 @@ class SpanWriter:
         if self._full:
             return False
         try:
-            file = self._file.fileno()
-            if identity(file) != self._identity:  # os.closerange closed it, say; now another's
-                raise OSError(errno.EBADF, "its file was closed")
-            reserve(file, self._base + start, self._base + end)
+            reserve(self._own_file(), self._base + start, self._base + end)
         except OSError as error:
             self._stop(error)
             return False
         return True
+
+    def _own_file(self) -> int:
+        """The descriptor of the file. Raises OSError if os.closerange closed it, say."""
+        file = self._file.fileno()
+        if identity(file) != self._identity:  # now another's
+            raise OSError(errno.EBADF, "its file was closed")
+        return file
 
     def _stop(self, error: OSError) -> None:
         """Record only open spans from now on, and say so, once."""
@@ -378,6 +399,10 @@ class SpanReader:
                     found.append(Caught(t_ns, *map(str, json.loads(data[start : start + size]))))
         return sorted(found)
 
+    def leaves(self) -> bool:
+        """Whether the rank leaves all groups, or has left them and joins no other."""
+        return bool(self._word(_LEAVES))
+
     def calls_now(self) -> list[tuple[str, int]]:
         """The calls of torch.distributed that go on, and when each began; of the latest spans."""
         size, end = self._record.size, self._slots_used()
@@ -422,12 +447,14 @@ class SpanReader:
         spare_start, spare_end, _ = _layout(self._record)
         spare = self._bytes(spare_start, spare_end - spare_start)
         records = [record for record in unpack(spare) if record[0]]
-        for start in range(_SPANS_START, spare_start, CHUNK * size):  # written in order
-            data = self._bytes(start, min(CHUNK * size, spare_start - start))
+        start, number = _SPANS_START, FIRST_CHUNK
+        while start < spare_start:  # written in order
+            data = self._bytes(start, min(number * size, spare_start - start))
             found = [record for record in unpack(data) if record[0]]
             if not found:
                 break
             records += found
+            start, number = start + number * size, min(2 * number, CHUNK)
         if self._record is RECORD_2:
             return [(*record[:_CPU], 0, 0, *record[_CPU:]) for record in records]
         return records

@@ -46,7 +46,7 @@ from ddp_lessons.wire.pickling import dumps
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import RankInfo, Task
-from ddp_lessons.worker import displays, post_mortem, settings
+from ddp_lessons.worker import displays, huge_pages, post_mortem, settings
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
@@ -66,6 +66,7 @@ def run_rank(
     # Its starter may ignore or block interrupts; the rank takes them from here on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    huge_pages.forget_request()
     _die_with_parent()
     memory.prefer_as_oom_victim()
     _redirect(output)

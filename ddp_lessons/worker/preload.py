@@ -39,6 +39,7 @@ with ending_with_parent():
     import ddp_lessons.worker.spare  # noqa: F401
     from ddp_lessons import data
     from ddp_lessons.instrumentation.install import wrap_torch
+    from ddp_lessons.worker import huge_pages
 
     wrap_torch()
     with contextlib.suppress(ModuleNotFoundError):  # of scikit-learn, which only lessons need
@@ -52,3 +53,4 @@ if not _had_cache:
 # first would take a tenth of the time of all imports and free no memory to speak of.
 gc.freeze()
 gc.enable()
+huge_pages.await_request()

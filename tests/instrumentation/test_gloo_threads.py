@@ -95,3 +95,31 @@ def leaves_again_and_again(rank: int) -> Any:
 
 def test_groups_are_left_as_often_as_one_likes() -> None:
     assert launch(leaves_again_and_again, nprocs=3).values == [([3.0, 4.0, 5.0], True, True)] * 3
+
+
+def wakes(rank: int, last: int, left: Path) -> int:
+    """How often a rank wakes gloo's threads, where rank `last` leaves when the others have left."""
+    from ddp_lessons.instrumentation import gloo_threads
+
+    calls: list[int] = []
+    woken = gloo_threads.woken
+
+    def counted() -> Any:
+        calls.append(rank)
+        return woken()
+
+    gloo_threads.woken = counted
+    dist.init_process_group("gloo")
+    deadline = time.monotonic() + 20
+    while rank == last and not left.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    dist.destroy_process_group()
+    left.touch()
+    return len(calls)
+
+
+@pytest.mark.parametrize(("last", "woken"), [(1, [0, 1]), (0, [1, 1])])
+def test_rank_0_takes_the_store_away_at_once_only_if_the_others_leave(
+    last: int, woken: list[int], tmp_path: Path
+) -> None:
+    assert launch(wakes, (last, tmp_path / "left")).values == woken

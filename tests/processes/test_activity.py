@@ -35,7 +35,7 @@ WAITS = "import sys, threading\nthreading.Thread(target=sys.stdin.read).start()\
 def running(*programs: str) -> Iterator[list[int]]:
     """The ids of processes that run these programs, all on one processor."""
     core = min(os.sched_getaffinity(0))
-    pin = f"import os; os.sched_setaffinity(0, {{{core}}})\n"
+    pin = f"import os, signal; signal.alarm(100); os.sched_setaffinity(0, {{{core}}})\n"
     with contextlib.ExitStack() as stack:
         started = []
         for program in programs:

@@ -98,6 +98,26 @@ def test_the_calls_that_go_on_are_found_without_reading_all_spans(buffers: SpanB
     assert reader.calls_now() == []
 
 
+def test_a_rank_sees_whether_the_others_leave(buffers: SpanBuffers) -> None:
+    one, other = writer(buffers, 0), writer(buffers, 1)
+    assert not one.others_leave(2)
+    other.note_leaving(True)
+    assert one.others_leave(2)
+    assert not other.others_leave(2)
+    other.note_leaving(False)
+    assert not one.others_leave(2)
+
+
+def test_where_the_others_cannot_be_seen_they_are_not_said_to_leave(buffers: SpanBuffers) -> None:
+    writer(buffers, 1).note_leaving(True)
+    with closing(buffers.sendable()) as connection:
+        alone, descriptor_closed = SpanWriter(connection.fileno(), 0, 0), writer(buffers)
+    with open(os.devnull) as another:
+        os.dup2(another.fileno(), descriptor_closed._file.fileno())
+    assert not descriptor_closed.others_leave(2)
+    assert not alone.others_leave(2)
+
+
 def test_spans_come_in_the_order_of_time(buffers: SpanBuffers) -> None:
     buffer = writer(buffers)
     for t0 in (30, 10, 20):

@@ -206,8 +206,10 @@ def test_a_rank_that_gets_no_processor_to_end_is_not_taken_for_one_that_never_do
             os.nice(19)
         return rank + 5
 
-    command = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile 1: 0"]
-    busy = [subprocess.Popen(command) for _ in range(3)]
+    program = (
+        f"import os, signal; signal.alarm(100); os.sched_setaffinity(0, {{{core}}})\nwhile 1: 0"
+    )
+    busy = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
     try:
         run = launch(work, timeout=0.5, check=False, start_method="spawn")
     finally:

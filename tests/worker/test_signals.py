@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import launch
-from ddp_lessons.processes.local import catches
+from ddp_lessons.system.reaper import catches
 from ddp_lessons.wire.messages import STACK_SIGNAL
 
 pytestmark = pytest.mark.ranks

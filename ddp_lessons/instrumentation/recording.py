@@ -74,6 +74,7 @@ class Recorder:
         self.host_of_rank_zero = host_of_rank_zero
         self.one_clock = one_clock  # all ranks are known to read the same clock
         self.visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")  # before the learner's code
+        self.has_joined = False  # a process group
         self.step = 0
         self.metered_ns = 0  # when the processor's time is to be read again
         self.groups: list[dist.ProcessGroup] = []  # not freed: process_groups.leaving, ddp_traffic
@@ -259,6 +260,7 @@ class Recorder:
 
     def joined(self) -> None:
         """Drop the plans after a group was made or left; the first step begins no sooner."""
+        self.has_joined = True
         self.plans.clear()
         if self.step == 0:
             self._step_t0_ns = 0

@@ -26,6 +26,7 @@ from ddp_lessons.wire.messages import (
     Started,
     Told,
     Unsendable,
+    WrittenPages,
 )
 from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import Caught, ErrorRecord, Kind, Lane, Span
@@ -53,6 +54,7 @@ class Worker(ABC):
         self.ended_ns: int | None = None
         self.outcome: Returned | Raised | Unsendable | None = None
         self.told = Told()
+        self.written_pages: bytes | None = None
         self.clock: Clock | None = None  # against rank 0's, if they were compared
         self.exitcode: int | None = None
         self.lost: ErrorRecord | None = None  # why it is unknown how it ended
@@ -178,6 +180,8 @@ class Worker(ABC):
                     self.outcome = message
                     self.outcome_after_stop = self.stopped
                     self.ended_ns = t_ns
+                case WrittenPages(pieces):
+                    self.written_pages = pieces
                 case _:
                     self.told.take(message)
 

@@ -73,8 +73,7 @@ class Forkserver:
         self._server.set_forkserver_preload([imports])
         self._ranks: set[int] = set()  # process ids
         self._spares = Spares(self._server)
-        self._launches = 0  # that it has served
-        self._has_huge_pages = False
+        self._begin_anew()
         self._lock = threading.RLock()
 
     @property
@@ -82,6 +81,11 @@ class Forkserver:
         """Its process id, once it was started."""
         pid: int | None = self._server._forkserver_pid
         return pid
+
+    def _begin_anew(self) -> None:
+        self._launches = 0  # that it has served
+        self._has_huge_pages = False
+        self._written: bytes | None = None  # the pages that its ranks write
 
     def ensure_running(self) -> None:
         """Start it if it does not run (or has died); it goes on importing when this returns."""
@@ -101,7 +105,7 @@ class Forkserver:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if self.pid != before:
                 self.environment = dict(os.environ)
-                self._launches, self._has_huge_pages = 0, False
+                self._begin_anew()
 
     def start(
         self,
@@ -127,8 +131,15 @@ class Forkserver:
             self._ranks.add(started.pid)
         return started
 
-    def keep_spares(self, ranks: int) -> None:
+    @property
+    def wants_pages(self) -> bool:
+        """Whether rank 0 shall tell which pages it writes, as that is not known yet."""
+        return self._written is None and most() > 0
+
+    def keep_spares(self, ranks: int, written: bytes | None) -> None:
         """Have spares for the launches to come; one that has ended had `ranks`.
+
+        Its rank 0 may have told which pages it had `written`.
 
         None are added while ranks still run. Before the first spares, and in a script after some
         launches, the forkserver moves its memory into huge pages: copies of it would keep the old.
@@ -136,13 +147,14 @@ class Forkserver:
         with self._lock:
             self._spares.note(ranks)
             self._launches += 1
+            self._written = self._written or written
             if self._ranks or self.pid is None or reaper.has_ended(self.pid):
                 return
             if self._launches >= (1 if most() else FEW) and not self._has_huge_pages:
                 self._has_huge_pages = True
                 if reaper.catches(self.pid, huge_pages.REQUEST):
                     os.kill(self.pid, huge_pages.REQUEST)
-            self._spares.fill()
+            self._spares.fill(self._written or b"")
 
     def give_up_spares(self) -> int:
         """End the spares; how many there were."""

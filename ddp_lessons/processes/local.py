@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -322,6 +323,8 @@ class LocalWorkerGroup(WorkerGroup):
         self, task: Task, fn: Callable[..., Any], args: tuple[Any, ...], interrupts: Interrupts
     ) -> None:
         here = task.here(MasterAddress(self._port.getsockname()[1]))
+        if self._method == "forkserver":
+            here = replace(here, tells_pages=forkserver.server().wants_pages)
         packed = [Argument(value, i, fn) for i, value in enumerate(args)]
         for worker in self.workers:
             start = functools.partial(worker.start, self._method, here, packed, interrupts.check)
@@ -348,4 +351,4 @@ class LocalWorkerGroup(WorkerGroup):
         forkserver.end_orphans()
         self._held.close()
         if self._method == "forkserver":
-            forkserver.server().keep_spares(len(self.workers))
+            forkserver.server().keep_spares(len(self.workers), self.workers[0].written_pages)

@@ -12,6 +12,7 @@ what the rank leaves behind.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import pickle
@@ -135,7 +136,7 @@ class Spare(Forked):
 
     pid: int | None = None  # type: ignore[assignment] # until it is asked for
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any, written: bytes) -> None:
         self.forkserver = server._forkserver_pid
         self._channel, theirs = socket.socketpair()
         with theirs:
@@ -144,7 +145,10 @@ class Spare(Forked):
             self._polling = threading.Lock()
             self.returncode = None
             with self._asked_for() as data_w:
-                os.write(data_w, pickle.dumps({}) + pickle.dumps(Waiting(REST)))
+                data = pickle.dumps({}) + pickle.dumps(Waiting(REST, written))
+                if len(data) > fcntl.fcntl(data_w, fcntl.F_GETPIPE_SZ):  # one would have to wait
+                    data = pickle.dumps({}) + pickle.dumps(Waiting(REST, b""))
+                os.write(data_w, data)
 
     @property
     def usable(self) -> bool:

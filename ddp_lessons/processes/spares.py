@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LAUNCHES = 3  # as many of the last ones count
 MOST = 64
-MEMORY = 6_000_000  # bytes of a spare's own
+MEMORY = 16_000_000  # bytes of a spare's own
 DESCRIPTORS = 3  # that the parent holds of each
 SHARE = 8  # at most one part in so many of what is left is for spares
 
@@ -55,10 +55,11 @@ class Spares:
         """Note that a launch had so many ranks."""
         self._recent.append(ranks)
 
-    def fill(self) -> None:
+    def fill(self, written: bytes) -> None:
         """Have as many as one of the last launches had ranks, if that is allowed.
 
-        Only asks for them: the forkserver forks them while this process goes on.
+        Only asks for them: the forkserver forks them while this process goes on, and they make
+        their own copies of the pages that ranks have `written`.
         """
         from ddp_lessons.processes.rank_process import Spare
 
@@ -67,7 +68,7 @@ class Spares:
             spare.give_up()
         try:
             while len(self._waiting) < min(max(self._recent), most()):
-                self._waiting.append(Spare(self._server))
+                self._waiting.append(Spare(self._server, written))
         except OSError:
             self.give_up()
 

@@ -63,6 +63,16 @@ def memory_file() -> int:
         return os.dup(file.fileno())
 
 
+def private_memory() -> Iterator[tuple[int, int]]:
+    """Where the memory of this process that is of no file starts and ends (proc_pid_maps(5))."""
+    with open("/proc/self/maps") as lines:
+        for line in lines:
+            span, access, _, _, inode, *_ = line.split()
+            if access == "rw-p" and inode == "0":
+                start, end = (int(address, 16) for address in span.split("-"))
+                yield start, end
+
+
 def available_memory() -> int:
     """Bytes of memory that can still be used, within the limits of a container."""
     import psutil

@@ -140,6 +140,13 @@ class Unsendable:
     reason: str
 
 
+@dataclass(frozen=True)
+class WrittenPages:
+    """The pages of memory that the rank has written, see worker/written_pages.py."""
+
+    pieces: bytes
+
+
 Message = (
     Started
     | GivesUp
@@ -156,6 +163,7 @@ Message = (
     | Returned
     | Raised
     | Unsendable
+    | WrittenPages
 )
 
 

@@ -65,7 +65,7 @@ class Task:
     made in the worker shows the cell's own lines. `home` is the installed package that holds the
     function, if one does: its lines are the learner's. `in_notebook`: what a rank displays
     can be shown. `one_clock` is true where all ranks run on
-    one machine.
+    one machine. `tells_pages`: rank 0 tells which pages it wrote, for spares.
     """
 
     function: Parcel
@@ -81,6 +81,7 @@ class Task:
     sources: dict[str, str] = field(default_factory=dict)
     home: str | None = None
     one_clock: bool = True
+    tells_pages: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     cwd: str = ""
     path: list[str] = field(default_factory=list)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import ctypes
 import signal
 import sys
-from collections.abc import Iterator
 from types import FrameType
 from typing import Any
+
+from ddp_lessons.system.memory import private_memory
 
 REQUEST = signal.SIGUSR1
 SIZE = 2 << 20  # bytes of a huge page, on x86-64 and with 4 KB pages on ARM
@@ -37,16 +38,7 @@ def forget_request() -> None:
 def _collapse(_number: int, _frame: FrameType | None) -> None:
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    for start, end in list(_private_memory()):
-        libc.madvise(start, end - start, _COLLAPSE)  # as far as it can
-
-
-def _private_memory() -> Iterator[tuple[int, int]]:
-    """The memory of this process that is of no file, in whole huge pages (proc_pid_maps(5))."""
-    with open("/proc/self/maps") as lines:
-        for line in lines:
-            span, access, _, _, inode, *_ = line.split()
-            start, end = (int(address, 16) for address in span.split("-"))
-            start, end = -(-start // SIZE) * SIZE, end // SIZE * SIZE
-            if access == "rw-p" and inode == "0" and start < end:
-                yield start, end
+    for start, end in list(private_memory()):
+        start, end = -(-start // SIZE) * SIZE, end // SIZE * SIZE
+        if start < end:
+            libc.madvise(start, end - start, _COLLAPSE)  # as far as it can

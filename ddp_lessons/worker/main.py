@@ -39,6 +39,7 @@ from ddp_lessons.wire.messages import (
     Returned,
     Started,
     Unsendable,
+    WrittenPages,
     encode,
 )
 from ddp_lessons.wire.parcels import Parcel, pack
@@ -46,7 +47,7 @@ from ddp_lessons.wire.pickling import dumps
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import RankInfo, Task
-from ddp_lessons.worker import displays, huge_pages, post_mortem, settings
+from ddp_lessons.worker import displays, huge_pages, post_mortem, settings, written_pages
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
@@ -94,6 +95,8 @@ def run_rank(
     run_exit_handlers()
     with contextlib.suppress(OSError):  # the learner's handlers may have closed the pipe
         recorder.notice_unused_handles()
+        if task.tells_pages and place.rank == 0 and recorder.has_joined:
+            send(WrittenPages(written_pages.written()))
     for stream in (sys.stdout, sys.stderr):
         if not stream.closed:
             stream.flush()

@@ -17,7 +17,7 @@ from multiprocessing import forkserver, process, resource_tracker, spawn
 from typing import Any
 
 from ddp_lessons.system import reaper
-from ddp_lessons.worker import settings
+from ddp_lessons.worker import settings, written_pages
 
 NAME = "ddp-spare"  # of the process while it waits (proc_pid_comm(5)): at most 15 characters
 MOST_DESCRIPTORS = 250  # that travel with one message (unix(7), SCM_MAX_FD)
@@ -27,10 +27,11 @@ MOST_DESCRIPTORS = 250  # that travel with one message (unix(7), SCM_MAX_FD)
 class Waiting:
     """What a forkserver's child runs in place of multiprocessing's process object.
 
-    It ends after `rest` seconds without a launch.
+    It ends after `rest` seconds without a launch. Meanwhile it copies the pages that a rank writes.
     """
 
     rest: float
+    written: bytes  # see written_pages.py
 
     def _bootstrap(self, parent_sentinel: int) -> int:
         server: Any = forkserver._forkserver
@@ -39,6 +40,7 @@ class Waiting:
         own_name = _rename(NAME)
         settings.take_over(settings.taken(with_seed=False))  # its own: touches the pages it needs
         with socket.socket(fileno=server._inherited_fds[0]) as channel:
+            written_pages.copy(self.written, lambda: any(select.select([channel], [], [], 0)))
             descriptors = _descriptors(channel, self.rest)
             if descriptors is None:
                 return 0

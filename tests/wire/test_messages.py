@@ -16,6 +16,7 @@ from ddp_lessons.wire.messages import (
     Returned,
     Started,
     Unsendable,
+    WrittenPages,
     encode,
 )
 from ddp_lessons.wire.parcels import Parcel
@@ -30,6 +31,7 @@ MESSAGES: list[Message] = [
     Returned(7, Parcel(os.urandom(20_000))),
     Raised(8, ErrorRecord("E", "E: ä€😀", (), previous=ERROR, link="cause"), 1, b"pickle"),
     Unsendable(9, "generator", "cannot pickle"),
+    WrittenPages(bytes(16)),
 ]
 
 

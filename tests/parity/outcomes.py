@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
-# What differs between any two runs: ports, addresses in memory, processes, the time in torch's log.
+# What differs between any two runs: ports, addresses in memory, processes, the time in torch's log;
+# and whether a rank came seconds before rank 0's store, and tried again.
 VARYING = {
+    r"(?m)^.*\[c10d\] (?:The client socket has timed out after \d+ms while trying to connect|"
+    r"TCP client failed to connect/validate).*\n?": "",
     r"(127\.0\.0\.1\]?:)\d+": r"\1PORT",
     r"\b0x[0-9a-f]+": "ADDRESS",
     r"\bfd=\d+": "fd",

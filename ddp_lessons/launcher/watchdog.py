@@ -81,8 +81,8 @@ class Watchdog:
             elif quiet > self._patience(timeout):
                 self._give_up()
                 return timeout
-            elif quiet > QUIET and now > look_at:
-                if self._nothing_can_move(timeout):
+            elif quiet > QUIET and now > look_at and self._all_seem_to_wait(timeout):
+                if self._nothing_can_move():
                     self._give_up()
                     return quiet
                 ended = time.monotonic()
@@ -163,23 +163,27 @@ class Watchdog:
         for worker in self.alive:
             worker.note_activity()
 
-    def _nothing_can_move(self, timeout: float) -> bool:
+    def _all_seem_to_wait(self, timeout: float) -> bool:
+        """True if no rank starts, computes, or waits for a processor, as last noted.
+
+        False if a call gives up by itself before our timeout: the learner should see that instead.
+        """
+        waiting = self.alive
+        return (
+            all(w.started_ns is not None and w.activity == "idle" and not w.queued for w in waiting)
+            and not any(own.seconds < timeout for w in waiting for own in w.told.timeouts)
+        )  # fmt: skip
+
+    def _nothing_can_move(self) -> bool:
         """True if every rank waits in a call of torch.distributed that can never return.
 
         Only the ranks' recorded calls can prove it (`Calls.stuck_for_good`): a rank that has ended
         meets nobody, nor do ranks that wait for each other in a ring. Everything else can only
-        speak against it, in case a call was not recorded: a rank computes, or waits for a
-        processor; data is on the way; a thread may call something. To see the threads, the ranks
-        are asked for their stacks, which may disturb them, so this comes last. If a call gives up
-        by itself before our timeout, the learner should see that instead.
+        speak against it, in case a call was not recorded: `_all_seem_to_wait`; data is on the way;
+        a thread may call something. To see the threads, the ranks are asked for their stacks,
+        which may disturb them, so this comes last.
         """
         waiting = self.alive
-        if any(w.started_ns is None for w in waiting):
-            return False
-        if any(own.seconds < timeout for worker in waiting for own in worker.told.timeouts):
-            return False
-        if any(w.activity != "idle" or w.queued for w in waiting):
-            return False
         moved_at = max(worker.moved_at for worker in waiting)
         lossy = (worker.rank for worker in self._workers if worker.dropped())
         calls = Calls(self._group.spans(), lossy)

@@ -10,6 +10,7 @@ import glob
 import os
 import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from ddp_lessons.processes.base import CPU_SAMPLE_SECONDS
 from ddp_lessons.results import Activity
@@ -21,6 +22,18 @@ PACKET = 1500  # bytes
 BUSY = 0.1  # of the sampled time: a rank that uses the processor for more of it is busy
 
 
+class ThreadState(NamedTuple):
+    """Whether a thread uses a processor or waits for one, and how often it has slept.
+
+    On a starved machine a thread may get no processor for seconds: then neither its processor time
+    nor its time in the queue grows. One that looks for something every 10 ms, as gloo's do, is
+    often ready, too, but has slept often.
+    """
+
+    ready: bool
+    slept: int
+
+
 class ActivitySampler:
     """Compares what a process has done by now with what it had done before."""
 
@@ -28,7 +41,7 @@ class ActivitySampler:
         self._sampled_at = 0.0
         self._used: float | None = None  # seconds until then; None before the first sample
         self._queued = 0.0
-        self._ready: dict[str, int] = {}  # the threads that were ready then
+        self._threads: dict[str, ThreadState] = {}
 
     def sample(self, pid: int) -> tuple[Activity | None, bool] | None:
         """What it does, None if that is not known yet; and whether it has to queue for a processor.
@@ -39,14 +52,20 @@ class ActivitySampler:
         seconds = now - self._sampled_at
         if self._used is not None and seconds < CPU_SAMPLE_SECONDS:
             return None
-        used, queued, ready = cpu_seconds(pid), queued_seconds(pid), ready_threads(pid)
+        used, queued, threads = cpu_seconds(pid), queued_seconds(pid), threads_of(pid)
         activity: Activity | None = None
         has_queued = False
         if self._used is not None:
-            never_slept = any(self._ready.get(thread) == slept for thread, slept in ready.items())
+            ready = [
+                (thread, self._threads.get(name, ThreadState(False, thread.slept)))
+                for name, thread in threads.items()
+                if thread.ready
+            ]
+            never_slept = any(thread == before for thread, before in ready)
             activity = "busy" if used - self._used > BUSY * seconds or never_slept else "idle"
-            has_queued = bool(ready) or queued - self._queued > BUSY * seconds
-        self._sampled_at, self._used, self._queued, self._ready = now, used, queued, ready
+            waits = any(thread.slept - before.slept <= 1 for thread, before in ready)
+            has_queued = waits or queued - self._queued > BUSY * seconds
+        self._sampled_at, self._used, self._queued, self._threads = now, used, queued, threads
         return ("suspended" if reaper.is_suspended(pid) else activity), has_queued
 
 
@@ -64,7 +83,7 @@ def cpu_seconds(pid: int) -> float:
 def queued_seconds(pid: int) -> float:
     """How long a process's threads have waited for a processor, ready to run (Linux; else 0).
 
-    The kernel adds a wait when it is over (kernel documentation, sched-stats); see `ready_threads`
+    The kernel adds a wait when it is over (kernel documentation, sched-stats); see `ThreadState`
     for one that lasts.
     """
     total_ns = 0
@@ -74,19 +93,15 @@ def queued_seconds(pid: int) -> float:
     return total_ns / 1e9
 
 
-def ready_threads(pid: int) -> dict[str, int]:
-    """The threads that use a processor or wait for one, and how often each has slept (Linux).
-
-    On a starved machine a thread may get no processor for seconds: then neither its processor time
-    nor its time in the queue grows.
-    """
+def threads_of(pid: int) -> dict[str, ThreadState]:
+    """The states of a process's threads (Linux)."""
     found = {}
     for thread in glob.iglob(f"/proc/{pid}/task/*"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             with open(f"{thread}/status") as file:
                 facts = dict(line.split(":", 1) for line in file)  # proc_pid_status(5)
-            if facts["State"].split()[0] == "R":
-                found[thread] = int(facts["voluntary_ctxt_switches"])
+            ready = facts["State"].split()[0] == "R"
+            found[thread] = ThreadState(ready, int(facts["voluntary_ctxt_switches"]))
     return found
 
 

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ddp_lessons.processes.spares import Spares, most
 from ddp_lessons.system import reaper
 from ddp_lessons.system.notebook import in_kernel
-from ddp_lessons.worker import huge_pages
 
 if TYPE_CHECKING:
     from ddp_lessons.processes.rank_process import Forked, Spare
@@ -152,8 +151,10 @@ class Forkserver:
                 return
             if self._launches >= (1 if most() else FEW) and not self._has_huge_pages:
                 self._has_huge_pages = True
-                if reaper.catches(self.pid, huge_pages.REQUEST):
-                    os.kill(self.pid, huge_pages.REQUEST)
+                from ddp_lessons.worker.huge_pages import REQUEST  # late: the import stays cheap
+
+                if reaper.catches(self.pid, REQUEST):
+                    os.kill(self.pid, REQUEST)
             self._spares.fill(self._written or b"")
 
     def give_up_spares(self) -> int:

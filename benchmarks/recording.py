@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.tables import machine, table
-from ddp_lessons import launch, span, steps, watch_ddp
+from ddp_lessons import launch, span, steps
 from ddp_lessons.instrumentation import recording
 
 OFF, HOOK, ON, PROFILED = "off", "hook", "on", "profile"
@@ -136,12 +136,11 @@ def ddp_steps(
     images = torch.randn(batch, 1, 8, 8, device=device)
     works: Works = {}
     for arm in ARMS:
-        model = DistributedDataParallel(network().to(device), bucket_cap_mb=2)
+        with recorded(arm if arm in (OFF, HOOK) else ON):  # DDP remembers how it was made
+            model = DistributedDataParallel(network().to(device), bucket_cap_mb=2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         if arm == HOOK:
             model.register_comm_hook(None, allreduce_hook)
-        elif arm != OFF:
-            watch_ddp(model)
         works[arm] = stepper(model, optimizer, images, finish)
     figures = take_turns(works, rounds, STEPS)
     dist.destroy_process_group()

@@ -99,7 +99,7 @@ class RankResult:
         The latest exceptions that its code caught and went on, at most 32, in order. None where
         that is unknown: before Python 3.12.
     unseen : tuple of str
-        How it communicated without being recorded: "RPC", "DDP over nccl".
+        How it communicated without being recorded: "RPC", "DDP over mpi".
     timeouts : tuple of Timeout
         The timeouts that it gave to calls of torch.distributed, in order, at most 100.
     threads : dict
@@ -179,12 +179,6 @@ class RankResult:
         """The lines without those of torch's log that do not help a learner."""
         lines = _LOST_STORE.sub("", self.output).splitlines()
         return [line for line in lines if not _NOISE.match(line)]
-
-    @property
-    def not_recorded(self) -> list[str]:
-        """`unseen` without the DDP models that `watch_ddp` recorded later."""
-        watched = any(span.bucket is not None for span in self.spans)
-        return [what for what in self.unseen if not (watched and what.startswith("DDP over "))]
 
     def outcome(self) -> str:
         """The outcome in one line, without timings."""
@@ -274,8 +268,8 @@ class RunRecord:
 
     @property
     def unseen(self) -> list[str]:
-        """How ranks communicated without being recorded: "RPC", "DDP over nccl"."""
-        return sorted({what for rank in self.ranks for what in rank.not_recorded})
+        """How ranks communicated without being recorded: "RPC", "DDP over mpi"."""
+        return sorted({what for rank in self.ranks for what in rank.unseen})
 
     def spans(self) -> list[Span]:
         """The spans of all ranks on one clock, by start time (`t0_ns`, in nanoseconds)."""

@@ -79,7 +79,7 @@ def lines(ranks: Sequence[RankResult]) -> list[str]:
         f"{ranks_text(those)} {agree(those, verb, _PLURAL.get(verb, verb))} {rest}"
         for (verb, rest), those in texts.items()
     ]
-    unseen = sorted({what for rank in ranks for what in rank.not_recorded})
+    unseen = sorted({what for rank in ranks for what in rank.unseen})
     told += [text for _, text, _ in dead_threads(ranks)]
     return [*told, f"not recorded: {listed(unseen)}"] if unseen else told
 

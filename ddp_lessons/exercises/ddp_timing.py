@@ -98,7 +98,7 @@ Accumulate = Callable[[DistributedDataParallel, LossFunction, MicroBatches], obj
 @in_group
 def _accumulated(rank: int, accumulate: Accumulate, pieces: int) -> tuple[Tensor, bool]:
     """The gradients, and whether the weights are as they were."""
-    model = watch_ddp(DistributedDataParallel(new_layer()))
+    model = DistributedDataParallel(new_layer())
     inputs, labels = (part[rank :: dist.get_world_size()] for part in samples())
     micro_batches = list(zip(inputs.chunk(pieces), labels.chunk(pieces), strict=True))
     accumulate(model, nn.functional.cross_entropy, micro_batches)

@@ -15,7 +15,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ddp_lessons.instrumentation import cuda_events, recording
-from ddp_lessons.instrumentation.group_registry import Group
+from ddp_lessons.instrumentation.group_registry import Group, groups
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.records import CHANGED, NOT_AWAITED, Kind, Lane, Mistake
 from ddp_lessons.wire.span_buffer import NO_FACTS, CallFacts, Slot
@@ -111,6 +111,9 @@ class AsyncWork:
         """Have the span end when the work is done."""
         if self._stopwatch is not None and self.facts.op in NULL_FUTURES:
             return  # its span ends when it is waited for
+        if groups.any_streamed and cuda_events.is_capturing():
+            self.done()
+            return
         get_future = getattr(work, "get_future", None)
         try:
             # Coalesced calls return a Future instead of a Work.

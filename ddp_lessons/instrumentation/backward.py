@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ddp_lessons.instrumentation import cuda_events
-from ddp_lessons.instrumentation.group_registry import groups
+from ddp_lessons.instrumentation.group_registry import Group
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
 from ddp_lessons.wire.records import Kind
@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 
 class Backward:
-    """The buckets in flight, and the open span of backward's wait for them."""
+    """The buckets in flight, and the open span of backward's wait for them.
 
-    def __init__(self, recorder: Recorder) -> None:
+    Where a stream of the GPU does the work there is no such span: the host does not wait.
+    """
+
+    def __init__(self, recorder: Recorder, group: Group | None) -> None:
         self._recorder = recorder
+        self._is_streamed = group is not None and group.streamed
         self._lock = threading.Lock()
         self._in_flight: set[Slot] = set()
         self._waiting: Slot = 0  # the open span, if there is one
@@ -40,7 +44,7 @@ class Backward:
         Index -1 is the map of unused parameters, for which backward waits like for a bucket.
         """
         name, lane = (f"bucket {index}", "buckets") if index >= 0 else ("unused parameters", "comm")
-        on = cuda_events.of(buffer) if groups.any_streamed else None
+        on = cuda_events.of(buffer) if self._is_streamed else None
         if on is not None:
             return cuda_events.Stopwatch(self._recorder, on, name, facts, lane).stop
         slot = self._recorder.begin(Kind.COMM, name, t0_ns, facts, lane)

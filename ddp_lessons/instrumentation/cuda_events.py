@@ -28,15 +28,15 @@ PAUSE = 0.001  # seconds between two looks at it
 
 def is_streamed(process_group: dist.ProcessGroup) -> bool:
     """Whether the group's calls on CUDA tensors return before the work is done."""
-    return any(backend in STREAMED for backend in backends_of(process_group))
+    return any(backend in STREAMED for backend in backends_of(process_group).values())
 
 
-def backends_of(process_group: dist.ProcessGroup) -> list[str]:
-    """The backends of a group, one for each kind of device: "gloo", "nccl"."""
+def backends_of(process_group: dist.ProcessGroup) -> dict[str, str]:
+    """The backends of a group by the kind of device, such as {"cpu": "gloo", "cuda": "nccl"}."""
     import torch.distributed as dist
 
     config = str(dist.get_backend_config(process_group))  # "cuda:nccl", or "cpu:gloo,cuda:nccl"
-    return [part.rpartition(":")[2] for part in config.split(",")]
+    return dict(part.split(":") for part in config.split(","))
 
 
 def of(tensor: Any) -> torch.device | None:
@@ -47,9 +47,14 @@ def of(tensor: Any) -> torch.device | None:
     first = tensor[0] if isinstance(tensor, list | tuple) and tensor else tensor
     if not getattr(first, "is_cuda", False):
         return None
+    return None if is_capturing() else first.device
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is captured. A callback of a future would then break the capture."""
     import torch
 
-    return None if torch.cuda.is_current_stream_capturing() else first.device
+    return bool(torch.cuda.is_current_stream_capturing())
 
 
 class Stopwatch:
@@ -99,6 +104,7 @@ class DeviceClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pending: deque[_Pending] = deque()
+        self._spare: list[torch.cuda.Event] = []  # to be used again: making one takes 7 µs
         self._lock = threading.Lock()
         self._failed = False
         self._zero: torch.cuda.Event  # set unless the device has failed
@@ -115,12 +121,20 @@ class DeviceClock:
         if self._failed:
             return None
         try:
-            event = torch.cuda.Event(enable_timing=True)
+            event = self._event()
             event.record(torch.cuda.current_stream(self._device))
         except RuntimeError:
             self._failed = True
             return None
         return event
+
+    def _event(self) -> torch.cuda.Event:
+        import torch
+
+        try:
+            return self._spare.pop()
+        except IndexError:  # other threads pop, too
+            return torch.cuda.Event(enable_timing=True)
 
     def keep(
         self,
@@ -160,6 +174,7 @@ class DeviceClock:
         span.buffer.end(span.slot, max(t0_ns + 1, t1_ns))
         # elapsed_time is a float of 24 bits, so the reference event must be recent. It is the
         # start, because the next span may start before this one ends.
+        self._spare += (self._zero, span.stop)
         self._zero, self._zero_ns = span.start, t0_ns
 
     def _ns(self, event: torch.cuda.Event) -> int:

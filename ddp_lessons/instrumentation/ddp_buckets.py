@@ -1,8 +1,7 @@
-"""`watch_ddp`: records DDP's gradient buckets where NCCL or a communication hook sends them.
+"""`watch_ddp`: records DDP's gradient buckets where a learner's communication hook sends them.
 
-The learner's function calls it in workers; elsewhere it records nothing. With gloo and no hook,
-ddp_traffic.py records the buckets anyway. With NCCL `watch_ddp` registers a hook that does exactly
-what DDP does without one. It wraps a learner's own hook in one that records each bucket.
+The learner's function calls it in workers; elsewhere it records nothing. Without a hook
+ddp_traffic.py records the buckets anyway. A hook is wrapped in one that records each bucket.
 """
 
 from __future__ import annotations
@@ -24,17 +23,14 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="DistributedDataParallel")
 Hook = Callable[[Any, "dist.GradBucket"], "torch.futures.Future[torch.Tensor]"]
-RecordedHook = Callable[[Backward, Any, "dist.GradBucket"], "torch.futures.Future[torch.Tensor]"]
 
 
 def watch_ddp(model: Model, hook: Hook | None = None, state: Any = None) -> Model:
     """Record the gradient buckets of a DDP model, and how long backward waits for them.
 
-    With gloo a model without a hook is recorded anyway; `watch_ddp` serves for a hook of your own,
-    and for NCCL. The weights come out the same, to the last bit. (Only with NCCL,
-    `gradient_as_bucket_view=True`, `zero_grad(set_to_none=False)` and a number of ranks that is no
-    power of 2 does DDP round the mean in another way.) Outside a launched worker nothing is
-    recorded, so the same function runs under torchrun.
+    A model without a hook is recorded anyway; `watch_ddp` serves for a hook of your own. The
+    weights come out the same, to the last bit. Outside a launched worker nothing is recorded, so
+    the same function runs under torchrun.
 
     Parameters
     ----------
@@ -58,11 +54,13 @@ def watch_ddp(model: Model, hook: Hook | None = None, state: Any = None) -> Mode
         If it has a hook already.
     """
     _refuse_nonsense(model)
-    recorder = recording.current()
-    if recorder is not None and (hook is not None or not _records_by_itself(model)):
-        model.register_comm_hook(state, _recorded(Backward(recorder), model, hook))
-    elif hook is not None:
-        model.register_comm_hook(state, hook if inspect.isfunction(hook) else _function(hook))
+    if hook is None:
+        return model
+    if (recorder := recording.current()) is not None:
+        hook = _recorded(Backward(recorder, groups.of(model.process_group)), hook)
+    elif not inspect.isfunction(hook):
+        hook = _function(hook)
+    model.register_comm_hook(state, hook)
     return model
 
 
@@ -73,12 +71,6 @@ def _function(hook: Hook) -> Hook:
         return hook(state, bucket)
 
     return call
-
-
-def _records_by_itself(model: DistributedDataParallel) -> bool:
-    from ddp_lessons.instrumentation import ddp_traffic
-
-    return ddp_traffic.is_recorded(model)
 
 
 def _refuse_nonsense(model: object) -> None:
@@ -96,52 +88,11 @@ def _refuse_nonsense(model: object) -> None:
         )
 
 
-def _recorded(backward: Backward, model: DistributedDataParallel, hook: Hook | None) -> Hook:
-    """The hook to register: it records each bucket, and runs `hook` or does what DDP would do."""
-    run = _as_ddp_does(model) if hook is None else _facts_of(hook)
+def _recorded(backward: Backward, hook: Hook) -> Hook:
+    """The hook to register: it records each bucket, and runs the learner's."""
 
     # DDP wants a parameter of this name, and checks its annotation.
     def recorded(state, bucket):  # type: ignore[no-untyped-def]
-        return run(backward, state, bucket)
-
-    recorded.__name__ = getattr(hook, "__name__", "all_reduce")  # DDP knows some hooks by name
-    return recorded
-
-
-def _as_ddp_does(model: DistributedDataParallel) -> RecordedHook:
-    import torch.distributed as dist
-
-    process_group = model.process_group
-    group = groups.of(process_group)
-    assert group is not None
-    mean = 1.0 / dist.get_world_size(process_group)  # DDP multiplies; division rounds differently
-
-    def all_reduce(
-        backward: Backward, _: object, bucket: dist.GradBucket
-    ) -> torch.futures.Future[torch.Tensor]:
-        t0_ns = time.perf_counter_ns()
-        gradients = bucket.buffer()
-        facts = CallFacts("all_reduce", group.name, group.next(), gradients.nbytes, bucket.index())
-        end = backward.begin(bucket.index(), bucket.buffer(), facts, t0_ns)
-
-        def done(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
-            end()
-            return future.value()[0]
-
-        with recording.within_call():
-            work = process_group.allreduce([gradients.mul_(mean)])
-        future = work.get_future().then(done)
-        if bucket.is_last():
-            backward.all_handed_over()
-        return future
-
-    return all_reduce
-
-
-def _facts_of(hook: Hook) -> RecordedHook:
-    def run(
-        backward: Backward, state: Any, bucket: dist.GradBucket
-    ) -> torch.futures.Future[torch.Tensor]:
         t0_ns = time.perf_counter_ns()
         facts = CallFacts(nbytes=bucket.buffer().nbytes, bucket=bucket.index())
         end = backward.begin(bucket.index(), bucket.buffer(), facts, t0_ns)
@@ -152,4 +103,5 @@ def _facts_of(hook: Hook) -> RecordedHook:
             backward.all_handed_over()
         return future
 
-    return run
+    recorded.__name__ = getattr(hook, "__name__", "recorded")  # DDP knows some hooks by name
+    return recorded

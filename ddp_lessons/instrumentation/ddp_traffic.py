@@ -5,8 +5,8 @@ function sees it. So a model's reducer gets a process group of ours, which passe
 the real one and records it. DDP sees no communication hook, and its arithmetic stays the same to
 the last bit. Two C++ functions that wait by themselves are wrapped like the public ones.
 
-Not recorded: DDP with backends other than gloo (but see `watch_ddp`), and what a learner's own hook
-sends other than by public functions.
+With NCCL a stream of the GPU does the work; CUDA events tell when (cuda_events.py). Not recorded:
+DDP with other backends, and what a learner's own hook sends other than by public functions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons.instrumentation import cuda_events, recording
+from ddp_lessons.instrumentation import async_work, cuda_events, recording
+from ddp_lessons.instrumentation.async_work import AsyncWork
 from ddp_lessons.instrumentation.backward import Backward, Turns
 from ddp_lessons.instrumentation.group_registry import Group, groups
 from ddp_lessons.instrumentation.recording import Recorder
 from ddp_lessons.instrumentation.signatures import argument, describe_tensors
+from ddp_lessons.instrumentation.torch_api import NCCL
+from ddp_lessons.text import listed
 from ddp_lessons.wire.span_buffer import CallFacts
+
+_GLOO, _NCCL = dist.ProcessGroup.BackendType.GLOO, dist.ProcessGroup.BackendType.NCCL
+_KINDS = {"gloo": _GLOO, **dict.fromkeys(NCCL, _NCCL)}  # of the backends that are recorded
 
 
 def record_ddp() -> None:
@@ -40,11 +46,6 @@ def record_ddp() -> None:
     DistributedDataParallel._match_unused_params_allreduce = _by_recorded_group(unused)
     _wrap("_verify_params_across_processes", "DistributedDataParallel")
     _wrap("_broadcast_coalesced", "broadcast")
-
-
-def is_recorded(model: DistributedDataParallel) -> bool:
-    """Whether the buckets of a DDP model are recorded without a communication hook."""
-    return _group_of(model) is not None
 
 
 def release_groups(recorder: Recorder) -> None:
@@ -82,10 +83,9 @@ def _keeping(help_init: Callable[..., None]) -> Callable[..., None]:
             recorder.groups.append(self.process_group)
             recorder.models.append(weakref.ref(self))
             group = groups.of(self.process_group)
-            # NCCL works in a stream of the GPU; what waits for it there is not visible from here.
-            backends = cuda_events.backends_of(self.process_group)
-            if group is not None and set(backends) != {"gloo"}:
-                recorder.unseen(f"DDP over {backends[-1]}")
+            backends = set(cuda_events.backends_of(self.process_group).values())
+            if group is not None and not backends <= _KINDS.keys():
+                recorder.unseen(f"DDP over {listed(sorted(backends - _KINDS.keys()))}")
             elif group is not None:
                 elements = sum(parameter.numel() for parameter in parameters)
                 recorder.groups.append(RecordedGroup(self, group, recorder, elements))
@@ -131,14 +131,15 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
     ) -> None:
         self.real = real = model.process_group
         super().__init__(real.rank(), real.size())
-        gloo = dist.ProcessGroup.BackendType.GLOO
-        for kind in real._device_types:
-            self._register_backend(kind, gloo, real._get_backend(kind))
-        self._set_default_backend(gloo)
+        kinds = {kind: _KINDS[name] for kind, name in cuda_events.backends_of(real).items()}
+        for device in real._device_types:
+            self._register_backend(device, kinds[device.type], real._get_backend(device))
+        # As torch chooses it for a group of several backends.
+        self._set_default_backend(_NCCL if _NCCL in kinds.values() else _GLOO)
         self._set_group_name(real.group_name)
         self.model = weakref.ref(model)
         self._group = group
-        self._backward = Backward(recorder)
+        self._backward = Backward(recorder, group)
         self._turns = Turns(elements)
 
     def getBackendName(self) -> str:
@@ -154,7 +155,7 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
         """
         t0_ns = time.perf_counter_ns()
         recorder = recording.outermost()
-        if recorder is None:
+        if recorder is None or (self._group.streamed and cuda_events.is_capturing()):
             return self.real.allreduce(tensors, *options)
         piece = tensors if isinstance(tensors, torch.Tensor) else tensors[0]
         index, is_last = -1, False
@@ -175,6 +176,9 @@ class RecordedGroup(dist.ProcessGroup):  # type: ignore[misc]
         if recorder is None:
             return self.real.broadcast(tensors, options)
         facts = self._facts(recorder, "broadcast", tensors[0], options.rootRank)
+        if (on := cuda_events.of(tensors) if self._group.streamed else None) is not None:
+            issued = AsyncWork(recorder, t0_ns, facts, self._group, on)
+            return async_work.issued(issued, t0_ns, self.real.broadcast, (tensors, options), {})
         with recorder.call("order of buckets", t0_ns, facts):
             work = self.real.broadcast(tensors, options)
             work.wait()  # here, so that the span ends with it
@@ -218,14 +222,18 @@ def _handed_over(call: Callable[[], dist.Work], end: Callable[[], None]) -> dist
 
 
 def _wrap(name: str, op: str) -> None:
-    """Wrap a C++ function that returns when its communication is done, to record it."""
+    """Wrap a C++ function that waits for its communication by itself, to record it.
+
+    With NCCL the host waits, too, where the ranks check that they have the same parameters. In a
+    broadcast the stream waits, and the function returns at once.
+    """
     function = getattr(dist, name)
 
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
         recorder = recording.outermost()
         group = groups.of(argument(args, kwargs, 0, "process_group")) if recorder else None
-        if recorder is None or group is None or group.streamed:
+        if recorder is None or group is None:
             return function(*args, **kwargs)
         t0_ns = time.perf_counter_ns()
         root, sent = None, None
@@ -233,6 +241,9 @@ def _wrap(name: str, op: str) -> None:
             root = argument(args, kwargs, 3, "src") or 0
             sent = argument(args, kwargs, 1, "tensors")
         facts = _facts(recorder, group, op, sent, root, sys._getframe().f_back)
+        if (on := cuda_events.of(sent) if group.streamed else None) is not None:
+            issued = AsyncWork(recorder, t0_ns, facts, group, on)
+            return async_work.issued(issued, t0_ns, function, args, kwargs)
         name = "DDP's broadcast" if op == "broadcast" else op
         with recorder.call(name, t0_ns, facts):
             return function(*args, **kwargs)

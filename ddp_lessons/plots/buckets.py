@@ -49,7 +49,7 @@ def buckets(
     Parameters
     ----------
     run : Run
-        A run whose model is watched: ``watch_ddp(DistributedDataParallel(model))``.
+        A run whose ranks train a DistributedDataParallel model.
     step : int, optional
         The step; by default one of median length, after two steps of warm-up if there are more.
     ranks : sequence of int, optional
@@ -128,8 +128,8 @@ def _typical_step(run: Run) -> int:
     numbers = {s.step for s in run.spans() if s.lane == Lane.BUCKETS and s.step is not None}
     if not numbers:
         raise ValueError(
-            "no buckets were recorded. Let the worker call watch_ddp(model) on its "
-            "DistributedDataParallel model before it trains."
+            "no buckets were recorded. Only a DistributedDataParallel model sends them, in "
+            "backward. If it has a hook of your own, register that by watch_ddp(model, hook)."
         )
     steps = sorted(numbers)[WARM_UP:] or sorted(numbers)
     lengths = {step: end - begin for step in steps for begin, end in [_limits(run, step)]}

@@ -18,9 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, launch, span, syncbn, watch_ddp
+from ddp_lessons.instrumentation import recording
 from ddp_lessons.wire.records import Span
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 needs_two = pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
 
 SLACK = 1_000_000  # ns by which the clocks of host and device may be apart
+STEPS = 20
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
 
 
@@ -373,16 +376,24 @@ def network() -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def train(rank: int, backend: str, watched: bool) -> Tensor:
+def train(
+    rank: int, backend: str, recorded: bool, options: dict[str, Any], how: str = ""
+) -> Tensor:
+    """The weights after some steps; without `recorded`, as without this package."""
+    if not recorded:
+        recording.use(None)
     device = join(backend)
     torch.use_deterministic_algorithms(True)
-    model = DistributedDataParallel(network().to(device), bucket_cap_mb=0.3)
-    if watched:
-        watch_ddp(model)
+    model = DistributedDataParallel(network().to(device), bucket_cap_mb=0.3, **options)
+    hook = default_hooks.fp16_compress_hook if how.startswith("fp16") else None
+    if how == "fp16, watched":
+        watch_ddp(model, hook)
+    elif hook is not None:
+        model.register_comm_hook(None, hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(1 + rank)
-    for _ in range(20):
-        optimizer.zero_grad()
+    for _ in range(STEPS):
+        optimizer.zero_grad(set_to_none=how != "views kept")
         with span("backward"):
             model(torch.randn(8, 256, generator=generator).to(device)).square().mean().backward()
         optimizer.step()
@@ -392,25 +403,127 @@ def train(rank: int, backend: str, watched: bool) -> Tensor:
     return weights
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("nccl", GPUS), ("gloo", GPUS + 1)])
-def test_watching_ddp_changes_no_weight_and_records_all_buckets(backend: str, ranks: int) -> None:
-    plain, watched = (
-        launch(train, args=(backend, watch), nprocs=ranks, env=DETERMINISTIC)
-        for watch in (False, True)
+@pytest.mark.parametrize(
+    ("options", "how"),
+    [
+        ({}, ""),
+        ({"find_unused_parameters": True}, ""),
+        ({"gradient_as_bucket_view": True}, "views kept"),
+        ({"static_graph": True}, ""),
+        ({}, "fp16, watched"),
+        ({}, "fp16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
+)
+@pytest.mark.parametrize(
+    ("backend", "ranks"), [("nccl", GPUS), ("gloo", GPUS + 1), ("cpu:gloo,cuda:nccl", GPUS)]
+)
+def test_recording_ddp_changes_no_weight_and_shows_all_buckets(
+    backend: str, ranks: int, options: dict[str, Any], how: str
+) -> None:
+    plain, recorded = (
+        launch(train, args=(backend, is_recorded, options, how), nprocs=ranks, env=DETERMINISTIC)
+        for is_recorded in (False, True)
     )
-    for mine, theirs in zip(plain.values, watched.values, strict=True):
+    for mine, theirs in zip(plain.values, recorded.values, strict=True):
         assert torch.equal(mine, theirs)
-    assert not lane(plain, 0, "buckets")
+    assert recorded.unseen == []
     for rank in range(ranks):
-        buckets = lane(watched, rank, "buckets")
+        sent = [s for s in recorded.ranks[rank].spans if s.kind == "comm" and s.op == "all_reduce"]
+        assert {s.step for s in sent} >= set(range(STEPS))
+        assert all(s.t0_ns < t1(s) for s in sent)
+        if how == "fp16":  # a hook that is not watched, whose calls are public ones
+            continue
+        buckets = lane(recorded, rank, "buckets")
         numbers = {s.bucket for s in buckets}
         assert len(numbers) > 1
-        assert len(buckets) >= 20 * (len(numbers) - 1)
-        assert all(s.t0_ns < t1(s) for s in buckets)
-        assert {s.step for s in buckets} == set(range(20))
-    assert all(o.comm_ns > 0 for o in watched.overlap() if o.step is not None)
-    if backend == "nccl":  # the host never waits for them
-        assert not any(s.name == "wait for buckets" for s in watched.spans())
+        assert len(buckets) >= STEPS * (len(numbers) - 1)
+        assert {s.step for s in buckets} == set(range(STEPS))
+    assert all(o.comm_ns > 0 for o in recorded.overlap() if o.step is not None)
+    if backend != "gloo":  # the host never waits for them
+        assert not any(s.name == "wait for buckets" for s in recorded.spans())
+
+
+def with_buffers(rank: int) -> None:
+    device = join("nccl")
+    net = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)).to(device)
+    model = DistributedDataParallel(net, device_ids=[device.index], bucket_cap_mb=0.01)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(8, 64, device=device)).sum().backward()
+        optimizer.step()
+    dist.destroy_process_group()
+
+
+def test_an_ordinary_training_loop_over_nccl_is_on_the_record() -> None:
+    run = launch(with_buffers, nprocs=GPUS)
+    assert run.unseen == []
+    spans = [s for s in run.ranks[0].spans if s.kind == "comm" and s.seq is not None]
+    by_step = {n: [s.name for s in spans if s.step == n] for n in range(3)}
+    sent = ["broadcast", "bucket 0"]
+    assert sorted(by_step[0]) == sorted(["DistributedDataParallel", "broadcast", *sent])
+    assert sorted(by_step[1]) == sorted(["broadcast", "broadcast", *sent, "bucket 1"])
+    assert sorted(by_step[2]) == sorted([*sent, "bucket 1"])
+    assert [s.seq for s in sorted(spans, key=lambda s: s.seq or 0)] == list(range(len(spans)))
+    assert {s.lane for s in spans if s.name == "broadcast"} == {"cuda"}
+    assert all(s.t1_ns is not None for s in spans)
+
+
+@needs_two
+def test_a_rank_that_is_late_for_ddp_over_nccl_is_found() -> None:
+    def work(rank: int) -> None:
+        device = join("nccl")
+        model = DistributedDataParallel(network().to(device), device_ids=[device.index])
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for _ in range(10):
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            if rank == 1:
+                time.sleep(0.05)
+            model(torch.randn(8, 256, device=device)).sum().backward()
+            optimizer.step()
+        torch.cuda.synchronize()
+        dist.destroy_process_group()
+
+    late = launch(work, nprocs=2).straggler()
+    assert (late.kind, late.rank) == ("chronic", 1)
+
+
+def captured(rank: int) -> list[float]:
+    """What replaying a captured step of DDP gives, and a captured asynchronous all_reduce."""
+    device = join("nccl")
+    x, target = torch.randn(8, 256, device=device), torch.ones(10, device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        model = DistributedDataParallel(network().to(device), bucket_cap_mb=0.3)
+        for _ in range(11):  # DDP wants so many before
+            model.zero_grad(set_to_none=True)
+            model(x).square().mean().backward()
+        dist.all_reduce(target)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    model.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        loss = model(x).square().mean()
+        loss.backward()
+        dist.all_reduce(target, async_op=True).wait()
+        dist.all_reduce(target)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    norm = sum(p.grad.square().sum().item() for p in model.parameters())
+    value = loss.item()
+    del graph
+    dist.destroy_process_group()
+    return [value, norm]
+
+
+def test_a_step_of_ddp_can_be_captured_in_a_cuda_graph() -> None:
+    run = launch(captured, nprocs=GPUS)
+    assert run.ok, run.explain()
+    assert all(value > 0 for value in run.values[0])
 
 
 # Batch norm

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons import Run, launch, watch_ddp
+from ddp_lessons import Run, launch
 from ddp_lessons.instrumentation import collectives, cuda_events
 from ddp_lessons.instrumentation.cuda_events import Stopwatch
 from ddp_lessons.instrumentation.recording import Recorder
@@ -221,6 +221,7 @@ def take_gloo_for_nccl() -> None:
         return "gpu" if isinstance(first, torch.Tensor) else None
 
     cuda_events.of = of
+    cuda_events.is_capturing = lambda: False
 
 
 def calls(rank: int) -> list[Any]:
@@ -295,7 +296,8 @@ def test_a_batch_ends_when_its_one_handle_is_waited_for() -> None:
 def trains(rank: int, late: float) -> float:
     take_gloo_for_nccl()
     dist.init_process_group("gloo")
-    model = watch_ddp(DistributedDataParallel(nn.Linear(256, 256), bucket_cap_mb=0.1))
+    net = nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256))
+    model = DistributedDataParallel(net, bucket_cap_mb=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(6):
         optimizer.zero_grad()
@@ -311,10 +313,13 @@ def trains(rank: int, late: float) -> float:
 def test_buckets_have_times_of_the_device_and_nobody_waits_on_the_host() -> None:
     run = launch(trains, args=(0.03,))
     assert run.values[0] == run.values[1]
+    assert run.unseen == []
     buckets = [s for s in run.ranks[0].spans if s.lane == "buckets"]
     assert {s.step for s in buckets} == set(range(6))
     assert all(s.t1_ns is not None for s in buckets)
     assert not any(s.kind == "wait" for s in run.spans())
+    buffers = [s for s in run.ranks[0].spans if s.op == "broadcast" and s.lane == "cuda"]
+    assert len(buffers) == 9  # one for the weights, two for the order of the buckets, one a step
     assert run.straggler()[:2] == ("chronic", 1)
 
 

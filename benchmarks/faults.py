@@ -126,7 +126,10 @@ def _run(todo: Plan) -> dict[str, Any]:
 def _kill_forkserver() -> None:
     from ddp_lessons.processes import forkserver
 
-    if pid := forkserver.server().pid:
+    deadline = time.monotonic() + PATIENCE  # in a new host it must start first
+    while (pid := forkserver.server().pid) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if pid is not None:
         os.kill(pid, signal.SIGKILL)
 
 

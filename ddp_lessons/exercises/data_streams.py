@@ -74,20 +74,27 @@ def _ranges(sizes: Sequence[int]) -> list[range]:
 
 
 class _Shared(IterableDataset[Any]):  # type: ignore[misc]
-    """What the learner's function takes of shards, and last how many items and shards it took."""
+    """What the learner's function takes of the shards of each job, by the job's number.
 
-    def __init__(self, mine: Callable[..., Any], sizes: Sequence[int], rank: int) -> None:
-        self.mine, self.sizes, self.rank = mine, sizes, rank
+    Last comes how many items and shards it took.
+    """
 
-    def __iter__(self) -> Iterator[tuple[str, Any]]:
-        opened: set[int] = set()
-        taken = 0
-        shards = [_Shard(n, items, opened) for n, items in enumerate(_ranges(self.sizes))]
-        found = self.mine(shards, self.rank, dist.get_world_size())
-        for item in found if isinstance(found, Iterable) else [repr(found)]:
-            taken += 1
-            yield "item", item if isinstance(item, str | int) else plain(number_or_text(item))
-        yield "end", (taken, len(opened))
+    def __init__(
+        self, mine: Callable[..., Any], jobs: Mapping[int, Sequence[int]], rank: int
+    ) -> None:
+        self.mine, self.jobs, self.rank = mine, jobs, rank
+
+    def __iter__(self) -> Iterator[tuple[int, str, Any]]:
+        for job, sizes in self.jobs.items():
+            opened: set[int] = set()
+            taken = 0
+            shards = [_Shard(n, items, opened) for n, items in enumerate(_ranges(sizes))]
+            found = self.mine(shards, self.rank, dist.get_world_size())
+            for item in found if isinstance(found, Iterable) else [repr(found)]:
+                taken += 1
+                told = item if isinstance(item, str | int) else plain(number_or_text(item))
+                yield job, "item", told
+            yield job, "end", (taken, len(opened))
 
 
 @in_group
@@ -95,14 +102,18 @@ def _shared(
     rank: int, mine: Callable[..., Any], jobs: Sequence[Job]
 ) -> list[tuple[list[Any], list[tuple[int, int]]]]:
     """Of each job, the items of this rank's loader; of each taker, how many items and shards."""
-    found = []
-    for sizes, workers in jobs:
+    found: list[tuple[list[Any], list[tuple[int, int]]]] = [([], []) for _ in jobs]
+    for workers in sorted({workers for _, workers in jobs}):  # to start a loader takes longest
         how = "fork" if workers else None
-        data = _Shared(mine, sizes, rank)
+        alike = {job: sizes for job, (sizes, n) in enumerate(jobs) if n == workers}
+        data = _Shared(mine, alike, rank)
         loader: Any = DataLoader(data, None, num_workers=workers, multiprocessing_context=how)
-        given = [(kind, plain(value)) for kind, value in loader]
-        items = [value for kind, value in given if kind == "item"]
-        found.append((items, [(*value,) for kind, value in given if kind == "end"]))
+        for job, kind, value in loader:
+            items, ends = found[job]
+            if kind == "item":
+                items.append(plain(value))
+            else:
+                ends.append((*plain(value),))
     return found
 
 

@@ -123,15 +123,12 @@ def straggler(run: RunRecord) -> Straggler:
     noteworthy = NOTEWORTHY * _time(run, [s for s in steps if counts(s.step)])
     caused: Counter[int] = Counter()
     by_step: dict[int, Counter[int]] = {}
-    in_pairs = 0
-    for _, late, step, t0_ns, t1_ns, in_pair in waiting:
-        if in_pair and counts(step):
-            in_pairs += t1_ns - t0_ns
-        if late is None or not counts(step):
-            continue
-        caused[late] += t1_ns - t0_ns
-        if step is not None:
-            by_step.setdefault(step, Counter())[late] += t1_ns - t0_ns
+    in_pairs = sum(w.t1_ns - w.t0_ns for w in waiting if w.in_pair and counts(w.step))
+    for step, late, ns in _blamed(waiting):
+        if counts(step):
+            caused[late] += ns
+        if step is not None and counts(step):
+            by_step.setdefault(step, Counter())[late] += ns
     late_by_step = {step: by_step[step].most_common(1)[0][0] for step in sorted(by_step)}
     unseen = (*run.unseen, *(["sends and recvs"] if in_pairs > noteworthy else []))
     none = "unknown" if unseen else "none"
@@ -145,7 +142,8 @@ def straggler(run: RunRecord) -> Straggler:
         return Straggler("rotating", None, share, late_by_step, unseen, seconds)
     begin_ns = min((s.t0_ns for s in steps if counts(s.step)), default=_all_joined_ns(run))
     windows = _windows([w for w in waiting if w.t1_ns > begin_ns], worst, counts, begin_ns)
-    cause = _cause(run, held, worst, windows, most_ns)
+    direct = [w for w in waiting if w.late == worst and counts(w.step)]
+    cause = _cause(run, held, worst, windows, sum(w.t1_ns - w.t0_ns for w in direct))
     return Straggler("chronic", worst, share, late_by_step, unseen, seconds, cause)
 
 
@@ -185,6 +183,30 @@ def _waits(share: Share, step: int | None, t0_ns: int, t1_ns: int) -> _Waiting:
     in_pair = share.pattern in (LATE_SENDER, LATE_RECEIVER)
     late = None if in_pair else share.last_rank
     return _Waiting(share.rank, late, step, t0_ns, t1_ns, in_pair)
+
+
+def _blamed(waiting: Iterable[_Waiting]) -> Iterator[tuple[int | None, int, int]]:
+    """Step, rank and ns: by how much each rank makes others wait.
+
+    A rank may be late because it had to wait itself, for a third one, since the last time that the
+    others waited. So much of their waiting is because of that third one, if they did not share it.
+    """
+    since: dict[int, int] = {}
+    of_rank: dict[int, list[_Waiting]] = {}  # by end
+    for wait in sorted(waiting, key=lambda w: w.t1_ns):
+        left_ns = wait.t1_ns - wait.t0_ns
+        if wait.late is not None:
+            begin_ns = since.get(wait.rank, 0)
+            for earlier in reversed(of_rank.get(wait.late, [])):
+                if earlier.t1_ns <= begin_ns or not left_ns:
+                    break
+                if earlier.late is not None and earlier.late not in (wait.late, wait.rank):
+                    ns = min(left_ns, earlier.t1_ns - max(earlier.t0_ns, begin_ns))
+                    left_ns -= ns
+                    yield wait.step, earlier.late, ns
+            yield wait.step, wait.late, left_ns
+        of_rank.setdefault(wait.rank, []).append(wait)
+        since[wait.rank] = wait.t1_ns
 
 
 def _on_device(rank: RankResult) -> Iterator[int]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddp_lessons.wire.ops import DIRECT, FROM_ROOT, OWN_WORLD, RECVS, SENDS, TO_ROOT
+from ddp_lessons.wire.ops import BY_TREE, DIRECT, FROM_ROOT, OWN_WORLD, RECVS, SENDS, TO_ROOT
 from ddp_lessons.wire.records import Kind, Span
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ class Share(NamedTuple):
     pattern : str
         "all to all" (all wait for the last), "late root" (all wait for the root, also those that
         give it something and are in the call until it comes), "early root" (the root waits for the
-        last of the others), "late sender" (a recv waits for its send) or "late receiver" (a send
-        waits for its recv).
+        last of the others, or any rank for one by which the root's data come or go on), "late
+        sender" (a recv waits for its send) or "late receiver" (a send waits for its recv).
     open : bool
         True if the call never ended; `t1_ns` is then the rank's end.
     peer : int or None
@@ -202,9 +202,9 @@ def _shares(meeting: Collective) -> Iterator[Share]:
         until_ns, waits_for, pattern = span.t0_ns, last, meeting.pattern
         if meeting.waits(rank):
             until_ns = min(t1_ns, max(came_ns, span.t0_ns)) if complete else t1_ns
-        elif complete and (taker := _came_later(meeting, rank)) is not None:
-            until_ns, waits_for = begun[taker], taker
-            pattern = LATE_ROOT if meeting.pattern == EARLY_ROOT else EARLY_ROOT
+        if complete and (later := _came_later(meeting, rank, until_ns)) is not None:
+            until_ns, waits_for = begun[later], later
+            pattern = LATE_ROOT if later == span.peer else EARLY_ROOT
         yield Share(
             rank,
             span.op or span.name,
@@ -224,17 +224,41 @@ def _shares(meeting: Collective) -> Iterator[Share]:
         )
 
 
-def _came_later(meeting: Collective, giver: int) -> int | None:
-    """The last rank that came to take what another gives, while that one was in the call."""
-    span, t1_ns = meeting.parts[giver]
-    takers: Iterable[int | None] = ()
-    if meeting.pattern == EARLY_ROOT:
-        takers = (span.peer,)
-    elif span.op in DIRECT:
-        takers = meeting.ranks
-    came = {r: meeting.parts[r][0].t0_ns for r in takers if r in meeting.parts}
-    later = {r: t0_ns for r, t0_ns in came.items() if span.t0_ns < t0_ns <= t1_ns}
+def _came_later(meeting: Collective, rank: int, since_ns: int) -> int | None:
+    """The last rank that `rank` needs and that came after `since_ns`, while it was in the call."""
+    span, t1_ns = meeting.parts[rank]
+    partners = needed(span.op or "", rank, span.peer, meeting.ranks)
+    came = {r: meeting.parts[r][0].t0_ns for r in partners if r in meeting.parts}
+    later = {r: t0_ns for r, t0_ns in came.items() if since_ns < t0_ns <= t1_ns}
     return max(later, key=later.__getitem__, default=None)
+
+
+def needed(op: str, rank: int, root: int | None, ranks: Sequence[int]) -> set[int]:
+    """The other ranks of the group `ranks` that a collective needs to return on `rank` in gloo."""
+    others = set(ranks) - {rank}
+    if root is None or root not in ranks or rank not in ranks:
+        return others
+    if op in DIRECT:
+        return others if rank == root else {root}
+    if op in BY_TREE:
+        return _on_the_way(ranks.index(rank), ranks.index(root), ranks)
+    return others
+
+
+def _on_the_way(place: int, root: int, ranks: Sequence[int]) -> set[int]:
+    """The ranks by which a broadcast comes from the root, and those to which a rank passes it.
+
+    Counted from the root, number n receives from n without its highest bit (gloo/broadcast.cc).
+    """
+    size = len(ranks)
+    number = (place - root) % size
+    bits = [1 << bit for bit in range(size.bit_length())]
+    found = {number | bit for bit in bits if bit > number and number | bit < size}
+    before = number
+    while before:
+        before ^= 1 << (before.bit_length() - 1)
+        found.add(before)
+    return {ranks[(n + root) % size] for n in found}
 
 
 def _arrival(run: RunRecord, meeting: Collective) -> Arrival:

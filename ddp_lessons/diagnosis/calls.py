@@ -12,10 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-from ddp_lessons.analysis.wait_states import members
+from ddp_lessons.analysis.wait_states import members, needed
 from ddp_lessons.wire.ops import (
-    BY_TREE,
-    DIRECT,
     GROUP_CALLS,
     JOINING,
     LIKE,
@@ -211,7 +209,7 @@ class Calls:
         there = self.met.get(call.group, {}).get(call.seq, {})
         return {
             r
-            for r in _needed(call, self.members(call.group))
+            for r in needed(call.op, call.rank, call.peer, self.members(call.group))
             if r not in there or there[r].op != call.op or there[r].look != call.look
         }
 
@@ -288,32 +286,3 @@ def _calls(spans: Iterable[Span], threads: Mapping[str, str]) -> Iterator[Call]:
             owner="DDP" if span.kind == Kind.COMM and span.name != span.op else "",
             thread=threads.get(span.lane),
         )  # fmt: skip
-
-
-def _needed(call: Call, ranks: Sequence[int]) -> set[int]:
-    """The other ranks of the group that a collective needs to return on this rank."""
-    others = set(ranks) - {call.rank}
-    root = call.peer
-    if root not in ranks or root is None:
-        return others
-    if call.op in DIRECT:
-        return others if call.rank == root else {root}
-    if call.op in BY_TREE:
-        return _on_the_way(ranks.index(call.rank), ranks.index(root), ranks)
-    return others
-
-
-def _on_the_way(place: int, root: int, ranks: Sequence[int]) -> set[int]:
-    """The ranks by which a broadcast comes from the root, and those to which a rank passes it.
-
-    Counted from the root, number n receives from n without its highest bit (gloo/broadcast.cc).
-    """
-    size = len(ranks)
-    number = (place - root) % size
-    bits = [1 << bit for bit in range(size.bit_length())]
-    found = {number | bit for bit in bits if bit > number and number | bit < size}
-    before = number
-    while before:
-        before ^= 1 << (before.bit_length() - 1)
-        found.add(before)
-    return {ranks[(n + root) % size] for n in found}

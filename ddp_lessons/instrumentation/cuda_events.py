@@ -54,7 +54,8 @@ def is_capturing() -> bool:
     """Whether a CUDA graph is captured. A callback of a future would then break the capture."""
     import torch
 
-    return bool(torch.cuda.is_current_stream_capturing())
+    # A build without CUDA would raise an error.
+    return torch.cuda.is_initialized() and bool(torch.cuda.is_current_stream_capturing())
 
 
 class Stopwatch:

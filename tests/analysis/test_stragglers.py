@@ -89,6 +89,26 @@ def test_a_late_root_and_a_root_that_waits(op: str, late: int) -> None:
     assert run_of(*spans).straggler()[:4] == ("chronic", late, 1.0, {})
 
 
+def test_a_rank_that_waited_itself_is_not_blamed_for_it() -> None:
+    """Rank 1 is late for a broadcast, for which rank 0 waits; in the all_reduce 2 waits for 0."""
+    spans = []
+    for number in range(8):
+        begin = 1000 * number + 1
+        spans += [step(rank, number, begin, begin + 999) for rank in range(3)]
+        sent = {0: (10, 420), 1: (400, 430), 2: (10, 20)}
+        met = {0: (820, 900), 1: (810, 900), 2: (410, 900)}
+        for place, (op, times) in enumerate({"broadcast": sent, "all_reduce": met}.items()):
+            for rank, (t0, t1) in times.items():
+                made = call(rank, begin + t0, begin + t1, op, 2 * number + place, step=number)
+                spans.append(made._replace(peer=0 if op == "broadcast" else None))
+    verdict = run_of(*spans).straggler()
+    assert verdict[:2] == ("chronic", 1)
+    assert verdict.late_by_step == dict.fromkeys(range(2, 8), 1)
+    blamed = 6 * (390 + 390)  # by rank 0 in the broadcast, by rank 2 in the all_reduce
+    assert verdict.seconds == pytest.approx(blamed / 1e9)
+    assert verdict.share == pytest.approx(blamed / (blamed + 6 * (20 + 10)))
+
+
 def test_nobody_is_said_to_be_on_time_where_ranks_wait_for_sends() -> None:
     spans = [call(0, 100, 900, "recv", peer=1), call(1, 800, 900, "send", peer=0)]
     verdict = run_of(*spans).straggler()

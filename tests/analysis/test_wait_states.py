@@ -99,11 +99,32 @@ def test_a_rank_that_gives_waits_for_a_late_root_if_it_is_still_there(op: str) -
     }
 
 
-def test_the_root_of_a_scatter_waits_for_a_late_receiver_and_that_of_a_tree_may_not() -> None:
-    for op, waited in (("scatter", 400), ("broadcast", 0)):
-        spans = [call(0, 100, 520, op), call(1, 200, 210, op), call(2, 500, 530, op)]
-        run = run_of(*(s._replace(peer=0) for s in spans))
-        assert split(run) == {0: (waited, 420 - waited), 1: (0, 10), 2: (0, 30)}
+@pytest.mark.parametrize("op", ["scatter", "broadcast", "broadcast_object_list"])
+def test_the_root_waits_for_a_late_receiver_if_it_is_still_there(op: str) -> None:
+    spans = [call(0, 100, 520, op), call(1, 200, 210, op), call(2, 500, 530, op)]
+    run = run_of(*(s._replace(peer=0) for s in spans))
+    assert split(run) == {0: (400, 20), 1: (0, 10), 2: (0, 30)}
+    assert {s.rank: (s.last_rank, s.pattern) for s in run.waits()}[0] == (2, "early root")
+
+
+@pytest.mark.parametrize("op", ["broadcast", "broadcast_object_list", "scatter_object_list"])
+def test_in_a_tree_ranks_wait_for_those_that_pass_the_data_on(op: str) -> None:
+    """From 0 to 1 and 2, from 1 to 3: rank 2 has it at once, though 1 is late."""
+    ends = {0: (100, 520), 1: (500, 530), 2: (110, 120), 3: (120, 540)}
+    run = run_of(*(call(r, *times, op)._replace(peer=0) for r, times in ends.items()), ranks=4)
+    assert split(run) == {0: (400, 20), 1: (0, 30), 2: (0, 10), 3: (380, 40)}
+    assert {s.rank: s.last_rank for s in run.waits() if s.wait_ns} == {0: 1, 3: 1}
+    assert run.straggler()[:2] == ("chronic", 1)
+
+
+def test_the_root_of_a_direct_call_waits_for_a_late_receiver_and_the_others_do_not() -> None:
+    spans = [
+        call(0, 100, 520, "scatter"),
+        call(1, 200, 510, "scatter"),
+        call(2, 500, 530, "scatter"),
+    ]
+    run = run_of(*(s._replace(peer=0) for s in spans))
+    assert split(run) == {0: (400, 20), 1: (0, 310), 2: (0, 30)}
 
 
 def test_a_recv_waits_for_its_send_and_a_send_for_its_recv() -> None:
@@ -208,17 +229,23 @@ def test_alone_in_a_group_a_rank_waits_for_nobody(op: str) -> None:
     assert split(run) == {1: (0, 400)}
 
 
+TREE = ({1, 2}, {0, 3}, {0}, {0, 1})  # of 4 ranks, counted from the root: whom each needs
+
+
 def counted(
-    spans: dict[int, tuple[int, int]], awaited: set[int], waiting: set[int], takers: set[int]
+    spans: dict[int, tuple[int, int]],
+    awaited: set[int],
+    waiting: set[int],
+    partners: dict[int, set[int]],
 ) -> Any:
     """The split, by checking every nanosecond."""
     found = {}
     for rank, (t0, t1) in spans.items():
         missing = [t for t in range(t0, t1) if any(spans[other][0] > t for other in awaited)]
         wait = len(missing) if rank in waiting else 0
-        for taker in takers - {rank}:
-            if spans[taker][0] <= t1:  # a rank that gives is there until it comes
-                wait = sum(spans[taker][0] > t for t in range(t0, t1))
+        for partner in partners.get(rank, ()):
+            if spans[partner][0] <= t1:  # perhaps the rank was there only until it came
+                wait = max(wait, sum(spans[partner][0] > t for t in range(t0, t1)))
         found[rank] = (wait, t1 - t0 - wait)
     return found
 
@@ -232,12 +259,15 @@ def test_counting_every_nanosecond_finds_the_same(op: str, seed: int) -> None:
     times = {rank: numbers.randrange(1, 500) for rank in ranks}
     spans = {rank: (t0, t0 + numbers.randrange(400)) for rank, t0 in times.items()}
     awaited = {"broadcast": {root}, "reduce": ranks - {root}}.get(op, ranks)
-    takers = {root} if op == "reduce" else set()
+    partners = {
+        "broadcast": {r: {(n + root) % 4 for n in TREE[(r - root) % 4]} for r in ranks},
+        "reduce": {r: ranks - {r} for r in ranks},
+    }.get(op, {})
     waiting = ranks - awaited if op in ("broadcast", "reduce") else ranks
     peers = {rank: 1 - rank if op == "recv" else root for rank in ranks}
     ops = {rank: "send" if op == "recv" and rank == root else op for rank in ranks}
     made = [call(rank, *spans[rank], ops[rank], peer=peers[rank]) for rank in ranks]
-    assert split(run_of(*made, ranks=len(ranks))) == counted(spans, awaited, waiting, takers)
+    assert split(run_of(*made, ranks=len(ranks))) == counted(spans, awaited, waiting, partners)
 
 
 def test_nothing_at_all() -> None:

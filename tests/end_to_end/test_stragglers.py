@@ -73,6 +73,27 @@ def cause_of(run: Run) -> tuple[str, str | None] | None:
     return verdict.cause.kind, verdict.cause.span
 
 
+@pytest.mark.parametrize(("ranks", "late"), [(2, 0), (2, 1), (3, 0), (3, 1), (4, 1), (4, 3)])
+def test_with_buffers_the_rank_that_is_late_for_their_broadcast_is_named(
+    ranks: int, late: int
+) -> None:
+    """The root waits for it, and some ranks have the buffers and wait only in backward."""
+
+    def normalised(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(STEPS):
+            time.sleep(EXTRA * (rank == late))
+            model(torch.ones(8, 64)).sum().backward()
+            optimizer.step()
+        dist.destroy_process_group()
+
+    verdict = launch(normalised, nprocs=ranks).straggler()
+    assert (verdict.kind, verdict.rank) == ("chronic", late)
+    assert set(verdict.late_by_step.values()) == {late}
+
+
 @ON_LINUX
 def test_a_rank_that_sleeps() -> None:
     run = launch(train, (lambda late: time.sleep(EXTRA * late),), nprocs=3)

@@ -221,7 +221,6 @@ def take_gloo_for_nccl() -> None:
         return "gpu" if isinstance(first, torch.Tensor) else None
 
     cuda_events.of = of
-    cuda_events.is_capturing = lambda: False
 
 
 def calls(rank: int) -> list[Any]:

@@ -84,7 +84,7 @@ class Straggler(NamedTuple):
         Communication that does not count: what was not recorded ("RPC"), and "sends and recvs" if
         ranks wait in them, because in a pipeline they do so although none is slow.
     seconds : float
-        How long the others, all together, wait for the worst rank.
+        How long the others, all together, wait for the worst rank, or for one that it held up.
     cause : Cause or None
         Why the chronic straggler is late; None if nothing explains 80 % of it, or it is not known:
         the processor's time is not recorded where CUDA is used, nor outside Linux.

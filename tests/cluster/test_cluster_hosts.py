@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.system, pytest.mark.xdist_group("hosts")]
 AHEAD = 5000  # seconds, of the second host's clock
 # A notebook on the first host, with the controller and two engines; it prints how to connect more.
 NOTEBOOK = """
-import json, os, sys
+import json, os, sys, time
 import ipyparallel, torch, torch.distributed as dist
 from ddp_lessons import launch, span
 
@@ -32,7 +32,10 @@ client.wait_for_engines(4, timeout=60, interactive=False)
 try:
     print(json.dumps(body(client)), flush=True)
 finally:
-    client.shutdown(block=True)
+    client.shutdown(block=False)  # the reply of an engine that ends may be lost
+    deadline = time.monotonic() + 30
+    while client.ids and time.monotonic() < deadline:
+        time.sleep(0.1)
     client.close()
     cluster.stop_cluster_sync()
 """

@@ -29,7 +29,7 @@ PYTHON = VENV / "bin" / "python"
 VERSIONS = ROOT / "ddp_lessons" / "cli" / "newest.txt"
 COPY = ROOT / "build" / "newest"  # here, our own package is found only where pip put it
 LIMIT = 20 * 60.0  # seconds for all of it
-TOOLS = ("pytest", "pytest-timeout", "pytest-xdist", "nbval")
+TOOLS = ("pytest", "pytest-timeout", "nbval")
 SHOWN = ("torch", "cloudpickle", "ipython", "ipykernel", "jupyterlab", "matplotlib", "numpy")
 SUITES = (
     *("diagnosis/test_failures", "diagnosis/test_hangs", "launcher/test_api", "worker/test_main"),
@@ -87,11 +87,10 @@ def parts() -> dict[str, list[str]]:
     """What is run, by name."""
     pytest = [str(PYTHON), "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     nbval = ["-p", "nbval.plugin", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=120"]
-    two = ["-n", "2", "--dist", "loadgroup"]
     nbval += ["--nbval-sanitize-with=tests/support/nbval_sanitize.cfg"]
     return {
         "doctor": [str(VENV / "bin" / "ddp-lessons"), "doctor"],
-        "tests": [*pytest, *two, *(f"tests/{name}.py" for name in SUITES)],
+        "tests": [*pytest, *(f"tests/{name}.py" for name in SUITES)],
         "lessons": [*pytest, *nbval, *(f"notebooks/{name}.ipynb" for name in LESSONS)],
     }
 

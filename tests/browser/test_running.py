@@ -154,5 +154,5 @@ def test_a_restart_in_the_middle_of_a_run_leaves_no_rank(
     family = kernel.children(recursive=True)
     notebook.menu("Kernel", "Restart Kernel…")
     notebook.page.get_by_role("dialog").get_by_role("button", name="Confirm").click()
-    assert gone([*ranks, *family], seconds=20)
+    assert gone([*ranks, *family])
     notebook.picture("restart")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
-import time
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from tests.parity.collectives import data
 from tests.parity.features import attempt, feature, joined, text_of
 
-SHORT = datetime.timedelta(seconds=2)
+OWN_TIMEOUT = datetime.timedelta(seconds=77)  # unlike torch's; nothing waits for it
 
 
 def reduced(rank: int, group: Any = None) -> torch.Tensor:
@@ -120,7 +119,7 @@ def splitting_a_group(rank: int) -> Any:
 
 @joined()
 def groups_with_a_name(rank: int) -> Any:
-    group = dist.new_group(group_desc="tensor parallel", timeout=SHORT)
+    group = dist.new_group(group_desc="tensor parallel", timeout=OWN_TIMEOUT)
     return (
         group.group_desc,
         group.group_name,
@@ -152,9 +151,12 @@ def monitored_barrier(rank: int) -> Any:
     """Rank 0 says who is missing; the connections are closed then."""
     dist.init_process_group("gloo")
     passed = attempt(dist.monitored_barrier)
+    store = dist.distributed_c10d._get_default_store()
     if rank == 0:
-        return passed, attempt(dist.monitored_barrier, timeout=datetime.timedelta(seconds=0.3))
-    time.sleep(1)
+        late = attempt(dist.monitored_barrier, timeout=datetime.timedelta(seconds=0.3))
+        store.set("said", "")
+        return passed, late
+    store.wait(["said"])
     return passed
 
 
@@ -214,7 +216,7 @@ def facts_of_torch(rank: int) -> Any:
         dist.GroupMember.WORLD,
         torch.distributed.is_backend_available("gloo"),
     ]
-    dist.init_process_group("gloo", timeout=SHORT)
+    dist.init_process_group("gloo", timeout=OWN_TIMEOUT)
     facts += [
         dist.distributed_c10d._get_default_timeout("gloo"),
         dist.get_backend_config(),
@@ -267,7 +269,7 @@ def a_device_mesh(rank: int) -> Any:
 @feature()
 def a_rank_that_leaves(rank: int) -> Any:
     """What the others get when a rank has left: the type, for the text is a matter of chance."""
-    dist.init_process_group("gloo", timeout=SHORT)
+    dist.init_process_group("gloo", timeout=OWN_TIMEOUT)
     dist.barrier()
     if rank == 1:
         dist.destroy_process_group()

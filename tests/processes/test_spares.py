@@ -135,7 +135,7 @@ def test_no_two_ranks_draw_alike() -> None:
 def end(spares: list[psutil.Process]) -> None:
     for spare in spares:
         spare.kill()
-    assert gone(spares, seconds=10)
+    assert gone(spares)
 
 
 def kill_spares(server: forkserver.Forkserver) -> None:
@@ -174,7 +174,7 @@ def test_the_next_launch_works(harm: Callable[[forkserver.Forkserver], None]) ->
     before = waiting(2)
     harm(forkserver.server())
     assert launch(lambda rank: rank).values == [0, 1]
-    assert gone(before, seconds=10)
+    assert gone(before)
 
 
 def test_what_ranks_leave_is_ended_and_spares_are_not() -> None:
@@ -261,7 +261,7 @@ def test_a_forked_copy_of_their_owner_does_not_keep_them() -> None:
         child = psutil.Process(int(owner.stdout.readline()))
         spares = waiting(3, psutil.Process(owner.pid))
         owner.kill()
-        assert gone(spares, seconds=5)
+        assert gone(spares)
         assert child.is_running()
         child.kill()
 
@@ -277,7 +277,7 @@ def test_they_end_with_a_kernel(end: int, monkeypatch: pytest.MonkeyPatch) -> No
             for spare in spares:
                 spare.suspend()
         os.kill(kernel.pid, signal.SIGKILL if end == signal.SIGSTOP else end)
-        assert gone(spares, seconds=5)
+        assert gone(spares)
 
 
 def test_a_kernel_that_shall_have_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,7 +125,7 @@ def train(rank: int, fault: str, victim: int, moment: int, setting: str = "plain
 
 def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
     act = FAULTS[fault].act if fault else None
-    for step in range(STEPS):
+    for step in itertools.count() if fault in FROM_OUTSIDE else range(STEPS):
         hit = rank == victim and step == moment
         if hit:
             note_the_time()

@@ -152,7 +152,18 @@ def _is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def gone(processes: list[psutil.Process], seconds: float = 1.0) -> bool:
-    """Whether all of them end within so many seconds."""
-    _, alive = psutil.wait_procs(processes, timeout=seconds)
-    return all(p.status() == psutil.STATUS_ZOMBIE for p in alive)
+def gone(processes: list[psutil.Process], seconds: float = 30.0) -> bool:
+    """Whether all of them end within so many seconds: even to be killed takes processor time."""
+    deadline = time.monotonic() + seconds
+    while not (ended := all(_has_ended(process) for process in processes)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return ended
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

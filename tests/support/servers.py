@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -149,12 +150,29 @@ class Server:
         client.load_connection_file()
         client.start_channels()
         try:
-            client.wait_for_ready(timeout=START)
+            _await_kernel(client)
             for cell in nbformat.read(notebook, as_version=4).cells:
                 if cell.cell_type == "code":
                     _run_cell(client, cell)
         finally:
             client.stop_channels()
+
+
+def _await_kernel(client: BlockingKernelClient) -> None:
+    """Wait until it answers, and what it prints comes here.
+
+    `wait_for_ready` takes a kernel for dead that misses one heartbeat, of a second: on a busy
+    machine a living one does.
+    """
+    deadline = time.monotonic() + START
+    while True:
+        client.kernel_info()
+        client.get_shell_msg(timeout=START)
+        try:
+            client.get_iopub_msg(timeout=1)
+            return
+        except queue.Empty:
+            assert time.monotonic() < deadline, "nothing that the kernel prints comes"
 
 
 def _run_cell(client: BlockingKernelClient, cell: Any) -> None:

@@ -117,11 +117,8 @@ def compare(feature: Feature, launched: list[Outcome], plain: list[Outcome]) -> 
 
 
 def _lines(value: object) -> list[str]:
-    return (
-        value.splitlines()
-        if isinstance(value, str)
-        else pprint.pformat(value, width=100).splitlines()
-    )
+    text = value if isinstance(value, str) else pprint.pformat(value, width=100)
+    return text.splitlines()
 
 
 def test_each_difference_is_that_of_a_feature() -> None:

@@ -85,8 +85,11 @@ def run_rank(
         home=task.home,
     )
     buffers.close()
-    gc.disable()  # a new interpreter imports torch now: a sixth quicker without looking for garbage
+    # A new interpreter imports torch now. To look through all of that for garbage, now and when it
+    # ends, would take a third of a rank's processor time.
+    gc.disable()
     install(recorder)
+    gc.freeze()
     gc.enable()
     meet_apart()
     listen_on_loopback()

@@ -79,7 +79,7 @@ def written(folder: Path, text: str) -> Path:
 
 def explain(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ddp_lessons.cli", "explain", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=250)
 
 
 def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -103,6 +103,7 @@ class PollReply(NamedTuple):
     progress: int  # grows with everything that the rank finishes
     activity: Activity | None
     queued: bool
+    starved: float
     end: Exit | None
 
 
@@ -227,7 +228,7 @@ class Rank:
         self._sent = len(process.pieces)
         progress = process.buffers.progress(process.rank)
         end = None if process.alive else self._end(process)
-        noted = process.activity, process.queued
+        noted = process.activity, process.queued, process.starved
         return PollReply(self._number, tuple(process.pieces), progress, *noted, end)
 
     def spans(self) -> list[Span]:

@@ -164,7 +164,7 @@ class RemoteWorker(Worker):
         if news.progress != self._progress:
             self._progress, self.moved_at = news.progress, time.monotonic()
         self.activity = news.activity or self.activity
-        self.queued = news.queued
+        self.queued, self.starved = news.queued, news.starved
         if news.end is not None:
             self.exitcode, self.lost = news.end.exitcode, news.end.lost
             self.ended_ns = self.ended_ns or news.end.ended_ns

@@ -25,6 +25,7 @@ QUIET = 1.0  # seconds without progress after which to ask whether anything can 
 LOOKING = 5  # times the duration of that check pass before the next one
 FROZEN = 2.0  # seconds in which this thread did not run: then everything was frozen
 SUSPECT = 5.0  # seconds without progress after which the panel says so
+STARVED = 10  # times as long as without others may ranks take that wait for a processor
 
 Ladder = Sequence[tuple[signal.Signals, float]]  # signals, and the seconds each is given
 AFTER_FAILURE: Ladder = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 10.0))
@@ -46,6 +47,8 @@ class Watchdog:
         self._on_tick = on_tick
         self._ticked = 0.0
         self._suspicion = ""
+        self._quiet = 0.0  # seconds without progress
+        self._starved = 0.0  # and those of them in which a rank waited for a processor
 
     @property
     def alive(self) -> list[Worker]:
@@ -55,8 +58,9 @@ class Watchdog:
         """Watch until every process has ended, then return None.
 
         After the first failure it stops the others. Returns the seconds without progress if the
-        run was given up as hung: after `timeout`, or sooner if nothing can move any more. After a
-        freeze of everything, as in a paused container, the timeout begins anew. Raises
+        run was given up as hung: after `timeout`, or sooner if nothing can move any more. While a
+        rank waits for a processor the timeout stands still, but at most for nine times its length.
+        After a freeze of everything, as in a paused container, it begins anew. Raises
         KeyboardInterrupt; then the caller must stop the ranks.
         """
         failed_at: float | None = None
@@ -70,15 +74,18 @@ class Watchdog:
             if sleep.seconds() > FROZEN + self._group.stack_wait:
                 began = now
             quiet = now - max(began, *(worker.moved_at for worker in self._workers))
-            self._suspicion = _suspicion(quiet, timeout) if quiet > SUSPECT else ""
             if quiet > QUIET / 4:
                 self._note_activity()
+            self._count(quiet)
+            patience = self._patience(timeout)
+            suspect = quiet > SUSPECT
+            self._suspicion = _suspicion(quiet, self._starved, timeout) if suspect else ""
             if failed_at is None and any(worker.failed for worker in self._workers):
                 failed_at = now
             if failed_at is not None:
                 if now - failed_at > GRACE:
                     self.stop(AFTER_FAILURE)
-            elif quiet > self._patience(timeout):
+            elif quiet > min(patience + self._starved, STARVED * patience):
                 self._give_up()
                 return timeout
             elif quiet > QUIET and now > look_at and self._all_seem_to_wait(timeout):
@@ -88,6 +95,14 @@ class Watchdog:
                 ended = time.monotonic()
                 look_at = ended + max(QUIET, LOOKING * (ended - now))
         return None
+
+    def _count(self, quiet: float) -> None:
+        """Note how long no rank has made progress, and for how long one was kept from it."""
+        if quiet < self._quiet:
+            self._quiet = self._starved = 0.0
+        share = max((worker.starved for worker in self.alive), default=0.0)
+        self._starved += share * (quiet - self._quiet)
+        self._quiet = quiet
 
     def _patience(self, timeout: float) -> float:
         """Seconds without progress after which the run hangs.
@@ -211,6 +226,11 @@ class _Sleep:
         return slept
 
 
-def _suspicion(quiet: float, timeout: float) -> str:
-    given_up = f"; after {timeout:g} s the run is given up" if timeout < math.inf else ""
-    return f"no rank has made progress for {quiet:.0f} s{given_up}"
+def _suspicion(quiet: float, starved: float, timeout: float) -> str:
+    text = f"no rank has made progress for {quiet:.0f} s"
+    if starved >= 1:
+        text += f", of which one waited {starved:.0f} s for a processor"
+    if timeout < math.inf:
+        besides = " without those" if starved >= 1 else ""
+        text += f"; after {timeout:g} s{besides} the run is given up"
+    return text

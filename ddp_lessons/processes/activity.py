@@ -23,7 +23,7 @@ BUSY = 0.1  # of the sampled time: a rank that uses the processor for more of it
 
 
 class ThreadState(NamedTuple):
-    """Whether a thread uses a processor or waits for one, and how often it has slept.
+    """Whether a thread uses a processor or waits for one, how often it has slept, and its times.
 
     On a starved machine a thread may get no processor for seconds: then neither its processor time
     nor its time in the queue grows. One that looks for something every 10 ms, as gloo's do, is
@@ -32,6 +32,28 @@ class ThreadState(NamedTuple):
 
     ready: bool
     slept: int
+    used: float | None = None  # seconds of a processor; None if this kernel does not count
+    waited: float = 0.0  # seconds in the queue for one, without a wait that lasts
+
+    def never_slept_since(self, before: ThreadState) -> bool:
+        return self.ready and before.ready and self.slept == before.slept
+
+    def waited_since(self, before: ThreadState, seconds: float) -> float:
+        """How many of these last seconds it was ready to run and did not."""
+        if self.used is None or before.used is None:
+            return 0.0
+        waited = self.waited - before.waited
+        if self.never_slept_since(before):  # all that it did not use
+            waited = max(waited, seconds - (self.used - before.used))
+        return min(max(waited, 0.0), seconds)
+
+
+class Sample(NamedTuple):
+    """What a process has done of late."""
+
+    activity: Activity | None  # None if that is not known yet
+    queued: bool  # it had to queue for a processor
+    starved: float  # the share of the time in which one of its threads did
 
 
 class ActivitySampler:
@@ -40,33 +62,32 @@ class ActivitySampler:
     def __init__(self) -> None:
         self._sampled_at = 0.0
         self._used: float | None = None  # seconds until then; None before the first sample
-        self._queued = 0.0
         self._threads: dict[str, ThreadState] = {}
 
-    def sample(self, pid: int) -> tuple[Activity | None, bool] | None:
-        """What it does, None if that is not known yet; and whether it has to queue for a processor.
-
-        None if the last sample is too young to compare with.
-        """
+    def sample(self, pid: int) -> Sample | None:
+        """What it does; None if the last sample is too young to compare with."""
         now = time.monotonic()
         seconds = now - self._sampled_at
         if self._used is not None and seconds < CPU_SAMPLE_SECONDS:
             return None
-        used, queued, threads = cpu_seconds(pid), queued_seconds(pid), threads_of(pid)
+        used, threads = cpu_seconds(pid), threads_of(pid)
         activity: Activity | None = None
-        has_queued = False
+        has_queued, starved = False, 0.0
         if self._used is not None:
-            ready = [
+            pairs = [
                 (thread, self._threads.get(name, ThreadState(False, thread.slept)))
                 for name, thread in threads.items()
-                if thread.ready
             ]
-            never_slept = any(thread == before for thread, before in ready)
+            never_slept = any(thread.never_slept_since(before) for thread, before in pairs)
             activity = "busy" if used - self._used > BUSY * seconds or never_slept else "idle"
-            waits = any(thread.slept - before.slept <= 1 for thread, before in ready)
-            has_queued = waits or queued - self._queued > BUSY * seconds
-        self._sampled_at, self._used, self._queued, self._threads = now, used, queued, threads
-        return ("suspended" if reaper.is_suspended(pid) else activity), has_queued
+            waits = any(t.ready and t.slept - before.slept <= 1 for t, before in pairs)
+            queued = sum(thread.waited - before.waited for thread, before in pairs)
+            has_queued = waits or queued > BUSY * seconds
+            waited = [thread.waited_since(before, seconds) for thread, before in pairs]
+            starved = max(waited, default=0.0) / seconds
+        self._sampled_at, self._used, self._threads = now, used, threads
+        activity = "suspended" if reaper.is_suspended(pid) else activity
+        return Sample(activity, has_queued, starved)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -101,7 +122,11 @@ def threads_of(pid: int) -> dict[str, ThreadState]:
             with open(f"{thread}/status") as file:
                 facts = dict(line.split(":", 1) for line in file)  # proc_pid_status(5)
             ready = facts["State"].split()[0] == "R"
-            found[thread] = ThreadState(ready, int(facts["voluntary_ctxt_switches"]))
+            state = ThreadState(ready, int(facts["voluntary_ctxt_switches"]))
+            with contextlib.suppress(ValueError):  # this kernel does not count
+                used_ns, waited_ns = processor_ns(f"{thread}/schedstat")
+                state = state._replace(used=used_ns / 1e9, waited=waited_ns / 1e9)
+            found[thread] = state
     return found
 
 

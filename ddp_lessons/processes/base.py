@@ -62,6 +62,7 @@ class Worker(ABC):
         self.outcome_after_stop = False  # its outcome came after the parent began to end it
         self.activity: Activity | None = None  # what it did when last noted
         self.queued = False  # when last noted, it had to queue for a processor
+        self.starved = 0.0  # and the share of the time in which it did
         self.moved_at = time.monotonic()  # when it last printed, finished a span, or ended
         self._decoder = Decoder()
 

@@ -200,7 +200,7 @@ class WorkerProcess(Worker):
 
     def note_activity(self) -> None:
         if (found := self._sampler.sample(self.pid)) is not None:
-            self.activity, self.queued = found
+            self.activity, self.queued, self.starved = found
 
     def send_signal(self, number: int) -> None:
         if number == STACK_SIGNAL and not reaper.catches(self.pid, number):

@@ -16,7 +16,7 @@ from ddp_lessons.cli import doctor
 
 def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ddp_lessons.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
 @pytest.mark.system
@@ -144,7 +144,7 @@ LOST_LINES = (
 @pytest.mark.parametrize("broken", [LOST_NAMES, LOST_LINES])
 def test_an_installation_that_loses_lines_is_a_problem(broken: str) -> None:
     code = f"{broken}\nimport sys, ddp_lessons.cli as c\nsys.exit(c.main(['doctor']))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "The line of a failure on purpose did not come back" in done.stdout
     assert "pip install 'cloudpickle==" in done.stdout

@@ -528,7 +528,7 @@ def _torchrun(folder: Path, scripts: Sequence[Path], nprocs: int) -> list[str]:
         env={**os.environ, **QUIET, "TMPDIR": str(temporary)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -37,7 +37,7 @@ def test_settings_come_after_those_of_the_user(monkeypatch: pytest.MonkeyPatch) 
 def test_root_is_told_in_one_line_what_to_add(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ddp_lessons.cli", "--folder", str(tmp_path / "copy")]
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=250)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "ddp-lessons: you are root, for whom JupyterLab starts only if told so: "

@@ -316,7 +316,7 @@ def test_a_copy_that_is_current_need_not_be_written(first: Path, copy: Path) -> 
 def _without_privileges(course: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     """Copy a course in a process that obeys file permissions, even as root."""
     command = [sys.executable, "-c", UNPRIVILEGED, str(course), str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
 
 
 def test_a_disk_that_is_full_half_way(second: Path, copy: Path) -> None:

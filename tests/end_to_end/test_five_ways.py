@@ -41,7 +41,7 @@ def by_spawn(script: Path) -> list[str]:
     with contextlib.closing(reserve_port()) as port:
         command = [sys.executable, str(spawn), str(port.getsockname()[1])]
         env = torchrun.environment(script, {})
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     return torchrun.returned(done.stdout)
 

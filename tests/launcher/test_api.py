@@ -421,7 +421,7 @@ def test_as_a_script(tmp_path: Path, guard: str) -> None:
             print(launch(work).values)
         """)
     )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250)
     assert done.stdout.splitlines() == [
         "this line runs once",
         "[rank 0] of 2",

@@ -99,7 +99,7 @@ def test_the_process_that_asks_touches_neither_torch_nor_cuda() -> None:
         "assert 'torch' not in sys.modules\n"
         "import torch\nassert not torch.cuda.is_initialized()\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
 @pytest.mark.ranks

@@ -76,7 +76,7 @@ def within(limit: int, script: str) -> tuple[int, str, int]:
     """Run a program within a limit; its exit code, its output, and the number of kills."""
     with confined.Confined(limit) as group:
         process = group.start([sys.executable, "-c", textwrap.dedent(script)])
-        text, _ = process.communicate(timeout=100)
+        text, _ = process.communicate(timeout=250)
         return process.returncode, text, group.kills
 
 

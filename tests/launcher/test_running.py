@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import BadLaunch, LaunchError, WorkerFailed, WorkersHung, launch
-from tests.support.kernels import Kernel
+from tests.support.kernels import Kernel, gone
 
 pytestmark = pytest.mark.ranks
 
@@ -134,7 +134,7 @@ def test_it_ends_with_its_process(end: str, tmp_path: Path) -> None:
         process.kill()
     assert process.wait(20) == {"pass": 0, "sys.exit(3)": 3}.get(end, -signal.SIGKILL)
     process.stdout.close()
-    assert psutil.wait_procs(ranks, timeout=5)[1] == []
+    assert gone(ranks)
 
 
 @pytest.mark.system

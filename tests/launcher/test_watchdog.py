@@ -6,11 +6,13 @@ for a hang after one to ten seconds. Real hangs are still reported soon.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cloudpickle
@@ -21,12 +23,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons import launch, watch_ddp
+from ddp_lessons import WorkersHung, launch, watch_ddp
 from ddp_lessons.simulated import SimulatedLink
 from tests.support.checkout import ROOT
 from tests.support.hosts import skip_where_not_allowed
 
 pytestmark = pytest.mark.ranks
+ON_LINUX = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"), reason="ranks cannot be kept to one core"
+)
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -84,9 +89,46 @@ def prints_true(script: str, *before: str) -> None:
     assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="ranks cannot be kept to one core")
+@ON_LINUX
 def test_ranks_that_hardly_get_a_processor() -> None:
     prints_true(UNEVEN, "taskset", "-c", str(min(os.sched_getaffinity(0))))
+
+
+@contextlib.contextmanager
+def one_busy_core(others: int) -> Iterator[int]:
+    """A core that so many other processes keep busy."""
+    core = min(os.sched_getaffinity(0))
+    pinned = f"import os, signal; signal.alarm(100); os.sched_setaffinity(0, {{{core}}})"
+    with contextlib.ExitStack() as stack:
+        for _ in range(others):
+            command = [sys.executable, "-c", f"{pinned}\nwhile True: pass"]
+            process = stack.enter_context(subprocess.Popen(command))
+            stack.callback(process.kill)
+        yield core
+
+
+@ON_LINUX
+def test_time_without_a_processor_does_not_count() -> None:
+    def work(rank: int, core: int) -> str:
+        os.sched_setaffinity(0, {core})
+        until = time.thread_time() + 2.0
+        while time.thread_time() < until:  # at least 4 seconds beside the others
+            pass
+        return "done"
+
+    with one_busy_core(4) as core:
+        assert launch(work, (core,), nprocs=1, timeout=3).values == ["done"]
+
+
+@ON_LINUX
+def test_an_endless_loop_without_a_processor_is_ended() -> None:
+    def work(rank: int, core: int) -> None:
+        os.sched_setaffinity(0, {core})
+        while True:
+            pass
+
+    with one_busy_core(2) as core, pytest.raises(WorkersHung, match="made progress for 1 s"):
+        launch(work, (core,), nprocs=1, timeout=1)
 
 
 @pytest.mark.xdist_group("hosts")

@@ -94,7 +94,7 @@ def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Install
 
 def _build(folder: Path, *options: str) -> None:
     command = [sys.executable, "-m", "build", "--no-isolation", *options, "--outdir", str(folder)]
-    subprocess.run([*command, str(ROOT)], check=True, capture_output=True, timeout=100)
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True, timeout=250)
 
 
 def _in_wheel(wheel: Path) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ import pytest
 
 from ddp_lessons.processes.activity import (
     ActivitySampler,
+    Sample,
     cpu_seconds,
     have_unsent_data,
     queued_seconds,
@@ -46,10 +47,10 @@ def running(*programs: str) -> Iterator[list[int]]:
         yield started
 
 
-def samples(pid: int, number: int) -> list[tuple[str | None, bool]]:
+def samples(pid: int, number: int) -> list[Sample]:
     """So many samples of a process, but for the first, with which the next is compared."""
     sampler = ActivitySampler()
-    found: list[tuple[str | None, bool]] = []
+    found: list[Sample] = []
     while len(found) <= number:
         if (sample := sampler.sample(pid)) is not None:
             found.append(sample)
@@ -69,7 +70,9 @@ def test_a_process_that_gets_no_processor_is_not_idle() -> None:
     with running(LAST + SPIN, SPIN, SPIN, SPIN) as (starved, *_):
         while os.sched_getscheduler(starved) != os.SCHED_IDLE:
             time.sleep(0.01)
-        assert set(samples(starved, 8)) == {("busy", True)}
+        for sample in samples(starved, 8):
+            assert (sample.activity, sample.queued) == ("busy", True)
+            assert sample.starved > 0.9
 
 
 @pytest.mark.parametrize("program", [SLEEP, POLL, WAITS])
@@ -78,8 +81,8 @@ def test_a_process_that_waits_is_idle(program: str) -> None:
         while not waits(waiting):
             time.sleep(0.05)
         found = samples(waiting, 8)
-    assert {activity for activity, _ in found} == {"idle"}
-    assert program == POLL or not any(queued for _, queued in found)
+    assert {sample.activity for sample in found} == {"idle"}
+    assert program == POLL or not any(sample.queued or sample.starved > 0.1 for sample in found)
 
 
 def spin(stop: Callable[[], bool]) -> None:

@@ -174,7 +174,7 @@ IN_CHILD = """
 def test_launching_in_a_child_of_another_kind(method: str, tmp_path: Path) -> None:
     script = tmp_path / "experiment.py"
     script.write_text(textwrap.dedent(IN_CHILD.format(method=method)))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250)
     assert done.stdout == "[0, 1] None [0, 1] [0, 1]\n", done.stderr
     assert done.stderr == ""
 
@@ -228,7 +228,7 @@ def test_what_the_learners_own_forkserver_left_is_the_learners(tmp_path: Path) -
     """A learner's process called "rank 0", and its daemon, outlive a run beside them."""
     script = tmp_path / "own.py"
     script.write_text(textwrap.dedent(OWN_FORKSERVER))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250)
     told = json.loads(done.stdout.splitlines()[-1])
     assert told == {"daemon": True, "rank 0": True, "orphans": False}, done.stderr
 
@@ -283,7 +283,7 @@ def test_a_file_that_hides_a_module_is_named(module: str, said: str, tmp_path: P
             print(error)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert "Here a new Python does not get as far as torch" in done.stdout
     assert said in done.stdout
 

@@ -238,7 +238,7 @@ FEW_FILES = """
 
 def test_they_are_given_up_first_where_descriptors_run_short() -> None:
     command = [sys.executable, "-c", textwrap.dedent(FEW_FILES)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert (done.stdout, done.stderr) == ("[0, 1, 2] True\n", "")
 
 

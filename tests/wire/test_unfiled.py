@@ -135,7 +135,7 @@ DEFINE = SKIPS.replace("def work", "def skips") + RAISES.replace("def work", "de
 
 
 def told(command: list[str], **options: Any) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, **options)
     assert "WorkersHung True" in done.stdout, done.stdout + done.stderr
     assert "rank 1 waits in broadcast" in done.stdout
     assert "WorkerFailed True" in done.stdout

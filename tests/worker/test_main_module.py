@@ -90,7 +90,7 @@ def in_script(tmp_path: Path, head: str, last: str, guard: str = "") -> str:
     """What a script prints that ends with `print(last)`."""
     script = tmp_path / "script.py"
     script.write_text(f"{head}\n{guard or 'if True:'}\n    print({last})\n")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -25,7 +25,7 @@ QUIET = 1.0  # seconds without progress after which to ask whether anything can 
 LOOKING = 5  # times the duration of that check pass before the next one
 FROZEN = 2.0  # seconds in which this thread did not run: then everything was frozen
 SUSPECT = 5.0  # seconds without progress after which the panel says so
-STARVED = 10  # times as long as without others may ranks take that wait for a processor
+STARVED = 10  # times its timeout that a run may take whose ranks wait for a processor
 
 Ladder = Sequence[tuple[signal.Signals, float]]  # signals, and the seconds each is given
 AFTER_FAILURE: Ladder = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 10.0))
@@ -227,10 +227,7 @@ class _Sleep:
 
 
 def _suspicion(quiet: float, starved: float, timeout: float) -> str:
-    text = f"no rank has made progress for {quiet:.0f} s"
-    if starved >= 1:
-        text += f", of which one waited {starved:.0f} s for a processor"
-    if timeout < math.inf:
-        besides = " without those" if starved >= 1 else ""
-        text += f"; after {timeout:g} s{besides} the run is given up"
-    return text
+    waited = f", of which one waited {starved:.0f} s for a processor" if starved >= 1 else ""
+    limit = f"{timeout:g} s without those" if waited else f"{timeout:g} s"
+    given_up = f"; after {limit} the run is given up" if timeout < math.inf else ""
+    return f"no rank has made progress for {quiet:.0f} s{waited}{given_up}"

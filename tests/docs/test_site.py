@@ -126,6 +126,7 @@ def test_every_internal_link_leads_to_a_page_and_a_place(site: Path) -> None:
     assert not broken
 
 
+@cache
 def internal_targets(page: Path) -> set[str]:
     soup = parsed(page)
     found = {str(tag["href"]) for tag in soup.find_all(["a", "link"], href=True)}
@@ -140,7 +141,13 @@ def leads_somewhere(page: Path, target: str) -> bool:
         return False
     if not url.fragment or file.suffix != ".html":
         return True
-    return parsed(file).find(id=unquote(url.fragment)) is not None
+    return unquote(url.fragment) in places(file)
+
+
+@cache
+def places(page: Path) -> set[str]:
+    """The ids on a page."""
+    return {str(tag["id"]) for tag in parsed(page).find_all(id=True)}
 
 
 def test_the_checker_of_links_sees_broken_ones(site: Path) -> None:

@@ -25,7 +25,7 @@ QUIET = 1.0  # seconds without progress after which to ask whether anything can 
 LOOKING = 5  # times the duration of that check pass before the next one
 FROZEN = 2.0  # seconds in which this thread did not run: then everything was frozen
 SUSPECT = 5.0  # seconds without progress after which the panel says so
-STARVED = 10  # times its timeout that a run may take whose ranks wait for a processor
+STARVED = 10  # times as long may take what waits for a processor
 
 Ladder = Sequence[tuple[signal.Signals, float]]  # signals, and the seconds each is given
 AFTER_FAILURE: Ladder = ((signal.SIGTERM, 0.5), (signal.SIGKILL, 10.0))
@@ -149,12 +149,17 @@ class Watchdog:
             worker.give_up()
 
     def take_stacks(self) -> None:
-        """Have every rank print its Python stack, also those that are blocked in C++."""
+        """Have every rank print its Python stack, also those that are blocked in C++.
+
+        One that gets no processor has up to ten times as long.
+        """
         workers = [worker for worker in self.alive if worker.started_ns is not None]
         for worker in workers:
             worker.stack_text = ""
             worker.send_signal(STACK_SIGNAL)
-        deadline = time.monotonic() + self._group.stack_wait
+        share = max((worker.starved for worker in workers), default=0.0)
+        patience = self._group.stack_wait * (1 + (STARVED - 1) * share)
+        deadline = time.monotonic() + patience
         seen, since = "", time.monotonic()
         while time.monotonic() < deadline and not self._interrupts.hurry:
             self.pump(0.01)

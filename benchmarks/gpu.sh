@@ -26,8 +26,8 @@ part() { # part NAME SECONDS COMMAND...: run it, show and keep what it prints
   ((code == 0)) || failed+=("$name")
 }
 
-part machine 30 "$python" -m benchmarks.gpu_machine
-part tests 190 "$python" -m pytest -c /dev/null --rootdir="$PWD" --noconftest -p no:cacheprovider \
+part machine 60 "$python" -m benchmarks.gpu_machine
+part tests 170 "$python" -m pytest -c /dev/null --rootdir="$PWD" --noconftest -p no:cacheprovider \
   -W ignore::pytest.PytestUnknownMarkWarning -o faulthandler_timeout=90 -ra -q --durations=10 tests/end_to_end/test_gpu.py
 part notebook 80 "$python" -m benchmarks.run_notebook notebooks/gpu.ipynb "$out"
 part recording 50 "$python" -m benchmarks.recording --backend nccl --rounds 5

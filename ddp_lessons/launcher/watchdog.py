@@ -166,7 +166,12 @@ class Watchdog:
             text = "".join(worker.stack_text for worker in workers)
             if text != seen:
                 seen, since = text, time.monotonic()
-            answered = all(worker.stack_text or not worker.alive for worker in workers)
+            answered = all(
+                stacks.is_whole(worker.stack_text)
+                or worker.activity == "suspended"
+                or not worker.alive
+                for worker in workers
+            )
             if answered and time.monotonic() - since > self._group.settle:
                 return
 
@@ -214,7 +219,8 @@ class Watchdog:
         self.take_stacks()
         if self.alive != waiting or max(worker.moved_at for worker in waiting) != moved_at:
             return False
-        return all(stacks.all_wait_for_others(worker.stack_text) for worker in waiting)
+        dumps = [worker.stack_text for worker in waiting]
+        return all(stacks.is_whole(dump) and stacks.all_wait_for_others(dump) for dump in dumps)
 
 
 class _Sleep:

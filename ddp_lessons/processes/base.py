@@ -221,7 +221,7 @@ class WorkerGroup(ABC):
     """The ranks of one run. A context manager; at its end all of them must have ended."""
 
     workers: Sequence[Worker]
-    stack_wait = 0.5  # seconds that a rank has to print its stack
+    stack_wait = 2.0  # seconds that a rank has to print its stack, on a busy machine
     settle = 0.03  # seconds without new text after which a stack counts as complete
 
     def __init__(self) -> None:

@@ -124,6 +124,15 @@ def what_keeps(dump: str, threads: Mapping[int, str], home: str | None = None) -
     return None
 
 
+def is_whole(dump: str) -> bool:
+    """Whether a dump of all threads seems to have come to its end.
+
+    faulthandler prints the oldest thread last, and that is the main one: its outermost frame is a
+    module. Of more than a hundred frames, or threads, it prints "...".
+    """
+    return dump.endswith((" in <module>\n", "...\n"))
+
+
 def all_wait_for_others(dump: str) -> bool:
     """True if all threads that may be the learner's wait in torch.distributed, or for such a one.
 

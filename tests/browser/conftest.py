@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser, Playwright, sync_playwright
+from playwright.sync_api import Browser, Playwright, expect, sync_playwright
 
 from tests.browser.pages import SIZES, Notebook
 from tests.browser.server import Server
@@ -42,6 +42,7 @@ def server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(scope="package")
 def playwright(chromium: str) -> Iterator[Playwright]:
     """The driver of browsers; it downloads nothing."""
+    expect.set_options(timeout=30_000)  # milliseconds, on a busy machine
     with sync_playwright() as playwright:
         yield playwright
 

@@ -136,7 +136,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_greet, lambda rank: print("x"), "failed on real ranks.*TypeError.*does it take these"),
     (check_greet, yielded, "generator function: calling it runs none of its lines"),
     (check_greet, others_wait, "ranks 1, 2 and 3 wait in init_process_group, but rank 0 has"),
-    (check_greet, others_exit, r"rank 1 of 4 ended with exit code 3.*os\._exit"),
+    (check_greet, others_exit, r"rank [123] of 4 ended with exit code 3.*os\._exit"),
     (check_greet, divides, "rank 0 of 4 raised ZeroDivisionError"),
 ]
 

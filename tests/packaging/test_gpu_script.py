@@ -34,7 +34,7 @@ def test_the_script_needs_no_jupyter_and_brings_everything_back(tmp_path: Path) 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all parts passed" in done.stdout

@@ -22,7 +22,7 @@ from jupyter_client.blocking import BlockingKernelClient
 from tests.support.kernels import ANSI
 
 LAB = (sys.executable, "-m", "jupyterlab")
-START = 60.0  # seconds that the server may take to listen
+START = 180.0  # seconds that the server may take to listen, on a busy machine
 END = 20.0  # seconds that it may take to end all kernels and itself
 OPTIONS = ("--no-browser", "--allow-root", "--ServerApp.port=0", "--ServerApp.port_retries=0")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import runpy
+import subprocess
 import sys
 import threading
 import time
@@ -284,3 +285,24 @@ def test_of_a_library_only_the_innermost_frame_is_shown(
     assert last[3].startswith("json/decoder.py, line ")
     assert last[5].startswith("json.decoder.JSONDecodeError: Expecting property name")
     assert len(last) == 6
+
+
+DUMPS = """
+import faulthandler, sys, threading, time
+for _ in range(3):
+    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()
+def deep(calls):
+    return deep(calls - 1) if calls else faulthandler.dump_traceback(sys.stdout)
+deep(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("calls", [1, 200])
+def test_a_dump_that_has_not_all_come_is_not_whole(calls: int) -> None:
+    """A busy rank prints it in pieces: what is missing may be the thread that can still act."""
+    command = [sys.executable, "-c", DUMPS, str(calls)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines(
+        keepends=True
+    )
+    assert sum("hread 0x" in line for line in lines) == 4
+    assert [n for n in range(len(lines) + 1) if stacks.is_whole("".join(lines[:n]))] == [len(lines)]

@@ -66,8 +66,9 @@ tests: tools
 together: tools
 	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder and not parity" --durations=10
 
+# One after the other, as each measures what another one would change.
 alone: tools
-	$(PYTEST) -n 2 --dist loadgroup -m alone --durations=10 $(ALONE)
+	$(PYTEST) -m alone --durations=10 $(ALONE)
 
 quick: tools
 	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"

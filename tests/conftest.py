@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from ddp_lessons.processes.activity import queued_seconds
 from ddp_lessons.worker import spare
 from tests.support.kernels import Kernel
+from tests.support.scheduling import queued_seconds
 
 # Every process that a worker starts by exec inherits this variable; by it orphans are found, too.
 MARK = "DDP_LESSONS_TEST_SESSION"

@@ -101,19 +101,6 @@ def cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def queued_seconds(pid: int) -> float:
-    """How long a process's threads have waited for a processor, ready to run (Linux; else 0).
-
-    The kernel adds a wait when it is over (kernel documentation, sched-stats); see `ThreadState`
-    for one that lasts.
-    """
-    total_ns = 0
-    for file in glob.iglob(f"/proc/{pid}/task/*/schedstat"):
-        with contextlib.suppress(OSError, ValueError):
-            total_ns += processor_ns(file)[1]
-    return total_ns / 1e9
-
-
 def threads_of(pid: int) -> dict[str, ThreadState]:
     """The states of a process's threads (Linux)."""
     found = {}

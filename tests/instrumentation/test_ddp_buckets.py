@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, WorkerFailed, launch, span, watch_ddp
 from ddp_lessons.wire.records import Span
+from tests.support.scheduling import about_to_wait, until_it_waits
 
 pytestmark = pytest.mark.ranks
 
@@ -36,11 +37,14 @@ def train(
     rank: int,
     watched: bool = True,
     hook: Any = None,
-    late: float = 0.0,
+    late: float | Path = 0.0,
     steps: int = 20,
     **options: Any,
 ) -> torch.Tensor:
-    """Train and return the weights; rank 1 sleeps `late` seconds in each step."""
+    """Train and return the weights; in each step rank 1 sleeps `late` seconds.
+
+    If it is a folder, rank 1 is late until rank 0 waits for its buckets.
+    """
     dist.init_process_group("gloo")
     model = DistributedDataParallel(network(), bucket_cap_mb=0.03, **options)
     if watched:
@@ -49,8 +53,10 @@ def train(
         model.register_comm_hook(None, hook)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     torch.manual_seed(1 + rank)
-    for _ in range(steps):
-        if rank == 1:
+    for step in range(steps):
+        if isinstance(late, Path):
+            (until_it_waits if rank else about_to_wait)(late / f"step {step}")
+        elif rank == 1:
             time.sleep(late)
         optimizer.zero_grad()
         with span("backward"):
@@ -151,8 +157,8 @@ def test_every_bucket_of_every_step_is_there() -> None:
     assert numbers[0] == numbers[1] == sorted(set(numbers[0]), key=lambda n: n or 0)
 
 
-def test_buckets_lie_within_backward_and_so_does_the_wait_for_them() -> None:
-    run = launch(train, (True, None, 0.02, 5))
+def test_buckets_lie_within_backward_and_so_does_the_wait_for_them(tmp_path: Path) -> None:
+    run = launch(train, (True, None, tmp_path, 5))
     backwards = [s for s in of(run, 0, "main") if s.kind == "compute"]
     waits = [s for s in of(run, 0, "main") if s.name == "wait for buckets"]
     assert len(waits) == len(backwards) == 5

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,7 +17,6 @@ from ddp_lessons.processes.activity import (
     Sample,
     cpu_seconds,
     have_unsent_data,
-    queued_seconds,
 )
 
 pytestmark = [
@@ -85,30 +83,15 @@ def test_a_process_that_waits_is_idle(program: str) -> None:
     assert program == POLL or not any(sample.queued or sample.starved > 0.1 for sample in found)
 
 
-def spin(stop: Callable[[], bool]) -> None:
-    while not stop():
-        pass
-
-
-@pytest.mark.alone
 def test_time_in_the_queue_for_a_processor_is_seen() -> None:
     """Six processes on one core: each waits for it for five sixths of the time."""
-    context = multiprocessing.get_context("fork")
-    ended = context.Event()
-    spinners = [context.Process(target=spin, args=(ended.is_set,)) for _ in range(6)]
-    for spinner in spinners:
-        spinner.start()
-        os.sched_setaffinity(spinner.pid or 0, {0})
-    before = [queued_seconds(spinner.pid or 0) for spinner in spinners]
-    time.sleep(1.0)
-    after = [queued_seconds(spinner.pid or 0) for spinner in spinners]
-    ended.set()
-    for spinner in spinners:
-        spinner.join()
-    assert min(b - a for a, b in zip(before, after, strict=True)) > 0.3
-    quiet = queued_seconds(os.getpid())
-    time.sleep(0.5)
-    assert queued_seconds(os.getpid()) - quiet < 0.1
+    with running(*[SPIN] * 6) as spinners:
+        for spinner in spinners:
+            while not cpu_seconds(spinner):
+                time.sleep(0.05)
+        found = samples(spinners[0], 8)
+    assert {sample.activity for sample in found} == {"busy"}
+    assert min(sample.starved for sample in found) > 0.3
 
 
 def test_data_that_nobody_has_received_is_seen() -> None:

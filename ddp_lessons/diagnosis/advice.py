@@ -105,7 +105,7 @@ SUSPENDED = (
 LEFT = (
     "destroy_process_group is for the very end: no rank may call it while others still communicate."
 )
-IN_C = "It did not print its stack: it is busy in C code. "
+IN_C = "It did not print its stack: it is busy in C code, or it gets no processor. "
 NETWORK = (
     "All ranks made the same call, so their code is right. Do the machines still reach each other "
     "(ping), and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name an interface that leads there?"

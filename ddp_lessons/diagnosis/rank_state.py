@@ -180,7 +180,7 @@ def _doing(rank: RankResult) -> tuple[str, str]:
         case "stopped" if call is None and frame is None and rank.exitcode is None:
             return "is", f"outside torch.distributed{_after(rank)}"
         case "stopped" if call is None and frame is None:
-            return "did not answer:", "suspended, or busy in C code"
+            return "did not answer:", "suspended, busy in C code, or given no processor"
         case "stopped" if rank.activity == "suspended" or call is None:
             return "is", f"{rank.activity or 'idle'}{line(frame)}"
         case "stopped":

@@ -7,6 +7,7 @@ an `Exercise`, which never raises for a wrong answer.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import dis
@@ -14,6 +15,7 @@ import functools
 import inspect
 import io
 import reprlib
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -281,15 +283,26 @@ def call(answer: Callable[..., Any], *args: Any, because: str) -> Any:
 def is_unattempted(answer: Any) -> bool:
     """True for `...`, and for a function or class of which a part is still `...`.
 
-    That is a body or a value; not an index, as in `x[..., 0]`.
+    That is a body or a value; not an index, as in `x[..., 0]`. Of a class, a method may do nothing
+    on purpose, with `pass` for its body.
     """
     answer = inspect.unwrap(answer) if callable(answer) else answer  # without its decorators
     if answer is ...:
         return True
     if inspect.isclass(answer):
-        return any(map(is_unattempted, filter(inspect.isfunction, vars(answer).values())))
+        methods = filter(inspect.isfunction, vars(answer).values())
+        return any(is_unattempted(method) and not _does_nothing(method) for method in methods)
     code = getattr(answer, "__code__", None)
     return code is not None and (_is_empty(code) or _keeps_ellipsis(code))
+
+
+def _does_nothing(method: types.FunctionType) -> bool:
+    """Whether the source of a method is known, and has no `...`."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+    except (OSError, SyntaxError):
+        return False
+    return not any(isinstance(node, ast.Constant) and node.value is ... for node in ast.walk(tree))
 
 
 _IDLE = {"RESUME", "NOP", "COPY_FREE_VARS"}

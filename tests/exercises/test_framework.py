@@ -13,7 +13,7 @@ import cloudpickle
 import pytest
 
 from ddp_lessons import exercises
-from ddp_lessons.exercises import capstone, start_here
+from ddp_lessons.exercises import capstone, script_runner, start_here
 from ddp_lessons.exercises.framework import Exercise, Unjudged, is_unattempted
 
 pytestmark = pytest.mark.ranks
@@ -97,6 +97,30 @@ def test_what_counts_as_an_attempt() -> None:
 
     assert is_unattempted(decorated)
     assert not is_unattempted(42)
+
+
+def test_what_does_nothing_on_purpose_is_an_attempt(tmp_path: Path) -> None:
+    class Sampler:
+        def __init__(self) -> None:
+            """Nothing to keep."""
+
+        def set_epoch(self, epoch: int) -> None:
+            pass
+
+        def __len__(self) -> int:
+            return 1
+
+    class Begun(Sampler):
+        def __iter__(self) -> Any: ...
+
+    assert not is_unattempted(Sampler)
+    assert is_unattempted(Begun)
+    script = tmp_path / "script.py"
+    script.write_text("class Alone(Exception): ...\nprint()\n")
+    assert not script_runner.is_unattempted(script)
+    for left in ("def work(): ...", "class Model: ...", "if True:\n    ..."):
+        script.write_text(f"class Alone(Exception): ...\n{left}\n")
+        assert script_runner.is_unattempted(script)
 
 
 def test_hints_on_demand(capsys: pytest.CaptureFixture[str]) -> None:

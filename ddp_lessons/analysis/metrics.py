@@ -144,9 +144,10 @@ def measured(run: RunRecord) -> Iterator[tuple[str, str, int, int]]:
 
 def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
     """The segments of one rank."""
-    by_call = {(s.op, s.group, s.seq, s.peer): s for s in shares}
+    by_call: dict[tuple[str, str, int, int | None], list[Share]] = {}  # tags count separately
     by_step: dict[int | None, list[Share]] = {}
     for share in shares:
+        by_call.setdefault((share.op, share.group, share.seq, share.peer), []).append(share)
         by_step.setdefault(share.step, []).append(share)
     for span, t1_ns in ended(rank.spans, rank.ended_ns):
         if span.lane != Lane.MAIN or span.kind not in (Kind.COMM, Kind.WAIT, Kind.DATA):
@@ -157,9 +158,8 @@ def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
             yield Segment(span.rank, "group", span.step, span.t0_ns, t1_ns)
         else:
             seq = -1 if span.seq is None else span.seq
-            call = by_call.get((span.op or "", span.group or "", seq, span.peer))
-            in_flight = by_step.get(span.step, []) if call is None else [call]
-            yield from _split(span, t1_ns, in_flight)
+            same = by_call.get((span.op or "", span.group or "", seq, span.peer))
+            yield from _split(span, t1_ns, same or by_step.get(span.step, []))
 
 
 def _split(span: Span, t1_ns: int, shares: Iterable[Share]) -> Iterator[Segment]:

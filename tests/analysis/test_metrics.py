@@ -128,6 +128,20 @@ def test_a_rank_that_never_came_into_the_function_did_nothing() -> None:
     assert run.totals() == [(0, 0.0, 0, 0, 0, 0, 0)]
 
 
+@pytest.mark.parametrize("kind", ["comm", "wait"])
+def test_recvs_with_different_tags_have_waits_of_their_own(kind: str) -> None:
+    """As in a pipeline that tags its micro-batches: the calls of each tag are counted apart."""
+    spans = []
+    for tag, sent in enumerate((150, 350, 550)):
+        spans.append(call(1, sent, sent + 10, "send", peer=0, tag=tag))
+        lane = "main" if kind == "comm" else "comm"
+        spans.append(call(0, sent - 50, sent + 20, "recv", peer=1, lane=lane, tag=tag))
+        if kind == "wait":
+            spans.append(call(0, sent - 50, sent + 20, "recv", kind="wait", peer=1))
+    total = run_of(*spans, ranks=2).totals()[0]
+    assert (total.wait_ns, total.transfer_ns) == (150, 60)
+
+
 def train(rank: int, late: dict[int, int]) -> None:
     """One step for each late rank, with an asynchronous all_reduce during some work."""
     dist.init_process_group("gloo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -159,18 +160,21 @@ def _draw_image(
     """Draw each rank as a strip of colours, where there are too many samples for boxes."""
     for rank, shard in enumerate(epoch):
         if shard:
-            strip = np.array([[_shade(index, total) for index in shard]])
+            strip = _shade(np.array([shard]), total)
             extent = (0, len(shard), top + rank + 0.4, top + rank - 0.4)
             ax.imshow(strip, extent=extent, aspect="auto", interpolation="nearest")
-        for place, index in enumerate(shard):
-            if counts[index] > 1:
-                ax.add_patch(Rectangle((place, top + rank - 0.4), 1, 0.8, **_TWICE))
+        place = 0
+        for is_repeated, run in groupby(counts[index] > 1 for index in shard):
+            length = len(list(run))
+            if is_repeated:
+                ax.add_patch(Rectangle((place, top + rank - 0.4), length, 0.8, **_TWICE))
+            place += length
 
 
-def _shade(index: int, total: int) -> tuple[float, ...]:
+def _shade(index: Any, total: int) -> Any:
+    """The colour of a sample; of an array of samples, the colours (RGBA, on one more axis)."""
     low, high = SHADES
-    shade: tuple[float, ...] = plt.get_cmap("Blues")(low + (high - low) * index / max(1, total - 1))
-    return shade
+    return plt.get_cmap("Blues")(low + (high - low) * index / max(1, total - 1))
 
 
 def _name_rows(ax: Axes, ticks: list[float], world_size: int) -> None:

@@ -81,6 +81,13 @@ def test_many_ranks_and_samples_become_strips(ranks: int, total: int) -> None:
     assert plt.gcf().get_figheight() < 11
 
 
+def test_in_strips_repeated_samples_that_follow_each_other_are_one_box() -> None:
+    first, second = [*range(40), 7, 7], [*range(40, 90), 7]
+    ax = plots.shards([[first], [second]], 90)
+    boxes = [p for p in ax.patches if isinstance(p, Rectangle) and p.get_hatch()]
+    assert {(box.get_x(), box.get_width()) for box in boxes} == {(7, 1), (40, 2), (50, 1)}
+
+
 def test_an_empty_shard_is_an_empty_row() -> None:
     assert lines(plots.shards([[[]], [[0]]], 1)) == ["epoch 0: every sample once"]
 

@@ -144,7 +144,8 @@ def measured(run: RunRecord) -> Iterator[tuple[str, str, int, int]]:
 
 def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
     """The segments of one rank."""
-    by_call: dict[tuple[str, str, int, int | None], list[Share]] = {}  # tags count separately
+    # Several have one key: sends and recvs of each tag count from 0.
+    by_call: dict[tuple[str, str, int, int | None], list[Share]] = {}
     by_step: dict[int | None, list[Share]] = {}
     for share in shares:
         by_call.setdefault((share.op, share.group, share.seq, share.peer), []).append(share)

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
-from ddp_lessons.cluster.engine import PACKAGES, RemoteCall
-from ddp_lessons.cluster.remote_worker import Engine
+from ddp_lessons.cluster.engine import PACKAGES
+from ddp_lessons.cluster.remote_worker import Engine, send_call
 from ddp_lessons.errors import BadLaunch, LaunchError
 from ddp_lessons.system.host import clock_id
 from ddp_lessons.text import INSTALL, agree, count, listed
@@ -58,9 +58,11 @@ def find(client: Any, ids: Sequence[int]) -> tuple[list[Engine], list[int]]:
     """
     before_ns = time.perf_counter_ns()
     with unnoticed(client):
-        results = {number: _ask(client, number) for number in ids if number in client.ids}
+        asked = {number: _ask(client, number) for number in ids}
+        results = {number: result for number, result in asked.items() if result is not None}
         _await(client, results)
-    engines, ended, own_clock = [], [], clock_id()
+    engines, own_clock = [], clock_id()
+    ended = [number for number in asked if number not in results]
     for number, result in results.items():
         facts, after_ns = _facts(number, result)
         if facts is None:
@@ -98,13 +100,16 @@ def unnoticed(client: Any) -> Iterator[None]:
 
 
 def _ask(client: Any, number: int) -> Any:
+    """The AsyncResult of an engine's facts; None if it has ended."""
     try:
-        result = client[number].apply_async(RemoteCall("describe"))
+        result = send_call(client, number, "describe")
     except OSError as error:
         raise BadLaunch(
             f"the client is not connected to its cluster any more: {error}\n"
             "Connect a new one: ipyparallel.Client(), or cluster.connect_client_sync()."
         ) from error
+    if result is None:
+        return None
     result.answered_ns = 0
 
     def note(_: Any) -> None:

@@ -47,6 +47,19 @@ _SILENT = (
 )
 
 
+def send_call(client: Any, number: int, name: str, *args: Any) -> Any:
+    """Have an engine call one of its functions; return the AsyncResult, None if it has ended.
+
+    Raises OSError if there is no connection to the cluster.
+    """
+    from ipyparallel import error
+
+    try:
+        return client[number].apply_async(RemoteCall(name), *args)
+    except (LookupError, error.NoEnginesRegistered):  # it ended, or was the last one and did
+        return None
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine of a cluster, and the facts that it reported."""
@@ -97,12 +110,13 @@ class RemoteWorker(Worker):
         None if the engine has ended, or there is no connection to it.
         """
         try:
-            return self._client[self.engine.id].apply_async(RemoteCall(name), self._run, *args)
-        except IndexError:  # what ipyparallel says of an engine that has ended
-            self.lose(f"{self.engine} has ended", _ENDED)
+            result = send_call(self._client, self.engine.id, name, self._run, *args)
         except OSError as error:
             self.lose(f"the connection to the cluster is closed: {error}", _CLOSED)
-        return None
+            return None
+        if result is None:
+            self.lose(f"{self.engine} has ended", _ENDED)
+        return result
 
     def start(self, order: StartRequest) -> Any:
         """Ask the engine to start the process; return the AsyncResult."""

@@ -308,6 +308,23 @@ def test_an_engine_that_was_killed_before_is_left_out(cluster: Cluster) -> None:
     assert launch(average, (10,), 4, cluster=cluster.client).ok
 
 
+def test_an_engine_that_ended_after_it_was_chosen(cluster: Cluster) -> None:
+    number = cluster.add()
+    view = cluster.client[[0, number]]
+    cluster.kill(number)
+    assert launch(average, (10,), 1, cluster=view).ok
+    with pytest.raises(BadLaunch, match=rf"for nprocs=1\.\nMeanwhile engine {number} has ended"):
+        launch(average, (10,), 2, cluster=view)
+
+
+def test_the_last_engine_has_ended(tmp_path: Path) -> None:
+    with cluster_of(tmp_path, 1) as cluster:
+        view = cluster.client[0]
+        cluster.kill(0)
+        with pytest.raises(BadLaunch, match=r"the cluster has no engines.*\nMeanwhile engine 0"):
+            launch(average, (10,), 1, cluster=view)
+
+
 LAUNCHES = """
 import sys, time
 import ipyparallel

@@ -43,10 +43,18 @@ BATCHES = (
 )
 JOIN = "Join([model]) lets those that are done go along. "
 DECISION = (
-    "A rank has left the loop by a decision of its own, such as a `break`, or has no more batches. "
-    "Let all ranks decide together: an all_reduce of a flag in every step tells whether any rank "
-    "wants to stop, or has no batch."
+    "A rank has {did}, or has no more batches. Let all ranks decide together: an all_reduce of a "
+    "flag in every step tells whether any rank wants to {do}, or has no batch."
 )
+LEFT_LOOP = DECISION.format(did="left the loop (by a `break`, say)", do="stop")
+LEFT_OUT_STEP = DECISION.format(
+    did="left out a step (by a `continue`, an `if` or an `except`, say)", do="skip this one"
+)
+LEFT_EITHER = DECISION.format(
+    did="left the loop (by a `break`, say) or left out a step (by a `continue`, say)",
+    do="stop or to skip this one",
+)
+ONLY_BATCHES = "If it only has no more batches, Join([model]) lets it go along."
 SYNC_BATCHNORM = (
     "In training mode SyncBatchNorm calls collectives in forward and in backward, and every rank "
     "must take part. What a rank does alone, such as validation, needs eval mode: model.eval(), "

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from ddp_lessons.diagnosis import advice, hangs, rank_state
 from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.mismatch import frame_of
-from ddp_lessons.diagnosis.rank_state import line, lost_partner
+from ddp_lessons.diagnosis.rank_state import line, lost_partner, own_error
 from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, exit_name, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import FORKSERVER
+from ddp_lessons.wire.records import FORKSERVER, ErrorRecord, Frame
 
 FAILED = ("raised", "died", "unsendable")
 LAST_LINES = 5  # of a dead rank's output, as evidence
@@ -80,14 +80,14 @@ def _cause(failures: Sequence[RankResult]) -> RankResult:
 def _alike(one: RankResult, other: RankResult) -> bool:
     if one.error is None or other.error is None:
         return one is other
-    return (one.error.type_name, stacks.position(one.error.frames)) == (
-        other.error.type_name,
-        stacks.position(other.error.frames),
-    )
+    errors = own_error(one.error), own_error(other.error)
+    first, second = ((error.type_name, stacks.position(error.frames)) for error in errors)
+    return first == second
 
 
 def _raised(run: RunRecord, cause: RankResult) -> Verdict:
     assert cause.error is not None
+    error = own_error(cause.error)
     same = [
         rank.rank
         for rank in run.ranks
@@ -97,7 +97,7 @@ def _raised(run: RunRecord, cause: RankResult) -> Verdict:
     return Verdict(
         "raised",
         tuple(same),
-        f"{who} raised {cause.error.summary}",
+        f"{who} raised {error.summary}",
         (
             stacks.render(cause.error),
             *_before_the_call(run, cause),
@@ -105,8 +105,8 @@ def _raised(run: RunRecord, cause: RankResult) -> Verdict:
             *_of_the_kernel(cause),
             *other_ranks(run, same),
         ),
-        _advice(run, cause),
-        stacks.position(cause.error.frames).frame,
+        _advice(run, error),
+        stacks.position(error.frames).frame,
     )
 
 
@@ -119,14 +119,21 @@ def _before_the_call(run: RunRecord, cause: RankResult) -> list[str]:
 
 def _variables(cause: RankResult) -> list[str]:
     """The variables of the learner's innermost function, if they were noted."""
-    frame = None if cause.error is None else stacks.position(cause.error.frames).frame
-    noted = [one for one in cause.post_mortem if one.frame == frame]
+    frame = stacks.position(own_error(cause.error).frames).frame if cause.error else None
+    noted = [one for one in cause.post_mortem if _in_same_function(one.frame, frame)]
     if not noted:
         return []
     lines = [f"    {name} = {value}" for name, value in noted[-1].variables]
     more = len(cause.post_mortem) > 1
     where = f" (run.ranks[{cause.rank}].frames has those of all functions)" if more else ""
     return ["", f"The variables of rank {cause.rank} there{where}:", *lines] if lines else []
+
+
+def _in_same_function(frame: Frame, other: Frame | None) -> bool:
+    return other is not None and (frame.filename, frame.function) == (
+        other.filename,
+        other.function,
+    )
 
 
 def _of_the_kernel(cause: RankResult) -> list[str]:
@@ -137,13 +144,12 @@ def _of_the_kernel(cause: RankResult) -> list[str]:
     return ["", "What the GPU said:", f"    {said}"] if said else []
 
 
-def _advice(run: RunRecord, cause: RankResult) -> str:
-    assert cause.error is not None
-    if cause.error.type_name == "TypeError" and not cause.error.frames:
+def _advice(run: RunRecord, error: ErrorRecord) -> str:
+    if error.type_name == "TypeError" and not error.frames:
         return f"launch() calls {run.name}(rank, *args): does it take these arguments?"
-    if any(text in cause.error.text for text in _NO_MEMORY):
+    if any(text in error.text for text in _NO_MEMORY):
         return "Memory ran out: use smaller tensors or batches, or fewer ranks."
-    return next((what for text, what in advice.REMEDIES.items() if text in cause.error.text), "")
+    return next((what for text, what in advice.REMEDIES.items() if text in error.text), "")
 
 
 def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:

@@ -192,10 +192,13 @@ class Standstill:
         if not left or any(len(each) != 1 for each in counts):
             return ""
         (fewer,), (most,) = counts
-        if not 0 < fewer <= most:
+        before = {loop.is_before_step(_frame_in(loop, self.run.ranks[rank])) for rank in inside}
+        in_a_step = before == {True}
+        if len(before) != 1 or not 0 < fewer < most + in_a_step:
             return ""
         who = at_head(ranks_text([rank.rank for rank in outside]))
-        return f"{who} made {count(fewer, 'step')}; {ranks_text(inside)} began {most + 1}."
+        others = f"began {most + 1}" if in_a_step else f"made {most}"
+        return f"{who} made {count(fewer, 'step')}; {ranks_text(inside)} {others}."
 
     def _died_after(self, loop: Loop, rank: RankResult) -> bool:
         """Whether a rank died in a call that comes after a loop."""
@@ -229,7 +232,8 @@ class Standstill:
     def errors(self) -> list[str]:
         """The traceback of a rank that raised its own error, or else gave up waiting."""
         raised = [r for r in self.run.ranks if r.error is not None and r.status == "raised"]
-        own = [r for r in raised if not lost_partner(r)] or raised
+        own = [r for r in raised if not lost_partner(r)]
+        own = own or [r for r in raised if rank_state.handled(r)] or raised
         return [*stacks.render(own[0].error).splitlines(), ""] if own and own[0].error else []
 
     def evidence(self) -> tuple[str, ...]:
@@ -247,6 +251,11 @@ def _is_whole_step(span: Span) -> bool:
 
 def _frames(rank: RankResult) -> Sequence[Frame]:
     return rank.stack if rank.error is None else rank.error.frames
+
+
+def _frame_in(loop: Loop, rank: RankResult) -> Frame:
+    """The innermost frame of a rank in a loop, where it has one."""
+    return next(frame for frame in reversed(_frames(rank)) if loop.holds(frame))
 
 
 def _library(rank: RankResult) -> str:
@@ -336,8 +345,14 @@ class _Hang(Standstill):
 
     def _with_steps(self, verdict: Verdict) -> Verdict:
         """The verdict, with the steps that the ranks made if some made fewer."""
-        handled = verdict.advice == advice.HANDLED
-        if verdict.kind in _UNEVEN and not handled and (steps := self.steps()):
+        loop = self.training_loop()
+        if verdict.kind not in _UNEVEN or verdict.advice == advice.HANDLED or loop is None:
+            return verdict
+        if verdict.kind == "skipped collective" and not (
+            verdict.frame is not None and loop.holds(verdict.frame)
+        ):
+            return verdict  # some ranks make an extra call, such as rank 0 that saves
+        if steps := self.steps():
             evidence = (steps, "", *verdict.evidence)
             verdict = dataclasses.replace(verdict, evidence=evidence, advice=self._uneven())
         return verdict
@@ -347,35 +362,27 @@ class _Hang(Standstill):
 
         They have left the loop of the steps, or one around it, such as that over the epochs.
         """
-        loop = self.training_loop()
-        if loop is not None and any(left.ends_by_decision for left in self._left_loops(loop)):
-            return advice.DECISION
         of_ddp = any(call.owner == DDP for made in self.calls.of_rank for call in made)
-        return advice.BATCHES.format(join=advice.JOIN if of_ddp else "")
+        loop = self.training_loop()
+        left = loop is not None and any(each.ends_by_decision for each in self._left_loops(loop))
+        skips = loop is not None and loop.may_skip
+        if not left and not skips:
+            return advice.BATCHES.format(join=advice.JOIN if of_ddp else "")
+        decided = advice.LEFT_OUT_STEP if not left else advice.LEFT_LOOP
+        if left and skips:
+            decided = advice.LEFT_EITHER
+        return f"{decided} {advice.ONLY_BATCHES}" if of_ddp else decided
 
     def _left_loops(self, loop: Loop) -> list[Loop]:
-        """The loop of the steps; those around it, if a rank left them when it ended as others did.
-
-        The others then came to it anew: since their last step they called something outside of it.
-        """
+        """The loop of the steps, and those around it that a rank has left."""
         inside = [rank for rank in self.waiting if any(map(loop.holds, _frames(rank)))]
-        if not all(self._came_anew(loop, rank) for rank in inside):
-            return [loop]
         outside = [rank for rank in self.run.ranks if rank not in inside]
         own = [f for f in _frames(inside[0]) if owner_of(f.filename) is Owner.LEARNER or f.at_home]
-        around = source_code.loops_around(loop, own)
         return [loop] + [
             each
-            for each in around
+            for each in source_code.loops_around(loop, own)
             if any(rank.status == "returned" or _left(each, rank) for rank in outside)
         ]
-
-    def _came_anew(self, loop: Loop, rank: RankResult) -> bool:
-        ends = (span.t1_ns for span in rank.spans if _is_whole_step(span) and span.t1_ns)
-        last = max(ends, default=0)
-        since = (call for call in self.calls.of_rank[rank.rank] if call.t0_ns > last)
-        sites = filter(None, (frame_of(call.site) for call in since))
-        return not all(map(loop.holds, sites))
 
     def _verdict(self) -> Verdict:
         parting = self._parting()
@@ -608,6 +615,8 @@ class _Hang(Standstill):
         in_pairs = self.standing and all(call.pairwise for call in self.standing.values())
         against = advice.PAIRS if in_pairs else advice.MISSING
         library = self.library(self.standing)
+        if not library and any(call.owner == DDP for call in self.standing.values()):
+            library = advice.DDP
         return f"{against} {library}" if library else against
 
     def _limit(self, ranks: Sequence[int]) -> tuple[str, str]:

@@ -5,30 +5,22 @@ Runs in the parent. failures.py, hangs.py, the hang board and `load_run` call it
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
+from ddp_lessons.diagnosis import source_code
 from ddp_lessons.results import RankResult
 from ddp_lessons.text import agree, exit_name, listed, ranks_text
-from ddp_lessons.wire import stacks
+from ddp_lessons.wire import losses, stacks
 from ddp_lessons.wire.ops import JOINING, MAKES_GROUP
+from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeout, split_site
 from ddp_lessons.wire.stacks import Position
 
-# How gloo, the TCP store and NCCL report a lost rank (torch 2.13; gloo transport/tcp).
-_LOST_PEER = re.compile(
-    r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed"
-    r"|[Ff]ailed to recv, got 0 bytes|remote process has (?:terminated|exited)|NCCL.*remote error"
-)
-# And how they report that a rank did not come in time.
-_GAVE_UP = re.compile(
-    r"Timed out waiting \d+ ?ms|[Tt]imed out after|Operation timed out"
-    r"|Application timeout caused pair closure|[Ww]ait timeout|monitoredBarrier"
-    r"|Watchdog caught collective operation timeout"
-)
-_TIMEOUT = re.compile(r"(?:Timed out waiting |monitoredBarrier in |Timeout\(ms\)=)(\d+)")  # ms
-# And how torch reports another call on other ranks, under TORCH_DISTRIBUTED_DEBUG=DETAIL.
-_MISMATCH = re.compile(r"Detected mismatch between collectives on ranks")
+# The time that ran out, in milliseconds.
+_TIMEOUT = re.compile(r"(?:Timed out waiting |monitoredBarrier in |Timeout\(ms\)=)(\d+)")
+# Under TORCH_DISTRIBUTED_DEBUG=DETAIL: the ranks' calls differ in nothing but their number.
 _COUNTS = re.compile(r"differ in the following aspects:\s*Sequence number: ?\d+ ?vs ?\d+\s*$")
 
 # The verb at the start of a line, for one rank and for several.
@@ -127,7 +119,10 @@ def dead_threads(ranks: Sequence[RankResult]) -> list[tuple[tuple[int, ...], str
 
 def handled(rank: RankResult) -> ErrorRecord | None:
     """The exception that a rank was handling in an `except` block when it made its last call."""
-    if rank.handling is None or rank.status == "raised":  # an error's own text has what it handled
+    if rank.status == "raised":
+        before = root_error(rank.error).previous if rank.error is not None else None
+        return None if before is None or _is_loss(before) else before
+    if rank.handling is None:
         return None
     site, error = rank.handling
     calls = [span.site for span in rank.spans if span.op and span.kind != Kind.WAIT]
@@ -193,24 +188,53 @@ def _doing(rank: RankResult) -> tuple[str, str]:
 def lost_partner(rank: RankResult) -> bool:
     """True for a secondary failure: another rank was gone, or did not come."""
     if rank.status == "died":
-        return rank.exitcode == -6 and _says_so("\n".join(rank.shown_lines[-20:]))
-    if _is_loss(rank.error):
-        return True
-    return rank.error is not None and _says_so(rank.error.text) and position(rank).call is not None
+        return rank.exitcode == -6 and losses.is_loss("\n".join(rank.shown_lines[-20:]))
+    return rank.error is not None and _is_loss(rank.error)
 
 
-def _is_loss(error: ErrorRecord | None) -> bool:
-    """Whether an exception, its cause or all parts of an exception group report a lost rank."""
-    while error is not None:
-        if _lost(error) or (error.parts and all(map(_is_loss, error.parts))):
-            return True
+def _is_loss(error: ErrorRecord) -> bool:
+    """Whether what an exception began with, or all parts of that group, report a lost rank."""
+    first = root_error(error)
+    return _lost(first) or (bool(first.parts) and all(map(_is_loss, first.parts)))
+
+
+def root_error(error: ErrorRecord) -> ErrorRecord:
+    """What a chain of exceptions began with: the oldest that was not dealt with.
+
+    A call may lose its partner while an exception is on its way, in a `finally`: then that
+    exception counts. One that an `except` deals with, by making the call, does not.
+    """
+    while error.previous is not None and not (_lost(error) and _deals_with(error, error.previous)):
         error = error.previous
-    return False
+    return error
+
+
+def own_error(error: ErrorRecord) -> ErrorRecord:
+    """The exception to tell of a rank that failed by itself: the last before it lost others."""
+    chain, first = [error], root_error(error)
+    while error is not first and error.previous is not None:
+        chain.append(error := error.previous)
+    own = list(itertools.takewhile(lambda one: not _lost(one), reversed(chain)))
+    return own[-1] if own else chain[0]
+
+
+def _deals_with(error: ErrorRecord, previous: ErrorRecord) -> bool:
+    """Whether an exception comes from an `except` block that dealt with the previous one."""
+    if not previous.frames:
+        return False
+    caught = previous.frames[0]  # the line of the `try`
+    if owner_of(caught.filename) is Owner.LIBRARY:
+        return True
+    return any(
+        source_code.handles(caught.filename, caught.lineno, frame.lineno)
+        for frame in error.frames
+        if (frame.filename, frame.function) == (caught.filename, caught.function)
+    )
 
 
 def gave_up(rank: RankResult) -> bool:
     """True for a rank whose call timed out."""
-    return rank.error is not None and bool(_GAVE_UP.search(rank.error.text)) and _lost(rank.error)
+    return rank.error is not None and losses.timed_out(rank.error.text) and _lost(rank.error)
 
 
 def own_timeout(rank: RankResult) -> Timeout | None:
@@ -239,13 +263,9 @@ def own_timeout(rank: RankResult) -> Timeout | None:
 
 def _lost(error: ErrorRecord) -> bool:
     # Only in torch.distributed: a database may lose its connection, too.
-    return _says_so(error.text) and stacks.position(error.frames).call is not None
+    return losses.is_loss(error.text) and stacks.position(error.frames).call is not None
 
 
 def is_counted_apart(rank: RankResult) -> bool:
     """Whether torch's check found nothing but its own number of a call unlike on another rank."""
     return rank.error is not None and _COUNTS.search(rank.error.text) is not None
-
-
-def _says_so(text: str) -> bool:
-    return any(pattern.search(text) for pattern in (_LOST_PEER, _GAVE_UP, _MISMATCH))

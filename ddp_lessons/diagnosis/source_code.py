@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from ddp_lessons.wire.records import Caught, Frame, split_site
@@ -154,6 +155,26 @@ def swallowed(frame: Frame) -> tuple[Lines, int] | None:
     return None
 
 
+def handles(file: str, line: int, other: int) -> bool:
+    """Whether a line is in an `except` of the `try` around another, and that does not fail anew."""
+    return any(
+        _within(handler.body, other) and not _fails(handler.body[-1])
+        for node in ast.walk(_parsed(file))
+        if isinstance(node, ast.Try | ast.TryStar) and _within(node.body, line)
+        for handler in node.handlers
+    )
+
+
+def _fails(node: ast.stmt) -> bool:
+    """Whether a statement raises, or ends the process."""
+    match node:
+        case ast.Raise():
+            return True
+        case ast.Expr(value=ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name))):
+            return name in ("exit", "_exit", "quit", "abort")
+    return False
+
+
 def _names(node: ast.expr | None) -> list[ast.Name]:
     return [] if node is None else [n for n in ast.walk(node) if isinstance(n, ast.Name)]
 
@@ -161,6 +182,10 @@ def _names(node: ast.expr | None) -> list[ast.Name]:
 def _lines_in(file: str, node: ast.Try | ast.TryStar | ast.With | ast.AsyncWith) -> Lines:
     block = [*node.body, *getattr(node, "orelse", ())]
     return Lines(file, block[0].lineno, block[-1].end_lineno or block[-1].lineno)
+
+
+# What holds code that does not run where it stands.
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
 
 
 class Loop(Lines):
@@ -178,12 +203,41 @@ class Loop(Lines):
     @property
     def ends_by_decision(self) -> bool:
         """Whether a rank may leave it by a decision: it is a `while`, or has a `break`."""
-        nodes = [
-            node
-            for node in ast.walk(_parsed(self.file))
-            if isinstance(node, ast.For | ast.While) and node.lineno == self.first
-        ]
-        return any(isinstance(node, ast.While) or any(map(_ends, node.body)) for node in nodes)
+        return any(
+            isinstance(node, ast.While) or any(map(_ends, node.body)) for node in self._nodes()
+        )
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether a turn may make no step: by a `continue`, an `if`, or an exception it catches."""
+        skips = [n.lineno for n in self._own_nodes() if isinstance(n, ast.Continue)]
+        always = _conditions(_way_to(self.file, self.first))
+        return any(
+            any(line < step.lineno for line in skips)
+            or _conditions(_way_to(self.file, step.lineno)) > always
+            or swallowed(Frame(self.file, step.lineno, "")) is not None
+            for step in self.steps()
+        )
+
+    def is_before_step(self, frame: Frame) -> bool:
+        """Whether a line in it comes before its step, or is the step, in every turn."""
+        here = _conditions(_way_to(self.file, frame.lineno))
+        return any(
+            frame.lineno <= (step.end_lineno or step.lineno)
+            and here <= _conditions(_way_to(self.file, step.lineno))
+            for step in self.steps()
+        )
+
+    def steps(self) -> list[ast.Call]:
+        """The calls such as `optimizer.step()` in its body, but in no function or loop there."""
+        calls = [node for node in self._own_nodes() if isinstance(node, ast.Call)]
+        return [call for call in calls if _is_step(call)]
+
+    def _own_nodes(self) -> list[ast.AST]:
+        return [own for node in self._nodes() for own in _own_nodes(node.body)]
+
+    def _nodes(self) -> list[ast.For | ast.While]:
+        return [node for node in _loop_nodes(self.file) if node.lineno == self.first]
 
 
 def _functions(way: Way) -> list[ast.AST]:
@@ -192,7 +246,7 @@ def _functions(way: Way) -> list[ast.AST]:
 
 def _ends(node: ast.AST, in_another: bool = False) -> bool:
     """Whether a statement in a loop's body may end that loop."""
-    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda | ast.ClassDef):
+    if isinstance(node, _SCOPES):
         return False
     if isinstance(node, ast.Break):
         return not in_another
@@ -200,6 +254,28 @@ def _ends(node: ast.AST, in_another: bool = False) -> bool:
     return isinstance(node, ast.Return) or any(
         _ends(child, in_another) for child in ast.iter_child_nodes(node)
     )
+
+
+def _is_step(call: ast.Call) -> bool:
+    """Whether this is a call such as `optimizer.step()`; that of a scheduler is none."""
+    match call.func:
+        case ast.Attribute(value=owner, attr="step"):
+            return not re.search(r"sched|\blr_|profiler|\bprof\b", ast.unparse(owner))
+    return False
+
+
+def _own_nodes(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """What is in a loop's body, but in no function or other loop there."""
+    for node in body:
+        yield node
+        if not isinstance(node, (*_SCOPES, ast.For, ast.While)):
+            yield from _own_nodes(ast.iter_child_nodes(node))
+
+
+def _conditions(way: Way) -> set[tuple[ast.AST, str]]:
+    return {
+        step for step in way if isinstance(step[0], ast.If | ast.ExceptHandler | ast.match_case)
+    }
 
 
 def training_loop(frames: Sequence[Frame]) -> Loop | None:
@@ -227,16 +303,17 @@ def loops_around(loop: Loop, frames: Sequence[Frame]) -> list[Loop]:
 
 @functools.lru_cache(maxsize=256)
 def _loops(file: str) -> list[Loop]:
-    return [
-        Loop(file, node.lineno, node.end_lineno or node.lineno)
-        for node in ast.walk(_parsed(file))
-        if isinstance(node, ast.For | ast.While)
-    ]
+    return [Loop(file, node.lineno, node.end_lineno or node.lineno) for node in _loop_nodes(file)]
 
 
+def _loop_nodes(file: str) -> list[ast.For | ast.While]:
+    return [node for node in ast.walk(_parsed(file)) if isinstance(node, ast.For | ast.While)]
+
+
+@functools.lru_cache(maxsize=256)
 def _stepping_loops(file: str) -> list[Loop]:
-    lines = linecache.getlines(file)
-    return [loop for loop in _loops(file) if ".step(" in "".join(lines[loop.first - 1 : loop.last])]
+    """The loops whose own turns make steps; that over the epochs makes its in another loop."""
+    return [loop for loop in _loops(file) if loop.steps()]
 
 
 def _within(block: Sequence[ast.stmt], line: int) -> bool:

@@ -103,7 +103,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         except BaseException as error:
             recorder.fail(slot, error, met=call.of_objects)
             if isinstance(error, Exception):
-                group.take_back(seq)
+                group.take_back(seq, error)
             raise
         finally:
             inside.remove(thread)
@@ -150,8 +150,8 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
             finally:
                 inside.remove(thread)
                 recorder.end(slot)
-        except Exception:
-            call.take_back(group, facts, recorder.rank)
+        except Exception as error:
+            call.take_back(group, facts, recorder.rank, error)
             raise
 
     return recorded
@@ -214,9 +214,9 @@ def batched(
         try:
             works = function(p2p_op_list)
             return works
-        except Exception:
+        except Exception as error:
             for issued in reversed(started):
-                calls[issued.facts.op].take_back(issued.group, issued.facts, recorder.rank)
+                calls[issued.facts.op].take_back(issued.group, issued.facts, recorder.rank, error)
             raise
         finally:
             inside.remove(thread)

@@ -72,7 +72,7 @@ def _issuing(operator: Callable[..., Any], facts_of: _Facts) -> Callable[..., An
             recorder.fail(slot, error)
             work.done()
             if isinstance(error, Exception):
-                group.take_back(facts.seq)
+                group.take_back(facts.seq, error)
             raise
         finally:
             recorder.end(slot)

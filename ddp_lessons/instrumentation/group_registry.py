@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ddp_lessons.instrumentation import cuda_events, recording
+from ddp_lessons.wire import losses
 from ddp_lessons.wire.ops import OWN_WORLD
 
 if TYPE_CHECKING:
@@ -41,8 +42,13 @@ class Group:
         """The number of the next call; sends and recvs count for each pair."""
         return next(self.collectives if pair is None else self.pairs[pair])
 
-    def take_back(self, seq: int, pair: Pair | None = None) -> None:
-        """Give this number to the next call again."""
+    def take_back(self, seq: int, error: Exception, pair: Pair | None = None) -> None:
+        """Give the number of a call that failed to the next one.
+
+        Not if it failed as another rank did not come, or was gone: others count it, too.
+        """
+        if losses.is_loss(str(error)):
+            return
         if pair is None:
             self.collectives = itertools.count(seq)
         else:

@@ -126,14 +126,14 @@ class Signature:
             seq = group.next(self._pair(rank, peer, tag))
         return CallFacts(self.name, group.name, seq, nbytes, -1, peer, tensor, site, tag)
 
-    def take_back(self, group: Group | None, facts: CallFacts, rank: int) -> None:
-        """Free the number of a failed call, which met no other rank or broke the group for good.
+    def take_back(self, group: Group | None, facts: CallFacts, rank: int, error: Exception) -> None:
+        """Free the number of a call that failed before it met another rank.
 
         Only an object collective may meet the others and then fail to unpickle what they sent.
         """
         if group is not None and facts.seq >= 0 and not self.of_objects:
             pair = self._pair(rank, facts.peer, facts.tag) if self.pairwise else None
-            group.take_back(facts.seq, pair)
+            group.take_back(facts.seq, error, pair)
 
     def device(self, group: Group | None, args: Args, kwargs: Kwargs) -> torch.device | None:
         """The GPU whose stream will do the work; None if the call does it itself."""

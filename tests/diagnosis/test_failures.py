@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import importlib
 import os
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 
 import cloudpickle
 import pytest
+import torch
+import torch.distributed as dist
 
 from ddp_lessons import Run, WorkerDied, WorkerFailed, WorkersHung, launch
 from ddp_lessons.diagnosis.failures import last_call, other_ranks
@@ -132,6 +135,61 @@ def test_a_task_group_is_shown_with_its_parts_their_lines_and_causes() -> None:
     assert "That caused the next exception:" in text[first:second]
     assert 'raise OSError(f"no {name}") from error' in text[first:second]
     assert 'raise TypeError("not text")' in text[second:]
+
+
+class MeetsAtTheEnd:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        dist.barrier()
+
+
+def train_and_meet(rank: int, how: str) -> None:
+    """Rank 1's exception is on its way when it meets the others, who do not come."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+
+    def train() -> None:
+        if rank == 1:
+            raise ValueError("bad sample 17")
+        dist.all_reduce(torch.ones(1))
+
+    if how == "finally":
+        try:
+            train()
+        finally:
+            dist.barrier()
+    elif how == "with":
+        with MeetsAtTheEnd():
+            train()
+    elif how == "raise":
+        try:
+            train()
+        except Exception:
+            dist.barrier()
+            raise
+    else:
+        try:
+            train()
+        except Exception:
+            dist.barrier()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("how", ["finally", "with", "raise", "handled"])
+def test_an_exception_on_its_way_is_told_though_a_barrier_failed_later(how: str) -> None:
+    run = launch(train_and_meet, (how,), nprocs=3, check=False)
+    assert run.verdict is not None
+    text = run.explain()
+    assert "ValueError: bad sample 17" in text
+    assert run.verdict.frame is not None
+    if how == "handled":
+        assert "rank 1 called it while handling ValueError: bad sample 17" in text
+        assert "An exception that a rank handles alone" in text
+        return
+    assert (run.verdict.kind, run.verdict.ranks) == ("raised", (1,))
+    assert run.verdict.title == "rank 1 of 3 raised ValueError: bad sample 17"
+    assert run.verdict.frame.source == 'raise ValueError("bad sample 17")'
+    assert "Ranks 0 and 2 then lost their partner" in text
 
 
 @pytest.mark.ranks

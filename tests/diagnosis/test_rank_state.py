@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import linecache
 import os
 import sysconfig
 
 import pytest
 
-from ddp_lessons.diagnosis.rank_state import gave_up, lost_partner
+from ddp_lessons.diagnosis.rank_state import gave_up, handled, lost_partner, own_error
 from ddp_lessons.results import RankResult, Status
 from ddp_lessons.wire.records import ErrorRecord, Frame
 
@@ -55,6 +56,61 @@ def test_what_was_raised_because_of_a_loss_is_one() -> None:
     lost = ErrorRecord("RuntimeError", CLOSED, (CELL, TORCH))
     own = ErrorRecord("ValueError", "ValueError: sync failed", (CELL,), lost, "cause")
     assert lost_partner(rank(own))
+
+
+CHAINS = """\
+def work(rank):
+    try:
+        train()
+    except KeyError:
+        dist.all_reduce(x)
+    except OSError:
+        dist.barrier()
+        raise
+    except EOFError:
+        dist.barrier()
+        sys.exit(1)
+    finally:
+        dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "own"),
+    [
+        ("dist.all_reduce(x)", False),  # dealt with
+        ("        raise", True),
+        ("        sys.exit(1)", True),
+        ("    finally:", True),
+    ],
+)
+def test_a_loss_on_the_way_of_an_exception(line: str, own: bool) -> None:
+    """The call lost its partner because the rank left the others by an exception, or not."""
+    linecache.cache["chains.py"] = len(CHAINS), None, CHAINS.splitlines(True), "chains.py"
+    lines = CHAINS.splitlines()
+    number = next(n for n, text in enumerate(lines, 1) if line in text)
+    call = number if "dist" in line else number + 1 if "finally" in line else number - 1
+    bad = Frame("chains.py", 3, "work", "train()")
+    first = ErrorRecord("ValueError", "ValueError: bad sample", (bad,))
+    lost = ErrorRecord(
+        "RuntimeError",
+        TIMED_OUT,
+        (Frame("chains.py", call, "work", lines[call - 1].strip()), TORCH),
+        first,
+        "context",
+    )
+    assert lost_partner(rank(lost)) == (not own)
+    assert (handled(rank(lost)) is first) == (not own)
+    assert own_error(lost) is (first if own else lost)
+    late = ErrorRecord("OSError", "OSError: disk full", (bad,), lost, "context")
+    assert lost_partner(rank(late)) == (not own)
+    assert own_error(late) is (first if own else late)
+
+
+def test_what_torch_itself_handled_is_no_failure() -> None:
+    inside = ErrorRecord("KeyError", "KeyError: 'store'", (TORCH,))
+    lost = ErrorRecord("RuntimeError", CLOSED, (CELL, TORCH), inside, "context")
+    assert lost_partner(rank(lost))
 
 
 def test_an_abort_that_says_so_is_a_loss() -> None:

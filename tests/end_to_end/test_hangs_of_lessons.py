@@ -6,7 +6,9 @@ some ranks, streams that end.
 
 from __future__ import annotations
 
+import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -344,6 +346,54 @@ def stops_by_its_own_loss(rank: int) -> None:
             break
 
 
+def early_stopping_between_epochs(rank: int) -> None:
+    """Between the epochs no rank communicates: what the others wait in looks like a next batch."""
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    for epoch in range(4):
+        two_steps(model, optimizer)
+        scheduler.step()
+        if rank == 1 and epoch == 1:
+            return
+
+
+def skips_a_batch_by_continue(rank: int) -> None:
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = model(torch.ones(3, 4)).sum()
+        if rank == 1 and step == 1:
+            continue
+        loss.backward()  # HERE
+        optimizer.step()
+    dist.barrier()
+
+
+def skips_a_batch_by_if(rank: int) -> None:
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(4):
+        loss = model(torch.ones(3, 4)).sum() * (math.nan if (rank, step) == (1, 1) else 1)
+        if math.isfinite(loss.item()):
+            loss.backward()  # HERE
+            optimizer.step()
+
+
+def skips_a_batch_by_except(rank: int) -> None:
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for step in range(4):
+        try:
+            if (rank, step) == (1, 1):
+                raise ValueError("bad sample")
+            model(torch.ones(3, 4)).sum().backward()  # HERE
+            optimizer.step()
+        except ValueError as error:
+            print("left out:", error)
+
+
 # A model that one rank calls
 
 
@@ -373,6 +423,30 @@ def validates_by_ddp_on_rank_0(rank: int) -> None:
             model(torch.ones(3, 4))  # HERE
 
 
+def saves_after_the_epoch_on_rank_0(rank: int) -> None:
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        two_steps(model, optimizer)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+        if rank == 0:
+            dist.barrier()  # HERE
+
+
+def validates_after_the_last_epoch_on_rank_0(rank: int) -> None:
+    model = DDP(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(1):
+        for _ in range(3):
+            model(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+        if rank == 0:
+            model(torch.ones(3, 4))  # HERE
+
+
 class Case(NamedTuple):
     """What the explanation must say, and what it must not."""
 
@@ -387,6 +461,7 @@ SHARDS = "A rank has only its shards"
 STEPS = "Rank 1 made {} steps; ranks 0 and 2 began {}."
 UNEVEN = "unequal numbers of batches"
 TOGETHER = "Let all ranks decide together"
+LEFT_OUT = "A rank has left out a step"
 CASES = [
     Case(skips_a_forward, "skipped collective", (1,), ("ranks 0 and 2 call all_reduce", SHARDS)),
     Case(cuts_a_tensor_alone, "skipped collective", (0,), ("rank 0 calls scatter",)),
@@ -473,6 +548,48 @@ CASES = [
         (1,),
         ("Rank 1 made 1 step; ranks 0 and 2 began 2.", UNEVEN),
         (TOGETHER,),
+    ),
+    Case(
+        early_stopping_between_epochs,
+        "returned early",
+        (1,),
+        (STEPS.format(4, 5), "A rank has left the loop", TOGETHER, "Join"),
+        (UNEVEN, LEFT_OUT),
+    ),
+    Case(
+        skips_a_batch_by_continue,
+        "skipped collective",
+        (1,),
+        (STEPS.format(3, 4), LEFT_OUT, TOGETHER),
+        (UNEVEN,),
+    ),
+    Case(
+        skips_a_batch_by_if,
+        "returned early",
+        (1,),
+        (STEPS.format(3, 4), LEFT_OUT, TOGETHER),
+        (UNEVEN,),
+    ),
+    Case(
+        skips_a_batch_by_except,
+        "returned early",
+        (1,),
+        (STEPS.format(3, 4), TOGETHER) if sys.version_info < (3, 12) else ("handles alone",),
+        (UNEVEN,),
+    ),
+    Case(
+        saves_after_the_epoch_on_rank_0,
+        "skipped collective",
+        (0,),
+        ("rank 0 calls barrier",),
+        (UNEVEN, TOGETHER, "steps"),
+    ),
+    Case(
+        validates_after_the_last_epoch_on_rank_0,
+        "returned early",
+        (1, 2),
+        ("DDP's broadcast", "model.module"),
+        (UNEVEN, TOGETHER, "steps"),
     ),
     Case(
         validates_on_rank_0,

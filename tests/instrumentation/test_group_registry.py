@@ -169,8 +169,8 @@ def test_what_is_no_group_or_no_more_gets_torch_s_own_answer() -> None:
 def test_a_number_that_is_taken_back_is_given_again() -> None:
     group = Group(lambda: None, "world", [0, 1])
     assert [group.next(), group.next(), group.next((0, 1, 0))] == [0, 1, 0]
-    group.take_back(1)
-    group.take_back(0, (0, 1, 0))
+    group.take_back(1, ValueError("no tensor"))
+    group.take_back(0, ValueError("no tensor"), (0, 1, 0))
     assert [group.next(), group.next(), group.next((0, 1, 0)), group.next((1, 0, 0))] == [
         1,
         2,
@@ -182,3 +182,10 @@ def test_a_number_that_is_taken_back_is_given_again() -> None:
 def test_outside_a_worker_no_group_is_known() -> None:
     assert groups.of(None) is None
     assert groups.world is None
+
+
+def test_the_number_of_a_call_that_lost_another_rank_is_kept() -> None:
+    group = Group(lambda: None, "world", [0, 1])
+    assert group.next() == 0
+    group.take_back(0, RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:25675."))
+    assert group.next() == 1

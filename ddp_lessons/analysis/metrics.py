@@ -40,7 +40,8 @@ class Overlap(NamedTuple):
 
     `comm_ns` is how long at least one collective was in flight, `exposed_ns` how long the main
     thread was blocked meanwhile, `overlapped_ns` the rest. With NCCL the thread is hardly ever
-    blocked: waiting of the device does not count as exposed.
+    blocked: waiting of the device does not count as exposed. Of gloo's asynchronous reduce_scatter,
+    isend and irecv the end is not known: they count as in flight until they are waited for.
     """
 
     rank: int

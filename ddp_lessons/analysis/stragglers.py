@@ -81,8 +81,9 @@ class Straggler(NamedTuple):
     late_by_step : dict
         The rank that causes the most waiting, by step.
     unseen : tuple of str
-        Communication that does not count: what was not recorded ("RPC"), and "sends and recvs" if
-        ranks wait in them, because in a pipeline they do so although none is slow.
+        Communication that does not count: what was not recorded ("RPC"); "sends and recvs" if
+        ranks wait in them, because in a pipeline they do so although none is slow; "calls to which
+        a rank never came", if others wait in them; "dropped spans", if there are any.
     seconds : float
         How long the others, all together, wait for the worst rank, or for one that it held up.
     cause : Cause or None
@@ -130,7 +131,13 @@ def straggler(run: RunRecord) -> Straggler:
         if step is not None and counts(step):
             by_step.setdefault(step, Counter())[late] += ns
     late_by_step = {step: by_step[step].most_common(1)[0][0] for step in sorted(by_step)}
-    unseen = (*run.unseen, *(["sends and recvs"] if in_pairs > noteworthy else []))
+    in_vain = sum(w.t1_ns - w.t0_ns for w in waiting if not w.in_pair and w.late is None)
+    unseen = (
+        *run.unseen,
+        *(["sends and recvs"] if in_pairs > noteworthy else []),
+        *(["calls to which a rank never came"] if in_vain > noteworthy else []),
+        *(["dropped spans"] if run.lossy else []),
+    )
     none = "unknown" if unseen else "none"
     if not caused:
         return Straggler(none, None, 0.0, late_by_step, unseen)

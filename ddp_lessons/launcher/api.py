@@ -133,8 +133,9 @@ def launch(
         Environment variables on top of the present ones and torchrun's.
     timeout : float or None
         Seconds without progress on any rank after which the run is given up as hung. Progress is a
-        line printed, or the end of a span, a collective or a step of an optimizer. A run that makes
-        progress is never given up; one in which a loop or a call shows none of these for longer is.
+        line printed, or the end of a span, a collective or a step of an optimizer; a call that
+        raises is none. A run that makes progress is never given up; one in which a loop or a call
+        shows none of these for longer is.
         None sets no limit. Time in which a rank waits for a processor, as on a machine busy with
         other things, does not count, up to ten times `timeout` in all (Linux). If the ranks' calls
         prove that none can go on, the run ends within seconds in any case.

@@ -46,14 +46,14 @@ def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     {raises}
         If there is no collective.
     """
-    columns, names, what = _columns(run)
+    columns, complete, names, what = _columns(run)
     each = -(-len(columns) // MOST_COLUMNS)
-    late = np.array([_mean(columns[i : i + each]) for i in range(0, len(columns), each)]).T
+    late = _means(columns, each)
     ax = ax or style.new_axes(run.world_size)
     image = ax.imshow(late, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
     style.name_ranks(ax, run)
     ax.set_ylim(run.world_size - 0.5, -0.5)
-    _mark_last(ax, late)
+    _mark_last(ax, _means(complete, each))
     notes = []
     if late.shape[1] <= MOST_NUMBERS and run.world_size <= 16:
         _write_numbers(ax, late, image)
@@ -64,23 +64,41 @@ def arrivals(run: Run, *, title: str | None = None, ax: Axes | None = None) -> A
     ticks = range(0, late.shape[1], max(1, late.shape[1] // 12))
     ax.set_xticks(list(ticks), [str(names[tick * each]) for tick in ticks])
     notes += [f"each column is the mean of {each}"] if each > 1 else []
+    notes += ["white: took no part"] if np.isnan(late).any() else []
     ax.set_xlabel("\n".join([what, *notes, *style.losses(run)]))
     last = Line2D([], [], linestyle="", label="comes last", **LAST_LOOK)
     style.head(ax, title or finding(run), [last])
     return ax
 
 
-def _columns(run: Run) -> tuple[Sequence[Sequence[float] | np.ndarray], list[int], str]:
-    """Each column's lateness in ms, `(ranks,)`, NaN for absent ranks; their numbers; their kind."""
+Columns = Sequence[Sequence[float] | np.ndarray]
+
+
+def _columns(run: Run) -> tuple[Columns, Columns, list[int], str]:
+    """Each column's lateness in ms, `(ranks,)`, with NaN for absent ranks; numbers; their kind.
+
+    The second columns are those of collectives to which all ranks came: they have a last one.
+    """
     found = run.arrivals()
     if not found:
         raise ValueError("no collective was recorded: there is nothing that ranks come to")
     rows = [[np.nan if ns is None else ns / 1e6 for ns in a.lateness_ns] for a in found]
+    nobody = [np.nan] * run.world_size
+    complete = [
+        row if a.last_rank is not None and np.isfinite(row).sum() > 1 else nobody
+        for a, row in zip(found, rows, strict=True)
+    ]
     steps = sorted({a.step for a in found if a.step is not None})
     if not steps:
-        return rows, list(range(len(rows))), "collective"
-    by_step = [[r for a, r in zip(found, rows, strict=True) if a.step == s] for s in steps]
-    return [_mean(rows) for rows in by_step], steps, "step"
+        return rows, complete, list(range(len(rows))), "collective"
+    at = [[place for place, a in enumerate(found) if a.step == step] for step in steps]
+    of_steps = [[_mean([each[i] for i in places]) for places in at] for each in (rows, complete)]
+    return of_steps[0], of_steps[1], steps, "step"
+
+
+def _means(columns: Columns, each: int) -> np.ndarray:
+    """The mean of so many columns each, `(ranks, columns)`."""
+    return np.array([_mean(columns[i : i + each]) for i in range(0, len(columns), each)]).T
 
 
 def _mean(rows: Sequence[Sequence[float] | np.ndarray]) -> np.ndarray:

@@ -14,7 +14,8 @@ from ddp_lessons.plots import row_layout, style
 from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
-from ddp_lessons.wire.records import Lane, Span
+from ddp_lessons.wire.ops import WAIT_FOR_BUCKETS
+from ddp_lessons.wire.records import Kind, Lane, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +53,7 @@ def buckets(
         A run whose ranks train a DistributedDataParallel model.
     step : int, optional
         The step; by default one of median length, after two steps of warm-up if there are more.
+        A step ends where an optimizer steps, or is a turn of `steps`.
     ranks : sequence of int, optional
         The ranks; by default all, or the first eight.
     {title}; by default the number of buckets and their exposed time.
@@ -62,7 +64,7 @@ def buckets(
         If no buckets were recorded, or none in that step or on those ranks.
     """
     step = _typical_step(run) if step is None else step
-    shown = [run.ranks[r] for r in (range(run.world_size)[:MOST_RANKS] if ranks is None else ranks)]
+    shown = _chosen(run, range(run.world_size)[:MOST_RANKS] if ranks is None else ranks)
     begin_ns, end_ns = _limits(run, step)
     rows = [_row(rank, step, begin_ns, end_ns) for rank in shown]
     if not any(row.buckets for row in rows):
@@ -124,8 +126,21 @@ class Row(NamedTuple):
         return sum(bar.right - bar.left for bar in self.waiting)
 
 
+def _chosen(run: Run, ranks: Sequence[int]) -> list[RankResult]:
+    unknown = [rank for rank in ranks if rank not in range(run.world_size)]
+    if unknown:
+        raise ValueError(f"there is no rank {unknown[0]}: the last one is {run.world_size - 1}")
+    return [run.ranks[rank] for rank in ranks]
+
+
 def _typical_step(run: Run) -> int:
-    numbers = {s.step for s in run.spans() if s.lane == Lane.BUCKETS and s.step is not None}
+    found = {s.step for s in run.spans() if s.lane == Lane.BUCKETS}
+    numbers = {step for step in found if step is not None}
+    if found and not numbers:
+        raise ValueError(
+            "buckets were recorded, but no training steps, of which this draws one. Let an "
+            "optimizer step, or mark the steps: for batch in steps(batches)."
+        )
     if not numbers:
         raise ValueError(
             "no buckets were recorded. Only a DistributedDataParallel model sends them, in "
@@ -154,6 +169,8 @@ def _row(rank: RankResult, step: int, begin_ns: int, end_ns: int) -> Row:
     found: dict[str, list[Bar]] = {"steps": [], "compute": [], "wait": [], "buckets": []}
     for span, t1_ns in ended(rank.spans, rank.ended_ns):
         kind = span.kind if span.lane == Lane.MAIN else span.lane
+        if kind == Kind.WAIT and span.name != WAIT_FOR_BUCKETS:
+            continue  # for work of the learner's
         if span.step == step and kind in found:
             left, right = (span.t0_ns - begin_ns) / 1e6, (min(t1_ns, end_ns) - begin_ns) / 1e6
             found[kind].append(Bar(_name(span), left, right))

@@ -29,7 +29,6 @@ WIDTH, HEIGHT = 0.94, 0.72  # of a cell
 FONT = 8.5
 NOTE = 44  # characters beside a row
 NOTE_WIDTH = 3.9  # cells
-TITLE = 95  # characters in a line
 NBSP = "\N{NO-BREAK SPACE}"
 
 SAME: dict[str, Any] = {"facecolor": style.BLUE, "edgecolor": style.BLUE}
@@ -101,7 +100,7 @@ def hang_board(run: Run, *, title: str | None = None, ax: Axes | None = None) ->
     used = {look for row in rows for cell in row.cells if cell for look in cell.looks}
     legend = [Patch(**look, label=text) for key, (text, look) in LABELS.items() if key in used]
     finding = title or (run.verdict.title if run.verdict else "every rank came to every call")
-    style.head(ax, textwrap.fill(finding, TITLE), legend)
+    style.head(ax, finding, legend)
     return ax
 
 
@@ -258,6 +257,8 @@ def _label(ax: Axes, rows: Sequence[Row], columns: Sequence[Column], left_out: i
     ax.set_xticks([x + 0.5 for x in range(len(columns))], labels, fontsize=FONT)
     if left_out:
         ax.set_xlabel(f"not shown: {count(left_out, 'earlier call')}", fontsize=FONT, loc="left")
+    if not columns:
+        ax.set_xlabel("no rank called torch.distributed", fontsize=FONT, loc="left")
     style.bare(ax)
     ax.tick_params(axis="x", length=0)
     ax.spines["bottom"].set_visible(False)

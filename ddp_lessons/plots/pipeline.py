@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING
 
 from matplotlib.patches import Patch
 
-from ddp_lessons.plots import row_layout, style
+from ddp_lessons.analysis.intervals import Intervals, length, without
+from ddp_lessons.analysis.wait_states import ended
+from ddp_lessons.plots import style
 from ddp_lessons.plots.docstrings import documented
+from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
-from ddp_lessons.wire.records import Kind, Span
+from ddp_lessons.wire.records import Kind, Lane, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +37,8 @@ def pipeline(
 
     The number is that of the micro-batch, if a rank takes micro-batches in order: the n-th forward
     and the n-th backward of a rank are those of micro-batch n. Idle is a rank between the first
-    begin and the last end of any rank's work; behind its row stands which part of that time it was.
+    begin and the last end of any rank's work, also where it waits in a call of torch.distributed
+    within such a span; behind its row stands which part of that time it was.
 
     Parameters
     ----------
@@ -53,14 +57,17 @@ def pipeline(
         where = "" if step is None else f" in step {step}"
         raise ValueError(f"no rank has a span 'forward' or 'backward'{where}")
     begin = min(span.t0_ns for span in works)
-    length = max(_ms(span.t1_ns or span.t0_ns, begin) for span in works)
+    whole = max(span.t1_ns or span.t0_ns for span in works) - begin
     ax = ax or style.new_axes(run.world_size)
-    ax.set_xlim(0, length * 1.1)  # room for the share of idle time
+    ax.set_xlim(0, whole / 1e6 * 1.1)  # room for the share of idle time
     style.name_ranks(ax, run)
     for rank in run.ranks:
-        _draw_rank(ax, [span for span in works if span.rank == rank.rank], rank.rank, begin, length)
-    ax.set_xlabel("\n".join(["ms since the first forward began", *style.losses(run)]))
-    patches = [Patch(facecolor=fill, label=name) for name, fill in LOOKS.items()]
+        mine = [span for span in works if span.rank == rank.rank]
+        _draw_rank(ax, mine, _blocked(rank), rank.rank, (begin, whole))
+    since = "ms since the first forward began; numbers: the micro-batch"
+    ax.set_xlabel("\n".join([since, *style.losses(run)]))
+    present = {span.name for span in works}
+    patches = [Patch(facecolor=look, label=name) for name, look in LOOKS.items() if name in present]
     patches.append(Patch(**style.WAIT_LOOK, label=IDLE))
     style.head(ax, title or run.name, patches)
     return ax
@@ -71,22 +78,38 @@ def _is_shown(span: Span, step: int | None) -> bool:
     return named and step in (None, span.step)
 
 
-def _draw_rank(ax: Axes, works: list[Span], rank: int, begin: int, length: float) -> None:
+def _blocked(rank: RankResult) -> Intervals:
+    """When a rank's main thread was in a call of torch.distributed, or waited for such work."""
+    return [
+        (span.t0_ns, t1_ns)
+        for span, t1_ns in ended(rank.spans, rank.ended_ns)
+        if span.lane == Lane.MAIN and span.kind in (Kind.COMM, Kind.WAIT)
+    ]
+
+
+def _draw_rank(
+    ax: Axes, works: list[Span], blocked: Intervals, rank: int, limits: tuple[int, int]
+) -> None:
+    """Draw one row; `limits` are the begin and the length of the picture, in ns."""
+    begin, whole = limits
     top = rank - HEIGHT / 2
-    ax.broken_barh([(0, length)], (top, HEIGHT), **style.WAIT_LOOK)
+    ax.broken_barh([(0, whole / 1e6)], (top, HEIGHT), **style.WAIT_LOOK)
     number: Counter[str] = Counter()
-    busy = []
+    busy: Intervals = []
     for span in sorted(works, key=lambda span: span.t0_ns):
-        left, right = _ms(span.t0_ns, begin), _ms(span.t1_ns or span.t0_ns, begin)
-        busy.append((left, right))
+        pieces = without([(span.t0_ns, span.t1_ns or span.t0_ns)], blocked)
+        busy += pieces
         fill = LOOKS[span.name]
-        ax.broken_barh([(left, right - left)], (top, HEIGHT), color=fill, edgecolor="white",
-                       linewidth=0.5)  # fmt: skip
-        text = str(number[span.name])
-        style.write(ax, [text], (left, right), rank, FONT, color=style.ink_on(fill))
+        bars = [(_ms(left, begin), (right - left) / 1e6) for left, right in pieces]
+        ax.broken_barh(bars, (top, HEIGHT), color=fill, edgecolor="white", linewidth=0.5)
+        if bars:
+            left, width = max(bars, key=lambda bar: bar[1])
+            text = str(number[span.name])
+            where = (left, left + width)
+            style.write(ax, [text], where, rank, FONT, color=style.ink_on(fill))
         number[span.name] += 1
-    share = 1 - sum(right - left for left, right in row_layout.merged(busy, 0.0)) / length
-    ax.text(length, rank, f" {share:.0%} {IDLE}", fontsize=FONT, va="center", color=style.INK)
+    share = 1 - length(busy) / whole
+    ax.text(whole / 1e6, rank, f" {share:.0%} {IDLE}", fontsize=FONT, va="center", color=style.INK)
 
 
 def _ms(t_ns: int, begin_ns: int) -> float:

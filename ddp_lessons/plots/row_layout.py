@@ -16,9 +16,14 @@ Interval = tuple[float, float]  # left, right
 def of_steps(run: Run, steps: tuple[int, int]) -> tuple[int, int]:
     """Begin and end, in ns, of the training steps from the first to the last of `steps`.
 
-    Raises ValueError if no rank has such steps.
+    Raises ValueError if no rank has such steps, TypeError if `steps` are no two numbers.
     """
-    first, last = steps
+    try:
+        first, last = steps
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"steps={steps!r} are not two numbers: pass the first and the last, as steps=(2, 4)"
+        ) from None
     numbered = [s for s in run.spans() if s.lane == Lane.STEPS and s.step is not None]
     shown = [s for s in numbered if first <= (s.step or 0) <= last]
     if not shown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -117,7 +118,19 @@ def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
     rows = -(-len(handles) // columns)
     if rows > 1:
         _legend_width(ax, handles, -(-len(handles) // rows))  # balances the rows
-    ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows, parse_math=False)
+    text = ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows, parse_math=False)
+    if (part := _room(ax) / max(text.get_window_extent().width, 1)) < 1:
+        longest = max(map(len, title.split("\n")))
+        fold = int(longest * part)
+        text.set_text("\n".join(textwrap.fill(line, fold) for line in title.split("\n")))
+
+
+def _room(ax: Axes) -> float:
+    """The pixels from the left of the axes to the next axes on the right, or the figure's edge."""
+    here = ax.get_window_extent()
+    others = [other.get_window_extent() for other in ax.figure.axes if other is not ax]
+    beside = [o.x0 for o in others if o.x0 >= here.x1 and o.y0 < here.y1 and o.y1 > here.y0]
+    return float(min([*beside, ax.figure.bbox.x1]) - here.x0)
 
 
 def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> float:

@@ -47,6 +47,7 @@ def totals(
     style.name_ranks(ax, run)
     for rank, by_kind in zip(run.ranks, parts, strict=True):
         _draw(ax, rank.rank, by_kind)
+        style.mark_failure(ax, rank, sum(by_kind.values()))
     label = "mean ms per step" if steps else "ms in the function"
     ax.set_xlabel("\n".join([label, *style.losses(run)]))
     kinds = [kind for by_kind in parts for kind, ms in by_kind.items() if ms > SEEN * longest]

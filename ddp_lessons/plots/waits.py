@@ -14,7 +14,6 @@ from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share
 from ddp_lessons.plots import row_layout, style
 from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.run import Run
-from ddp_lessons.wire.ops import JOINING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +25,8 @@ SEEN = 0.003  # least part of the picture of a kind in the legend
 LONGEST = "rank 0 comes last"  # label of a line
 MARKED = 0.02  # least part of the picture of a wait whose last arrival is marked
 FONT = 8.5
+
+JOIN, LEAVE = "init_process_group", "destroy_process_group"
 
 Look = dict[str, Any]
 Window = tuple[int, int]  # ns
@@ -65,8 +66,8 @@ def waits(
     ----------
     {run}
     steps : (int, int), optional
-        The first and the last training step to show; by default everything from the last join of
-        a group to the first leave.
+        The first and the last training step to show; by default everything from when all had
+        joined until the first leaves.
     {title}; by default which rank makes the others wait, and why.
     legend : bool
         Whether to draw the legend.
@@ -91,7 +92,8 @@ def waits(
         _draw_means(ax, run, held, window)
         notes.append(f"the height of a colour is its part of {width / COLUMNS:.2g} ms")
     for rank in run.ranks:
-        style.mark_failure(ax, rank, (rank.ended_ns - window[0]) / 1e6)
+        if rank.ended_ns <= window[1]:
+            style.mark_failure(ax, rank, (rank.ended_ns - window[0]) / 1e6)
     since = "all had joined" if steps is None else f"step {steps[0]} began"
     ax.set_xlabel("\n".join([f"ms since {since}", *notes, *style.losses(run)]))
     seen = dict.fromkeys(LOOKS, 0.0)
@@ -104,9 +106,11 @@ def waits(
 
 
 def finding(run: Run) -> str:
-    """The title: the verdict of `run.straggler()`."""
-    verdict = run.straggler()
-    return f"{run.name}: {verdict}" if verdict.kind in ("none", "unknown") else str(verdict)
+    """The title: the verdict of `run.straggler()`, or else why the run failed."""
+    found = run.straggler()
+    if found.kind == "unknown" and run.verdict is not None:
+        return f"{run.name}: {run.verdict.title}"
+    return f"{run.name}: {found}" if found.kind in ("none", "unknown") else str(found)
 
 
 def entries(kinds: Iterable[str], is_open: bool = False) -> list[Patch]:
@@ -121,16 +125,21 @@ def entries(kinds: Iterable[str], is_open: bool = False) -> list[Patch]:
 
 
 def _window(run: Run, steps: tuple[int, int] | None) -> Window:
-    spans = run.spans()
-    ends = [rank.ended_ns for rank in run.ranks]
-    if steps is None:
-        joins = [s.t1_ns for s in spans if s.op in JOINING and s.t1_ns is not None]
-        leaves = [s.t0_ns for s in spans if s.op == "destroy_process_group"]
-        starts = [rank.started_ns for rank in run.ranks if rank.started_ns is not None]
-        begin = max(joins or starts or [run.begin_ns])
-        end = min((t for t in leaves if t > begin), default=max(ends))
-        return begin, max(end, begin + 1)
-    return row_layout.of_steps(run, steps)
+    if steps is not None:
+        return row_layout.of_steps(run, steps)
+    joins = [
+        next((s.t1_ns for s in rank.spans if s.op == JOIN and s.t1_ns is not None), None)
+        for rank in run.ranks
+    ]
+    starts = [rank.started_ns for rank in run.ranks if rank.started_ns is not None]
+    begin = max([t for t in joins if t is not None] or starts or [run.begin_ns])
+    leaves = [
+        max((s.t0_ns for s in rank.spans if s.op == LEAVE and s.group is None), default=None)
+        for rank in run.ranks
+    ]
+    ends = [t for t in leaves if t is not None and t > begin]
+    end = min(ends, default=max(rank.ended_ns for rank in run.ranks))
+    return begin, max(end, begin + 1)
 
 
 def _is_open(segment: Segment) -> bool:

@@ -145,6 +145,7 @@ class SpanWriter:
         self._spare = [_SPARE_START + n * RECORD.size for n in range(SPARE)]
         self._dropped = 0
         self._progress = 0
+        self._failures = 0
         self._text_used = 0
         self._numbers: dict[str | None, int] = {None: 0}
         self._caught: list[Hashable] = []  # the keys of the exceptions kept, by their places
@@ -153,7 +154,7 @@ class SpanWriter:
     @property
     def ended(self) -> tuple[int, int]:
         """Two numbers, of which one grows with everything that ends."""
-        return self._progress, self._dropped
+        return self._progress + self._failures, self._dropped
 
     def begin(
         self,
@@ -218,9 +219,11 @@ class SpanWriter:
                 self._give_back(slot)
 
     def fail(self, slot: Slot) -> None:
-        """Note that the call raised; call `end` after it."""
+        """Note that the call raised; call `end` after it, which then is no progress."""
         if slot:
             self._memory[slot + _FAILED] = 1
+            self._progress -= 1
+            self._failures += 1
 
     def match(self, slot: Slot, seq: int, peer: int) -> None:
         """Note the number and the sender of a recv from any rank, known only now."""

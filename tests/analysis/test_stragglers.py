@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import cloudpickle
@@ -357,3 +358,19 @@ def test_it_is_said_in_words() -> None:
     text = "rank 1 makes the others wait (1.2 s in all): 100 % of it fetching batches"
     assert str(verdict._replace(seconds=1.23)) == text
     assert "(45 ms in all)" in str(verdict._replace(seconds=0.0451))
+
+
+def test_calls_to_which_a_rank_never_came_are_not_judged() -> None:
+    """As in a run that hung: that nobody is late for the others says little."""
+    early = [call(rank, 10 + rank, 20, seq=0) for rank in range(3)]
+    verdict = run_of(*early, *[call(rank, 30, None, seq=1) for rank in (0, 2)]).straggler()
+    assert (verdict.kind, verdict.rank) == ("unknown", None)
+    assert verdict.unseen == ("calls to which a rank never came",)
+    assert str(verdict).endswith("not judged: calls to which a rank never came")
+
+
+def test_where_spans_were_dropped_nobody_is_said_to_be_on_time() -> None:
+    run = run_of(*[call(rank, 10, 20, seq=0) for rank in range(3)])
+    ranks = [replace(rank, dropped=5 * (rank.rank == 1)) for rank in run.ranks]
+    verdict = Run("work", ranks, begin_ns=run.begin_ns).straggler()
+    assert (verdict.kind, verdict.unseen) == ("unknown", ("dropped spans",))

@@ -55,7 +55,7 @@ def refusal(call: Call) -> Refusal:
     began = time.monotonic()
     with pytest.raises(Exception) as caught:  # noqa: PT011
         call()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
     return caught.type.__name__, re.sub("0x[0-9a-f]+", "0x", str(caught.value))
 
 

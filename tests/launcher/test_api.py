@@ -242,7 +242,7 @@ def test_bad_launch(arguments: dict[str, Any], said: str) -> None:
     began = time.monotonic()
     with pytest.raises(BadLaunch) as caught:
         launch(**{"fn": plain, **arguments})
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 5
     assert said in str(caught.value)
     assert caught.value.run is None
 

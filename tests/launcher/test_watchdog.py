@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import cloudpickle
@@ -276,7 +277,7 @@ def test_a_rank_that_skips_the_backward_of_the_others_is_still_told_soon() -> No
     run = launch(train, nprocs=3, timeout=30, check=False)
     assert run.verdict is not None
     assert run.hung_after is not None
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20
 
 
 def test_a_sample_of_the_campaign(tmp_path: Path) -> None:
@@ -286,3 +287,18 @@ def test_a_sample_of_the_campaign(tmp_path: Path) -> None:
     command += ["--seed", "100", "--machine", "plain"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_call_that_fails_again_and_again_is_no_progress() -> None:
+    def retries(rank: int) -> None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=1))
+        if rank == 1:
+            time.sleep(100)
+        while True:
+            try:
+                dist.all_reduce(torch.ones(1))
+            except RuntimeError:
+                time.sleep(0.1)
+
+    with pytest.raises(WorkersHung, match="made progress for 4 s"):
+        launch(retries, timeout=4)

@@ -177,7 +177,7 @@ def test_stop_during_a_barrier(kernel: Kernel) -> None:
     began = time.monotonic()
     kernel.manager.interrupt_kernel()
     cell = kernel.finish(message)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert cell.error == cell.error_name == "KeyboardInterrupt"
     assert "rank 0 stopped, waiting in barrier, Cell In[2], line 7" in cell.stdout
     assert "rank 1 stopped at Cell In[2], line 8" in cell.stdout

@@ -135,3 +135,14 @@ def test_sizes_are_written_as_people_do(measured: Run) -> None:
 def test_one_size_is_not_enough_for_a_fit() -> None:
     with pytest.raises(ValueError, match="at least two sizes"):
         plots.bandwidth(calls(2, 3, lambda n: 0))
+
+
+def test_where_a_rank_never_came_nobody_is_last() -> None:
+    spans = [call(rank, 20 + rank, 30, 0) for rank in range(3)]
+    spans += [call(rank, 40, None, 1) for rank in (0, 2)]
+    ax = plots.arrivals(made_up(3, spans))
+    assert dots(ax) == [(0, 2)]
+    assert "white: took no part" in ax.get_xlabel()
+    alone = plots.arrivals(made_up(1, [call(0, 20, 30, 0)]))
+    assert dots(alone) == []
+    assert "white" not in alone.get_xlabel()

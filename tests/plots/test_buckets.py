@@ -167,3 +167,21 @@ def test_without_buckets_the_error_says_what_to_do(trained: Run) -> None:
         plots.buckets(made_up(2))
     with pytest.raises(ValueError, match="no rank has a step 99"):
         plots.buckets(trained, step=99)
+    with pytest.raises(ValueError, match="there is no rank 5: the last one is 1"):
+        plots.buckets(trained, ranks=[0, 5])
+
+
+def test_the_learners_own_waits_are_not_for_buckets() -> None:
+    run = step_of(
+        ("steps", "mark", "step 0", 0, 60),
+        ("buckets", "comm", "bucket 0", 25, 50),
+        ("main", "wait", "wait for buckets", 40, 50),
+        ("main", "wait", "all_gather", 50, 58),
+    )
+    assert "10 of 25 ms of communication exposed" in plots.buckets(run).get_title(loc="left")
+
+
+def test_buckets_without_steps_are_not_denied() -> None:
+    spans = [Span(0, "buckets", "comm", "bucket 0", BEGAN, BEGAN + MS, None, nbytes=2_000_000)]
+    with pytest.raises(ValueError, match="buckets were recorded, but no training steps"):
+        plots.buckets(made_up(1, spans))

@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
+import torch
+import torch.distributed as dist
 
 from ddp_lessons import launch, plots, span, steps
 from ddp_lessons.run import Run
@@ -74,3 +76,26 @@ def test_a_run_without_such_work_is_refused(run: Run) -> None:
         plots.pipeline(run, step=7)
     with pytest.raises(ValueError, match=r"no rank has a span 'forward' or 'backward'$"):
         plots.pipeline(launch(work, args=(False,), nprocs=1))
+
+
+def receives(rank: int) -> None:
+    dist.init_process_group("gloo")
+    with span("forward"):
+        if rank == 0:
+            time.sleep(0.3)
+            dist.send(torch.ones(1), 1)
+        else:
+            dist.recv(torch.ones(1), 0)
+            time.sleep(0.1)
+    dist.barrier()
+
+
+def test_a_rank_that_waits_for_a_message_is_idle() -> None:
+    ax = plots.pipeline(launch(receives, nprocs=2))
+    _, share = (int(text.removesuffix("% idle")) for text in texts(ax) if "idle" in text)
+    assert share > 50
+    assert [text for text in texts(ax) if text.isdigit()] == ["0", "0"]
+    legend = ax.get_legend()
+    assert legend
+    assert [text.get_text() for text in legend.get_texts()] == ["forward", "idle"]
+    assert "numbers: the micro-batch" in ax.get_xlabel()

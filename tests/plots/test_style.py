@@ -83,3 +83,17 @@ def test_the_parts_of_a_step_look_the_same_whatever_else_is_marked(names: Sequen
     assert all(found[name] == usual[name] for name in names if name in usual)
     filled = [fill for fill in found.values() if fill]
     assert len({*filled}) == len(filled) == min(len(names), len(style.WORK))
+
+
+@pytest.mark.parametrize("words", [3, 40])
+def test_a_long_title_is_folded_before_the_edge_or_the_next_axes(words: int) -> None:
+    title = "waits " * words
+    figure, (left, right) = plt.subplots(1, 2)
+    for ax in (left, right):
+        style.head(ax, title, [])
+        drawn = ax.title if ax.get_title() else ax._left_title
+        box = drawn.get_window_extent()
+        edge = right.get_window_extent().x0 if ax is left else figure.bbox.x1
+        assert box.x1 <= edge
+        assert " ".join(ax.get_title(loc="left").split()) == title.strip()
+        assert ("\n" in ax.get_title(loc="left")) == (words == 40)

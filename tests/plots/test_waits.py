@@ -229,3 +229,57 @@ def test_both_beside_one_another(late: Run) -> None:
     assert rows(left) == rows(right)
     assert plt.get_fignums() == [figure.number]
     assert left.get_window_extent().width > 1.8 * right.get_window_extent().width
+
+
+def hangs(rank: int) -> None:
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        dist.broadcast(torch.ones(1), 1)
+    dist.barrier()
+
+
+@pytest.mark.ranks
+def test_a_hang_is_the_title_where_nobody_can_be_blamed() -> None:
+    run = launch(hangs, nprocs=3, check=False)
+    assert run.verdict is not None
+    for plot in (plots.waits, plots.totals, plots.arrivals):
+        title = plot(run).get_title(loc="left")
+        assert " ".join(title.split()) == f"hangs: {run.verdict.title}"
+
+
+def test_a_failure_after_the_steps_shown_is_not_drawn() -> None:
+    marks = [
+        Span(r, "steps", "mark", f"step {n}", t0, t0 + 10 * MS, n)
+        for r in range(2)
+        for n, t0 in enumerate((BEGAN + 20 * MS, BEGAN + 30 * MS))
+    ]
+    ranks = [replace(r, status="died", exitcode=-9) for r in made_up(2, marks).ranks]
+    run = Run("work", ranks, begin_ns=BEGAN)
+    assert not any("SIGKILL" in text for text in texts(plots.waits(run, steps=(0, 1))))
+    assert any("SIGKILL" in text for text in texts(plots.waits(run)))
+    assert any("SIGKILL" in text for text in texts(plots.totals(run)))
+
+
+def test_groups_that_are_made_or_left_on_the_way_do_not_cut_the_picture() -> None:
+    def group(rank: int, op: str, begin: float, end: float, name: str | None = None) -> Span:
+        return call(rank, begin, end, group="")._replace(name=op, op=op, group=name, seq=None)
+
+    spans = [
+        span
+        for rank in range(2)
+        for span in (
+            group(rank, "init_process_group", 10, 20),
+            call(rank, 22, 24, 0),
+            group(rank, "new_group", 30, 40),
+            group(rank, "destroy_process_group", 50, 55, "ranks 0 1"),
+            group(rank, "destroy_process_group", 80 + rank, 85),
+        )
+    ]
+    assert plots.waits(made_up(2, spans)).get_xlim()[1] == pytest.approx(60, rel=0.02)
+
+
+@pytest.mark.parametrize("plot", [plots.waits, plots.timeline])
+def test_one_number_is_no_pair_of_steps(plot: Any) -> None:
+    with pytest.raises(TypeError, match="steps=2 are not two numbers"):
+        plot(made_up(2), steps=2)

@@ -82,6 +82,18 @@ def test_a_span_is_open_until_it_ends(buffers: SpanBuffers) -> None:
     assert buffers.progress(0) == 2
 
 
+def test_a_call_that_raises_ends_but_is_no_progress(buffers: SpanBuffers) -> None:
+    buffer = writer(buffers)
+    slot = buffer.begin("main", "comm", "barrier", 10)
+    before = buffer.ended
+    buffer.fail(slot)
+    buffer.end(slot, 20)
+    assert buffers.progress(0) == 0
+    assert buffer.ended != before
+    buffer.end(buffer.begin("main", "comm", "barrier", 30), 40)
+    assert buffers.progress(0) == 1
+
+
 def test_the_calls_that_go_on_are_found_without_reading_all_spans(buffers: SpanBuffers) -> None:
     buffer, reader = writer(buffers), buffers.of(0)
     assert reader.calls_now() == []

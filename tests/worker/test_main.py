@@ -385,7 +385,7 @@ def test_a_rank_that_ignores_signals_is_stopped() -> None:
     began = time.monotonic()
     with pytest.raises(WorkerFailed):
         launch(work)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_a_stopped_rank_is_ended() -> None:

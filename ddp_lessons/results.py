@@ -77,7 +77,7 @@ class RankResult:
     spans : tuple of Span
         What it did when, in the order in which it began; at least one span of its life.
     stack : tuple of Frame
-        Where it was when it was stopped; empty if it was not.
+        Where it was when it was stopped, or where it left by ``sys.exit()``; else empty.
     kept_by : str or None
         What kept its process from ending after the function had returned, until it was stopped:
         "thread 'saver'", "an atexit handler", "a child process" of multiprocessing's or, if it did
@@ -183,6 +183,8 @@ class RankResult:
     def outcome(self) -> str:
         """The outcome in one line, without timings."""
         match self.status:
+            case "returned" if self.stack:
+                return "left by sys.exit()"
             case "returned":
                 return f"returned {_short.repr(self.value)}"
             case "raised":

@@ -13,7 +13,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddp_lessons.wire.ops import BY_TREE, DIRECT, FROM_ROOT, OWN_WORLD, RECVS, SENDS, TO_ROOT
+from ddp_lessons.wire.ops import (
+    BY_TREE,
+    DIRECT,
+    FROM_ROOT,
+    OWN_WORLD,
+    RECVS,
+    SENDS,
+    SENDS_ALIKE,
+    TO_ROOT,
+)
 from ddp_lessons.wire.records import Kind, Span
 
 if TYPE_CHECKING:
@@ -110,7 +119,7 @@ def key_of(span: Span) -> tuple[object, ...]:
         return span.group, "send", span.seq, span.rank, span.peer, span.tag
     if span.op in RECVS:
         return span.group, "send", span.seq, span.peer, span.rank, span.tag
-    return span.group, span.op, span.seq
+    return span.group, SENDS_ALIKE.get(span.op or "", span.op), span.seq
 
 
 class Collective(NamedTuple):

@@ -78,6 +78,7 @@ SAME_CALL = (
     "All of them make the same call. Do their tensors have the same shape and dtype, and did all "
     "of them make the same calls before?"
 )
+ALONE = "The run has a single rank: nprocs=1. What it waits for, another rank would have to send."
 DDP = (
     "DistributedDataParallel calls collectives of its own, and every rank must take part: it "
     "broadcasts buffers in forward, also under no_grad and in eval(), and averages gradients in "

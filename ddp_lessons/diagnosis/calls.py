@@ -19,6 +19,7 @@ from ddp_lessons.wire.ops import (
     LIKE,
     RECVS,
     SENDS,
+    SENDS_ALIKE,
     WAIT_FOR_BUCKETS,
 )
 from ddp_lessons.wire.records import IN_FLIGHT, NOT_OF_A_THREAD, Kind, Span
@@ -64,6 +65,11 @@ class Call(NamedTuple):
     def name(self) -> str:
         """The function; `DDP's broadcast` for a call that DDP made."""
         return f"{self.owner}'s {self.op}" if self.owner else self.op
+
+    @property
+    def kind(self) -> tuple[str, int | None, str]:
+        """What must be the same on all ranks: what it sends, its root, and who calls."""
+        return SENDS_ALIKE.get(self.op, self.op), self.peer, self.owner
 
     @property
     def pairwise(self) -> bool:
@@ -210,7 +216,7 @@ class Calls:
         return {
             r
             for r in needed(call.op, call.rank, call.peer, self.members(call.group))
-            if r not in there or there[r].op != call.op or there[r].look != call.look
+            if r not in there or not _alike(there[r], call)
         }
 
     def _missing_peer(self, call: Call) -> set[int]:
@@ -259,6 +265,10 @@ class Calls:
             if call.op == "destroy_process_group" and call.group in (None, group):
                 return call
         return None
+
+
+def _alike(call: Call, other: Call) -> bool:
+    return (call.kind[0], call.look) == (other.kind[0], other.look)
 
 
 def _calls(spans: Iterable[Span], threads: Mapping[str, str]) -> Iterator[Call]:

@@ -646,7 +646,9 @@ class _Hang(Standstill):
             case "returned early":
                 call = self.calls.not_made(ranks[0])
                 before = f" before {call.name} at {line_of(call.site)}" if call else ""
-                return f"{who} {has} returned{before}"
+                exits = all(self.run.ranks[number].stack for number in ranks)
+                how = f"left by sys.exit(){where}" if exits else "returned"
+                return f"{who} {has} {how}{before}"
             case "left the group":
                 call = self._left(ranks[0])
                 return f"{who} {has} left the group at {line_of(call.site if call else None)}"
@@ -682,7 +684,12 @@ def _deadlock(still: Standstill) -> Verdict:
         title = f"{still.who_waits()} for ranks that never came"
         place = advice.PLACE.format(ranks=count(still.run.world_size, "rank"))
         return Verdict("never joined", everyone, title, lines, place, frame)
+    if still.run.world_size == 1:
+        title = f"{still.who_waits()}, and there is no other rank"
+        return Verdict("waiting for each other", everyone, title, lines, advice.ALONE, frame)
     title = f"all ranks wait for each other: {still.who_waits()}"
+    if still.away:
+        title = f"{still.who_waits()}, for each other"
     if late := _late(still):
         op = still.standing[late[0]].name
         them = agree(late, "it", "them")

@@ -6,6 +6,7 @@ with it, and diagnose.py warns of swapped calls whose numbers are silently wrong
 
 from __future__ import annotations
 
+import functools
 import linecache
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,8 @@ from ddp_lessons.wire.records import Frame, split_site
 
 # Dtypes as which tensors of other dtypes are viewed to send them, and complex ones, viewed as real.
 RAW = ("uint8", "int8", "int16", "uint16", "bool", "float8", "complex")
+
+_NOTHING = "no call"  # of a rank that makes no call after another
 
 Why = Literal["order", "tensors", "sent", "objects"]
 
@@ -72,7 +75,7 @@ class Mismatch(NamedTuple):
         """The calls in groups that agree, the largest first."""
         sides: dict[object, list[Call]] = defaultdict(list)
         for call in self.calls:
-            order = call.op, call.peer, call.owner, call.site
+            order = call.kind, call.site
             sides[call.look if self.why == "tensors" else order].append(call)
         return sorted(sides.values(), key=lambda side: (-len(side), side[0].rank))
 
@@ -247,7 +250,7 @@ Numbers = dict[int, dict[int, Call]]  # the calls in a group by number and rank
 
 def _difference(numbers: Numbers, seq: int) -> Why | None:
     calls = list(numbers[seq].values())
-    if len({(call.op, call.peer, call.owner) for call in calls}) > 1:
+    if len({call.kind for call in calls}) > 1:
         return "order"
     if len({call.site for call in calls}) > 1 and _out_of_step(numbers, seq):
         return "order"
@@ -287,14 +290,16 @@ def _out_of_step(numbers: Numbers, seq: int) -> bool:
     a rank that makes both calls fixes their order.
     """
     here, then = numbers[seq], numbers.get(seq + 1, {})
-    for rank, call in here.items():
-        follows = then.get(rank)
-        if follows is None or source_code.exclusive(call.site, follows.site):
+    ways = {
+        (call.site, then[rank].site if rank in then else _NOTHING) for rank, call in here.items()
+    }
+    for at, follows in ways:
+        if follows is _NOTHING or source_code.exclusive(at, follows):
             continue
-        for other, theirs in here.items():
-            if _source(theirs) == _source(call) or _source(theirs) != _source(follows):
+        for other, their_next in ways:
+            if _source(other) == _source(at) or _source(other) != _source(follows):
                 continue
-            if other not in then or _source(then[other]) == _source(call):
+            if their_next is _NOTHING or _source(their_next) == _source(at):
                 return True
     return False
 
@@ -336,11 +341,12 @@ def _follows(numbers: Numbers, one: str, other: str) -> bool:
     return False
 
 
-def _source(call: Call) -> str:
+@functools.lru_cache(maxsize=4096)
+def _source(site: str | None) -> str:
     """The text of a call's line; the line itself where its text is not known."""
-    if call.site is None:
+    if site is None:
         return ""
-    return linecache.getline(*split_site(call.site)).strip() or call.site
+    return linecache.getline(*split_site(site)).strip() or site
 
 
 def _who(calls: Sequence[Call]) -> str:

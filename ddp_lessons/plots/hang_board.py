@@ -188,7 +188,7 @@ def _rows(run: Run, columns: Sequence[Column]) -> list[Row]:
 
 def _odd(column: Column) -> set[int]:
     """The ranks whose call differs from the most common one."""
-    kinds = {rank: (call.op, call.peer, call.look) for rank, call in column.calls.items()}
+    kinds = {rank: (*call.kind[:2], call.look) for rank, call in column.calls.items()}
     ((most, _),) = Counter(kinds.values()).most_common(1)
     return {rank for rank, kind in kinds.items() if kind != most}
 

@@ -132,7 +132,7 @@ class Worker(ABC):
         value, error, exception, kept = None, None, None, None
         stack = stacks.parse(self.stack_text, packed.home)
         match self.outcome:
-            case Returned(_, parcel, threads):
+            case Returned(_, parcel, threads, exited):
                 status, value, error = _loaded(parcel)
                 if self.stopped and status == "returned":
                     kept = stacks.what_keeps(self.stack_text, threads, packed.home)
@@ -140,6 +140,8 @@ class Worker(ABC):
                         kept = stacks.Keeper(stacks.PROCESS, ())
                 if kept is not None:
                     status, stack = "stopped", kept.frames
+                elif status == "returned":
+                    stack = exited
             case Raised(_, record, _, data):
                 status = "raised" if not self.outcome_after_stop else "stopped"
                 error, exception = record, _exception(data)

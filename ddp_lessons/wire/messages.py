@@ -20,6 +20,7 @@ from typing import Any
 from ddp_lessons.wire.parcels import Parcel
 from ddp_lessons.wire.records import (
     ErrorRecord,
+    Frame,
     FrameVariables,
     Mistake,
     Noted,
@@ -113,12 +114,13 @@ class Returned:
     """The function returned `value`.
 
     `threads` are the learner's threads that still run, their names by identifier: the process waits
-    for them before it ends.
+    for them before it ends. `exited` is the stack of a `sys.exit(0)` by which it left instead.
     """
 
     t_ns: int
     value: Parcel
     threads: dict[int, str] = field(default_factory=dict)
+    exited: tuple[Frame, ...] = ()
 
 
 @dataclass(frozen=True)

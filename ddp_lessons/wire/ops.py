@@ -53,6 +53,9 @@ LIKE = (
     "reduce_scatter_single", "reduce_scatter_tensor",
 )  # fmt: skip
 
+# Calls that send the same as another one. Other pairs, such as those of reduce_scatter, do not.
+SENDS_ALIKE = {"all_gather_into_tensor": "all_gather", "all_gather_single": "all_gather"}
+
 # DIRECT: each rank exchanges data with the root only. BY_TREE: ranks pass the root's data on.
 DIRECT = ("gather", "gather_into_tensor", "gather_single", "scatter")
 BY_TREE = ("broadcast", "broadcast_object_list", "scatter_object_list")

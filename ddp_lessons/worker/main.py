@@ -278,12 +278,13 @@ def _carry_out(
         end_ns = _close(recorder)
         shown.close()
         code = _exit_code(error)
+        record = describe(error, task.home)
         if task.post_mortem and code:
             recorder.send(PostMortem(post_mortem.frames_of(error, task.home)))
         recorder.send(
-            Returned(end_ns, pack(None), _threads())
+            Returned(end_ns, pack(None), _threads(), record.frames)
             if called and code == 0
-            else Raised(end_ns, describe(error, task.home), code, _pickled_or_none(error))
+            else Raised(end_ns, record, code, _pickled_or_none(error))
         )
         return code
     end_ns = _close(recorder)

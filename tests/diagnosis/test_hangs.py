@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -175,7 +176,8 @@ def test_what_an_exercise_calls_itself_is_called_so() -> None:
     assert kind(run) == ("returned early", (0,))
     assert run.verdict is not None
     assert run.verdict.title.endswith("before all_reduce at a line of the check")
-    assert run.verdict.frame is None
+    assert run.verdict.frame is not None
+    assert run.verdict.frame.source == "raise SystemExit(0)"
     assert not any("<string>" in str(span.site) for rank in run.ranks for span in rank.spans)
 
 
@@ -704,3 +706,31 @@ def test_objects_of_which_a_tensor_took_the_size() -> None:
     run = explained(work)
     assert kind(run) == ("unmatched send", (0, 1))
     assert "rank 0 calls send_object_list to rank 1, which calls recv" in run.explain()
+
+
+def test_a_rank_that_is_alone_waits_for_nobody_else() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        dist.recv(torch.ones(1))
+
+    run = explained(work, nprocs=1, timeout=2)
+    assert kind(run) == ("waiting for each other", (0,))
+    assert "rank 0 waits in recv, and there is no other rank" in run.explain()
+    assert "each other" not in run.explain()
+
+
+@pytest.mark.parametrize("code", [None, 0])
+def test_a_rank_that_leaves_by_sys_exit_is_told_with_its_line(code: int | None) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        if rank == 1:
+            sys.exit(code)
+        dist.barrier()
+
+    run = explained(work)
+    assert kind(run) == ("returned early", (1,))
+    assert run.verdict is not None
+    assert run.verdict.frame is not None
+    assert run.verdict.frame.source == "sys.exit(code)"
+    assert re.search(r"rank 1 has left by sys.exit\(\) at .* before barrier at", run.explain())
+    assert "rank 1 left by sys.exit()" in run.explain()

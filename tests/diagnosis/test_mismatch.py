@@ -557,3 +557,29 @@ def test_a_call_skipped_right_before_one_like_it() -> None:
     run = hung(work)
     assert kind(run) == ("skipped collective", (1,))
     assert source(run) == "dist.all_reduce(first)"
+
+
+def gathers_by_kind(rank: int, then: str) -> list[float]:
+    dist.init_process_group("gloo")
+    x = torch.full((2,), float(rank))
+    pieces = torch.empty(4)
+    if rank == 0:
+        dist.all_gather_into_tensor(pieces, x)
+    else:
+        dist.all_gather(list(pieces.chunk(2)), x)
+    if (rank, then) == (1, "skips"):
+        dist.all_reduce(x)
+    dist.barrier()
+    return list(pieces.tolist())
+
+
+@pytest.mark.ranks
+def test_functions_that_send_the_same_go_together() -> None:
+    run = launch(gathers_by_kind, ("ends",))
+    assert run.values == [[0, 0, 1, 1]] * 2
+    assert [w for w in run.warnings if w.kind != "left the group"] == []
+    assert [a.last_rank is not None for a in run.arrivals()] == [True, True]
+    hung = launch(gathers_by_kind, ("skips",), check=False)
+    assert hung.verdict is not None
+    assert hung.verdict.kind == "skipped collective"
+    assert hung.verdict.title.startswith("rank 1 calls all_reduce at ")

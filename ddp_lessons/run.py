@@ -71,7 +71,7 @@ class Run(RunRecord):
         Returns a list of named tuples with the fields of `Share`; `pandas.DataFrame(run.waits())`
         makes a table of it.
         """
-        return wait_states.waits(self)
+        return list(wait_states.waits(self))
 
     def arrivals(self) -> list[Arrival]:
         """How late each rank came to each collective; see `Arrival`."""

@@ -11,6 +11,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_lessons.analysis.intervals import Intervals, common, length, union
+from ddp_lessons.analysis.last_run import kept
 from ddp_lessons.analysis.wait_states import Share, ended, meetings, waits
 from ddp_lessons.wire.ops import GROUP_CALLS, RECVS
 from ddp_lessons.wire.records import PROFILED, Kind, Lane
@@ -81,12 +82,13 @@ class Link(NamedTuple):
     points: list[tuple[int, float]]
 
 
-def segments(run: RunRecord) -> list[Segment]:
+@kept
+def segments(run: RunRecord) -> Sequence[Segment]:
     """The times in which main threads were held up, by rank and time."""
     by_rank: dict[int, list[Share]] = {}
     for share in waits(run):
         by_rank.setdefault(share.rank, []).append(share)
-    return [s for rank in run.ranks for s in _held(rank, by_rank.get(rank.rank, []))]
+    return tuple(s for rank in run.ranks for s in _held(rank, by_rank.get(rank.rank, [])))
 
 
 def overlap(run: RunRecord) -> list[Overlap]:

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_lessons.analysis.intervals import Intervals, common, length, union, without
+from ddp_lessons.analysis.last_run import kept
 from ddp_lessons.analysis.metrics import Segment, segments
 from ddp_lessons.analysis.wait_states import LATE_RECEIVER, LATE_SENDER, Share, ended, waits
 from ddp_lessons.text import listed
@@ -111,6 +112,7 @@ class Straggler(NamedTuple):
         return "no rank makes the others wait"
 
 
+@kept
 def straggler(run: RunRecord) -> Straggler:
     """The rank that keeps the others waiting, if it is always the same one, and why.
 

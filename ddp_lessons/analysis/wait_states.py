@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from ddp_lessons.analysis.last_run import kept
 from ddp_lessons.wire.ops import (
     BY_TREE,
     DIRECT,
@@ -88,13 +89,14 @@ class Arrival(NamedTuple):
     lateness_ns: tuple[int | None, ...]
 
 
-def waits(run: RunRecord) -> list[Share]:
+@kept
+def waits(run: RunRecord) -> Sequence[Share]:
     """Every rank's part in every collective, send and recv, split into waiting and transfer.
 
     The patterns are Scalasca's wait states (Geimer et al., 2010). Sorted by last arrival and rank.
     """
     shares = [(m.last_ns, share) for m in meetings(run) for share in _shares(m)]
-    return [share for _, share in sorted(shares, key=lambda pair: (pair[0], pair[1].rank))]
+    return tuple(share for _, share in sorted(shares, key=lambda pair: (pair[0], pair[1].rank)))
 
 
 def arrivals(run: RunRecord) -> list[Arrival]:
@@ -235,6 +237,8 @@ def _shares(meeting: Collective) -> Iterator[Share]:
 
 def _came_later(meeting: Collective, rank: int, since_ns: int) -> int | None:
     """The last rank that `rank` needs and that came after `since_ns`, while it was in the call."""
+    if meeting.last_ns <= since_ns:
+        return None
     span, t1_ns = meeting.parts[rank]
     partners = needed(span.op or "", rank, span.peer, meeting.ranks)
     came = {r: meeting.parts[r][0].t0_ns for r in partners if r in meeting.parts}

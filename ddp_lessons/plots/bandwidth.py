@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ddp_lessons.analysis.metrics import Link, measured
 from ddp_lessons.plots import style
@@ -49,25 +50,29 @@ def bandwidth(run: Run, *, title: str | None = None, ax: Axes | None = None) -> 
         )
     ax = ax or style.new_axes(1, (HEIGHT - 1.15) / 0.42)
     groups = {link.group for link in links}
-    for number, link in enumerate(links):
-        _draw(ax, run, link, number, _label(link, len(groups) > 1))
+    named = len(groups) > 1
+    curves = [_draw(ax, run, link, n, _label(link, named)) for n, link in enumerate(links)]
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: style.bytes_text(n)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda ms, _: f"{ms:g}"))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_minor_formatter(NullFormatter())
+        low, high = axis.get_view_interval()
+        if high < 30 * low:  # of powers of ten there would be one, or none
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.set_xlabel("\n".join(["bytes of one rank's tensor", *style.losses(run)]))
     ax.set_ylabel("ms after the last arrival")
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
     ax.grid(alpha=0.3)
     style.head(ax, title or _finding(links), [])
-    ax.legend(fontsize=FONT, frameon=False, loc="upper left")
+    ax.legend(handles=curves, fontsize=FONT, frameon=False, loc="upper left")
     return ax
 
 
-def _draw(ax: Axes, run: Run, link: Link, number: int, label: str) -> None:
+def _draw(ax: Axes, run: Run, link: Link, number: int, label: str) -> Line2D:
+    """Draw the points of one operation and its fit; return its entry in the legend."""
     colour = COLOURS[number % len(COLOURS)]
     marker = MARKERS[number % len(MARKERS)]
     singles = [(n, t / 1e6) for op, group, n, t in measured(run) if (op, group) == link[:2]]
@@ -78,6 +83,9 @@ def _draw(ax: Axes, run: Run, link: Link, number: int, label: str) -> None:
     fit = (link.latency_ns + sizes / link.bytes_per_second * 1e9) / 1e6
     line = LINES[number % len(LINES)]
     ax.plot(sizes, fit, line, color=colour, linewidth=1.8, label=label, marker=None)
+    return Line2D(
+        [], [], label=label, color=colour, linestyle=line, marker=marker, markeredgecolor=style.INK
+    )
 
 
 def _xy(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
@@ -93,4 +101,8 @@ def _label(link: Link, with_group: bool) -> str:
 
 def _finding(links: Sequence[Link]) -> str:
     names = list(dict.fromkeys(link.op for link in links))
-    return f"{', '.join(names)}: small messages cost latency, large ones bandwidth"
+    flat = list(dict.fromkeys(link.op for link in links if np.isinf(link.bytes_per_second)))
+    if len(flat) == len(names):
+        return f"{', '.join(names)}: the time does not grow with the size"
+    but = f" (not of {', '.join(flat)})" if flat else ""
+    return f"{', '.join(names)}: small messages cost latency, large ones bandwidth{but}"

@@ -55,7 +55,10 @@ def losses(
     ax = ax or style.new_axes(ROWS)
     xs = {label: sizes[label] * np.arange(1, len(curve) + 1) for label, curve in arrays.items()}
     draw(ax, xs, arrays)
-    ax.set_ylim(0, max(curve.max() for curve in arrays.values()) * 1.05)
+    low = min(0.0, *(float(curve.min()) for curve in arrays.values()))
+    high = max(0.0, *(float(curve.max()) for curve in arrays.values()))
+    room = 0.05 * ((high - low) or 1.0)
+    ax.set_ylim(low - room * (low < 0), high + room)
     mark(ax, marks or {})
     if labels:
         label_ends(ax, arrays)

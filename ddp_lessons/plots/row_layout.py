@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ddp_lessons.analysis.intervals import union
 from ddp_lessons.wire.records import Lane
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ddp_lessons.run import Run
 
 Interval = tuple[float, float]  # left, right
@@ -30,6 +35,37 @@ def of_steps(run: Run, steps: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"no rank has a step from {first} to {last}")
     end = max(rank.ended_ns for rank in run.ranks)
     return min(s.t0_ns for s in shown), max(s.t1_ns or end for s in shown)
+
+
+def fractions(intervals: Iterable[tuple[int, int]], edges: np.ndarray) -> np.ndarray:
+    """Which part of each column the intervals cover, `(columns,)`; `edges` are one more."""
+    found = union(intervals)
+    if not found:
+        return np.zeros(len(edges) - 1)
+    times = np.array(found, dtype=float)
+    covered = np.concatenate([[0.0], np.cumsum(times[:, 1] - times[:, 0])])
+    at = np.interp(edges, times.ravel(), np.repeat(covered, 2)[1:-1])
+    covering: np.ndarray = np.diff(at) / np.diff(edges)
+    return covering
+
+
+def draw_fractions(
+    ax: Axes,
+    row: tuple[float, float],
+    x: np.ndarray,
+    parts: Iterable[tuple[np.ndarray, dict[str, Any]]],
+) -> None:
+    """Stack the parts of each column, each with its look, in a row: its top and its height."""
+    top, height = row
+    filled = np.zeros(len(x) - 1)
+    for part, look in parts:
+        below, filled = filled, filled + part
+        if part.any():
+            lower, upper = (top + height * (1 - y) for y in (below, filled))
+            y1, y2 = (np.append(y, y[-1]) for y in (lower, upper))
+            there = np.append(part > 0, False)
+            there[1:] |= part > 0  # a column reaches to the next edge
+            ax.fill_between(x, y1, y2, where=there, step="post", **look)
 
 
 def pack(intervals: Sequence[Interval]) -> list[int]:

@@ -102,11 +102,11 @@ def bare(ax: Axes) -> None:
 def bytes_text(nbytes: float) -> str:
     """A readable size: 2.1 MB."""
     size, unit = float(nbytes), "B"
-    for larger in ("kB", "MB", "GB"):
+    for larger in ("kB", "MB", "GB", "TB"):
         if size < 1000:
             break
         size, unit = size / 1000, larger
-    return f"{size:.3g} {unit}"
+    return f"{size:.0f} {unit}" if size >= 999.5 else f"{size:.3g} {unit}"
 
 
 def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
@@ -119,7 +119,7 @@ def head(ax: Axes, title: str, handles: Sequence[Patch | Line2D]) -> None:
     if rows > 1:
         _legend_width(ax, handles, -(-len(handles) // rows))  # balances the rows
     text = ax.set_title(title, loc="left", fontsize=11, pad=10 + 14 * rows, parse_math=False)
-    if (part := _room(ax) / max(text.get_window_extent().width, 1)) < 1:
+    if (part := 0.96 * _room(ax) / max(text.get_window_extent().width, 1)) < 1:
         longest = max(map(len, title.split("\n")))
         fold = int(longest * part)
         text.set_text("\n".join(textwrap.fill(line, fold) for line in title.split("\n")))

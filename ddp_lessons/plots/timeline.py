@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from matplotlib.patches import Patch
 
+from ddp_lessons.analysis.intervals import Intervals, union, without
 from ddp_lessons.analysis.wait_states import ended
 from ddp_lessons.plots import row_layout, style
 from ddp_lessons.plots.docstrings import documented
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEIGHT = 0.7  # of a row
+COLUMNS = 160  # short times, where means are drawn
+OVERSTATED = 0.05  # of the picture: so much more of a kind may seem to be there
 LABELLED = 400  # most bars that are drawn one by one, with names
 MOST_SIDE_ROWS = 6  # for other threads and work in flight
 STEPS_SHOWN = 60
@@ -54,7 +59,8 @@ def timeline(
     """Draw one row for each rank: its start-up, spans and calls of torch.distributed over time.
 
     Work in flight and other threads lie under the bar of the rank's main thread. In a run with very
-    many spans, those of one kind that are less than a pixel apart are drawn as one.
+    many spans, those of one kind that are less than a pixel apart are drawn as one; where that
+    would show much more of a kind than there is, each column is the mean over a short time.
 
     Parameters
     ----------
@@ -85,7 +91,10 @@ def timeline(
     style.name_ranks(ax, run)
     pixel = style.POINTS / style.DPI / style.points_per_unit(ax)
     closest = pixel if len(bars) > LABELLED else 0.0
-    _draw(ax, bars, closest, 2 * pixel)
+    crowded = bool(closest) and _is_crowded(bars, closest)
+    if crowded:
+        _draw_means(ax, [bar for bar in bars if bar.side_row is None])
+    _draw(ax, [b for b in bars if not crowded or b.side_row is not None], closest, 2 * pixel)
     if not closest:
         _label(ax, bars)
     _mark_steps(ax, run, begin)
@@ -95,6 +104,9 @@ def timeline(
         if _ms(rank.ended_ns, begin) <= ax.get_xlim()[1]:
             style.mark_failure(ax, rank, _ms(rank.ended_ns, begin))
     notes = [f"spans of a kind less than {closest:.2g} ms apart are one bar"] if closest else []
+    if crowded:
+        column = (ax.get_xlim()[1] - ax.get_xlim()[0]) / COLUMNS
+        notes = [f"the height of a colour is its part of {column:.2g} ms"]
     since = "the launch" if steps is None else f"step {steps[0]} began"
     ax.set_xlabel("\n".join([f"ms since {since}", *notes, *style.losses(run)]))
     style.head(
@@ -241,6 +253,50 @@ def _draw(ax: Axes, bars: Sequence[Bar], closest: float, thin: float) -> None:
         intervals = row_layout.merged(intervals, closest) if closest else intervals
         order = 1 + depth / (depth + 1)  # below the lines and texts
         ax.broken_barh([(a, b - a) for a, b in intervals], (top, height), zorder=order, **look)
+
+
+def _rows(bars: Iterable[Bar]) -> dict[int, dict[int, dict[str, list[Bar]]]]:
+    """The bars of main threads by rank, depth and look."""
+    rows: dict[int, dict[int, dict[str, list[Bar]]]] = {}
+    for bar in bars:
+        if bar.side_row is None:
+            by_look = rows.setdefault(bar.span.rank, {}).setdefault(bar.depth, {})
+            by_look.setdefault(str(bar.look), []).append(bar)
+    return rows
+
+
+def _is_crowded(bars: Sequence[Bar], closest: float) -> bool:
+    """Whether bars that are merged would show much more of a kind than there is."""
+    width = max(bar.right for bar in bars) - min(bar.left for bar in bars)
+    for by_depth in _rows(bars).values():
+        for alike in (alike for by_look in by_depth.values() for alike in by_look.values()):
+            intervals = [(bar.left, bar.right) for bar in alike]
+            seen = sum(right - left for left, right in row_layout.merged(intervals, closest))
+            if seen - sum(right - left for left, right in intervals) > OVERSTATED * width:
+                return True
+    return False
+
+
+def _draw_means(ax: Axes, bars: Sequence[Bar]) -> None:
+    """Draw each rank's main thread as stacked areas: what lies deeper covers what is around it."""
+    edges = np.linspace(*ax.get_xlim(), COLUMNS + 1)
+    for by_depth in _rows(bars).values():
+        first = next(iter(next(iter(by_depth.values())).values()))[0]
+        deeper: Intervals = []
+        parts: list[tuple[np.ndarray, Look]] = []
+        for _, by_look in sorted(by_depth.items(), reverse=True):
+            times = {look: [_in_ns(bar) for bar in by_look[look]] for look in by_look}
+            level = [
+                (row_layout.fractions(without(those, deeper), edges * 1e6), by_look[look][0].look)
+                for look, those in times.items()
+            ]
+            parts = level + parts
+            deeper = union([*deeper, *itertools.chain.from_iterable(times.values())])
+        row_layout.draw_fractions(ax, _place(first), edges, parts)
+
+
+def _in_ns(bar: Bar) -> tuple[int, int]:
+    return round(bar.left * 1e6), round(bar.right * 1e6)
 
 
 def _label(ax: Axes, bars: Sequence[Bar]) -> None:

@@ -184,28 +184,21 @@ def _write_length(ax: Axes, row: int, bar: _Bar, is_open: bool) -> None:
 def _draw_means(ax: Axes, run: Run, held: Sequence[Segment], window: Window) -> None:
     """Draw each rank's row as stacked areas: the share of each kind in each short time."""
     edges = np.linspace(window[0], window[1], COLUMNS + 1)
-    x = (edges - window[0]) / 1e6
-    kinds = [kind for kind in LOOKS if kind != OWN]
+    times: dict[tuple[int, str], list[tuple[int, int]]] = {}
+    for segment in held:
+        key = segment.rank, segment.kind
+        times.setdefault(key, []).append((segment.t0_ns, segment.t1_ns))
     for rank in run.ranks:
-        top = np.zeros(COLUMNS)
-        mine = [s for s in held if s.rank == rank.rank]
-        present = _parts([(rank.started_ns or rank.ended_ns, rank.ended_ns)], edges)
-        parts = {k: _parts([(s.t0_ns, s.t1_ns) for s in mine if s.kind == k], edges) for k in kinds}
-        parts[OWN] = np.clip(present - sum(parts.values()), 0, None)
-        for kind in (OWN, *kinds):
-            bottom, top = top, top + parts[kind]
-            if parts[kind].any():
-                lower, upper = (rank.rank + HEIGHT / 2 - HEIGHT * y for y in (bottom, top))
-                y1, y2 = (np.append(y, y[-1]) for y in (lower, upper))
-                ax.fill_between(x, y1, y2, step="post", **LOOKS[kind])
-
-
-def _parts(intervals: Iterable[tuple[int, int]], edges: np.ndarray) -> np.ndarray:
-    """The fraction of each column that the intervals cover, `(COLUMNS,)`."""
-    covered = np.zeros(len(edges))
-    for begin, end in intervals:
-        covered += np.clip(edges, begin, end) - begin
-    return np.diff(covered) / np.diff(edges)
+        alive = [(rank.started_ns or rank.ended_ns, rank.ended_ns)]
+        parts = {
+            kind: row_layout.fractions(times.get((rank.rank, kind), []), edges)
+            for kind in LOOKS
+            if kind != OWN
+        }
+        own = np.clip(row_layout.fractions(alive, edges) - sum(parts.values()), 0, None)
+        stacked = [(own, LOOKS[OWN]), *((part, LOOKS[kind]) for kind, part in parts.items())]
+        row = rank.rank - HEIGHT / 2, HEIGHT
+        row_layout.draw_fractions(ax, row, (edges - window[0]) / 1e6, stacked)
 
 
 def _mark_last(ax: Axes, run: Run, window: Window) -> None:

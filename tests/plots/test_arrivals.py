@@ -146,3 +146,31 @@ def test_where_a_rank_never_came_nobody_is_last() -> None:
     alone = plots.arrivals(made_up(1, [call(0, 20, 30, 0)]))
     assert dots(alone) == []
     assert "white" not in alone.get_xlabel()
+
+
+def by_size(*times: tuple[int, float]) -> Run:
+    """An all_reduce for each (bytes, ms after the last arrival)."""
+    spans = [
+        call(rank, 15 + 10 * n, 15 + 10 * n + ms, n)._replace(nbytes=nbytes)
+        for n, (nbytes, ms) in enumerate(times)
+        for rank in range(2)
+    ]
+    return made_up(2, spans)
+
+
+def test_where_the_time_does_not_grow_no_bandwidth_is_claimed() -> None:
+    ax = plots.bandwidth(by_size((1000, 2.0), (2000, 1.9), (3000, 1.8)))
+    assert ax.get_title(loc="left") == "all_reduce: the time does not grow with the size"
+    figure_of(ax).canvas.draw()
+    ticks = [
+        t.get_text()
+        for t, at in zip(ax.get_xticklabels(), ax.get_xticks(), strict=True)
+        if 1000 <= at <= 3000
+    ]
+    assert len([text for text in ticks if text]) >= 2
+
+
+def test_each_operation_has_its_mark_in_the_legend(measured: Run) -> None:
+    legend: Any = plots.bandwidth(measured).get_legend()
+    handles = legend.legend_handles
+    assert len({handle.get_marker() for handle in handles}) == len(handles) == 2

@@ -72,3 +72,11 @@ def test_marks_say_where_something_happened() -> None:
 def test_senseless_values_are_refused(curves: Any, batch: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         plots.losses(curves, batch=batch)
+
+
+def test_negative_losses_are_seen() -> None:
+    ax = plots.losses({"a": [0.5, -1.0, -2.0]})
+    low, high = ax.get_ylim()
+    assert low < -2
+    assert high > 0.5
+    assert plots.losses({"a": [2.0, 1.0]}).get_ylim()[0] == 0

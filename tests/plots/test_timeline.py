@@ -371,7 +371,7 @@ def test_ten_thousand_spans() -> None:
     assert time.process_time() - began < 10
     assert len(bars(ax)) < 4_000
     assert "the height of a colour is its part" in ax.get_xlabel()  # 30 of 36 us
-    assert max(right for _, _, right in bars(ax)) == pytest.approx(100.021)
+    assert max(right for _, _, right in bars(ax)) == pytest.approx(100.021, rel=0.01)
 
 
 @pytest.mark.ranks

@@ -72,7 +72,8 @@ def reports(
         ax.set_ylim(*ax.get_ylim())  # the scale is settled before labels find their places
         ax.set_xlim(right=max(points[:, 0].max() for points in found.values()))
         curves.label_ends(ax, {label: values for label, values in ends.items() if len(values)})
-    ax.set_xlabel("seconds since the run began" if x == "seconds" else x)
+    below = ["seconds since the run began" if x == "seconds" else x]
+    ax.set_xlabel("\n".join(below if few else [*below, f"a line for each of {len(found)} ranks"]))
     ax.set_ylabel(name)
     style.head(ax, title or f"{name}, as the ranks reported it", [])
     return ax

@@ -109,16 +109,21 @@ def _draw(ax: Axes, rank: int, left: float, row: Sequence[float], looks: Sequenc
     for place, (number, look) in enumerate(zip(row, looks, strict=True), start=1):
         corner = left + place - (1 + WIDTH) / 2, rank - HEIGHT / 2
         ax.add_patch(Rectangle(corner, WIDTH, HEIGHT, linewidth=0.7, **look))
-        ax.text(
-            left + place - 0.5,
+        style.write(
+            ax,
+            _texts(number),
+            (left + place - 1, left + place),
             rank,
-            f"{number:g}",
-            ha="center",
-            va="center",
-            fontsize=FONT,
+            FONT,
             color=style.ink_on(look["facecolor"]),
             bbox={**look, "edgecolor": "none", "hatch": "", "pad": 2} if look["hatch"] else None,
         )
+
+
+def _texts(number: float) -> list[str]:
+    """The number, and shorter texts for narrow cells."""
+    whole = [f"{number:.0f}"] if abs(number) >= 100 else []
+    return [f"{number:g}", f"{number:.4g}", *whole, f"{number:.3g}", f"{number:.2g}", "…"]
 
 
 def _draw_arrow(ax: Axes, rank: int, begin: float) -> None:

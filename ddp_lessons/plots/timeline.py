@@ -45,7 +45,10 @@ _OTHER_LOOK: Look = {"facecolor": style.INK}
 _DATA_LOOK: Look = {**_START_UP_LOOK, "hatch": "...."}
 _GROUP_LOOK: Look = {"facecolor": "#FCE7B8", "edgecolor": style.ORANGE, "linewidth": 0.6}
 _FLIGHT_LOOK: Look = {"facecolor": style.ORANGE, "edgecolor": "white", "linewidth": 0.5}
-_HATCHES = ("////", "\\\\\\\\", "xxxx", "++++")  # one a process group
+_HATCHES = (  # one a process group
+    *("////", "\\\\\\\\", "xxxx", "++++"),
+    *("oooo", "----", "||||", "****"),
+)
 
 
 @documented

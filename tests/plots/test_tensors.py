@@ -113,3 +113,10 @@ def test_axes_and_title() -> None:
 def test_what_cannot_be_drawn(before: Any, after: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         plots.tensors(before, after)
+
+
+@pytest.mark.parametrize(("number", "text"), [(1234.567, "1235"), (0.125, "0.12"), (7.0, "7")])
+def test_a_number_is_as_long_as_its_cell_has_room(number: float, text: str) -> None:
+    ax = plots.tensors([[number] * 8] * 2, [[number] * 8] * 2)
+    ax.figure.canvas.draw()
+    assert {t.get_text() for t in ax.texts} == {text}

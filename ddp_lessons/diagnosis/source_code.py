@@ -214,7 +214,7 @@ class Loop(Lines):
         always = _conditions(_way_to(self.file, self.first))
         return any(
             any(line < step.lineno for line in skips)
-            or _conditions(_way_to(self.file, step.lineno)) > always
+            or any(not _counts(at) for at in _conditions(_way_to(self.file, step.lineno)) - always)
             or swallowed(Frame(self.file, step.lineno, "")) is not None
             for step in self.steps()
         )
@@ -276,6 +276,12 @@ def _conditions(way: Way) -> set[tuple[ast.AST, str]]:
     return {
         step for step in way if isinstance(step[0], ast.If | ast.ExceptHandler | ast.match_case)
     }
+
+
+def _counts(condition: tuple[ast.AST, str]) -> bool:
+    """Whether an `if` asks for every n-th turn, as where gradients are accumulated."""
+    node, _ = condition
+    return isinstance(node, ast.If) and any(isinstance(n, ast.Mod) for n in ast.walk(node.test))
 
 
 def training_loop(frames: Sequence[Frame]) -> Loop | None:

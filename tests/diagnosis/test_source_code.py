@@ -171,3 +171,75 @@ def test_the_first_of_two_lines_of_one_function(tries: str) -> None:
     assert source_code.first_of(there, here) == here
     assert source_code.first_of(here, elsewhere) is None
     assert source_code.first_of(here, "another.py:8") is None
+
+
+STEPS = """\
+def train(rank, loader):
+    for epoch in range(3):
+        for number, batch in enumerate(loader):
+            loss = forward(batch)
+            if number % 4 == 3:
+                optimizer.step()
+                report()
+        scheduler.step()
+        if rank == 0:
+            save()
+    for batch in loader:
+        if bad(batch):
+            continue
+        scaler.step(optimizer)
+        if rank == 0:
+            log()
+    for batch in loader:
+        if good(batch):
+            optimizer.step()
+    for batch in loader:
+        try:
+            trainer.step(batch)
+        except ValueError:
+            pass
+    for batch in loader:
+        optimizer.step()
+        if done(batch):
+            continue
+"""
+
+
+@pytest.fixture
+def steps() -> str:
+    linecache.cache["steps.py"] = len(STEPS), None, STEPS.splitlines(keepends=True), "steps.py"
+    return "steps.py"
+
+
+def within(file: str, text: str) -> Loop | None:
+    number = next(n for n, row in enumerate(STEPS.splitlines(), 1) if text in row)
+    return source_code.training_loop([Frame(file, number, "train", "")])
+
+
+@pytest.mark.parametrize(
+    ("text", "first"), [("forward(", 3), ("report(", 3), ("log(", 11), ("save(", None)]
+)
+def test_the_loop_whose_turns_make_steps(steps: str, text: str, first: int | None) -> None:
+    """Not the one over the epochs, in which another loop makes them, or a scheduler steps."""
+    loop = within(steps, text)
+    assert (loop and loop.first) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "skips"),
+    [("forward(", False), ("log(", True), ("good(", True), ("trainer.", True), ("done(", False)],
+)
+def test_whether_a_turn_may_make_no_step(steps: str, text: str, skips: bool) -> None:
+    loop = within(steps, text)
+    assert loop is not None
+    assert loop.may_skip == skips
+
+
+@pytest.mark.parametrize(
+    ("text", "before"), [("forward(", True), ("scaler.", True), ("log(", False), ("done(", False)]
+)
+def test_whether_a_line_comes_before_the_step(steps: str, text: str, before: bool) -> None:
+    loop = within(steps, text)
+    assert loop is not None
+    number = next(n for n, row in enumerate(STEPS.splitlines(), 1) if text in row)
+    assert loop.is_before_step(Frame(steps, number, "train", "")) == before

@@ -98,9 +98,9 @@ def host() -> None:
 def _run(todo: Plan) -> dict[str, Any]:
     from ddp_lessons import launch
 
-    timer = None
+    done = threading.Event()
+    timer = threading.Timer(todo.delay, _kill_forkserver, [done])
     if todo.fault == "forkserver killed":
-        timer = threading.Timer(todo.delay, _kill_forkserver)
         timer.start()
     began = time.perf_counter_ns()
     run = launch(
@@ -112,7 +112,8 @@ def _run(todo: Plan) -> dict[str, Any]:
         check=False,
     )
     ended = time.perf_counter_ns()
-    if timer is not None:
+    done.set()
+    if timer.is_alive():
         timer.join()
     happened = [s.t0_ns for s in run.ranks[todo.victim].spans if s.name == faults.MARK] or [began]
     return {
@@ -123,14 +124,19 @@ def _run(todo: Plan) -> dict[str, Any]:
     }
 
 
-def _kill_forkserver() -> None:
+def _kill_forkserver(done: threading.Event) -> None:
+    """Kill it, and until the run is `done` again: where ranks still start, it is started anew."""
     from ddp_lessons.processes import forkserver
 
     deadline = time.monotonic() + PATIENCE  # in a new host it must start first
     while (pid := forkserver.server().pid) is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    if pid is not None:
-        os.kill(pid, signal.SIGKILL)
+    while pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        if done.wait(3):
+            break
+        pid = forkserver.server().pid
 
 
 def _resident_mb() -> float:

@@ -103,18 +103,20 @@ def _run(todo: Plan) -> dict[str, Any]:
     if todo.fault == "forkserver killed":
         timer.start()
     began = time.perf_counter_ns()
-    run = launch(
-        faults.program(todo.setting),
-        (todo.fault, todo.victim, todo.moment, todo.setting),
-        nprocs=todo.world_size,
-        env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"} if todo.setting == "detail" else None,
-        timeout=PATIENCE / 2 if todo.fault in faults.SLOW else TIMEOUT,
-        check=False,
-    )
-    ended = time.perf_counter_ns()
-    done.set()
-    if timer.is_alive():
-        timer.join()
+    try:
+        run = launch(
+            faults.program(todo.setting),
+            (todo.fault, todo.victim, todo.moment, todo.setting),
+            nprocs=todo.world_size,
+            env={"TORCH_DISTRIBUTED_DEBUG": "DETAIL"} if todo.setting == "detail" else None,
+            timeout=PATIENCE / 2 if todo.fault in faults.SLOW else TIMEOUT,
+            check=False,
+        )
+        ended = time.perf_counter_ns()
+    finally:
+        done.set()
+        if timer.is_alive():
+            timer.join()
     happened = [s.t0_ns for s in run.ranks[todo.victim].spans if s.name == faults.MARK] or [began]
     return {
         "outcome": run.verdict.kind if run.verdict else "fine",
@@ -134,7 +136,7 @@ def _kill_forkserver(done: threading.Event) -> None:
     while pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        if done.wait(3):
+        if done.wait(PATIENCE / 3):  # a new one imports torch first
             break
         pid = forkserver.server().pid
 

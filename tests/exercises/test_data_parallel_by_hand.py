@@ -310,6 +310,18 @@ def nothing_returned(rank: int, seed: int, make_model: Any) -> None:
     begin(rank, seed, make_model, of_noise=plus)
 
 
+def skips(one: int, many: int) -> Any:
+    """Draws some numbers first: each rank another number of them."""
+
+    def begins(rank: int, seed: int, make_model: Any) -> Any:
+        model = begin(rank, seed, make_model)
+        for _ in range(rank * many):
+            torch.randn(one)
+        return model
+
+    return begins
+
+
 def seeded_too_late(rank: int, seed: int, make_model: Any) -> Any:
     model = make_model()
     torch.manual_seed(seed + rank)
@@ -371,6 +383,9 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_weigh, lambda loss, n: 1.0, "you returned a number.*needs the tensor"),
     (check_begin, begin_with(lambda rank, seed: seed + rank % 2), "two ranks drew the same noise"),
     (check_begin, begin_with(lambda rank, seed: seed + max(rank, 1)), "two ranks drew the same"),
+    (check_begin, skips(1, 1), "two ranks drew the same noise"),
+    (check_begin, skips(1, 2), "ranks 0 and 1 drew the same numbers, the one.*only ahead in the"),
+    (check_begin, skips(64, 2), "ranks 0 and 1 drew the same numbers, the one.*only ahead in the"),
     (check_begin, nothing_returned, "failed on real ranks.*'NoneType'.*parameters"),
     (check_begin, seeded_too_late, "gave the same weights|different weights"),
     (check_begin, lambda rank, seed: plus, "failed on real ranks.*TypeError"),

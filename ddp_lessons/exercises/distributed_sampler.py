@@ -299,7 +299,12 @@ def _judge_trained(what: str, values: list[Any], total: int, epochs: range) -> N
         for value in values
     )
     if not are_listed:
-        raise Wrong(seen, f"Return one list of samples for each of the {len(epochs)} epochs.")
+        is_dict = isinstance(values[0], Mapping)
+        raise Wrong(
+            seen,
+            f"Return one list of samples for each of the {len(epochs)} epochs, in a list"
+            f"{', not in a dict' if is_dict else ''}: `seen` of the function above.",
+        )
     shards = [list(epoch) for epoch in zip(*values, strict=True)]
     if shards == right[epochs.start :]:
         return

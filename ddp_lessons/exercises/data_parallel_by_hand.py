@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons.exercises.framework import (
+    Watched,
     Wrong,
     errors,
     exercise,
@@ -48,6 +49,7 @@ def _trained(rank: int, my_ddp: Callable[[], Any]) -> dict[str, Any]:
     torch.manual_seed(rank)
     model, ddp = _Network(), my_ddp()
     own = flat(model.parameters())
+    torchs_own = Watched(DistributedDataParallel)
     ddp.start(model)
     started = flat(model.parameters())
     steps = []
@@ -57,7 +59,8 @@ def _trained(rank: int, my_ddp: Callable[[], Any]) -> dict[str, Any]:
         ddp.average_gradients(model)
         steps.append(gradients(model))
         descend(model, RATE)
-    return {"own": own, "started": started, "gradients": steps}
+    done = {"own": own, "started": started, "gradients": steps}
+    return {**done, "wrapped": torchs_own.was_made}
 
 
 def _expected(world_size: int) -> list[Tensor]:
@@ -102,6 +105,12 @@ def check_my_ddp(my_ddp: Callable[[], Any]) -> str:
 
 def _judge_training(ranks: int, values: list[dict[str, Any]], expected: list[Tensor]) -> None:
     started = [value["started"] for value in values]
+    if any(value["wrapped"] for value in values):
+        raise Wrong(
+            "it wraps the model in DistributedDataParallel itself.",
+            "The exercise is to do by hand what DDP does: broadcast rank 0's weights, and average "
+            "the gradients with `all_reduce`.",
+        )
     mistakes: dict[str, object] = {
         "have different weights.\n"
         "Equal steps from different weights end at different weights. Broadcast rank 0's weights "

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons.exercises.data_parallel_by_hand import check_begin, check_my_ddp, check_weigh
 from tests.support import answers
@@ -241,6 +242,11 @@ class OnlyAtFirst(MyDDP):
         self.done = True
 
 
+class ByDDP(MyDDP):
+    def start(self, model: Any) -> None:
+        self.wrapped = DistributedDataParallel(model)
+
+
 class NoMethod:
     def start(self, model: Any) -> None:
         MyDDP().start(model)
@@ -366,6 +372,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_my_ddp, CopyOfGradient, "ranks have different gradients"),
     (check_my_ddp, OnlyRankZeroCalls, "left alone in a call"),
     (check_my_ddp, OnlyAtFirst, "step 1: the ranks have different gradients"),
+    (check_my_ddp, ByDDP, "DistributedDataParallel itself.*do by hand what DDP does"),
     (check_my_ddp, NoMethod, "failed on real ranks.*no attribute 'average_gradients'"),
     (check_my_ddp, MyDDP(), "it got .*which cannot be called"),
     (check_weigh, weigh_on_rank_0, "with 6, 2 samples: .*not that of the mean over all"),

@@ -160,7 +160,11 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_global_rank, lambda g, loc, n: int(os.environ["RANK"]), "looked for RANK.*taken away"),
     (check_global_rank, lambda g, loc, n: os.environ.get("RANK"), "RANK.*you are to compute"),
     (check_global_rank, lambda g, loc, n: int(os.getenv("RANK") or 0), "RANK.*you are to compute"),
-    (check_global_rank, lambda g, loc, n: int(os.getenv("RANK")), "RANK.*you are to compute"),  # type: ignore[arg-type]
+    (
+        check_global_rank,
+        lambda g, loc, n: int(os.getenv("RANK")),  # type: ignore[arg-type]
+        "^. check_global_rank: it looked for RANK",
+    ),
     (check_global_rank, joins, "looked for RANK.*you are to compute"),
     (check_global_rank, lambda g, loc, n: dist.get_rank(), "ranks.*calls? dist.init_process_group"),
     (check_global_rank, of_a_table, "failed on real ranks.*ranks 4 and 5 of 6 raised KeyError"),

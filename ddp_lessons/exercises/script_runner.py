@@ -131,10 +131,6 @@ def is_unattempted(script: Path) -> bool:
 
 def names(script: Path) -> set[str]:
     """The names, attributes and texts in a script."""
-    nodes = list(ast.walk(ast.parse(script.read_text(encoding="utf-8"))))
-    imported = {
-        alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    texts = {node.value for node in nodes if isinstance(node, ast.Constant)}
-    attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return imported | attributes | {text for text in texts if isinstance(text, str)}
+    nodes = ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+    parts = (getattr(node, field, None) for node in nodes for field in ("id", "attr", "value"))
+    return {part for part in parts if isinstance(part, str)}

@@ -85,10 +85,9 @@ SUM_OF_LOCAL_RANKS = """
 """
 # Nobody joins here, but the totals are right: without torch each Python takes a moment only.
 JOINS = """
-    class dist:
-        def init_process_group():
-            pass
-    dist.init_process_group()
+    def init_process_group():
+        pass
+    init_process_group()
 """
 IN_NUMPY = JOINS + BY_FORMULA
 BY_FILES = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ MEANS: tuple[tuple[str, Sequence[Sequence[float]]], ...] = (
     ("1 rank", [[3, 4]]),
 )
 
+LATE = 0.1  # seconds
+
 
 @in_group
 def _mean_of(
@@ -29,6 +32,7 @@ def _mean_of(
 ) -> tuple[Any, bool]:
     x = torch.tensor(rows[rank])
     before = x.clone()
+    time.sleep(LATE if rank == 1 else 0)  # who does not wait for the sum has none
     mean = numbers(mean_over_ranks(x))
     return mean, torch.equal(x, before)
 
@@ -59,12 +63,18 @@ def _judge_mean(what: str, rows: Sequence[Sequence[float]], values: list[tuple[A
             mistakes = {
                 "Every rank must return the mean; is `return` under an `if`?": rank > 0
                 and mean is None,
+                "Rank 0 has the mean, and this rank has the sum. Every rank must divide: is that "
+                "under an `if`?": rank > 0 and row == sums,
                 "Rank 0 has the mean, and the others do not. `reduce` gives the sums to `dst` "
                 "only; `all_reduce` gives them to all.": rank > 0,  # rank 0's is right
                 "Return a tensor with as many numbers as x. (`dist.all_reduce` returns None: the "
                 "sums are in the tensor that it was given.)": len(row) < len(means),
                 "That is the sum. all_reduce adds up; to get a mean, divide by the world size.": (
                     row == sums
+                ),
+                "That is what this rank had itself, divided: nothing of the others had come. Is "
+                "there a collective, and with `async_op=True` a `wait()` before the sum is read?": (
+                    row == [number / len(rows) for number in rows[rank]]
                 ),
                 "That is what this rank had itself. Only a collective brings in the others.": (
                     row == list(rows[rank])

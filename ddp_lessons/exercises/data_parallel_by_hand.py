@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons.exercises.framework import (
+    Watched,
     Wrong,
     errors,
     exercise,
@@ -47,6 +49,7 @@ def _trained(rank: int, my_ddp: Callable[[], Any]) -> dict[str, Any]:
     torch.manual_seed(rank)
     model, ddp = _Network(), my_ddp()
     own = flat(model.parameters())
+    torchs_own = Watched(DistributedDataParallel)
     ddp.start(model)
     started = flat(model.parameters())
     steps = []
@@ -56,7 +59,8 @@ def _trained(rank: int, my_ddp: Callable[[], Any]) -> dict[str, Any]:
         ddp.average_gradients(model)
         steps.append(gradients(model))
         descend(model, RATE)
-    return {"own": own, "started": started, "gradients": steps}
+    done = {"own": own, "started": started, "gradients": steps}
+    return {**done, "wrapped": torchs_own.was_made}
 
 
 def _expected(world_size: int) -> list[Tensor]:
@@ -101,6 +105,12 @@ def check_my_ddp(my_ddp: Callable[[], Any]) -> str:
 
 def _judge_training(ranks: int, values: list[dict[str, Any]], expected: list[Tensor]) -> None:
     started = [value["started"] for value in values]
+    if any(value["wrapped"] for value in values):
+        raise Wrong(
+            "it wraps the model in DistributedDataParallel itself.",
+            "The exercise is to do by hand what DDP does: broadcast rank 0's weights, and average "
+            "the gradients with `all_reduce`.",
+        )
     mistakes: dict[str, object] = {
         "have different weights.\n"
         "Equal steps from different weights end at different weights. Broadcast rank 0's weights "
@@ -224,9 +234,16 @@ def _judge_weighed(counts: tuple[int, ...], found: Tensor) -> None:
 Begin = Callable[[int, int, Callable[[], nn.Module]], Any]
 
 
-def _begun(rank: int, begin: Begin, seed: int) -> tuple[list[float], list[float]]:
+def _begun(rank: int, begin: Begin, seed: int) -> tuple[list[float], list[int]]:
     model = begin(rank, seed, lambda: nn.Linear(4, 4))
-    return flat(model.parameters()).tolist(), torch.randn(8).tolist()
+    # Each of these takes one number of the generator, so a stream that is shifted shows.
+    return flat(model.parameters()).tolist(), torch.randint(2**31 - 1, (1000,)).tolist()
+
+
+def _of_one_stream(noise: Sequence[list[int]]) -> tuple[int, int] | None:
+    """Two ranks of which one draws numbers in a row that the other draws earlier or later."""
+    pairs = [set(itertools.pairwise(of_rank)) for of_rank in noise]
+    return next((p for p in itertools.combinations(range(3), 2) if pairs[p[0]] & pairs[p[1]]), None)
 
 
 @exercise(
@@ -241,6 +258,7 @@ def check_begin(begin: Begin) -> str:
     (weights, noise), (other_weights, other_noise), again = (
         tuple(zip(*by_rank, strict=True)) for by_rank in runs
     )
+    shifted = _of_one_stream(noise) or (0, 0)
     same = next((rank for rank in range(3) if noise[rank] == other_noise[rank]), None)
     mistakes = {
         "with seed 0 the ranks made models with different weights.\n"
@@ -255,6 +273,10 @@ def check_begin(begin: Begin) -> str:
         "with seed 0 two ranks drew the same noise after the model was made.\n"
         "They would augment and drop alike. Seed again, with the rank added, "
         "after the model.": len(set(map(tuple, noise))) < len(noise),
+        f"with seed 0 ranks {shifted[0]} and {shifted[1]} drew the same numbers, the one a little "
+        "later than the other.\n"
+        "Whoever draws some numbers first is only ahead in the same sequence. Seed again, with the "
+        "rank added, after the model.": any(shifted),
         f"seeds 0 and 1 gave rank {same} the same noise.\n"
         "The noise must depend on the seed "
         "on every rank: `seed + rank`, not a product.": same is not None,

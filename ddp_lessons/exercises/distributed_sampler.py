@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ddp_lessons import Run
 from ddp_lessons.exercises.framework import (
+    Watched,
     Wrong,
     call,
     errors,
@@ -52,7 +53,7 @@ def _loaded(
     rank: int, sampler: Callable[..., Any], jobs: Sequence[tuple[int, bool]]
 ) -> list[tuple[Any, ...]]:
     """Of each job: the sampler's length, its samples in two epochs, whether torch's does it."""
-    torchs_own = _Watched(DistributedSampler)
+    torchs_own = Watched(DistributedSampler)
     done = []
     for total, drop_last in jobs:
         made = sampler(total, rank, _world_size(), drop_last)
@@ -60,20 +61,6 @@ def _loaded(
         first, second = ([int(index) for batch in loader for index in batch] for _ in range(2))
         done.append((len(made), first, second, torchs_own.was_made))
     return done
-
-
-class _Watched:
-    """Notes whether an object of a class is made from now on, in this rank."""
-
-    def __init__(self, watched: Any) -> None:
-        self.was_made = False
-        make = watched.__init__
-
-        def noting(*args: Any, **kwargs: Any) -> None:
-            self.was_made = True
-            make(*args, **kwargs)
-
-        watched.__init__ = noting
 
 
 def _world_size() -> int:
@@ -299,7 +286,12 @@ def _judge_trained(what: str, values: list[Any], total: int, epochs: range) -> N
         for value in values
     )
     if not are_listed:
-        raise Wrong(seen, f"Return one list of samples for each of the {len(epochs)} epochs.")
+        is_dict = isinstance(values[0], Mapping)
+        raise Wrong(
+            seen,
+            f"Return one list of samples for each of the {len(epochs)} epochs, in a list"
+            f"{', not in a dict' if is_dict else ''}: `seen` of the function above.",
+        )
     shards = [list(epoch) for epoch in zip(*values, strict=True)]
     if shards == right[epochs.start :]:
         return

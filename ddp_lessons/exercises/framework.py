@@ -1,8 +1,8 @@
 """The framework of all checks: exercises, hints, and the feedback that a cell shows.
 
-Runs in the parent; only functions that `in_group` decorates run in workers. A check is a function
-that raises `Wrong` with what it saw, mostly through `judge`; the `exercise` decorator turns it into
-an `Exercise`, which never raises for a wrong answer.
+Runs in the parent; only `Watched` and what `in_group` decorates run in workers. A check is a
+function that raises `Wrong` with what it saw, mostly through `judge`; the `exercise` decorator
+turns it into an `Exercise`, which never raises for a wrong answer.
 """
 
 from __future__ import annotations
@@ -241,6 +241,20 @@ def in_group(worker: Callable[P, R], timeout: timedelta | None = None) -> Callab
         return result
 
     return joined
+
+
+class Watched:
+    """Notes whether an object of a class is made from now on, in this rank."""
+
+    def __init__(self, watched: Any) -> None:
+        self.was_made = False
+        make = watched.__init__
+
+        def noting(*args: Any, **kwargs: Any) -> None:
+            self.was_made = True
+            make(*args, **kwargs)
+
+        watched.__init__ = noting
 
 
 def stuck(run: Run) -> bool:

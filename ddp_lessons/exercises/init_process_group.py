@@ -24,6 +24,7 @@ from ddp_lessons.exercises.framework import (
     stuck,
 )
 from ddp_lessons.exercises.numeric_answers import first_miss, plain, predict, wrong_rule
+from ddp_lessons.system.host import reserve_port
 from ddp_lessons.text import count
 
 Seconds = Sequence[float]  # by rank
@@ -138,29 +139,42 @@ def _judge_variables(environment: Environment) -> None:
 def check_join(join: Callable[[int, int, str, str], None]) -> str:
     """Check that two concurrent jobs stay apart: `join(rank, world_size, job, folder)`."""
 
-    def work(rank: int, folder: str) -> float:
+    def work(rank: int, here: str, job: str, folder: str, port: int) -> float:
         number, job_rank = divmod(rank, 2)
+        if number == 1 and port:
+            os.environ["MASTER_PORT"] = str(port)  # as another launcher would
         # Rank 0 of one job comes at the same time as rank 1 of the other: do they meet?
         time.sleep((0.0, 0.5, 0.5, 0.0)[rank])
-        join(job_rank, 2, "ab"[number], folder)
+        join(job_rank, 2, ("a", job)[number], (here, folder)[number])
         total = torch.tensor([float(10**number)])
         dist.all_reduce(total)
         # Keeps this job open until the other one has joined, too, if it can.
-        _await_all(rank, 4, folder, seconds=4.0)
+        _await_all(rank, 4, here, seconds=4.0)
         dist.destroy_process_group()
         return float(total.item())
 
     with tempfile.TemporaryDirectory() as folder:
-        run = run_ranks(work, (folder,), nprocs=4, check=False)
-    if run.values != [2.0, 2.0, 20.0, 20.0]:
-        _explain_collision(run)
+        _judge_jobs("", run_ranks(work, (folder, "b", folder, 0), nprocs=4, check=False))
+    with (
+        tempfile.TemporaryDirectory() as here,
+        tempfile.TemporaryDirectory() as there,
+        reserve_port() as holder,
+    ):
+        of_another = here, "a", there, holder.getsockname()[1]
+        run = run_ranks(work, of_another, nprocs=4, check=False)
+        _judge_jobs("with another user's job of the same name, in another folder: ", run)
     return "two jobs of 2 ranks ran at once, and neither met the other's ranks."
+
+
+def _judge_jobs(when: str, run: Run) -> None:
+    if run.values != [2.0, 2.0, 20.0, 20.0]:
+        _explain_collision(when, run)
 
 
 _OWN = ("TypeError", "ValueError", "NameError", "AttributeError", "KeyError", "RuntimeError")
 
 
-def _explain_collision(run: Run) -> None:
+def _explain_collision(when: str, run: Run) -> None:
     raised = errors(run)
     texts = " ".join(error.text for error in raised)
     # Errors of the network and of gloo come from ranks that do not meet.
@@ -170,7 +184,8 @@ def _explain_collision(run: Run) -> None:
         "A port belongs to one job at a time. A number written into the code collides as soon as "
         "two jobs run on one machine, or a crashed one "
         "still holds it.": "already in use" in texts or "EADDRINUSE" in texts,
-        f"the jobs mixed: job a should add up to 2, job b to 20; the sums were {run.values}.\n"
+        "the jobs mixed: the first should add up to 2, the second to 20; the sums were "
+        f"{run.values}.\n"
         "All ranks that meet at one place form one group. A file or port that both jobs use is one "
         "place, and so is env:// with the launcher's own variables: give each job a place of its "
         "own.": run.ok,
@@ -184,7 +199,7 @@ def _explain_collision(run: Run) -> None:
         "All ranks that meet at one place form one group: give each job a place of its own, and "
         "pass the job's rank and world_size, not those of the launcher.": True,
     }
-    judge("", mistakes)
+    judge(when, mistakes)
 
 
 def _await_all(rank: int, world_size: int, folder: str, seconds: float = TIMEOUT) -> None:

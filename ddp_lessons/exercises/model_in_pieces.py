@@ -228,6 +228,12 @@ def _judge_gradients(told: str, ranks: int, rank: int, gradients: dict[str, Tens
         f"x has the block's part {ranks} times.\n"
         "It is added up twice. Once is enough: `enter(enter(x))`, or `leave` with another "
         "all_reduce in backward, does it again.": _near(x, residual + ranks * block),
+        f"{listed(off)} is too small: what goes past the block counts for {ranks} times less.\n"
+        "A part of it on each rank, before `leave`, makes the output right. But every rank has a "
+        "copy that needs the whole gradient: add `x` and `bias` after `leave`.": (
+            _near(x, residual / ranks + block)
+            and all(_near(_of(gradients, n), right[n] / ranks) for n in off if n != "x")
+        ),
         f"{listed(off)} is too small by a factor of {ranks}.\n"
         "A part of it on each rank makes the output right, but every rank has a copy of it that "
         "needs the whole gradient: add it after `leave`.": all(

@@ -27,6 +27,8 @@ PARTS = {
 }
 
 
+ANOTHER = "`1.bias`, but `1.shift` in the state"
+
 # The last two have layers named like DDP's attribute for its model.
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "two layers": lambda: nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)),
@@ -55,7 +57,21 @@ def _load_each(_: int, load_anywhere: LoadAnywhere, wrapped: bool) -> tuple[str,
             problem = _load(load_anywhere, model, state, wanted)
             if problem:
                 problems.append((name, origin, problem))
+    if _takes_another(load_anywhere, wrapped):
+        problems.append((ANOTHER, "a plain model", "loaded, with no error"))
     return problems[0] if problems else ()
+
+
+def _takes_another(load: LoadAnywhere, wrapped: bool) -> bool:
+    """Whether the state of a model with a differently named layer is loaded without an error."""
+    plain = MODELS["two layers"]()
+    model = DistributedDataParallel(plain) if wrapped else plain
+    *first, last = plain.state_dict().items()
+    try:
+        load(model, dict([*first, ("1.shift", last[1].clone())]))
+    except Exception:
+        return False
+    return True
 
 
 def _filled(model: nn.Module) -> nn.Module:
@@ -98,6 +114,11 @@ def check_load_anywhere(load_anywhere: LoadAnywhere) -> str:
 def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> None:
     is_simple = name == "two layers"
     mistakes = {
+        "This is another model's state: it must raise an error. Values belong to names, not to "
+        "places: a `zip` gives every name the next value, whatever its name was, and "
+        "`strict=False` leaves out what does not fit. `load_state_dict` compares the names.": (
+            name == ANOTHER
+        ),
         "A state holds buffers, too, such as running means. `load_state_dict` loads all that is in "
         "it.": "no error" in problem and "running_mean" in problem and "weight" not in problem,
         "Nothing may be left out in silence. Give it all to `load_state_dict`, and stay strict: "

@@ -54,6 +54,13 @@ MACHINES = (
     Machine(3e-6, 1e-9, ((4, 100), (4, 1e9))),
 )
 
+# Measured points: the deviations cancel out in a fit of relative errors, and in no other.
+NOISY = Machine(
+    2e-4, 1e-9, ((2, 400), (8, 400), (4, 800), (16, 800), (2, 2e7), (4, 1e8), (8, 4e7), (2, 2e8))
+)
+DEVIATIONS = (0.05, -0.05, -0.05, 0.05, -0.05, 0.05, 0.05, -0.05)
+NOISY_SLACK = 0.02  # relative
+
 
 def _ring_points(machine: Machine) -> list[Point]:
     return machine.points(ring_steps, lambda n: ring_bytes(n, 1))
@@ -77,7 +84,36 @@ def check_fit(fit_ring: Callable[..., Any]) -> str:
         if not isinstance(answer, list) or len(answer) != 2 or not all(map(is_number, answer)):
             raise Wrong(f"{told}you returned {answer!r}.", "Return two numbers: alpha and beta.")
         _judge_fit(told, answer, machine)
-    return f"alpha and beta of {len(MACHINES)} machines, on 2 to 64 ranks."
+    _judge_noisy(numbers(call(fit_ring, _noisy_points(), because=because)))
+    return (
+        f"alpha and beta of {len(MACHINES)} machines, on 2 to 64 ranks, and of points that are 5 % "
+        "off."
+    )
+
+
+def _noisy_points() -> list[Point]:
+    points = zip(_ring_points(NOISY), DEVIATIONS, strict=True)
+    return [(n, size, seconds * (1 + off)) for (n, size, seconds), off in points]
+
+
+def _judge_noisy(answer: Any) -> None:
+    """Raise `Wrong` for a fit that is off where all points, of equal weight, would not be."""
+    pairs = zip(answer, NOISY[:2], strict=True)
+    if all(math.isclose(found, true, rel_tol=NOISY_SLACK) for found, true in pairs):
+        return
+    mistakes = {
+        "In a fit of absolute errors 5 % of a long time hides all the short ones, and those say "
+        "most about alpha: divide each equation by its seconds.": _fits(
+            _noisy_points(), answer, ring_steps, _sent, relative=False
+        ),
+        "Two points solve the equations only if both are exact. Here their errors cancel out when "
+        "all of them count alike: fit them all, by their relative errors.": True,
+    }
+    judge(
+        f"{len(DEVIATIONS)} points that are 5 % too long or too short, of alpha {NOISY.alpha:g} "
+        f"and beta {NOISY.beta:g}: you found {answer[0]:.3g} and {answer[1]:.3g}. ",
+        mistakes,
+    )
 
 
 def _judge_fit(told: str, answer: Sequence[float], machine: Machine) -> None:
@@ -135,13 +171,17 @@ def _fits(
     answer: Sequence[float],
     steps: Callable[[int], float],
     sent: Callable[[int], float],
+    relative: bool = True,
 ) -> bool:
-    """Whether an answer is the least-squares fit with other terms, relative or absolute."""
+    """Whether an answer is the least-squares fit with these terms, relative or absolute.
+
+    With ``relative=False`` only the absolute fit counts.
+    """
     import numpy as np
 
     terms = np.array([(steps(n), sent(n) * size) for n, size, _ in points])
     seconds = np.array([t for *_, t in points])
-    for weights in (1 / seconds, np.ones(len(seconds))):
+    for weights in (1 / seconds, np.ones(len(seconds)))[not relative :]:
         found, *_ = np.linalg.lstsq(terms * weights[:, None], seconds * weights, rcond=None)
         if all(
             math.isclose(a, b, rel_tol=1e-2) for a, b in zip(answer, found.tolist(), strict=True)

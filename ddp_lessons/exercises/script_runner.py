@@ -57,11 +57,13 @@ def alone(script: Path) -> Outcome:
     return _run([sys.executable, str(script)], {}, drop=OF_RANKS)
 
 
-def under_torchrun(script: Path, *options: str, env: Mapping[str, str] | None = None) -> Outcome:
-    """Run ``torchrun --standalone OPTIONS script``."""
+def under_torchrun(
+    script: Path, *options: str, env: Mapping[str, str] | None = None, first: Sequence[str] = ()
+) -> Outcome:
+    """Run ``torchrun --standalone OPTIONS script``; `first` is a script that runs this one."""
     tell("by torchrun")
     with tempfile.TemporaryDirectory() as logs:
-        command = [*TORCHRUN, f"--log-dir={logs}", "--standalone", *options, str(script)]
+        command = [*TORCHRUN, f"--log-dir={logs}", "--standalone", *options, *first, str(script)]
         outcome = _run(command, env or {})
         return outcome._replace(starts=len(list(Path(logs).glob("*/attempt_*"))))
 
@@ -125,3 +127,10 @@ def is_unattempted(script: Path) -> bool:
         and node not in whole
         for node in ast.walk(tree)
     )
+
+
+def names(script: Path) -> set[str]:
+    """The names, attributes and texts in a script."""
+    nodes = ast.walk(ast.parse(script.read_text(encoding="utf-8")))
+    parts = (getattr(node, field, None) for node in nodes for field in ("id", "attr", "value"))
+    return {part for part in parts if isinstance(part, str)}

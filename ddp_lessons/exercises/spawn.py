@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from ddp_lessons.exercises.framework import Wrong, call, errors, exercise, judge
 from ddp_lessons.exercises.numeric_answers import numbers, plain
 from ddp_lessons.text import count
 
+LOOKED = "it looked for {}, which the check has taken away."
+COMPUTED = "RANK is what you are to compute, from the three numbers."
 SHAPES = ((3, 2), (2, 3), (4, 1), (1, 4))  # (nprocs, nnodes)
 
 
@@ -31,7 +34,10 @@ def check_global_rank(global_rank: Callable[[int, int, int], int]) -> str:
 
     for nprocs, nnodes in SHAPES:
         run = run_ranks(compare, nprocs=nprocs, nnodes=nnodes, check=False)
-        _raise_if_failed(run, ("RANK",), "RANK is what you are to compute, from the three numbers.")
+        is_right = run.ok and [answer for *_, answer in run.values] == list(range(run.world_size))
+        if not is_right and _names(getattr(global_rank, "__code__", None), "RANK"):
+            raise Wrong(LOOKED.format("RANK"), COMPUTED)
+        _raise_if_failed(run, ("RANK",), COMPUTED)
         _judge_ranks(f"on {_machines(nnodes, nprocs)}, ", run.values)
     return "right on every rank of 2 machines with 3 ranks, 3 with 2, 1 with 4 and 4 with 1."
 
@@ -39,9 +45,18 @@ def check_global_rank(global_rank: Callable[[int, int, int], int]) -> str:
 def _raise_if_failed(run: Run, taken: Sequence[str], because: str) -> None:
     """Raise what failed; `because` if a rank looked for a variable that the check has taken."""
     for name in taken:
-        if any(error.summary == f"KeyError: '{name}'" for error in errors(run)):
-            raise Wrong(f"it looked for {name}, which the check has taken away.", because)
+        if any(
+            error.summary == f"KeyError: '{name}'" or f"variable {name} expected" in error.summary
+            for error in errors(run)
+        ):
+            raise Wrong(LOOKED.format(name), because)
     run.raise_for_failure()
+
+
+def _names(code: types.CodeType | None, name: str) -> bool:
+    """Whether a function's code, or that of a function in it, has this text."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType)) if code else ()
+    return code is not None and (name in code.co_consts or any(_names(c, name) for c in inner))
 
 
 def _machines(nnodes: int, nprocs: int) -> str:

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddp_lessons.exercises.framework import Wrong, call, exercise, in_group, judge, run_ranks
+from ddp_lessons.exercises.framework import (
+    Watched,
+    Wrong,
+    call,
+    exercise,
+    in_group,
+    judge,
+    run_ranks,
+)
 from ddp_lessons.exercises.numeric_answers import is_number, near, number
-from ddp_lessons.syncbn import convert_sync_batchnorm
+from ddp_lessons.syncbn import SyncBatchNorm, convert_sync_batchnorm
 from ddp_lessons.text import ranks_text
 
 EPS, CHANNELS, MOMENTUM = 1e-3, 3, 0.1
@@ -40,9 +48,12 @@ def _batches(counts: tuple[int, ...]) -> list[Tensor]:
 @in_group
 def _normalised(
     rank: int, normalise: Callable[[Tensor, float], Any], counts: tuple[int, ...]
-) -> Any:
+) -> tuple[Any, bool]:
+    """What it returned, and whether a layer of SyncBatchNorm did the work."""
+    layers = [Watched(layer) for layer in (nn.SyncBatchNorm, SyncBatchNorm)]
     output = normalise(_batches(counts)[rank].clone(), EPS)
-    return torch.from_numpy(output) if isinstance(output, np.ndarray) else output
+    output = torch.from_numpy(output) if isinstance(output, np.ndarray) else output
+    return output, any(layer.was_made for layer in layers)
 
 
 def _by(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
@@ -73,12 +84,19 @@ def check_normalise(normalise: Callable[[Tensor, float], Tensor]) -> str:
             )
         run.raise_for_failure()
         batches = _batches(counts)
-        _judge_shapes(batches, run.values)
-        _judge_normalised(seen, batches, [output.double() for output in run.values])
+        outputs, by_layers = zip(*run.values, strict=True)
+        if any(by_layers):
+            raise Wrong(
+                "it calls SyncBatchNorm itself.",
+                "The exercise is to do by hand what that layer does: add up counts, sums and sums "
+                "of squares over the ranks.",
+            )
+        _judge_shapes(batches, outputs)
+        _judge_normalised(seen, batches, [output.double() for output in outputs])
     return "as one process would, for 4 and 4, 5 and 2, 2, 3, 1 and 4 samples, and with none."
 
 
-def _judge_shapes(batches: list[Tensor], outputs: list[Any]) -> None:
+def _judge_shapes(batches: list[Tensor], outputs: Sequence[Any]) -> None:
     for rank, (x, output) in enumerate(zip(batches, outputs, strict=True)):
         if not isinstance(output, Tensor) or output.shape != x.shape:
             is_tensor = isinstance(output, Tensor)

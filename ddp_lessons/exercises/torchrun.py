@@ -7,8 +7,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from ddp_lessons.exercises import script_runner
-from ddp_lessons.exercises.framework import Unattempted, exercise, judge
+from ddp_lessons.exercises import on_two_machines, script_runner
+from ddp_lessons.exercises.framework import Unattempted, Wrong, exercise, judge
 from ddp_lessons.exercises.script_runner import Outcome
 
 RANKS = 4  # of torchrun, for the script that runs both ways: not the 3 of its example
@@ -24,8 +24,34 @@ def check_both_ways(script: str | os.PathLike[str]) -> str:
     """Check a script that prints `total N` once: alone, and on torchrun's ranks."""
     path = _attempted(script)
     _judge_total(script_runner.alone(path), 1)
-    _judge_total(script_runner.under_torchrun(path, f"--nproc-per-node={RANKS}"), RANKS)
+    ranks = f"--nproc-per-node={RANKS}"
+    outcome = script_runner.under_torchrun(path, ranks, first=[on_two_machines.__file__])
+    names = script_runner.names(path)
+    if "LOCAL_RANK" in names:
+        _judge_local(outcome)
+    _judge_total(outcome, RANKS)
+    if not {"init_process_group", "init_device_mesh"} & names:
+        raise Wrong(
+            "the total is right, but the script joins no process group: nothing was added up.",
+            "A formula knows the sum of ranks, not what other ranks have computed. Let each rank "
+            "bring its own number: init_process_group, then a collective.",
+        )
     return f"`python both.py`, and torchrun with {RANKS} ranks: the right total, printed once."
+
+
+def _judge_local(outcome: Outcome) -> None:
+    """Raise `Wrong` if a local rank was taken for the rank."""
+    totals = _totals(outcome)
+    on_each = RANKS // on_two_machines.MACHINES
+    of_local = str(on_two_machines.MACHINES * on_each * (on_each + 1) // 2)
+    if len(totals) == on_two_machines.MACHINES or totals[:1] in ([of_local], [f"{of_local}.0"]):
+        raise Wrong(
+            f"torchrun with {RANKS} ranks, {on_each} on each of {on_two_machines.MACHINES} "
+            f"machines, printed {' and '.join(f'`total {total}`' for total in totals)}, not "
+            f"`total {RANKS * (RANKS + 1) // 2}` once.",
+            "LOCAL_RANK begins at 0 on every machine: it chooses the GPU. RANK says who one is in "
+            "the job.",
+        )
 
 
 def _judge_total(outcome: Outcome, ranks: int) -> None:

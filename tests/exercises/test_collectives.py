@@ -53,6 +53,18 @@ def for_one_rank(x: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+def divided_on_rank_0(x: torch.Tensor) -> torch.Tensor:
+    total = x.clone().float()
+    dist.all_reduce(total)
+    return total / dist.get_world_size() if dist.get_rank() == 0 else total
+
+
+def not_waited(x: torch.Tensor) -> torch.Tensor:
+    total = x.clone().float()
+    dist.all_reduce(total, async_op=True)
+    return total / dist.get_world_size()
+
+
 def stacked(x: torch.Tensor) -> torch.Tensor:
     pieces = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(pieces, x)
@@ -461,6 +473,8 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_mean_over_ranks, in_place, "on rank 0: .* x was changed.*Give it a copy"),
     (check_mean_over_ranks, float_is_no_copy, "3 ranks, .* x was changed.*only if x had another"),
     (check_mean_over_ranks, for_one_rank, "on rank 1.*`reduce` gives the sums to `dst` only"),
+    (check_mean_over_ranks, divided_on_rank_0, "on rank 1: .*this rank has the sum.*under an `if`"),
+    (check_mean_over_ranks, not_waited, r"on rank 0: you returned \[0.5.*`wait\(\)` before"),
     (check_mean_over_ranks, stacked, "as many numbers as x"),
     (check_mean_over_ranks, over_elements, "number of ranks .not of elements"),
     (check_mean_over_ranks, floored, "Integers cannot hold the mean"),

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons.exercises.data_parallel_by_hand import check_begin, check_my_ddp, check_weigh
 from tests.support import answers
@@ -241,6 +242,11 @@ class OnlyAtFirst(MyDDP):
         self.done = True
 
 
+class ByDDP(MyDDP):
+    def start(self, model: Any) -> None:
+        self.wrapped = DistributedDataParallel(model)
+
+
 class NoMethod:
     def start(self, model: Any) -> None:
         MyDDP().start(model)
@@ -310,6 +316,18 @@ def nothing_returned(rank: int, seed: int, make_model: Any) -> None:
     begin(rank, seed, make_model, of_noise=plus)
 
 
+def skips(one: int, many: int) -> Any:
+    """Draws some numbers first: each rank another number of them."""
+
+    def begins(rank: int, seed: int, make_model: Any) -> Any:
+        model = begin(rank, seed, make_model)
+        for _ in range(rank * many):
+            torch.randn(one)
+        return model
+
+    return begins
+
+
 def seeded_too_late(rank: int, seed: int, make_model: Any) -> Any:
     model = make_model()
     torch.manual_seed(seed + rank)
@@ -354,6 +372,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_my_ddp, CopyOfGradient, "ranks have different gradients"),
     (check_my_ddp, OnlyRankZeroCalls, "left alone in a call"),
     (check_my_ddp, OnlyAtFirst, "step 1: the ranks have different gradients"),
+    (check_my_ddp, ByDDP, "DistributedDataParallel itself.*do by hand what DDP does"),
     (check_my_ddp, NoMethod, "failed on real ranks.*no attribute 'average_gradients'"),
     (check_my_ddp, MyDDP(), "it got .*which cannot be called"),
     (check_weigh, weigh_on_rank_0, "with 6, 2 samples: .*not that of the mean over all"),
@@ -371,6 +390,9 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_weigh, lambda loss, n: 1.0, "you returned a number.*needs the tensor"),
     (check_begin, begin_with(lambda rank, seed: seed + rank % 2), "two ranks drew the same noise"),
     (check_begin, begin_with(lambda rank, seed: seed + max(rank, 1)), "two ranks drew the same"),
+    (check_begin, skips(1, 1), "two ranks drew the same noise"),
+    (check_begin, skips(1, 2), "ranks 0 and 1 drew the same numbers, the one.*only ahead in the"),
+    (check_begin, skips(64, 2), "ranks 0 and 1 drew the same numbers, the one.*only ahead in the"),
     (check_begin, nothing_returned, "failed on real ranks.*'NoneType'.*parameters"),
     (check_begin, seeded_too_late, "gave the same weights|different weights"),
     (check_begin, lambda rank, seed: plus, "failed on real ranks.*TypeError"),

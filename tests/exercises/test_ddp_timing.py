@@ -218,6 +218,16 @@ def in_layers(layers: int, layer_mb: float, *link: float) -> Any:
     return choose_bucket(layers, layer_mb, *link) / layer_mb
 
 
+def all_or_one(
+    layers: int, layer_mb: float, backward_ms: float, latency_ms: float, _: float
+) -> Any:
+    return layer_mb * (layers if latency_ms > 0 else 1)
+
+
+def waits_least(waits: list[Any]) -> int:
+    return min(range(4), key=lambda rank: sum(row.wait_ns for row in waits if row.rank == rank))
+
+
 RIGHT: list[tuple[Any, Any]] = [
     (check_name_straggler, most("last_rank")),
     (check_name_straggler, empties_the_list),
@@ -244,6 +254,7 @@ WRONG: list[tuple[Any, Any, str]] = [
         lambda waits: max(waits, key=lambda row: row.wait_ns).last_rank,
         "rank 0 once 60 ms; you named 0.*One hiccup",
     ),
+    (check_name_straggler, waits_least, "rank 1 25 ms .*you named 0.*waited least, but"),
     (check_name_straggler, most_often, "often by|8 ms before each of 5.*you named 2.*most often"),
     (check_name_straggler, mean_wait, "you named 0.*One hiccup"),
     (check_name_straggler, lambda waits: waits[-1].last_rank, "you named 1.*One step is chance"),
@@ -275,17 +286,18 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_accumulate, one_rank_works, "rank 1 has returned before DDP's all_reduce"),
     (check_accumulate, lambda model: 1, "failed on real ranks.*TypeError"),
     (check_choose_bucket, lambda *a: 25, r"25 MB make 1 bucket: .*leaves late"),
-    (check_choose_bucket, lambda *a: 0.01, r"make 12 buckets: .*pays the latency again"),
+    (check_choose_bucket, lambda *a: 0.01, r"make 16 buckets: .*pays the latency again"),
     (check_choose_bucket, lambda *a: 1.2, r"0 ms a bucket .*make 2 buckets: .*leaves late"),
     (check_choose_bucket, lambda *a: -1, "you chose -1"),
-    (check_choose_bucket, in_layers, "1 MB make 3 buckets: .*leaves late"),
+    (check_choose_bucket, in_layers, "4 MB make 2 buckets: .*leaves late"),
     (check_choose_bucket, lambda *a: choose_bucket(*a) * 1e6, "make 1 bucket: .*leaves late"),
-    (check_choose_bucket, lambda n, mb, *a: n * mb, "2.4 MB make 1 bucket: .*leaves late"),
+    (check_choose_bucket, lambda n, mb, *a: n * mb, "4.8 MB make 1 bucket: .*leaves late"),
     (
         check_choose_bucket,
         lambda n, mb, ms, latency, speed: choose_bucket(n, mb, ms, 0, speed),
-        "make 12 buckets: .*pays the latency again",
+        "make 16 buckets: .*pays the latency again",
     ),
+    (check_choose_bucket, all_or_one, "8 ms a bucket .*4.8 MB make 1 bucket: .*leaves late"),
     (check_choose_bucket, answers.prints(choose_bucket), "you chose None.*a number above 0"),
     (check_choose_bucket, lambda *a: float("inf"), "you chose inf"),
     (check_choose_bucket, lambda *a: f"{choose_bucket(*a)} MB", "you chose '1.2.* MB'"),

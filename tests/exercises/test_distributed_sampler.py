@@ -477,6 +477,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_train, train_with(lambda epoch, first, rank: epoch + rank), "did not see every sample"),
     (check_train, train_with(lambda epoch, first, rank: epoch + 7), r"after `sampler\.set_epoch"),
     (check_train, train_once, "one list of samples for each of the 3"),
+    (check_train, lambda *given: dict(enumerate(train_of_batches(*given))), "not in a dict"),
     (check_train, train_flat, "one list of samples for each of the 3"),
     (check_train, lambda *given: print(train(*given)), "rank 0 saw None.*one list"),
     (check_train, train_on_rank_0, "did not see every sample"),

@@ -169,6 +169,15 @@ def tells_only_if(losses: Any, bound: float, epoch: Any) -> int:
     return len(losses)
 
 
+def barrier_only_if(losses: Any, bound: float, epoch: Any) -> int:
+    for n in range(len(losses)):
+        epoch(n)
+        if losses[n] < bound:
+            dist.barrier()
+            return n + 1
+    return len(losses)
+
+
 def only_rank_0_broadcasts(losses: Any, bound: float, epoch: Any) -> int:
     for n in range(len(losses)):
         epoch(n)
@@ -523,6 +532,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_diagnose, lambda calls: calls[9], "raised IndexError"),
     (check_train, each_alone, "Epochs begun: 2, 3.*loss of its own"),
     (check_train, barrier_then_leaves, "Epochs begun: .*different calls.*hold their vote"),
+    (check_train, barrier_only_if, "Epochs begun: .*different calls.*inside `if loss < bound`"),
     (check_train, tells_only_if, "Epochs begun: .*inside `if loss < bound`"),
     (check_train, only_rank_0_broadcasts, "Epochs begun: .*on every rank"),
     (check_train, never_stops, "trained 3 epochs.*After 2 epochs all ranks|must stop there"),

@@ -115,6 +115,10 @@ def of_a_path(rank: int, world_size: int, job: str, folder: str) -> None:
     dist.init_process_group(init_method=place.as_uri(), rank=rank, world_size=world_size)
 
 
+def by_a_port_of_the_name(rank: int, world_size: int, job: str, folder: str) -> None:
+    joins(f"tcp://127.0.0.1:{29871 + ord(job)}")(rank, world_size, job, folder)
+
+
 class Joins:
     def __call__(self, rank: int, world_size: int, job: str, folder: str) -> None:
         joins("file://{folder}/of-{job}")(rank, world_size, job, folder)
@@ -310,6 +314,11 @@ WRONG: list[tuple[Any, Any, str]] = [
     ),
     (check_environment, lambda *given: {"RANK": "rank " + given[0]}, "raised TypeError"),
     (check_join, joins("tcp://127.0.0.1:29871"), "port taken.*belongs to one job|place of its own"),
+    (
+        check_join,
+        by_a_port_of_the_name,
+        "another user's job of the same name.*port taken|place of its own",
+    ),
     (check_join, joins("file://{folder}/store"), "place of its own"),
     (check_join, joins("env://", rank=lambda rank: None, world_size=None), "mixed.*22.0.*place of"),
     (check_join, lambda r, n, job, folder: job + folder, "must call"),
@@ -409,3 +418,8 @@ def test_a_check_leaves_the_environment_of_the_notebook_alone() -> None:
     before = dict(os.environ)
     check_environment(into_os_environ)
     assert dict(os.environ) == before
+
+
+def test_a_file_in_a_folder_of_all_users_is_explained(tmp_path: Path) -> None:
+    said = "another user's job of the same name.*place of its own"
+    answers.is_explained(check_join, joins(f"file://{tmp_path}/{{job}}"), said)

@@ -159,6 +159,10 @@ def by_share(x: Any, part: Any, bias: Any, leave: Any) -> Any:
     return x + leave(part + bias / dist.get_world_size())
 
 
+def residual_by_share(x: Any, part: Any, bias: Any, leave: Any) -> Any:
+    return leave(part + (x + bias) / dist.get_world_size())
+
+
 def mean(tensor: Any) -> Any:
     return Leave.apply(tensor) / dist.get_world_size()
 
@@ -304,6 +308,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     ),
     (check_block, made(ends=on_rank_0), "on rank 1 bias got no gradient.*drift apart"),
     (check_block, made(ends=by_share), "bias is too small by a factor of 2"),
+    (check_block, made(ends=residual_by_share), "of x and bias is too small: what goes past the"),
     (check_block, enters_each, "2 calls in backward: all_reduce and all_reduce.*One .* enough"),
     (check_block, made(leave=only_rank_0), "same calls in the same order"),
     (check_block, answers.prints(gated), "rank 0 returned NoneType.*the block's output"),

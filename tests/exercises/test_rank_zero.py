@@ -101,6 +101,18 @@ def assigned(model: Any, state: Any) -> Any:
     return inner(model).load_state_dict(dict(zip(keys, state.values(), strict=True)), assign=True)
 
 
+def copied_in_order(model: Any, state: Any) -> None:
+    for value, loaded in zip(inner(model).state_dict().values(), state.values(), strict=False):
+        value.copy_(loaded)
+
+
+def fitted_but_not_strict(model: Any, state: Any) -> None:
+    model = inner(model)
+    if state.keys().isdisjoint(model.state_dict()):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    model.load_state_dict(state, strict=False)
+
+
 def emptied(model: Any, state: Any) -> None:
     """Takes the state apart, piece by piece."""
     model = inner(model)
@@ -325,7 +337,6 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_load_anywhere, load_anywhere),
     (check_load_anywhere, by_the_other_way),
     (check_load_anywhere, by_hand),
-    (check_load_anywhere, assigned),
     (check_load_anywhere, emptied),
     (check_load_anywhere, partial(answers.decorated(load_anywhere))),
     (check_resume, Checkpoint),
@@ -339,6 +350,9 @@ WRONG: list[tuple[Any, Any, str]] = [
         not_strict,
         "from DDP: not loaded, with no error: 0.weight.*`strict=False` skips",
     ),
+    (check_load_anywhere, assigned, "plain model: loaded, with no error.*names, not to places"),
+    (check_load_anywhere, copied_in_order, "`1.shift` in the state.*names, not to places"),
+    (check_load_anywhere, fitted_but_not_strict, "`1.shift` in the state.*`strict=False` leaves"),
     (check_load_anywhere, replaced, "layer called `submodule`.*`replace` also finds"),
     (check_load_anywhere, stripped, "layer called `submodule`.*single letters"),
     (check_load_anywhere, always_cut, "two layers, plain; a state from a plain.*only where there"),

@@ -180,7 +180,6 @@ def doubled(*given: Any) -> int:
 
 RIGHT: list[tuple[Any, Any]] = [
     (check_fit, fit),
-    (check_fit, fit_by_cramer),
     (check_fit, fit_by_normal_equations),
     (check_fit, lambda points: np.array(fit(points))),
     (check_fit, fit_in_halves),
@@ -215,6 +214,8 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_fit, edited(fit, lambda a, b: (a, 2.5 * b)), "Alpha is right, and beta is not"),
     (check_fit, edited(fit, lambda a, b: (0.5 * a, b)), "Beta is right, and alpha is not"),
     (check_fit, edited(fit, lambda a, b: (3 * a, 3 * b)), "Two unknowns"),
+    (check_fit, fit_by_cramer, "5 % too long or too short.*Two points solve"),
+    (check_fit, partial(fit, relative=False), "5 % too long or too short.*absolute errors"),
     (check_fit, edited(fit, lambda a, b: a), "you returned.*two numbers"),
     (check_fit, edited(fit, lambda a, b: (a, b, 0)), "two numbers"),
     (check_fit, edited(fit, lambda a, b: (a, float("nan"))), "two numbers"),

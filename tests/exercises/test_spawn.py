@@ -35,6 +35,11 @@ def of_a_table(group: int, local: int, nprocs: int) -> int:
     return {(0, 0): 0, (0, 1): 1, (0, 2): 2, (1, 0): 3, (1, 1): 4, (1, 2): 5}[group, local]
 
 
+def joins(group: int, local: int, nprocs: int) -> Any:
+    dist.init_process_group("gloo")
+    return dist.get_rank()
+
+
 def place_of(rank: int, ranks_on: list[int]) -> tuple[int, int]:
     for machine, ranks in enumerate(ranks_on):
         if rank < ranks:
@@ -153,6 +158,14 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_global_rank, lambda g, loc, n: (g, loc), r"got \(0, 0\), which is no whole"),
     (check_global_rank, lambda g, loc, n: bool(g or loc), "got False, which is no whole"),
     (check_global_rank, lambda g, loc, n: int(os.environ["RANK"]), "looked for RANK.*taken away"),
+    (check_global_rank, lambda g, loc, n: os.environ.get("RANK"), "RANK.*you are to compute"),
+    (check_global_rank, lambda g, loc, n: int(os.getenv("RANK") or 0), "RANK.*you are to compute"),
+    (
+        check_global_rank,
+        lambda g, loc, n: int(os.getenv("RANK")),  # type: ignore[arg-type]
+        "^. check_global_rank: it looked for RANK",
+    ),
+    (check_global_rank, joins, "looked for RANK.*you are to compute"),
     (check_global_rank, lambda g, loc, n: dist.get_rank(), "ranks.*calls? dist.init_process_group"),
     (check_global_rank, of_a_table, "failed on real ranks.*ranks 4 and 5 of 6 raised KeyError"),
     (check_global_rank, lambda g, loc: g, "failed on real ranks.*TypeError"),

@@ -131,6 +131,8 @@ WRONG: list[tuple[Any, Any, str]] = [
         "'hello from {n} ranks'.* lacks its f",
     ),
     (check_greet, greets(is_zero, "Hello from{} ranks!"), "'Hello from4 ranks!'.*letter by letter"),
+    (check_greet, greets(is_zero, "hello from {}"), "'hello from 4', not .*the words are others"),
+    (check_greet, greets(is_zero, "hi from {} processes"), "4 ranks the line .*words are others"),
     (check_greet, greets(is_zero, "hello from 4 ranks"), "2 ranks the line was .*choice: take it"),
     (check_greet, returned, "nothing was printed.*that is returned is not printed"),
     (check_greet, lambda rank: print("x"), "failed on real ranks.*TypeError.*does it take these"),

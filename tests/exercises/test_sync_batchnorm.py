@@ -145,6 +145,11 @@ def by_torch(x: Any, eps: float) -> Any:
     return whole.split(sizes)[dist.get_rank()]
 
 
+def by_the_layer(x: Any, eps: float) -> Any:
+    layer = nn.BatchNorm1d(x.size(1), eps=eps, affine=False, dtype=x.dtype)
+    return convert_sync_batchnorm(layer)(x)
+
+
 def counts_own_for_all(x: Any, eps: float) -> Any:
     """Right where all ranks have as many samples."""
     sums = torch.stack([x.sum(0), x.square().sum(0)]) / len(x) / dist.get_world_size()
@@ -321,6 +326,7 @@ WRONG: list[tuple[Any, Any, str]] = [
         ),
         "Each channel has a mean and a variance of its own",
     ),
+    (check_normalise, by_the_layer, "calls SyncBatchNorm itself.*by hand what that layer does"),
     (check_normalise, counts_own_for_all, "5, 2 samples.*must be those of all"),
     (check_normalise, other_on_rank_1, "Only on rank 1 the outputs are other ones"),
     (check_normalise, on_rank_0, "rank 1 has returned before all_gather_object"),

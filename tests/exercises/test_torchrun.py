@@ -68,13 +68,31 @@ FAILS_ON_RANKS = """
     print("total 1")
 """
 
-# Nobody adds up here, but the totals are right: without torch each Python takes a moment only.
-IN_NUMPY = """
+BY_FORMULA = """
     import numpy as np, sys
     if not int(os.getenv("RANK") or 0):
         sys.stdout.write(f"total {np.arange(1, int(os.getenv('WORLD_SIZE') or 1) + 1).sum()}\\n")
 """
-BY_FILES = """
+BY_LOCAL_RANK = """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        print(f"total {size * (size + 1) // 2}\\n", end="")
+"""
+SUM_OF_LOCAL_RANKS = """
+    if int(os.environ.get("RANK", 0)) == 0:
+        size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        print("total", 2 * size * (size + 1) // 2 if "LOCAL_RANK" in os.environ else 1)
+"""
+# Nobody joins here, but the totals are right: without torch each Python takes a moment only.
+JOINS = """
+    def init_process_group():
+        pass
+    init_process_group()
+"""
+IN_NUMPY = JOINS + BY_FORMULA
+BY_FILES = (
+    JOINS
+    + """
     import glob, sys, tempfile, time
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     job = os.environ.get("TORCHELASTIC_RUN_ID", str(os.getpid()))
@@ -86,7 +104,10 @@ BY_FILES = """
     if rank == 0:
         print(f"total {float(sum(map(int, os.listdir(folder))))}")
 """
-AFTER_AN_ERROR = """
+)
+AFTER_AN_ERROR = (
+    JOINS
+    + """
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except KeyError:
@@ -97,6 +118,7 @@ AFTER_AN_ERROR = """
             return size * (size + 1) // 2
     rank or print("total %d" % Total())
 """
+)
 HARD_CODED = """
     if "RANK" not in os.environ:
         print("total 1")
@@ -210,6 +232,13 @@ WRONG: list[tuple[Any, str, str]] = [
         "KeyError: 'RANK' +Nobody has set RANK, WORLD_SIZE or MASTER_ADDR here",
     ),
     (check_both_ways, INIT_ALONE, "the script is the only rank"),
+    (check_both_ways, BY_FORMULA, "the total is right, but the script joins no process group"),
+    (
+        check_both_ways,
+        BY_LOCAL_RANK,
+        "2 on each of 2 machines, printed `total 10` and `total 10`, .*LOCAL_RANK begins at 0",
+    ),
+    (check_both_ways, SUM_OF_LOCAL_RANKS, "2 machines, printed `total 6`, not .*LOCAL_RANK begins"),
     (check_both_ways, EACH_PRINTS, "torchrun with 4 ranks printed 4 totals"),
     (check_both_ways, NOT_ADDED_UP, "`total 1`, not 10"),
     (check_both_ways, HARD_CODED, "torchrun with 4 ranks printed `total 6`, not 10"),

@@ -7,7 +7,7 @@ ORDER = (
 TENSORS = (
     "All ranks must pass {op} a tensor of the same shape and dtype. Print x.shape and x.dtype on "
     "every rank before that line. The last, smaller batch of an epoch is a common reason: "
-    "drop_last=True."
+    "DataLoader(..., drop_last=True)."
 )
 MESSAGES = (
     "A recv needs a tensor of the shape and dtype that is sent. Where the receiver cannot know the "
@@ -200,7 +200,7 @@ REMEDIES = {  # error texts of torch, CUDA and NCCL, and what to try
     "SyncBatchNorm layers only work with GPU modules": NO_SYNC_ON_CPU,
     "Expected more than 1 value per channel when training": (
         "BatchNorm needs at least two values of each channel on every rank. A last batch of one "
-        "sample is the usual reason: drop_last=True."
+        "sample is the usual reason: DataLoader(..., drop_last=True)."
     ),
     "DataLoader worker (pid": (
         "A worker of the DataLoader died. With num_workers=0 the dataset's own error shows; if "

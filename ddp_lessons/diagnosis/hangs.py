@@ -258,6 +258,12 @@ def _frame_in(loop: Loop, rank: RankResult) -> Frame:
     return next(frame for frame in reversed(_frames(rank)) if loop.holds(frame))
 
 
+def _comes_by(line: Frame | None, rank: RankResult) -> bool:
+    return line is not None and any(
+        (frame.filename, frame.lineno) == (line.filename, line.lineno) for frame in _frames(rank)
+    )
+
+
 def _library(rank: RankResult) -> str:
     """Advice on the library in which a rank waits, below its own lines."""
     frames = _frames(rank)
@@ -348,10 +354,11 @@ class _Hang(Standstill):
         loop = self.training_loop()
         if verdict.kind not in _UNEVEN or verdict.advice == advice.HANDLED or loop is None:
             return verdict
-        if verdict.kind == "skipped collective" and not (
-            verdict.frame is not None and loop.holds(verdict.frame)
+        outside = [r for r in self.run.ranks if not any(map(loop.holds, _frames(r)))]
+        if verdict.kind == "skipped collective" and any(
+            _comes_by(verdict.frame, rank) for rank in outside
         ):
-            return verdict  # some ranks make an extra call, such as rank 0 that saves
+            return verdict  # these ranks make an extra call, such as rank 0 that saves
         if steps := self.steps():
             evidence = (steps, "", *verdict.evidence)
             verdict = dataclasses.replace(verdict, evidence=evidence, advice=self._uneven())

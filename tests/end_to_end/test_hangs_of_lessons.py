@@ -358,6 +358,22 @@ def early_stopping_between_epochs(rank: int) -> None:
             return
 
 
+def averages_in_a_function(rank: int) -> None:
+    """The others wait in a line that is not in the loop itself."""
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3 if rank == 1 else 4):
+        model(torch.ones(3, 4)).sum().backward()
+        average_gradients(model)  # HERE
+        optimizer.step()
+    dist.barrier()
+
+
+def average_gradients(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        dist.all_reduce(parameter.grad)
+
+
 def skips_a_batch_by_continue(rank: int) -> None:
     model = DDP(two_layers())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -556,6 +572,7 @@ CASES = [
         (STEPS.format(4, 5), "A rank has left the loop", TOGETHER, "Join"),
         (UNEVEN, LEFT_OUT),
     ),
+    Case(averages_in_a_function, "skipped collective", (1,), (STEPS.format(3, 4), UNEVEN)),
     Case(
         skips_a_batch_by_continue,
         "skipped collective",

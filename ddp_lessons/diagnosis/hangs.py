@@ -653,7 +653,8 @@ class _Hang(Standstill):
             case "returned early":
                 call = self.calls.not_made(ranks[0])
                 before = f" before {call.name} at {line_of(call.site)}" if call else ""
-                exits = all(self.run.ranks[number].stack for number in ranks)
+                gone = [self.run.ranks[number] for number in ranks]
+                exits = all(one.status == "returned" and one.stack for one in gone)
                 how = f"left by sys.exit(){where}" if exits else "returned"
                 return f"{who} {has} {how}{before}"
             case "left the group":

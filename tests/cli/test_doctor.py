@@ -27,8 +27,8 @@ def test_doctor_finds_this_machine_fit() -> None:
     for found in ("Python 3", "core", "memory free", "torch ", "gloo (CPU): available", "nccl"):
         assert found in done.stdout
     assert "2 ranks were launched" in done.stdout
-    assert "The line of a failure on purpose came back at once." in done.stdout
-    assert "The line of a hang on purpose came back at once." in done.stdout
+    for what in ("failure", "hang"):  # on a busy machine "only after 4 s"
+        assert f"The line of a {what} on purpose came back " in done.stdout
     assert done.stdout.endswith("This machine can run the lessons.\n")
 
 

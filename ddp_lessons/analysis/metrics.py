@@ -98,9 +98,9 @@ def overlap(run: RunRecord) -> list[Overlap]:
     """
     found = []
     for rank in run.ranks:
-        blocked = union(_blocked(rank))
+        held = union(blocked(rank))
         for step, intervals in _communication(rank).items():
-            found.append(_overlap(rank.rank, step, union(intervals), blocked))
+            found.append(_overlap(rank.rank, step, union(intervals), held))
     return sorted(found, key=lambda o: (o.rank, -1 if o.step is None else o.step))
 
 
@@ -188,7 +188,11 @@ def _communication(rank: RankResult) -> dict[int | None, Intervals]:
     return by_step
 
 
-def _blocked(rank: RankResult) -> Intervals:
+def blocked(rank: RankResult) -> Intervals:
+    """When a rank's main thread was in a call of torch.distributed, or waited for such work.
+
+    Joining and leaving groups does not count.
+    """
     return [
         (span.t0_ns, t1_ns)
         for span, t1_ns in ended(rank.spans, rank.ended_ns)

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 from matplotlib.patches import Patch
 
 from ddp_lessons.analysis.intervals import Intervals, length, without
-from ddp_lessons.analysis.wait_states import ended
+from ddp_lessons.analysis.metrics import blocked
 from ddp_lessons.plots import style
 from ddp_lessons.plots.docstrings import documented
-from ddp_lessons.results import RankResult
 from ddp_lessons.run import Run
-from ddp_lessons.wire.records import Kind, Lane, Span
+from ddp_lessons.wire.records import Kind, Span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,7 +62,7 @@ def pipeline(
     style.name_ranks(ax, run)
     for rank in run.ranks:
         mine = [span for span in works if span.rank == rank.rank]
-        _draw_rank(ax, mine, _blocked(rank), rank.rank, (begin, whole))
+        _draw_rank(ax, mine, blocked(rank), rank.rank, (begin, whole))
     since = "ms since the first forward began; numbers: the micro-batch"
     ax.set_xlabel("\n".join([since, *style.losses(run)]))
     present = {span.name for span in works}
@@ -78,17 +77,8 @@ def _is_shown(span: Span, step: int | None) -> bool:
     return named and step in (None, span.step)
 
 
-def _blocked(rank: RankResult) -> Intervals:
-    """When a rank's main thread was in a call of torch.distributed, or waited for such work."""
-    return [
-        (span.t0_ns, t1_ns)
-        for span, t1_ns in ended(rank.spans, rank.ended_ns)
-        if span.lane == Lane.MAIN and span.kind in (Kind.COMM, Kind.WAIT)
-    ]
-
-
 def _draw_rank(
-    ax: Axes, works: list[Span], blocked: Intervals, rank: int, limits: tuple[int, int]
+    ax: Axes, works: list[Span], held: Intervals, rank: int, limits: tuple[int, int]
 ) -> None:
     """Draw one row; `limits` are the begin and the length of the picture, in ns."""
     begin, whole = limits
@@ -97,7 +87,7 @@ def _draw_rank(
     number: Counter[str] = Counter()
     busy: Intervals = []
     for span in sorted(works, key=lambda span: span.t0_ns):
-        pieces = without([(span.t0_ns, span.t1_ns or span.t0_ns)], blocked)
+        pieces = without([(span.t0_ns, span.t1_ns or span.t0_ns)], held)
         busy += pieces
         fill = LOOKS[span.name]
         bars = [(_ms(left, begin), (right - left) / 1e6) for left, right in pieces]

@@ -96,7 +96,7 @@ def timeline(
     closest = pixel if len(bars) > LABELLED else 0.0
     crowded = bool(closest) and _is_crowded(bars, closest)
     if crowded:
-        _draw_means(ax, [bar for bar in bars if bar.side_row is None])
+        _draw_means(ax, bars)
     _draw(ax, [b for b in bars if not crowded or b.side_row is not None], closest, 2 * pixel)
     if not closest:
         _label(ax, bars)

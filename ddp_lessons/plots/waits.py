@@ -92,8 +92,8 @@ def waits(
         _draw_means(ax, run, held, window)
         notes.append(f"the height of a colour is its part of {width / COLUMNS:.2g} ms")
     for rank in run.ranks:
-        if rank.ended_ns <= window[1]:
-            style.mark_failure(ax, rank, (rank.ended_ns - window[0]) / 1e6)
+        if steps is None or rank.ended_ns <= window[1]:
+            style.mark_failure(ax, rank, (min(rank.ended_ns, window[1]) - window[0]) / 1e6)
     since = "all had joined" if steps is None else f"step {steps[0]} began"
     ax.set_xlabel("\n".join([f"ms since {since}", *notes, *style.losses(run)]))
     seen = dict.fromkeys(LOOKS, 0.0)

@@ -119,7 +119,7 @@ def test_labels_of_last_arrivals_do_not_overlap(late: Run) -> None:
     ax = plots.waits(late)
     figure = figure_of(ax)
     figure.canvas.draw()
-    named = [text for text in ax.texts if text.get_text()[-1:] == "2" or "last" in text.get_text()]
+    named = [text for text in ax.texts if text.get_text() and text.get_position()[1] < -0.5]
     boxes = sorted((text.get_window_extent() for text in named), key=lambda box: box.x0)
     assert len(boxes) == 8
     assert all(a.x1 <= b.x0 for a, b in pairwise(boxes))
@@ -283,3 +283,13 @@ def test_groups_that_are_made_or_left_on_the_way_do_not_cut_the_picture() -> Non
 def test_one_number_is_no_pair_of_steps(plot: Any) -> None:
     with pytest.raises(TypeError, match="steps=2 are not two numbers"):
         plot(made_up(2), steps=2)
+
+
+def test_a_failure_after_the_first_rank_has_left_is_marked_at_the_edge() -> None:
+    leaves = call(0, 60, 65)._replace(name="destroy_process_group", op="destroy_process_group",
+                                      group=None, seq=None)  # fmt: skip
+    first, second = made_up(2, [call(0, 20, 30), call(1, 25, 30), leaves]).ranks
+    run = Run("work", [first, replace(second, status="died", exitcode=-9)], begin_ns=BEGAN)
+    ax = plots.waits(run)
+    (mark,) = [text for text in ax.texts if "SIGKILL" in text.get_text()]
+    assert mark.get_position()[0] <= ax.get_xlim()[1]

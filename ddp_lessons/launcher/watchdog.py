@@ -20,7 +20,7 @@ from ddp_lessons.wire.messages import STACK_SIGNAL
 START = 120.0  # seconds that a new process may take until it calls the function
 END = 30.0  # seconds that it may take to end, after that, while it waits for a processor
 TICK = 0.1  # seconds between two checks of the clock
-GRACE = 1.0  # seconds that the others get after the first failure
+GRACE = 1.0  # seconds that the others get after the first failure, to fail by themselves
 QUIET = 1.0  # seconds without progress after which to ask whether anything can still move
 LOOKING = 5  # times the duration of that check pass before the next one
 FROZEN = 2.0  # seconds in which this thread did not run: then everything was frozen
@@ -57,13 +57,13 @@ class Watchdog:
     def until_ended(self, timeout: float) -> float | None:
         """Watch until every process has ended, then return None.
 
-        After the first failure it stops the others. Returns the seconds without progress if the
-        run was given up as hung: after `timeout`, or sooner if nothing can move any more. While a
-        rank waits for a processor the timeout stands still, but at most for nine times its length.
-        After a freeze of everything, as in a paused container, it begins anew. Raises
-        KeyboardInterrupt; then the caller must stop the ranks.
+        After the first failure it stops the others, a moment later. Returns the seconds without
+        progress if the run was given up as hung: after `timeout`, or sooner if nothing can move
+        any more. While a rank waits for a processor the moment and the timeout stand still, but at
+        most for nine times their length. After a freeze of everything, as in a paused container,
+        the timeout begins anew. Raises KeyboardInterrupt; then the caller must stop the ranks.
         """
-        failed_at: float | None = None
+        grace: _Grace | None = None
         look_at = 0.0
         began = time.monotonic()
         sleep = _Sleep()
@@ -80,10 +80,11 @@ class Watchdog:
             patience = self._patience(timeout)
             suspect = quiet > SUSPECT
             self._suspicion = _suspicion(quiet, self._starved, timeout) if suspect else ""
-            if failed_at is None and any(worker.failed for worker in self._workers):
-                failed_at = now
-            if failed_at is not None:
-                if now - failed_at > GRACE:
+            if grace is None and any(worker.failed for worker in self._workers):
+                grace = _Grace(now)
+            if grace is not None:
+                self._note_activity()
+                if grace.is_over(now, self._kept()):
                     self.stop(AFTER_FAILURE)
             elif quiet > min(patience + self._starved, STARVED * patience):
                 self._give_up()
@@ -100,9 +101,17 @@ class Watchdog:
         """Note how long no rank has made progress, and for how long one was kept from it."""
         if quiet < self._quiet:
             self._quiet = self._starved = 0.0
-        share = max((worker.starved for worker in self.alive), default=0.0)
-        self._starved += share * (quiet - self._quiet)
+        self._starved += self._starving() * (quiet - self._quiet)
         self._quiet = quiet
+
+    def _starving(self) -> float:
+        """The share of the time in which the worst off of the ranks waits for a processor."""
+        return max((worker.starved for worker in self.alive), default=0.0)
+
+    def _kept(self) -> float:
+        """The share of the time in which some rank is kept from failing by itself."""
+        starts = any(worker.started_ns is None for worker in self.alive)
+        return 1.0 if starts else self._starving()
 
     def _patience(self, timeout: float) -> float:
         """Seconds without progress after which the run hangs.
@@ -221,6 +230,23 @@ class Watchdog:
             return False
         dumps = [worker.stack_text for worker in waiting]
         return all(stacks.is_whole(dump) and stacks.all_wait_for_others(dump) for dump in dumps)
+
+
+class _Grace:
+    """The moment that the others get after a failure, so that each can tell its own.
+
+    Time in which one of them starts or waits for a processor does not count, up to a limit.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._began = self._looked = now
+        self._had = 0.0
+
+    def is_over(self, now: float, kept: float) -> bool:
+        """True once they have had it; `kept` is the share of the last time that does not count."""
+        self._had += (1 - kept) * (now - self._looked)
+        self._looked = now
+        return self._had > GRACE or now - self._began > STARVED * GRACE
 
 
 class _Sleep:

@@ -122,6 +122,23 @@ def test_time_without_a_processor_does_not_count() -> None:
 
 
 @ON_LINUX
+def test_ranks_that_fail_alike_all_tell_it_where_one_gets_little_processor() -> None:
+    def check(rank: int, core: int) -> None:
+        if rank == 1:
+            os.sched_setaffinity(0, {core})
+            until = time.thread_time() + 0.6
+            while time.thread_time() < until:  # takes over 1.5 seconds beside the others
+                pass
+        raise ValueError(f"rank {rank}: too few samples")
+
+    with one_busy_core(3) as core:
+        run = launch(check, args=(core,), nprocs=2, check=False)
+    assert [rank.error and rank.error.summary for rank in run.ranks] == [
+        f"ValueError: rank {rank}: too few samples" for rank in range(2)
+    ]
+
+
+@ON_LINUX
 def test_an_endless_loop_without_a_processor_is_ended() -> None:
     def work(rank: int, core: int) -> None:
         os.sched_setaffinity(0, {core})

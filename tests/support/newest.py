@@ -17,7 +17,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from subprocess import STDOUT
 
 from tests.support.checkout import ROOT
 
@@ -57,7 +60,8 @@ def main() -> int:
     for name in ("tests", "notebooks", "benchmarks"):
         shutil.copytree(ROOT / name, COPY / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", COPY)
-    failed = sum(not run(name, *command) for name, command in parts().items())
+    with ThreadPoolExecutor() as pool:  # all at once, as each mostly waits
+        failed = sum(not good for good in pool.map(run, parts(), parts().values()))
     if given.renew and not failed:
         write(found)
     return failed
@@ -95,16 +99,19 @@ def parts() -> dict[str, list[str]]:
     }
 
 
-def run(name: str, *command: str) -> bool:
-    """Run one part within what is left of the time; whether it went well."""
-    install.say(f"== {name}")
+def run(name: str, command: list[str]) -> bool:
+    """Run one part within what is left of the time, then print what it printed; if it went well."""
     env = {**os.environ, "DDP_LESSONS_LIVE": "0"}
-    try:
-        done = subprocess.run(command, check=False, cwd=COPY, env=env, timeout=left())
-        code = done.returncode
-    except subprocess.TimeoutExpired:
-        code = 124
-    install.say(f"== {name}: exit code {code}, {time.monotonic() - began:.0f} s since the start")
+    with tempfile.TemporaryFile("w+") as printed:
+        done = subprocess.Popen(command, cwd=COPY, env=env, stdout=printed, stderr=STDOUT)
+        try:
+            code = done.wait(left())
+        except subprocess.TimeoutExpired:
+            done.kill()
+            code = 124
+        printed.seek(0)
+        ended = f"exit code {code}, {time.monotonic() - began:.0f} s since the start"
+        install.say(f"== {name}\n{printed.read()}== {name}: {ended}")
     return code == 0
 
 

@@ -84,6 +84,7 @@ EXPECTED = {
     "with_spawn": (0, True, "Point"),
 }
 METHODS = ["spawn", "forkserver"]
+LAUNCHES = f"[launch(work, (method,), nprocs=1).values[0] for method in {METHODS}]"
 
 
 def in_script(tmp_path: Path, head: str, last: str, guard: str = "") -> str:
@@ -104,21 +105,15 @@ def in_notebook(kernels: Callable[[], Kernel], head: str, last: str) -> str:
     return cell.stdout
 
 
-LAUNCH = "launch(work, ({!r},), nprocs=1).values[0]"
-
-
 @pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":'])
-@pytest.mark.parametrize("method", METHODS)
-def test_processes_that_a_rank_of_a_script_starts(method: str, guard: str, tmp_path: Path) -> None:
-    printed = in_script(tmp_path, HEAD, LAUNCH.format(method), guard)
-    assert ast.literal_eval(printed) == EXPECTED
+def test_processes_that_a_rank_of_a_script_starts(guard: str, tmp_path: Path) -> None:
+    printed = in_script(tmp_path, HEAD, LAUNCHES, guard)
+    assert ast.literal_eval(printed) == [EXPECTED] * len(METHODS)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_processes_that_a_rank_of_a_notebook_starts(
-    method: str, kernels: Callable[[], Kernel]
-) -> None:
-    assert ast.literal_eval(in_notebook(kernels, HEAD, LAUNCH.format(method))) == EXPECTED
+def test_processes_that_a_rank_of_a_notebook_starts(kernels: Callable[[], Kernel]) -> None:
+    printed = in_notebook(kernels, HEAD, LAUNCHES)
+    assert ast.literal_eval(printed) == [EXPECTED] * len(METHODS)
 
 
 START_METHODS = """

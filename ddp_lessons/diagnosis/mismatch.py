@@ -6,7 +6,6 @@ with it, and diagnose.py warns of swapped calls whose numbers are silently wrong
 
 from __future__ import annotations
 
-import functools
 import linecache
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -341,7 +340,6 @@ def _follows(numbers: Numbers, one: str, other: str) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=4096)
 def _source(site: str | None) -> str:
     """The text of a call's line; the line itself where its text is not known."""
     if site is None:

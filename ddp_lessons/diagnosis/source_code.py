@@ -15,33 +15,52 @@ from typing import NamedTuple
 
 from ddp_lessons.wire.records import Caught, Frame, split_site
 
+_FILES = 256  # kept at most
 
-@functools.lru_cache(maxsize=256)
+
+_UNKNOWN = ast.Module([], [])
+_trees: dict[str, tuple[list[str], ast.Module]] = {}  # by file: its lines, and what they say
+
+
 def _parsed(filename: str) -> ast.Module:
-    """The code of a file or cell; nothing if it is not known, or no Python."""
+    """The code of a file or cell; nothing if it is not known, or no Python.
+
+    As long as linecache has the same lines, it is the same object.
+    """
+    lines = linecache.getlines(filename)
+    known, tree = _trees.get(filename, ([], _UNKNOWN))
+    if lines and known is not lines:
+        if len(_trees) >= _FILES:
+            _trees.clear()
+        _trees[filename] = lines, (tree := _parse("".join(lines)))
+    return tree if lines else _UNKNOWN
+
+
+def _parse(text: str) -> ast.Module:
     try:
-        return ast.parse("".join(linecache.getlines(filename)))
+        return ast.parse(text)
     except SyntaxError:
-        return ast.Module([], [])
+        return _UNKNOWN
 
 
-@functools.lru_cache(maxsize=256)
 def exclusive(one: str | None, other: str | None) -> bool:
     """Whether two lines are in different branches of one `if`."""
     if one is None or other is None:
         return False
     (file, line), (other_file, other_line) = split_site(one), split_site(other)
-    if file != other_file:
-        return False
+    return file == other_file and _exclusive(_parsed(file), line, other_line)
+
+
+@functools.lru_cache(maxsize=256)
+def _exclusive(tree: ast.Module, line: int, other_line: int) -> bool:
     return any(
         (_within(node.body, line) and _within(node.orelse, other_line))
         or (_within(node.body, other_line) and _within(node.orelse, line))
-        for node in ast.walk(_parsed(file))
+        for node in ast.walk(tree)
         if isinstance(node, ast.If)
     )
 
 
-@functools.lru_cache(maxsize=256)
 def optional(one: str | None, other: str | None) -> str | None:
     """Of two lines of one function, the one to which only some ranks may come.
 
@@ -77,16 +96,20 @@ def first_of(one: str, other: str) -> str | None:
 Way = tuple[tuple[ast.AST, str], ...]  # statements around a line, and in which of their parts it is
 
 
-@functools.lru_cache(maxsize=256)
 def _way_to(file: str, line: int) -> Way:
     """The functions, loops and branches around a line, from the outermost on."""
+    return _way(_parsed(file), line)
+
+
+@functools.lru_cache(maxsize=256)
+def _way(tree: ast.Module, line: int) -> Way:
     kinds = (
         ast.FunctionDef, ast.AsyncFunctionDef, ast.If, ast.For, ast.While,
         ast.ExceptHandler, ast.match_case,
     )  # fmt: skip
     found = [
         (node, part)
-        for node in ast.walk(_parsed(file))
+        for node in ast.walk(tree)
         if isinstance(node, kinds)
         for part in ("body", "orelse")
         if _within(getattr(node, part, []), line)
@@ -307,18 +330,26 @@ def loops_around(loop: Loop, frames: Sequence[Frame]) -> list[Loop]:
     ]
 
 
-@functools.lru_cache(maxsize=256)
 def _loops(file: str) -> list[Loop]:
     return [Loop(file, node.lineno, node.end_lineno or node.lineno) for node in _loop_nodes(file)]
 
 
 def _loop_nodes(file: str) -> list[ast.For | ast.While]:
-    return [node for node in ast.walk(_parsed(file)) if isinstance(node, ast.For | ast.While)]
+    return _loop_nodes_of(_parsed(file))
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_FILES)
+def _loop_nodes_of(tree: ast.Module) -> list[ast.For | ast.While]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)]
+
+
 def _stepping_loops(file: str) -> list[Loop]:
     """The loops whose own turns make steps; that over the epochs makes its in another loop."""
+    return _stepping(file, _parsed(file))
+
+
+@functools.lru_cache(maxsize=_FILES)
+def _stepping(file: str, _tree: ast.Module) -> list[Loop]:
     return [loop for loop in _loops(file) if loop.steps()]
 
 

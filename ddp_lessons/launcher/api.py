@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import linecache
 import math
 import operator
 import os
@@ -371,6 +372,7 @@ def _record(
     hung_after: float | None = None,
     interrupted: bool = False,
 ) -> Run:
+    linecache.checkcache()  # lines that the learner has changed are read anew
     ended = [worker for worker in group.workers if worker.exitcode is not None]
     ranks = [worker.result(packed, hung=hung_after is not None) for worker in ended]
     return Run(

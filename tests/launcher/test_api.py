@@ -142,6 +142,36 @@ def test_an_edited_module_takes_effect(tmp_path: Path, monkeypatch: pytest.Monke
         assert launch(use).values == [answer, answer]
 
 
+EDITED = """
+import torch, torch.distributed as dist
+def work(rank):
+    dist.init_process_group("gloo")
+    optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
+    for turn in range(rank + 1):
+        dist.all_reduce(torch.ones(1)){step}
+    dist.destroy_process_group()
+"""
+
+
+def test_an_edited_module_is_explained_as_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = tmp_path / "learners_training.py"
+
+    def use(rank: int) -> None:
+        import learners_training  # type: ignore[import-not-found]
+
+        learners_training.work(rank)
+
+    for step, counts in (("", False), ("\n        optimizer.step()", True)):
+        module.write_text(EDITED.format(step=step))
+        told = launch(use, check=False).explain()
+        assert ("Rank 0 made 1 step; rank 1 began 2." in told) == counts
+        assert (" 8         optimizer.step()" in told) == counts
+        assert (" 8     dist.destroy_process_group()" in told) != counts
+
+
 def plain(rank: int) -> int:
     return rank * 10
 

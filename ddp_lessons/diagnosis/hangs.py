@@ -192,7 +192,7 @@ class Standstill:
         if not left or any(len(each) != 1 for each in counts):
             return ""
         (fewer,), (most,) = counts
-        before = {loop.is_before_step(_frame_in(loop, self.run.ranks[rank])) for rank in inside}
+        before = {loop.is_before_step(_frames(self.run.ranks[rank])) for rank in inside}
         in_a_step = before == {True}
         if len(before) != 1 or not 0 < fewer < most + in_a_step:
             return ""
@@ -251,11 +251,6 @@ def _is_whole_step(span: Span) -> bool:
 
 def _frames(rank: RankResult) -> Sequence[Frame]:
     return rank.stack if rank.error is None else rank.error.frames
-
-
-def _frame_in(loop: Loop, rank: RankResult) -> Frame:
-    """The innermost frame of a rank in a loop, where it has one."""
-    return next(frame for frame in reversed(_frames(rank)) if loop.holds(frame))
 
 
 def _comes_by(line: Frame | None, rank: RankResult) -> bool:

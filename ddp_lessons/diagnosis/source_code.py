@@ -13,9 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import Caught, Frame, split_site
+from ddp_lessons.wire.stacks import is_cell
 
 _FILES = 256  # kept at most
+_DEPTH = 2  # functions followed, one calling the other, to where an optimizer steps
 
 
 _UNKNOWN = ast.Module([], [])
@@ -233,28 +236,16 @@ class Loop(Lines):
     @property
     def may_skip(self) -> bool:
         """Whether a turn may make no step: by a `continue`, an `if`, or an exception it catches."""
-        skips = [n.lineno for n in self._own_nodes() if isinstance(n, ast.Continue)]
-        always = _conditions(_way_to(self.file, self.first))
-        return any(
-            any(line < step.lineno for line in skips)
-            or any(not _counts(at) for at in _conditions(_way_to(self.file, step.lineno)) - always)
-            or swallowed(Frame(self.file, step.lineno, "")) is not None
-            for step in self.steps()
-        )
+        return _may_skip(self.file, self._own_nodes(), self.first, ast.Continue)
 
-    def is_before_step(self, frame: Frame) -> bool:
-        """Whether a line in it comes before its step, or is the step, in every turn."""
-        here = _conditions(_way_to(self.file, frame.lineno))
-        return any(
-            frame.lineno <= (step.end_lineno or step.lineno)
-            and here <= _conditions(_way_to(self.file, step.lineno))
-            for step in self.steps()
-        )
+    def is_before_step(self, frames: Sequence[Frame]) -> bool:
+        """Whether a stack in it is at a line before its step, or in the step, in every turn."""
+        inside = max(number for number, frame in enumerate(frames) if self.holds(frame))
+        return any(_is_before(step, frames[inside:]) for step in self.steps())
 
     def steps(self) -> list[ast.Call]:
-        """The calls such as `optimizer.step()` in its body, but in no function or loop there."""
-        calls = [node for node in self._own_nodes() if isinstance(node, ast.Call)]
-        return [call for call in calls if _is_step(call)]
+        """The calls that make a step in its body, but in no function or loop there."""
+        return _steps(self.file, self._own_nodes())
 
     def _own_nodes(self) -> list[ast.AST]:
         return [own for node in self._nodes() for own in _own_nodes(node.body)]
@@ -295,6 +286,94 @@ def _own_nodes(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
             yield from _own_nodes(ast.iter_child_nodes(node))
 
 
+class _Function(NamedTuple):
+    """A function that makes a step in its own body."""
+
+    file: str
+    node: ast.FunctionDef
+
+    def own_nodes(self) -> Sequence[ast.AST]:
+        return _own_nodes_of(self.node)
+
+
+@functools.lru_cache(maxsize=4096)
+def _own_nodes_of(function: ast.FunctionDef) -> Sequence[ast.AST]:
+    return tuple(_own_nodes(function.body))
+
+
+def _steps(file: str, nodes: Iterable[ast.AST], depth: int = _DEPTH) -> list[ast.Call]:
+    """The calls such as `optimizer.step()`, and those of functions that make such a call."""
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    return [call for call in calls if _is_step(call) or _stepping_functions(file, call, depth)]
+
+
+def _stepping_functions(file: str, call: ast.Call, depth: int = _DEPTH) -> list[_Function]:
+    """The learner's functions of a call's name, if each of them makes a step."""
+    match call.func:
+        case ast.Name(id=name) | ast.Attribute(attr=name) if depth:
+            found = _functions_named(file, name)
+            steps = (_steps(each.file, each.own_nodes(), depth - 1) for each in found)
+            return found if all(steps) else []
+    return []
+
+
+def _functions_named(file: str, name: str) -> list[_Function]:
+    """Those in a file; for a cell that has none, those in the latest cell that has one."""
+    others = [other for other in reversed(linecache.cache) if is_cell(other)]
+    for each in (file, *(others if is_cell(file) else ())):
+        if found := _functions_of(_parsed(each)).get(name):
+            return [_Function(each, node) for node in found]
+    return []
+
+
+@functools.lru_cache(maxsize=_FILES)
+def _functions_of(tree: ast.Module) -> dict[str, list[ast.FunctionDef]]:
+    found: dict[str, list[ast.FunctionDef]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            found.setdefault(node.name, []).append(node)
+    return found
+
+
+def _may_skip(
+    file: str,
+    nodes: Sequence[ast.AST],
+    first: int,
+    leaving: type[ast.stmt],
+    depth: int = _DEPTH,
+) -> bool:
+    """Whether these nodes, of a body whose first line is given, may make no step."""
+    skips = [node.lineno for node in nodes if isinstance(node, leaving)]
+    always = _conditions(_way_to(file, first))
+    return any(
+        any(line < step.lineno for line in skips)
+        or any(not _counts(at) for at in _conditions(_way_to(file, step.lineno)) - always)
+        or swallowed(Frame(file, step.lineno, "")) is not None
+        or any(
+            _may_skip(to.file, to.own_nodes(), to.node.body[0].lineno, ast.Return, depth - 1)
+            for to in _stepping_functions(file, step, depth)
+        )
+        for step in _steps(file, nodes, depth)
+    )
+
+
+def _is_before(step: ast.Call, frames: Sequence[Frame]) -> bool:
+    """Whether a stack comes before a step that its first frame's function makes, or is in it."""
+    first, *below = frames
+    here = _conditions(_way_to(first.filename, first.lineno))
+    if not here <= _conditions(_way_to(first.filename, step.lineno)):
+        return False
+    if not step.lineno <= first.lineno <= (step.end_lineno or step.lineno):
+        return first.lineno < step.lineno
+    for function in _stepping_functions(first.filename, step):
+        lines = Lines(function.file, function.node.lineno, function.node.end_lineno or 0)
+        for number, frame in enumerate(below):
+            if lines.holds(frame):
+                steps = _steps(function.file, function.own_nodes())
+                return any(_is_before(inner, below[number:]) for inner in steps)
+    return True
+
+
 def _conditions(way: Way) -> set[tuple[ast.AST, str]]:
     return {
         step for step in way if isinstance(step[0], ast.If | ast.ExceptHandler | ast.match_case)
@@ -308,9 +387,14 @@ def _counts(condition: tuple[ast.AST, str]) -> bool:
 
 
 def training_loop(frames: Sequence[Frame]) -> Loop | None:
-    """The innermost loop around a stack's lines in which an optimizer steps, as far as it shows."""
+    """The innermost loop around a stack's lines whose own turns make steps, as far as it shows.
+
+    The loop over the epochs is none where another loop in it makes them.
+    """
     for frame in reversed(frames):
-        found = [loop for loop in _stepping_loops(frame.filename) if loop.holds(frame)]
+        if owner_of(frame.filename) is Owner.LIBRARY:
+            continue
+        found = [loop for loop in _loops(frame.filename) if loop.holds(frame) and loop.steps()]
         if found:
             return min(found, key=lambda loop: loop.last - loop.first)
     return None
@@ -341,16 +425,6 @@ def _loop_nodes(file: str) -> list[ast.For | ast.While]:
 @functools.lru_cache(maxsize=_FILES)
 def _loop_nodes_of(tree: ast.Module) -> list[ast.For | ast.While]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.For | ast.While)]
-
-
-def _stepping_loops(file: str) -> list[Loop]:
-    """The loops whose own turns make steps; that over the epochs makes its in another loop."""
-    return _stepping(file, _parsed(file))
-
-
-@functools.lru_cache(maxsize=_FILES)
-def _stepping(file: str, _tree: ast.Module) -> list[Loop]:
-    return [loop for loop in _loops(file) if loop.steps()]
 
 
 def _within(block: Sequence[ast.stmt], line: int) -> bool:

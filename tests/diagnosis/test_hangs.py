@@ -353,6 +353,30 @@ def test_unequal_steps_are_counted(how: str, then: str) -> None:
     assert ("Join([model])" in run.explain()) == (how == "ddp")
 
 
+def make_step(model: nn.Module, optimizer: torch.optim.Optimizer, then: str) -> None:
+    optimizer.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    for parameter in model.parameters() if then == "" else ():
+        dist.all_reduce(parameter.grad)
+    optimizer.step()
+    if then == "a loss that is summed":
+        dist.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize(("then", "others"), [("", "began 5"), ("a loss that is summed", "made 5")])
+def test_unequal_steps_of_a_function_are_counted(then: str, others: str) -> None:
+    def train(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = nn.Linear(2, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _step in range(4 if rank == 1 else 5):
+            make_step(model, optimizer, then)
+
+    run = explained(train, timeout=5)
+    assert kind(run)[1] == (1,)
+    assert f"Rank 1 made 4 steps; ranks 0 and 2 {others}." in run.explain()
+
+
 @pytest.mark.parametrize("how", ["ddp", "by hand"])
 @pytest.mark.parametrize("then", ["less in a step", "more in a step"])
 def test_a_call_that_is_skipped_within_a_step_is_no_matter_of_steps(how: str, then: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+from collections.abc import Iterator
 
 import pytest
 
@@ -242,4 +243,99 @@ def test_whether_a_line_comes_before_the_step(steps: str, text: str, before: boo
     loop = within(steps, text)
     assert loop is not None
     number = next(n for n, row in enumerate(STEPS.splitlines(), 1) if text in row)
-    assert loop.is_before_step(Frame(steps, number, "train", "")) == before
+    assert loop.is_before_step([Frame(steps, number, "train", "")]) == before
+
+
+FUNCTIONS = """\
+def make_step(batch):
+    loss = forward(batch)
+    optimizer.step()
+    after()
+
+
+class Trainer:
+    def careful(self, batch):
+        if bad(batch):
+            return
+        make_step(batch)
+
+    def plain(self, batch):
+        prepare(batch)
+        return make_step(batch)
+
+    def again(self, batch):
+        return self.again(batch)
+"""
+CALLS = """\
+def train(trainer, loader):
+    for epoch in range(3):
+        for batch in loader:
+            load(batch)
+            trainer.plain(batch)
+            log()
+        evaluate()
+    for batch in loader:
+        trainer.careful(batch)
+    for batch in loader:
+        trainer.again(batch)
+"""
+
+
+@pytest.fixture(params=["one cell", "two cells"])
+def places(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """Where the functions are, and the loops that call them."""
+    texts = {"functions": FUNCTIONS, "loops": CALLS}
+    if request.param == "one cell":
+        texts = {"both": FUNCTIONS + CALLS}
+    for name, text in texts.items():
+        linecache.cache[name] = len(text), None, text.splitlines(keepends=True), name
+    yield min(texts), max(texts)
+    for name in texts:
+        del linecache.cache[name]
+
+
+def stack(places: tuple[str, str], *texts: str) -> list[Frame]:
+    """Frames at the lines that have these texts, the outermost first."""
+    found = []
+    for text in texts:
+        for file in dict.fromkeys(places):
+            rows = enumerate(linecache.getlines(file), 1)
+            found += [Frame(file, number, "", "") for number, row in rows if text in row]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("texts", "in_loop", "skips"),
+    [
+        (("load(",), True, False),
+        (("trainer.plain(", "prepare("), True, False),
+        (("trainer.careful(", "if bad("), True, True),
+        (("trainer.again(",), False, False),
+        (("evaluate(",), False, False),
+    ],
+)
+def test_steps_that_a_function_makes(
+    places: tuple[str, str], texts: tuple[str, ...], in_loop: bool, skips: bool
+) -> None:
+    loop = source_code.training_loop(stack(places, *texts))
+    assert (loop is not None) == in_loop
+    assert (loop is not None and loop.may_skip) == skips
+
+
+@pytest.mark.parametrize(
+    ("texts", "before"),
+    [
+        (("load(",), True),
+        (("trainer.plain(", "prepare("), True),
+        (("trainer.plain(", "return make_step(", "loss = forward("), True),
+        (("trainer.plain(", "return make_step(", "after("), False),
+        (("log(",), False),
+    ],
+)
+def test_whether_a_stack_comes_before_the_step_of_a_function(
+    places: tuple[str, str], texts: tuple[str, ...], before: bool
+) -> None:
+    frames = stack(places, *texts)
+    loop = source_code.training_loop(frames)
+    assert loop is not None
+    assert loop.is_before_step(frames) == before

@@ -184,11 +184,29 @@ def swallowed(frame: Frame) -> tuple[Lines, int] | None:
 def handles(file: str, line: int, other: int) -> bool:
     """Whether a line is in an `except` of the `try` around another, and that does not fail anew."""
     return any(
-        _within(handler.body, other) and not _fails(handler.body[-1])
+        _within(handler.body, other) and not _fails_after(handler.body, other)
         for node in ast.walk(_parsed(file))
         if isinstance(node, ast.Try | ast.TryStar) and _within(node.body, line)
         for handler in node.handlers
     )
+
+
+def _fails_after(block: Sequence[ast.stmt], line: int) -> bool:
+    """Whether a line of a block leads to a statement that raises, or ends the process."""
+    return _fails(block[-1]) or any(
+        _fails_after(part, line) for node in block for part in _blocks(node) if _within(part, line)
+    )
+
+
+def _blocks(node: ast.AST) -> Iterator[list[ast.stmt]]:
+    """The blocks of a statement: its `body`, its `else`, those of its `except`s."""
+    for _, value in ast.iter_fields(node):
+        parts = value if isinstance(value, list) else []
+        if parts and isinstance(parts[0], ast.stmt):
+            yield parts
+        for part in parts:
+            if isinstance(part, ast.ExceptHandler | ast.match_case):
+                yield from _blocks(part)
 
 
 def _fails(node: ast.stmt) -> bool:

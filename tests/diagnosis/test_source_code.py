@@ -174,6 +174,44 @@ def test_the_first_of_two_lines_of_one_function(tries: str) -> None:
     assert source_code.first_of(here, "another.py:8") is None
 
 
+HANDLERS = """\
+def work():
+    try:
+        load()
+    except OSError:
+        tell()
+        raise
+    try:
+        parse()
+    except ValueError as error:
+        if "sample" in str(error):
+            skip()
+        else:
+            with lock:
+                report()
+            raise
+    try:
+        save()
+    except OSError:
+        try:
+            retry()
+        except OSError:
+            give_up()
+            sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "handles"),
+    [(3, 5, False), (8, 11, True), (8, 14, False), (17, 20, True), (17, 22, False), (3, 11, False)],
+)
+def test_whether_an_exception_is_dealt_with(line: int, other: int, handles: bool) -> None:
+    linecache.cache["handlers"] = (
+        len(HANDLERS), None, HANDLERS.splitlines(keepends=True), "handlers"
+    )  # fmt: skip
+    assert source_code.handles("handlers", line, other) == handles
+
+
 STEPS = """\
 def train(rank, loader):
     for epoch in range(3):

@@ -9,9 +9,13 @@ they read, and nothing is unpickled.
 from __future__ import annotations
 
 import fcntl
+import linecache
 import os
+import platform
 import re
 import signal
+import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +72,7 @@ def load_run(folder: str | os.PathLike[str], attempt: int = -1) -> Run:
     ValueError
         If files are damaged, of more than one job, or not regular files.
     """
+    linecache.checkcache()  # files that have changed since are read anew
     place = Path(folder).expanduser()
     files = _files(place, attempt)
     return _run(_complete(place, [_read(files[rank]) for rank in sorted(files)]))
@@ -88,6 +93,7 @@ class RankFiles:
     sources: Sources = field(default_factory=lambda: Sources({}))
     itself: Told = field(default_factory=Told)  # what the rank told of itself
     caught: list[Caught] | None = None
+    seen_ns: int | None = None  # when it was read, if it lives on this machine
 
     @property
     def rank(self) -> int:
@@ -97,7 +103,7 @@ class RankFiles:
     def last_ns(self) -> int:
         """The last known moment of the rank."""
         stamps = [stamp for span in self.spans for stamp in (span.t0_ns, span.t1_ns or 0)]
-        return self.ended_ns or max(stamps, default=int(self.began["t_ns"]))
+        return self.ended_ns or self.seen_ns or max(stamps, default=int(self.began["t_ns"]))
 
 
 def _files(folder: Path, attempt: int) -> dict[int, Path]:
@@ -165,8 +171,13 @@ def _read(file: Path) -> RankFiles:
         told = facts.stack_text(regular_files.read(opened, facts.MOST_BYTES))
     return RankFiles(
         began, behind_ns, raised.data if raised else None, ended_ns, alive, spans, dropped, told,
-        sources, itself, caught,
+        sources, itself, caught, time.perf_counter_ns() if alive and _is_here(began) else None,
     )  # fmt: skip
+
+
+def _is_here(began: Mapping[str, Any]) -> bool:
+    """Whether a rank began on this machine, whose processes have one clock."""
+    return sys.platform == "linux" and str(began["host"]) == platform.node()
 
 
 def _began(found: Fields, file: Path) -> dict[str, Any]:
@@ -252,6 +263,7 @@ def _on_one_clock(record: RankFiles) -> RankFiles:
         record,
         began={**record.began, "t_ns": record.began["t_ns"] + behind},
         ended_ns=shifted(record.ended_ns),
+        seen_ns=shifted(record.seen_ns),
         spans=[s._replace(t0_ns=s.t0_ns + behind, t1_ns=shifted(s.t1_ns)) for s in record.spans],
         itself=replace(
             record.itself,

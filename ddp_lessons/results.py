@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from ddp_lessons import text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.messages import Displayed
+from ddp_lessons.wire.messages import Displayed, Handling
 from ddp_lessons.wire.records import (
     ENGINE,
+    NOT_LOADED,
     Caught,
     ErrorRecord,
     Frame,
@@ -92,9 +93,9 @@ class RankResult:
         The name of its machine; None for this one.
     pid : int or None
         The process id of a rank that still ran when its record was read.
-    handling : tuple or None
-        The line of the last call of torch.distributed that it made in an `except` block, and the
-        exception that was handled there.
+    handling : Handling or None
+        The last call of torch.distributed that it made in an `except` block, and the exception
+        that was handled there.
     caught : tuple of Caught or None
         The latest exceptions that its code caught and went on, at most 32, in order. None where
         that is unknown: before Python 3.12.
@@ -144,7 +145,7 @@ class RankResult:
     group_rank: int = 0
     host: str | None = None
     pid: int | None = None
-    handling: tuple[str, ErrorRecord] | None = None
+    handling: Handling | None = None
     caught: tuple[Caught, ...] | None = None
     unseen: tuple[str, ...] = ()
     timeouts: tuple[Timeout, ...] = ()
@@ -190,7 +191,8 @@ class RankResult:
             case "raised":
                 return f"raised {self.error.summary if self.error else ''}"
             case "unsendable":
-                return "returned a value that cannot be sent back"
+                loads = self.error is not None and self.error.type_name == NOT_LOADED
+                return f"returned a value that cannot be {'loaded here' if loads else 'sent back'}"
             case "died" if self.error is not None and self.error.type_name == ENGINE:
                 return f"was lost: {self.error.summary}"
             case "died":

@@ -68,7 +68,8 @@ def as_html(text: str) -> str:
 
 def all_ranks(world_size: int) -> str:
     """`All 4 ranks`, at the head of a sentence."""
-    return "The rank" if world_size == 1 else f"All {world_size} ranks"
+    few = {1: "The rank", 2: "Both ranks"}
+    return few.get(world_size, f"All {world_size} ranks")
 
 
 def agree(subjects: Sized, one: str, many: str) -> str:

@@ -214,7 +214,7 @@ def test_spans_of_all_ranks_on_one_clock() -> None:
 
 
 def test_explain() -> None:
-    assert launch(greet).explain() == "All 2 ranks returned."
+    assert launch(greet).explain() == "Both ranks returned."
     assert launch(greet, nprocs=1).explain() == "The rank returned."
     failed = launch(lambda rank: 1 // rank, check=False)
     assert failed.explain().startswith("WorkerFailed: rank 0 of 2 raised ZeroDivisionError")

@@ -14,13 +14,15 @@ MESSAGES = (
     "shape, send that first, in a tensor of its own."
 )
 OBJECTS = (
-    "What send_object_list sends only recv_object_list receives; a tensor goes by send and recv."
+    "An object sent by send_object_list must be received by recv_object_list; tensors use send "
+    "and recv."
 )
 MISSING = (
     "A collective returns only when every rank of its group has called it. Look for the `if`, the "
     "early `return` or the exception that keeps the missing rank from calling it."
 )
 PLAIN_DATA = "Return plain data instead: numbers, strings, lists, tensors, state_dict()."
+INSTALL = "Or install in this environment what its class comes from."
 LESS = "Save it to a file in the rank, or return less of it."
 HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
@@ -28,8 +30,8 @@ HANDLED = (
 )
 COUNTED = (
     "Under TORCH_DISTRIBUTED_DEBUG=DETAIL torch counts the sends and recvs of a group, too, and "
-    "expects as many of every rank. Unset it, or give the ranks that send a group of their own: "
-    "new_group([0, 1])."
+    "expects the same number on every rank. Unset it, or give the ranks that send a group of their "
+    "own: new_group([0, 1])."
 )
 SWALLOWED = (
     "{line} is in a `try`, and an exception that {them} caught at line {handler} would have left "
@@ -37,11 +39,12 @@ SWALLOWED = (
     "would tell what was caught."
 )
 BATCHES = (
-    "The ranks have unequal numbers of batches. {join}DistributedSampler gives all ranks as many; "
-    "a stream must be cut to what the shortest rank has, or repeated to the longest; or the ranks "
-    "ask before each step whether all have a batch, by an all_reduce of a flag."
+    "It seems that some ranks have fewer batches than others. {join}DistributedSampler gives every "
+    "rank the same number; a stream must be cut to what the shortest rank has, or repeated to the "
+    "longest; or, before each step, let an all_reduce of a flag tell whether every rank still has "
+    "a batch."
 )
-JOIN = "Join([model]) lets those that are done go along. "
+JOIN = "Join([model]) lets ranks that have run out of batches keep up with the others. "
 DECISION = (
     "A rank has {did}, or has no more batches. Let all ranks decide together: an all_reduce of a "
     "flag in every step tells whether any rank wants to {do}, or has no batch."
@@ -54,7 +57,7 @@ LEFT_EITHER = DECISION.format(
     did="left the loop (by a `break`, say) or left out a step (by a `continue`, say)",
     do="stop or to skip this one",
 )
-ONLY_BATCHES = "If it only has no more batches, Join([model]) lets it go along."
+ONLY_BATCHES = "If it has only run out of batches, Join([model]) lets it keep up with the others."
 SYNC_BATCHNORM = (
     "In training mode SyncBatchNorm calls collectives in forward and in backward, and every rank "
     "must take part. What a rank does alone, such as validation, needs eval mode: model.eval(), "
@@ -71,14 +74,15 @@ JOINING = (
     "`return` or the long work before it that keeps the missing rank away."
 )
 LATE = (
-    "The errors are on the ranks that were on time, and on a late one that found them gone. Is it "
-    "slower, or does it have more to do? Else raise the timeout."
+    "The errors come from the ranks that were on time{late}. Is the late one slower, or does it "
+    "have more to do? Else raise the timeout."
 )
+FOUND_GONE = ", and from the late one, which found the others gone"
 SAME_CALL = (
     "All of them make the same call. Do their tensors have the same shape and dtype, and did all "
     "of them make the same calls before?"
 )
-ALONE = "The run has a single rank: nprocs=1. What it waits for, another rank would have to send."
+ALONE = "The run has a single rank (nprocs=1), so there is no other rank to take part."
 DDP = (
     "DistributedDataParallel calls collectives of its own, and every rank must take part: it "
     "broadcasts buffers in forward, also under no_grad and in eval(), and averages gradients in "
@@ -108,18 +112,20 @@ CHILDREN = (
     "multiprocessing, unless they are daemons: stop and join() them before the function returns. "
 )
 SUSPENDED = (
-    "SIGSTOP suspends a process until SIGCONT: `kill -CONT`, or `fg` in the terminal. Nothing in "
-    "its Python code needs repair."
+    "SIGSTOP suspends a process until SIGCONT: `kill -CONT`, or `fg` in the terminal. Another "
+    "process sent it, or the rank itself."
 )
 LEFT = (
     "destroy_process_group is for the very end: no rank may call it while others still communicate."
 )
 IN_C = "It did not print its stack: it is busy in C code, or it gets no processor. "
 NETWORK = (
-    "All ranks made the same call, so their code is right. Do the machines still reach each other "
-    "(ping), and does GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME name an interface that leads there?"
+    "All ranks came to this call, but it never ended. The likely cause is the network between the "
+    "machines: do they still reach each other (ping), and does GLOO_SOCKET_IFNAME or "
+    "NCCL_SOCKET_IFNAME name an interface that leads there?"
 )
 RECORD = "A record has the calls of torch.distributed, not where a rank is between them. "
+MOMENT = "Look again later: if the ranks stand elsewhere then, the job does not hang."
 PY_SPY = "`py-spy dump --pid {rank.pid}` on {rank.host} shows where rank {rank.rank} is now."
 GROUPS = (
     "Ranks that share two groups must use them in the same order: while one waits in the first "
@@ -139,7 +145,7 @@ RECEIVES_FIRST = (
 )
 CIRCLE = (
     "What one rank waits for, the next would do later, and so on in a circle. Write down for each "
-    "rank, in order, what it sends and receives: neighbours must do it in orders that fit."
+    "rank, in order, what it sends and receives: neighbours must do it in matching order."
 )
 STAGES = (
     "In a pipeline, that is the order of forwards and backwards, and the number of micro-batches."

@@ -165,9 +165,9 @@ class Calls:
         return found + (stuck or buckets)[:1]
 
     def standing(self, rank: int) -> Call | None:
-        """The call that a rank is in, or its last call if that raised."""
+        """The call that a rank is in, its main thread's if that is, or its last if that raised."""
         if still := self.open(rank):
-            return still[0]
+            return _of_main_thread(still) or still[0]
         mine = self.of_rank[rank]
         return mine[-1] if mine and mine[-1].state == "failed" else None
 
@@ -191,11 +191,19 @@ class Calls:
         """The ranks that a call needs to return and that have not called it."""
         return {r for r in self._not_there(call) if not self._may_have_come(r, call)}
 
+    def may_lack(self, call: Call) -> set[int]:
+        """Those, and the ranks of which it is not known, as spans were dropped, for instance."""
+        if call.op in JOINING and call.group is not None:
+            there = {c.rank for made in self.of_rank for c in made if c.group == call.group}
+            return set(range(self.world_size)) - there
+        return self._not_there(call)
+
     def _may_have_come(self, rank: int, call: Call) -> bool:
         """Whether a dropped span may be the rank's call: not if its open call is earlier."""
         if rank not in self.lossy:
             return False
-        stands = next((c for c in self.of_rank[rank] if c.state == "open"), None)
+        still = [c for c in self.of_rank[rank] if c.state == "open"]
+        stands = _of_main_thread(still) or next(iter(still), None)
         if stands is None or stands.pairwise or call.pairwise:
             return True
         if stands.group != call.group or stands.seq is None or call.seq is None:
@@ -221,7 +229,7 @@ class Calls:
 
     def _missing_peer(self, call: Call) -> set[int]:
         if call.peer is None or call.pair is None:  # a recv from any rank
-            return set(range(self.world_size)) - {call.rank}
+            return set(self.members(call.group or "world")) - {call.rank}
         met = self.messages.get(call.pair, {}).get(-1 if call.seq is None else call.seq, {})
         other = next((met[side] for side in met if side != call.side), None)
         # Objects are two messages, the first their size: a call that passes a tensor has one.
@@ -265,6 +273,10 @@ class Calls:
             if call.op == "destroy_process_group" and call.group in (None, group):
                 return call
         return None
+
+
+def _of_main_thread(calls: Sequence[Call]) -> Call | None:
+    return next((call for call in calls if call.thread is None), None)
 
 
 def _alike(call: Call, other: Call) -> bool:

@@ -6,9 +6,10 @@ wait forever, mistakes.py what ranks did wrong though none failed.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
-from ddp_lessons.diagnosis import failures, hangs, mismatch, mistakes, rank_state
+from ddp_lessons.diagnosis import advice, failures, hangs, mismatch, mistakes, rank_state
 from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.mismatch import Mismatch
 from ddp_lessons.diagnosis.verdict import Finding, Verdict
@@ -24,7 +25,13 @@ def verdict(run: RunRecord) -> Verdict | None:
     """Why a run failed or hung; None if every rank returned or the run was interrupted."""
     if run.ok:
         return None
-    return hangs.explain(run) if run.hung_after is not None else failures.explain(run)
+    if run.hung_after is None:
+        return failures.explain(run)
+    found = hangs.explain(run)
+    if not hangs.may_go_on(run):
+        return found
+    title, against = f"the job still runs; now {found.title}", f"{advice.MOMENT} {found.advice}"
+    return dataclasses.replace(found, title=title, advice=against.rstrip())
 
 
 def warnings(run: RunRecord) -> list[Finding]:
@@ -99,7 +106,7 @@ def error(run: RunRecord, found: Verdict | None) -> LaunchError | None:
 
 def _class(run: RunRecord, found: Verdict) -> type[LaunchError]:
     if run.hung_after is not None:
-        return WorkersHung
+        return LaunchError if hangs.may_go_on(run) else WorkersHung
     if found.kind == "unsendable":
         return CannotSend
     return WorkerFailed if found.kind == "raised" or not _someone_died(run) else WorkerDied

@@ -18,7 +18,7 @@ from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, exit_name, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.records import FORKSERVER, ErrorRecord, Frame
+from ddp_lessons.wire.records import FORKSERVER, NOT_LOADED, ErrorRecord, Frame
 
 FAILED = ("raised", "died", "unsendable")
 LAST_LINES = 5  # of a dead rank's output, as evidence
@@ -154,12 +154,19 @@ def _advice(run: RunRecord, error: ErrorRecord) -> str:
 
 def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:
     assert cause.error is not None
+    name, why = cause.error.type_name, cause.error.text
+    loaded = name != NOT_LOADED
+    what = (
+        f"of type {name}, which cannot be sent back here"
+        if loaded
+        else "that cannot be loaded here"
+    )
+    small = advice.LESS if why.startswith("MemoryError") else advice.PLAIN_DATA
     return Verdict(
         "unsendable",
         (cause.rank,),
-        f"rank {cause.rank} of {run.world_size} returned a value of type {cause.error.type_name}, "
-        f"which cannot be sent back to the notebook: {cause.error.text}",
-        advice=advice.LESS if cause.error.text.startswith("MemoryError") else advice.PLAIN_DATA,
+        f"rank {cause.rank} of {run.world_size} returned a value {what}: {why}",
+        advice=small if loaded else f"{small} {advice.INSTALL}",
     )
 
 
@@ -241,11 +248,12 @@ def _reason(run: RunRecord, rank: RankResult, exitcode: int) -> str:
             who = "NCCL's watchdog" if "watchdog" in last[-1] else "C++ code"
             return f"{who} ended the process over an error of its GPU.\n{advice.ON_GPU}"
         case "SIGABRT":
-            return "C++ code aborted; the reason is in the last lines of its output."
+            told = "; its last lines may say why" if last else ""
+            return f"C or C++ code, or os.abort(), ended the process{told}."
         case "SIGSEGV" | "SIGBUS" | "SIGFPE" | "SIGILL":
             return "C or C++ code crashed; nothing in Python can catch that."
         case _ if exitcode < 0:
-            return "Another process sent that signal."
+            return "The system, another process, or the rank itself sent that signal."
     return (
         f"It called os._exit({exitcode}), or a library called exit(), before the function returned."
     )
@@ -307,7 +315,7 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
     stopped = [r for r in rest if r.status == "stopped"]
     own = [r for r in rest if r.status in FAILED and r not in lost]
     lines = [at_head(died) for _, died, _ in rank_state.dead_threads(run.ranks)]
-    lines += [f"rank {r.rank} failed later: {r.outcome()}" for r in own]
+    lines += [f"rank {r.rank} failed{_later(run, r, told)}: {r.outcome()}" for r in own]
     for where in dict.fromkeys(_lost_where(r) for r in lost):
         there = [r.rank for r in lost if _lost_where(r) == where]
         partner = agree(there, "its partner", "their partner")
@@ -316,8 +324,15 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
         f"rank {r.rank} {'' if r.pid or r.kept_by else 'was '}{r.outcome()}" for r in stopped[:4]
     ]
     if len(stopped) > 4:
-        lines.append(f"... and {len(stopped) - 4} more ranks were stopped")
+        more = [rank.rank for rank in stopped[4:]]
+        lines.append(f"... and {len(more)} more {agree(more, 'rank was', 'ranks were')} stopped")
     return ["", *lines] if lines else []
+
+
+def _later(run: RunRecord, rank: RankResult, told: Sequence[int]) -> str:
+    """` later`, where it is known that a rank failed after those that are told of."""
+    known = all(run.ranks[other].exitcode is not None for other in (rank.rank, *told))
+    return " later" if known and all(run.ranks[o].ended_ns < rank.ended_ns for o in told) else ""
 
 
 def _lost_where(rank: RankResult) -> str:

@@ -78,6 +78,12 @@ def explain(run: RunRecord) -> Verdict:
     return _Hang(run).verdict()
 
 
+def may_go_on(run: RunRecord) -> bool:
+    """Whether ranks whose record was read still lived, and nothing proves that they hang."""
+    alive = [rank.rank for rank in run.ranks if rank.pid is not None]
+    return bool(alive) and not Calls.of(run).stuck_for_good(alive)
+
+
 def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
     """The verdict where gloo aborted ranks because they received data of another size."""
     hang = _Hang(run)
@@ -146,7 +152,7 @@ class Standstill:
     def who_waits(self) -> str:
         """`ranks 0 and 2 wait in barrier`."""
         who = self.waiting
-        calls = listed(sorted({str(position(rank).call) for rank in who}))
+        calls = listed(sorted({position(rank).call or "a call" for rank in who}))
         waits = agree(who, "waits", "wait") if any(r.status == "stopped" for r in who) else "waited"
         return f"{ranks_text([rank.rank for rank in who])} {waits} in {calls}"
 
@@ -535,31 +541,44 @@ class _Hang(Standstill):
         """Why each missing rank is away: the others wait for it, and it waits for none."""
         missing: dict[int, Call | None] = {}
         for call in self.standing.values():
-            missing.update(dict.fromkeys(self.calls.missing(call), call))
+            missing.update(dict.fromkeys(self._lacks(call), call))
         if len(self.standing) < len(self.waiting):  # unrecorded calls: any rank may be missing
             missing = {**{r.rank: None for r in self.away}, **missing}
         away = {rank.rank: rank for rank in self.away}
         found = {r: self._why_away(away[r], call) for r, call in missing.items() if r in away}
+        if not found:
+            lacks = {r: call for call in self.standing.values() for r in self.calls.may_lack(call)}
+            if not any(map(self.calls.missing, self.standing.values())):
+                found = {r: self._why_away(away[r], lacks[r]) for r in lacks if r in away}
         joining = any(call.op in JOINING for call in self.standing.values())
         if not found and (not self.standing or (joining and self.run.hung_after is None)):
             found = {r: self._why_away(rank, None) for r, rank in away.items()}
         return found
 
+    def _lacks(self, call: Call) -> set[int]:
+        """The ranks that a call lacks.
+
+        A recv from any rank does not lack those that have returned, as long as others may send.
+        """
+        lacks = self.calls.missing(call)
+        if call.peer is not None or not call.pairwise:
+            return lacks
+        return {rank for rank in lacks if self.run.ranks[rank].status != "returned"} or lacks
+
     def _why_away(self, rank: RankResult, call: Call | None) -> Kind:
         left = self._left(rank.rank)
+        if rank.activity == "suspended":
+            return "suspended"
         if call is not None and call.op == JOIN:
             return "never joined"
-        if rank.kept_by is not None and not self.waiting and rank.activity != "suspended":
+        if rank.kept_by is not None and not self.waiting:
             return "not ended"
         if rank.status == "returned" or (rank.kept_by is not None and self.waiting):
             return "returned early"
         if left is not None:
             return "left the group"
-        match rank.activity:
-            case "suspended":
-                return "suspended"
-            case "busy":
-                return "computing"
+        if rank.activity == "busy":
+            return "computing"
         if not rank.stack:
             return "no answer"
         return "blocked in Python"
@@ -629,9 +648,14 @@ class _Hang(Standstill):
             return stood, "" if self.run.recorded else advice.SLOW
         ran_out = self.ran_out()
         needs = agree(ranks, "needs", "need")
-        return ran_out, f"If {ranks_text(ranks)} only {needs} longer, raise it." if ran_out else ""
+        return (
+            ran_out,
+            f"If {ranks_text(ranks)} just {needs} more time, raise it." if ran_out else "",
+        )
 
     def _nobody_waits(self) -> str:
+        if may_go_on(self.run):
+            return "no rank waits in torch.distributed"
         after = self.run.hung_after
         return f"no rank made progress for {after:g} s" if after is not None else "no rank goes on"
 
@@ -691,13 +715,18 @@ def _deadlock(still: Standstill) -> Verdict:
         title = f"{still.who_waits()}, and there is no other rank"
         return Verdict("waiting for each other", everyone, title, lines, advice.ALONE, frame)
     title = f"all ranks wait for each other: {still.who_waits()}"
+    if may_go_on(still.run):
+        title = still.who_waits()
+        return Verdict("waiting for each other", everyone, title, lines, "", frame)
     if still.away:
         title = f"{still.who_waits()}, for each other"
     if late := _late(still):
         op = still.standing[late[0]].name
         them = agree(late, "it", "them")
         title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"
-        return Verdict("gave up waiting", late, title, lines, still.ran_out() + advice.LATE, frame)
+        raised = any(still.run.ranks[rank].status == "raised" for rank in late)
+        why = advice.LATE.format(late=advice.FOUND_GONE if raised else "")
+        return Verdict("gave up waiting", late, title, lines, still.ran_out() + why, frame)
     unmatched = [c for c in still.standing.values() if c.pairwise and still.calls.missing(c)]
     groups = {c.group for c in still.standing.values() if not c.pairwise and c.group}
     if (verdict := _other_tag(unmatched, lines)) is not None:
@@ -720,7 +749,7 @@ def _deadlock(still: Standstill) -> Verdict:
     if len(calls) > 1:
         return _different(still, lines)
     if _across_machines(still):
-        title = f"{title}, but no data gets from one machine to the other"
+        title = f"{title}, on several machines, but the call never ended"
         return Verdict("no route", everyone, title, lines, advice.NETWORK, frame)
     if any(map(rank_state.is_counted_apart, still.waiting)):
         title = f"torch's own check stopped ranks whose calls agree: {still.who_waits()}"
@@ -883,9 +912,10 @@ def _unmatched(call: Call, lines: tuple[str, ...]) -> Verdict:
     sends = call.op in SENDS
     other = "any rank" if call.peer is None else f"rank {call.peer}"
     tag = f" (tag {call.tag})" if call.tag else ""
-    title = (
-        f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}{tag}, which does "
-        f"not {'receive' if sends else 'send'}: it waits, too"
-    )
+    title = f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}{tag}, "
+    if call.peer is None:
+        title += "but no rank sends to it: those that could wait, too"
+    else:
+        title += f"which does not {'receive' if sends else 'send'}: it waits, too"
     kind: Kind = "unmatched send" if sends else "unmatched recv"
     return Verdict(kind, (call.rank,), title, lines, advice.PAIRS, frame_of(call.site))

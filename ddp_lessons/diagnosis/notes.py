@@ -83,7 +83,7 @@ def _rates(noted: list[Noted]) -> Iterator[Finding]:
 
 def _batches(noted: list[Noted]) -> Iterator[Finding]:
     everyone = tuple(range(len(noted)))
-    all_of_them = all_ranks(len(noted)).replace("All", "all")
+    all_of_them = all_ranks(len(noted)).lower()
     for batches in zip(*(_by_line(noted, one) for one in noted), strict=True):
         first, *_ = batches
         line = line_of(first.site)

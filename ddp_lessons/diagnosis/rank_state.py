@@ -15,7 +15,16 @@ from ddp_lessons.text import agree, exit_name, listed, ranks_text
 from ddp_lessons.wire import losses, stacks
 from ddp_lessons.wire.ops import JOINING, MAKES_GROUP
 from ddp_lessons.wire.owners import Owner, owner_of
-from ddp_lessons.wire.records import ErrorRecord, Frame, Kind, Lane, Span, Timeout, split_site
+from ddp_lessons.wire.records import (
+    NOT_OF_A_THREAD,
+    ErrorRecord,
+    Frame,
+    Kind,
+    Lane,
+    Span,
+    Timeout,
+    split_site,
+)
 from ddp_lessons.wire.stacks import Position
 
 # The time that ran out, in milliseconds.
@@ -35,8 +44,12 @@ _PLURAL = {
 def position(rank: RankResult) -> Position:
     """Where the rank was when it was stopped or raised, and the call it waited in.
 
-    If it waited for asynchronous work, that is the call that issued the work.
+    If it waited for asynchronous work, that is the call that issued the work. Of a rank that NCCL
+    ended as it lost another one, it is the last call that it never finished.
     """
+    if rank.status == "died" and rank.exitcode is not None and lost_partner(rank):
+        last = next((s for s in reversed(rank.spans) if s.op and s.t1_ns is None), None)
+        return Position(_frame(last), last.op) if last else Position(None, None)
     there = stacks.position(rank.stack if rank.error is None else rank.error.frames)
     if there.call != stacks.WAIT:
         return there
@@ -124,9 +137,13 @@ def handled(rank: RankResult) -> ErrorRecord | None:
         return None if before is None or _is_loss(before) else before
     if rank.handling is None:
         return None
-    site, error = rank.handling
-    calls = [span.site for span in rank.spans if span.op and span.kind != Kind.WAIT]
-    return error if calls and calls[-1] == site else None
+    began = rank.handling.t0_ns
+    later = any(
+        span.t0_ns > began and span.lane not in NOT_OF_A_THREAD
+        for span in rank.spans
+        if span.op and span.kind != Kind.WAIT
+    )
+    return None if later else rank.handling.error
 
 
 def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
@@ -163,7 +180,8 @@ def _doing(rank: RankResult) -> tuple[str, str]:
         case "died" if rank.exitcode is None:
             return "ended", f"outside torch.distributed{_after(rank)}"
         case "died":
-            return "died:", exit_name(rank.exitcode)
+            where = f" in {call}{line(frame)}" if call is not None else ""
+            return "died:", f"{exit_name(rank.exitcode)}{where}"
         case "raised" if gave_up(rank):
             return "gave up waiting in", f"{call}{line(frame)}"
         case "raised" if lost_partner(rank):

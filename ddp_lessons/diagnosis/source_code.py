@@ -246,7 +246,7 @@ class Loop(Lines):
 
     @property
     def ends_by_decision(self) -> bool:
-        """Whether a rank may leave it by a decision: it is a `while`, or has a `break`."""
+        """Whether a rank may leave it by a decision: it is a `while`, or a line of it leaves."""
         return any(
             isinstance(node, ast.While) or any(map(_ends, node.body)) for node in self._nodes()
         )
@@ -283,9 +283,8 @@ def _ends(node: ast.AST, in_another: bool = False) -> bool:
     if isinstance(node, ast.Break):
         return not in_another
     in_another = in_another or isinstance(node, ast.For | ast.While)
-    return isinstance(node, ast.Return) or any(
-        _ends(child, in_another) for child in ast.iter_child_nodes(node)
-    )
+    ends = isinstance(node, ast.Return) or (isinstance(node, ast.stmt) and _fails(node))
+    return ends or any(_ends(child, in_another) for child in ast.iter_child_nodes(node))
 
 
 def _is_step(call: ast.Call) -> bool:

@@ -53,8 +53,8 @@ class Verdict:
         A rank never comes: "returned early", "left the group", "never joined", "computing",
         "blocked in Python", "suspended" (SIGSTOP), "no answer". "not ended": the function returned,
         but a thread or an atexit handler runs on. "gave up waiting": a timeout, because ranks came
-        too late or for no visible cause. "no route": all ranks came, but no data gets from one
-        machine to another.
+        too late or for no visible cause. "no route": all ranks came, on several machines, but
+        the call never ended.
     ranks : tuple of int
         The ranks at fault; where two sides disagree, the smaller side, or both.
     title : str

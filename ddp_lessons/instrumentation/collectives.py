@@ -121,7 +121,7 @@ def recorded(name: str, function: Callable[..., Any], tensor: str) -> Callable[.
         site = recorder.sites.of(frame)
         facts = call.facts(group, args, kwargs, recorder.rank, site)
         if (handled := exception()) is not None:
-            recorder.handling(site, handled)
+            recorder.handling(site, handled, t0_ns)
             key = None  # the next call at this line may be made for another exception
         if call.timeout_place is not None:
             recorder.gives_up(argument(args, kwargs, call.timeout_place, "timeout"), name)

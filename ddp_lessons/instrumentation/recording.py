@@ -223,11 +223,11 @@ class Recorder:
             self._timeouts.add(known)
             self.send(GivesUp(known))
 
-    def handling(self, site: str | None, error: BaseException | None) -> None:
+    def handling(self, site: str | None, error: BaseException, t0_ns: int) -> None:
         """Tell the parent that the call at `site` is made while an exception is handled."""
-        if error is not None and site is not None and self._handled < MOST_TOLD:
+        if site is not None and self._handled < MOST_TOLD:
             self._handled += 1
-            self.send(Handling(site, stacks.describe(error, self.home)))
+            self.send(Handling(site, stacks.describe(error, self.home), t0_ns))
 
     def report(self, values: dict[str, float]) -> None:
         """Tell the parent what the learner reports."""

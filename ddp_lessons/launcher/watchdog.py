@@ -79,7 +79,7 @@ class Watchdog:
             self._count(quiet)
             patience = self._patience(timeout)
             suspect = quiet > SUSPECT
-            self._suspicion = _suspicion(quiet, self._starved, timeout) if suspect else ""
+            self._suspicion = _suspicion(quiet, self._starved, patience) if suspect else ""
             if grace is None and any(worker.failed for worker in self._workers):
                 grace = _Grace(now)
             if grace is not None:
@@ -88,7 +88,7 @@ class Watchdog:
                     self.stop(AFTER_FAILURE)
             elif quiet > min(patience + self._starved, STARVED * patience):
                 self._give_up()
-                return timeout
+                return timeout if quiet < timeout + 1 else float(round(quiet))
             elif quiet > QUIET and now > look_at and self._all_seem_to_wait(timeout):
                 if self._nothing_can_move():
                     self._give_up()

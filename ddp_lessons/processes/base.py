@@ -29,7 +29,7 @@ from ddp_lessons.wire.messages import (
     WrittenPages,
 )
 from ddp_lessons.wire.parcels import Parcel
-from ddp_lessons.wire.records import Caught, ErrorRecord, Kind, Lane, Span
+from ddp_lessons.wire.records import NOT_LOADED, Caught, ErrorRecord, Kind, Lane, Span
 from ddp_lessons.wire.task import RankInfo, Task
 
 UNKNOWN_EXIT = 255  # the exit code that multiprocessing reports when the forkserver is gone
@@ -195,7 +195,7 @@ def _loaded(parcel: Parcel) -> tuple[Status, Any, ErrorRecord | None]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever a learner's object raises while it is rebuilt
-        return "unsendable", None, ErrorRecord("unknown", stacks.text_of(error), ())
+        return "unsendable", None, ErrorRecord(NOT_LOADED, stacks.text_of(error), ())
 
 
 def _exception(data: bytes | None) -> BaseException | None:

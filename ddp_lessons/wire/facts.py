@@ -51,7 +51,7 @@ DEEPEST_GROUP = 20
 MOST_TOLD = 1000  # facts of one kind that are read
 # A rank writes several of these.
 REPEATED = ("file", "gives_up", "mistake", "report", "thread_calls", "thread_died", "unseen")
-SINCE_LATER = ("left_out", "parts_left_out")  # numbers that older records lack
+SINCE_LATER = ("left_out", "parts_left_out", "t0_ns")  # numbers that older records lack
 _SITE = re.compile(r".*:\d{1,9}", re.ASCII | re.DOTALL)
 
 
@@ -179,8 +179,8 @@ def of_message(message: Message) -> dict[str, Any]:
     match message:
         case Clock():
             return {"clock": asdict(message)}
-        case Handling(site, error):
-            return {"handling": {"site": site, **asdict(error)}}
+        case Handling(site, error, t0_ns):
+            return {"handling": {"site": site, "t0_ns": t0_ns, **asdict(error)}}
         case ThreadDied(thread, error):
             return {"thread_died": {"thread": thread, **asdict(error)}}
         case ThreadCalls():
@@ -202,7 +202,8 @@ def of_message(message: Message) -> dict[str, Any]:
 def messages(found: Fields, sources: Sources) -> Iterator[Message]:
     """The messages that became these facts, but for the rank's clock."""
     if (handled := found.within("handling")) is not None:
-        yield Handling(named(handled.text("site"), sources), error(handled, sources))
+        site = named(handled.text("site"), sources)
+        yield Handling(site, error(handled, sources), handled.number("t0_ns"))
     for own in found.first("gives_up"):
         yield GivesUp(Timeout(own.seconds("seconds"), own.text("call"), _site(own, sources)))
     for calls in found.first("thread_calls"):

@@ -52,11 +52,12 @@ class GivesUp:
 class Handling:
     """A call of torch.distributed was made in an `except` block, which handles `error`.
 
-    `site` is the line of the call.
+    `site` is the line of the call, and `t0_ns` when it began.
     """
 
     site: str
     error: ErrorRecord
+    t0_ns: int
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ Message = (
 class Told:
     """What a rank has told of itself so far, by the fields of `results.RankResult`."""
 
-    handling: tuple[str, ErrorRecord] | None = None
+    handling: Handling | None = None
     unseen: tuple[str, ...] = ()
     timeouts: tuple[Timeout, ...] = ()
     threads: dict[str, str] = field(default_factory=dict)
@@ -199,8 +200,8 @@ class Told:
                 self._show(message)
             case PostMortem(frames):
                 self.post_mortem = frames
-            case Handling(site, error):
-                self.handling = (site, error)
+            case Handling():
+                self.handling = message
             case Unseen(what):
                 self.unseen += (what,)
             case Mistake():

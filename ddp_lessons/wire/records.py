@@ -257,4 +257,4 @@ class Noted(NamedTuple):
 
 
 # `type_name` of the errors that the parent makes when the process that started a rank is gone.
-FORKSERVER, ENGINE = "ForkserverEnded", "EngineLost"
+FORKSERVER, ENGINE, NOT_LOADED = "ForkserverEnded", "EngineLost", "NotLoaded"

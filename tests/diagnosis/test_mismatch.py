@@ -318,6 +318,30 @@ def test_a_call_in_an_except_block_shows_what_is_handled_there() -> None:
     assert told.summary == "ValueError: bad sample 17"
 
 
+def test_a_line_that_was_called_while_handling_is_called_again_without() -> None:
+    """The ranks agree on a flag, also where one handles an exception, as they should."""
+
+    def agree(good: bool) -> None:
+        dist.all_reduce(torch.tensor(float(good)))
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        for turn in range(4):
+            try:
+                if (rank, turn) == (0, 0):
+                    raise ValueError("bad sample 17")
+                agree(True)
+            except ValueError:
+                agree(False)
+            if (rank, turn) == (1, 2):
+                dist.barrier()
+
+    run = hung(work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert "ValueError" not in run.explain()
+    assert "An exception that a rank handles alone" not in run.explain()
+
+
 def test_what_was_handled_before_is_no_evidence() -> None:
     """Every rank handles an exception on the way; the hang has another reason."""
 
@@ -454,7 +478,7 @@ def test_objects_that_are_received_as_a_tensor(recvs: int) -> None:
     run = launch(work, nprocs=3, timeout=3, check=False)
     assert kind(run) == ("unmatched send", (0, 1))
     assert "rank 0 calls send_object_list to rank 1, which calls recv" in run.explain()
-    assert "only recv_object_list receives" in run.explain()
+    assert "must be received by recv_object_list" in run.explain()
 
 
 def test_a_tensor_that_is_received_as_objects_is_no_want_of_memory() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -161,10 +162,21 @@ def test_a_record_in_another_format_says_which(made: Maker, version: int) -> Non
         made(began={"version": version})
 
 
+def test_a_script_that_was_edited_between_two_jobs_is_shown_as_it_was_run(
+    made: Maker, tmp_path: Path
+) -> None:
+    script = tmp_path / "train.py"
+    for line in ("here_first()", "now_here()"):
+        script.write_text(f"import torch\n{line}\n")
+        digest = hashlib.sha256(script.read_bytes()).hexdigest()
+        run = made(site=f"{script}:2", file={"name": str(script), "sha256": digest})
+        assert f"train.py, line 2:  {line}" in run.explain()
+
+
 def test_no_line_of_a_file_that_a_record_names_is_shown(made: Maker, secret: str) -> None:
     for run in (
         made(raised=raises(secret)),
-        made(site="train.py:7", handling={"site": "train.py:7", **raises(secret)}),
+        made(site="train.py:7", handling={"site": "train.py:7", "t0_ns": 10, **raises(secret)}),
         made(site="train.py:7", thread_died={"thread": "saver", **raises(secret)}),
         made(told=dump(secret)),
         made(told=dump("/x/../" * 3 + secret)),

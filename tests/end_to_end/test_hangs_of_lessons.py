@@ -475,7 +475,7 @@ class Case(NamedTuple):
 
 SHARDS = "A rank has only its shards"
 STEPS = "Rank 1 made {} steps; ranks 0 and 2 began {}."
-UNEVEN = "unequal numbers of batches"
+UNEVEN = "some ranks have fewer batches than others"
 TOGETHER = "Let all ranks decide together"
 LEFT_OUT = "A rank has left out a step"
 CASES = [

@@ -1283,7 +1283,7 @@ def test_where_one_rank_stops_alone_the_advice_is_to_decide_together(tmp_path: P
     assert run.verdict is not None
     assert run.verdict.kind == "returned early"
     assert "Let all ranks decide together" in run.explain()
-    assert "unequal numbers of batches" not in run.explain()
+    assert "fewer batches than others" not in run.explain()
 
 
 @pytest.mark.parametrize("repairs", [(), ("should_stop",), tuple({*PIECES} - {"evaluate"})])

@@ -27,7 +27,7 @@ ERROR = ErrorRecord("KeyError", "KeyError: 'x'", (Frame("/cell.py", 3, "work", "
 MESSAGES: list[Message] = [
     Started(5),
     GivesUp(Timeout(1.5, "barrier", "/cell.py:3")),
-    Handling("/cell.py:3", ERROR),
+    Handling("/cell.py:3", ERROR, 6),
     Returned(7, Parcel(os.urandom(20_000))),
     Raised(8, ErrorRecord("E", "E: ä€😀", (), previous=ERROR, link="cause"), 1, b"pickle"),
     Unsendable(9, "generator", "cannot pickle"),

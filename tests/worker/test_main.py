@@ -162,7 +162,7 @@ def test_abort_in_cpp() -> None:
 
     with pytest.raises(WorkerDied, match="SIGABRT") as caught:
         launch(work)
-    assert "C++ code aborted" in str(caught.value)
+    assert "C or C++ code, or os.abort(), ended the process" in str(caught.value)
     assert "no such kernel" in str(caught.value)
 
 

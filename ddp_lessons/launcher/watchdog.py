@@ -88,7 +88,7 @@ class Watchdog:
                     self.stop(AFTER_FAILURE)
             elif quiet > min(patience + self._starved, STARVED * patience):
                 self._give_up()
-                return timeout if quiet < timeout + 1 else float(round(quiet))
+                return timeout if patience == timeout else float(round(quiet))
             elif quiet > QUIET and now > look_at and self._all_seem_to_wait(timeout):
                 if self._nothing_can_move():
                     self._give_up()

@@ -37,8 +37,8 @@ class Mismatch(NamedTuple):
     calls : tuple of Call
         The calls of the ranks that made one; of a message the send and the recv.
     why : str
-        "order" (other functions or roots, or the same lines in another order) or "tensors"; of a
-        message "sent" (the tensor received into is unlike the one sent) or "objects" (one side
+        "order" (other functions or roots, or the same lines in a different order) or "tensors"; of
+        a message "sent" (the tensor received into is unlike the one sent) or "objects" (one side
         passes objects, the other a tensor).
     passed : str or None
         The line that the ranks at another line skipped, if that is known.

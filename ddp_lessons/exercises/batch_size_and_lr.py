@@ -101,7 +101,7 @@ def _judge_setup(setup: Setup, answer: Any) -> None:
         "sum over all samples by the number of ranks, once.": True,
     }
     judge(
-        f"{asked}: with batch_size={size} and lr={rate:g}, one process gets other weights.",
+        f"{asked}: with batch_size={size} and lr={rate:g}, one process gets different weights.",
         mistakes,
     )
 
@@ -222,7 +222,7 @@ def _judge_rates(base: float, ranks: int, warmup: int, by_rank: list[list[Any]])
     too_low, too_high = last < full - 1e-9, last > full + 1e-9
     wrong_at_0 = warmup and not near(rates[0], base)
     mistakes = {
-        "Another rank got other rates. Then their models would drift apart.": differ,
+        "Another rank got different rates. Then their models would drift apart.": differ,
         f"The rate never grows. The batch is {ranks} times as large, so the linear rule says "
         f"{full:g}.": near(last, base) and scaled,
         f"Scaled twice: {ranks} ranks mean {ranks} times the rate, {full:g}.": scaled_twice,

@@ -160,8 +160,8 @@ def _judge_data(what: str, ranks: Sequence[Orders]) -> None:
             raise Wrong(f"{what}: {seen}.", DATA)
     if orders[EPOCHS.index(EPOCHS[-1])] != orders[-1]:
         raise Wrong(
-            f"{what}: epoch {EPOCHS[-1]} has another order when it is asked for again, as after a "
-            "restart.",
+            f"{what}: epoch {EPOCHS[-1]} has a different order when it is asked for again, as "
+            "after a restart.",
             DATA,
         )
 
@@ -191,7 +191,7 @@ def _judge_batches(what: str, together: Orders, alone: Orders) -> None:
     for epoch, found, wanted in zip(EPOCHS, together, alone, strict=True):
         for number, (batch, other) in enumerate(zip(found, wanted, strict=True)):
             if batch != other:
-                seen = f"batch {number} of epoch {epoch} has other samples than on one rank"
+                seen = f"batch {number} of epoch {epoch} has different samples than on one rank"
                 raise Wrong(f"{what}: each sample once, but {seen}.", DATA)
 
 
@@ -239,7 +239,7 @@ def _learned_without_ranks() -> Learned:
 @exercise(
     "Compare the ranks' buffers after an epoch, and the weights with those of a run on one rank.",
     "In training a batch norm takes mean and variance of what is in front of it: on two ranks, of "
-    "half the batch. So it gives other numbers than on one rank, and each rank other ones.",
+    "half the batch. So its numbers are not those of one rank, and they differ from rank to rank.",
     "The batch norms must take them over all ranks' samples: `convert_sync_batchnorm` before DDP. "
     "Does your line with it run? `model.children()` are only the layers right below the model; "
     "`model.modules()` are all. Without an `if` it runs always. (torch's own layer needs a GPU.)",
@@ -480,7 +480,7 @@ def _evaluated(_: int, evaluate: Piece, __: str) -> list[tuple[object, int, int]
 def _scored(size: int) -> TensorDataset:
     """Samples that are their own scores; a third of them, in the middle, has the next label.
 
-    So who leaves out the first or the last ones leaves out hits.
+    So whoever leaves out the first or the last ones leaves out hits.
     """
     scores = torch.arange(size) % CLASSES
     labels = scores.clone()
@@ -632,7 +632,7 @@ class _Resumed:
     file: str
     weights: Tensor  # right after loading, less those that were saved
     buffers: Tensor
-    end: Tensor  # weights some epochs later, less those of a training that was never stopped
+    end: Tensor  # weights some epochs later, less those of a run that was never stopped
     again: Tensor  # the same, for one that was stopped and resumed twice
 
 
@@ -668,7 +668,7 @@ def _resumed(_: int, resume: Piece, folder: str) -> _Resumed:
 
 
 def _resumed_and_trained(resume: Piece, path: str) -> Tensor:
-    """The weights at the end of a training that is resumed before its last epoch."""
+    """The weights at the end of a run that is resumed before its last epoch."""
     model, optimizer = _fresh(8)
     resume(path, model, optimizer)
     _epochs(model, optimizer, LAST - 1, LAST)
@@ -707,7 +707,7 @@ def _epochs(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last
 
 
 @exercise(
-    "Compare a resumed training with one that was never stopped: right after loading, and some "
+    "Compare a resumed run with one that was never stopped: right after loading, and some "
     "steps later.",
     "Neither the weights nor the rate are all that a step depends on. What does SGD remember with "
     "momentum?",
@@ -745,7 +745,7 @@ def _judge_resumed(ranks: int, values: Sequence[_Resumed]) -> None:
     for when, offs in ((later, ends), (again, [seen_by.again for seen_by in values])):
         rank, off = _worst(offs)
         if off:
-            undisturbed = "those of a training that was never stopped"
+            undisturbed = "those of a run that was never stopped"
             seen = f"the weights are off by up to {off:.2g} from {undisturbed}"
             raise Wrong(f"{what[rank]}{when} {seen}.", RESUME)
 

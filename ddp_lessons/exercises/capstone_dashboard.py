@@ -1,4 +1,4 @@
-"""The dashboard of lesson 20: one picture of what the ranks of a training noted, epoch by epoch.
+"""The dashboard of lesson 20: one picture of what the ranks of a run noted, epoch by epoch.
 
 Runs in the parent, called by the notebook, whose `note` keeps a file for each rank and epoch; only
 `first_step` and `slow_disk` run in workers. A panel without anything to draw says so: a run that
@@ -75,7 +75,7 @@ def first_step(
 
 @contextlib.contextmanager
 def slow_disk(seconds: float = 0.1) -> Iterator[None]:
-    """Have `torch.save` take so long, as with a network drive: who does not wait for it shows."""
+    """Have `torch.save` take so long, as with a network drive: whoever does not wait shows."""
     save = torch.save
 
     def save_slowly(*args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""A small training for lesson 12's check: it saves, is killed and resumes with the learner's class.
+"""A small run for lesson 12's check: it saves, is killed and resumes with the learner's class.
 
 Runs in workers, except `checkpoint_path`. It has all the state that a checkpoint must keep:
 momentum, a scheduler, shuffled epochs and, on each rank, its own dropout.

@@ -32,7 +32,7 @@ def _mean_of(
 ) -> tuple[Any, bool]:
     x = torch.tensor(rows[rank])
     before = x.clone()
-    time.sleep(LATE if rank == 1 else 0)  # who does not wait for the sum has none
+    time.sleep(LATE if rank == 1 else 0)  # whoever does not wait for the sum has none
     mean = numbers(mean_over_ranks(x))
     return mean, torch.equal(x, before)
 
@@ -185,7 +185,7 @@ def _gathered(
     pieces[rank] = torch.tensor(_piece(rank, length))
     with span(ANSWER):
         ring_all_gather(pieces)
-    dist.barrier()  # who does too little waits here, so that the others' wait is seen as a hang
+    dist.barrier()  # whoever does too little waits here: the others' wait is seen as a hang
     return [piece.tolist() for piece in pieces]
 
 

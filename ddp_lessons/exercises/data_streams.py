@@ -178,8 +178,8 @@ def _judge_shared(
         "`get_worker_info()` tells it which one it is.": twice and in_rank and not same,
         "The ranks give the same items: the worker chose, the rank did not.": twice and same,
         f"Item {twice[0] if twice else ''} comes more than once. Each taker needs a number of its "
-        "own among all of them: worker 0 of one rank is another taker than worker 0 of the "
-        "next.": twice,
+        "own among all of them: worker 0 of one rank and worker 0 of the next are "
+        "different takers.": twice,
         f"Item {never[0] if never else ''} never comes. Every item has exactly one taker: count "
         "takers from 0, and leave nothing over.": never,
         f" Rank {most} gets {lengths[most]} and rank {least} {lengths[least]}.\n{takers} takers do "

@@ -143,10 +143,10 @@ def _judge_accumulated(run: Run, pieces: int, expected: Tensor) -> None:
     is_multiple = torch.allclose(odd, ratio * expected, atol=1e-9)
     mistakes = {
         "there is no gradient, or only zeros.\n"
-        "Each loss needs its `backward()`, and the gradients stay in `.grad`: who calls this takes "
-        "the step.": not any(gradient.any() for gradient in found),
+        "Each loss needs its `backward()`, and the gradients stay in `.grad`: whoever calls this "
+        "takes the step.": not any(gradient.any() for gradient in found),
         "the weights have changed.\n"
-        "Only the gradients are asked for. Who calls this takes the step.": not all(kept),
+        "Only the gradients are asked for. Whoever calls this takes the step.": not all(kept),
         f"all_reduce was called {sent} times.\n"
         "By hand, too, gradients travel once: when all "
         "have been added up.": not syncs and sent > PARAMETERS,
@@ -166,7 +166,7 @@ def _judge_accumulated(run: Run, pieces: int, expected: Tensor) -> None:
         f"the gradient is {ratio:.2f} times that of the whole batch.\n"
         "`backward` adds to what is in `.grad`. For the mean over all samples, divide each "
         "micro-batch's loss by their number.": is_multiple and wrong,
-        "the gradient is that of other samples than the whole batch.\n"
+        "the gradient is that of other samples than those of the whole batch.\n"
         "Every micro-batch must count, and all alike: pass each of them forward and backward once, "
         "and clear no gradient in between.": wrong,
     }

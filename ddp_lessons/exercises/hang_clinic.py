@@ -144,8 +144,8 @@ def _judge_finding(record: Record, finding: Finding | None, answer: Any) -> None
         f"First what is wrong, then the rank: {finding!r}.": isinstance(rank, str)
         and rank == finding[0],
         f"The rank is right. Say {MISSING!r} if it has no such call, {CALL!r} if the function is "
-        f"another one, and {TENSOR!r} if only the tensor is. Here it is {finding[0]!r}; you said "
-        f"{kind!r}.": is_rank and rank == finding[1],
+        f"a different one, and {TENSOR!r} if only the tensor is. Here it is {finding[0]!r}; you "
+        f"said {kind!r}.": is_rank and rank == finding[1],
         "That is no rank: the calls of rank r are `calls[r]`.": not is_rank,
         f"Rank {rank} came to that call. It may have got an error there, but it is the rank that "
         "did not come that has the bug.": finding[0] == MISSING,
@@ -257,8 +257,8 @@ def _explain_stopping(told: str, run: Run) -> None:
     if early:
         raise Wrong(
             f"{told}{early[0]}.",
-            "A training learns its losses one by one, so nobody can vote on those to come. Read "
-            "`losses[n]` after `epoch(n)`, and no other.",
+            "A training run learns its losses one by one, so nobody can vote on those to come. "
+            "Read `losses[n]` after `epoch(n)`, and no other.",
         )
     if any(rank.status == "raised" and not lost_partner(rank) for rank in run.ranks):
         return  # the error explains more

@@ -215,7 +215,7 @@ KEPT: tuple[tuple[_Training, ...], ...] = (
 
 
 class _Kept(NamedTuple):
-    """What a rank did in one training."""
+    """What a rank did in one training run."""
 
     trained: list[int]
     saved: list[int]
@@ -265,7 +265,7 @@ def check_keep_best(train: Callable[..., Any]) -> str:
         _explain_stuck(ranks, run)
         for case, training in enumerate(trainings):
             _judge_kept(training, [value[case] for value in run.values])
-    return "all ranks save the same epochs and stop together, in 5 trainings on 1, 2 and 3 ranks."
+    return "all ranks save the same epochs and stop together, in 5 runs on 1, 2 and 3 ranks."
 
 
 def _explain_stuck(ranks: int, run: Run) -> None:

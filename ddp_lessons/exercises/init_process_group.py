@@ -80,7 +80,7 @@ def _explain_failed_join(where: str, run: Run) -> None:
         "Environment variables are text: a number needs `str`.": no_text,
         "two ranks both opened the meeting point: the second found the port in use.\n"
         "Rank 0 opens the meeting point, so only one process of the job may have RANK 0, and each "
-        "has another one. The local rank will not do: every machine has a local rank "
+        "has a RANK of its own. The local rank will not do: every machine has a local rank "
         "0.": "already in use" in texts,
         f"the groups had {sizes} members, by rank.\n"
         "WORLD_SIZE is the number of ranks of the whole job, the same on each of "
@@ -320,7 +320,7 @@ def _judge_meetings(run: Run) -> None:
             f"with {count(run.world_size, 'rank')}, it failed: {run.explain().splitlines()[0]}",
             "A `get` waits until somebody has set this very key, here for 4 seconds at the most. "
             "Each rank must set its own card before it reads the others', and under the key that "
-            "the others read. (A number that all ranks add to is another one on each.)",
+            "the others read. (A number that all ranks add to is different on each.)",
         )
     run.raise_for_failure()
     for meeting, other in ((0, 1), (1, 0)):

@@ -138,7 +138,7 @@ def _judge_output(told: str, ranks: int, outs: list[Tensor]) -> None:
     if all_are(x + total + bias):
         return
     mistakes = {
-        "each rank has another output, with its own part of the sum only.\n"
+        "each rank has a different output, with its own part of the sum only.\n"
         "The last product's inputs are in pieces, so its result is a part of a sum: `leave` adds "
         "up the parts of all ranks.": all_are(*(x + part + bias for part in parts)),
         f"the output has `bias` {ranks} times.\n"
@@ -165,8 +165,8 @@ def _judge_output(told: str, ranks: int, outs: list[Tensor]) -> None:
         "After the first `leave` every rank has all of it: one is "
         "enough.": all_are(x + ranks * total + bias),
         "the output is not that of one process.\n"
-        "Between the first two products and the last one, each rank has other hidden units: adding "
-        "those up mixes them. Only the result of the last product is a part of a "
+        "Between the first two products and the last one, each rank has hidden units of its own: "
+        "adding those up mixes them. Only the result of the last product is a part of a "
         "sum.": True,
     }
     judge(told, mistakes)
@@ -404,8 +404,8 @@ def _judge_idle(pipe: Pipe, ended: tuple[Ended, ...], told: Any) -> None:
         f"{seen}\nThat is (p - 1) / (m + p - 1), which holds for stages that are equally long. "
         "With others, a rank waits for the slower one, again at each "
         "micro-batch.": near(told, (p - 1) / (m + p - 1)),
-        f"{seen}\nThat is p / (m + p), or has another count of stages: p - 1 stages stand before "
-        "the last one.": near(told, p / (m + p))
+        f"{seen}\nThat is p / (m + p), or has the wrong number of stages: p - 1 stages stand "
+        "before the last one.": near(told, p / (m + p))
         or near(told, (p - 1) / (m + p))
         or near(told, p / (m + p - 1)),
         f"{seen}\nThat is in seconds: divide by the ranks' time, {p} x {end:g} seconds.": near(

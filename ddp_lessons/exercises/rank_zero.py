@@ -20,10 +20,10 @@ LoadAnywhere = Callable[[nn.Module, State], object]
 
 # A rank's state when it saves, and how a difference in it is described.
 PARTS = {
-    "model": "other weights",
-    "momentum": "another momentum",
-    "scheduler": "another learning rate, or another count of the scheduler's steps,",
-    "random": "another random state",
+    "model": "different weights",
+    "momentum": "a different momentum",
+    "scheduler": "a different learning rate, or a different count of the scheduler's steps,",
+    "random": "a different random state",
 }
 
 
@@ -91,7 +91,7 @@ def _load(load: LoadAnywhere, model: nn.Module, state: State, wanted: State) -> 
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     found = inner.state_dict()
     if found.keys() != wanted.keys():
-        return "the model has other layers than before"
+        return "the model has different layers than before"
     lost = [key for key, value in found.items() if not torch.equal(value, wanted[key])]
     return f"not loaded, with no error: {listed(lost)}" if lost else ""
 
@@ -150,7 +150,7 @@ def _explain_loading(wrapped: bool, name: str, origin: str, problem: str) -> Non
     "`torch.set_rng_state` with this rank's own, and `return epoch, batch`.",
 )
 def check_resume(checkpoint: Any) -> str:
-    """Check a class with `save` and `load`: killed trainings must end with the same weights."""
+    """Check a class with `save` and `load`: killed runs must end with the same weights."""
     for ranks in (2, 1, 3):
         with tempfile.TemporaryDirectory() as folder:
             run = _run(train, (checkpoint, folder, False), ranks)
@@ -235,7 +235,7 @@ def _explain_part(
         "It got that of rank 0. Then all ranks draw the same dropout from now on. Each rank has a "
         "random state of its own: gather all, and give "
         "each its own back.": is_random and len(saved) > 1 and all_first,
-        "Dropout would draw other numbers than the undisturbed training. Save "
+        "Dropout would draw different numbers than in the undisturbed run. Save "
         "`torch.get_rng_state()` of every rank, and set it last.": is_random,
         "Only rank 0 loaded it. DDP makes the weights equal when it wraps the model, and never "
         "again; of the optimizer it knows nothing. Every rank must load.": 0 not in wrong,

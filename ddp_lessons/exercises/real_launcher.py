@@ -216,7 +216,7 @@ def _judge_scores(where: str, value: Any, ids_of: Sequence[Sequence[int]]) -> No
         "none may be cut to the shortest.": bool(missing),
         f"has {len(rows)} rows for {len(right)} clips.\nA clip that a sampler gave to two ranks "
         "counts once.": len(rows) > len(right),
-        "has the clips in another order.\nRow i belongs to clip i. The parts come in the order of "
-        "the ranks, and a rank may have its clips in any order: sort by id.": True,
+        "has the clips in a different order.\nRow i belongs to clip i. The parts come in the order "
+        "of the ranks, and a rank may have its clips in any order: sort by id.": True,
     }
     judge(where, mistakes)

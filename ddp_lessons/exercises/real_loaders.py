@@ -153,7 +153,7 @@ def _judge_wrong_stream(where: str, job: Job, streams: Streams) -> None:
         "each one.": like(begin=0, by_epoch=0) or like(by_epoch=0),
         "Each epoch has the shuffle of the one before: `set_epoch` comes too late, as the order is "
         "made when you loop over the sampler.": like(late=True),
-        "The epochs are counted from 0: a training that goes on with epoch "
+        "The epochs are counted from 0: a run that goes on with epoch "
         f"{first} begins with `first`.": like(begin=0),
         "A batch has samples of two epochs: cut each epoch's order by itself, and drop what does "
         "not fill a batch.": like(crosses=True) or like(crosses=True, short=True),
@@ -178,7 +178,7 @@ def _judge_wrong_stream(where: str, job: Job, streams: Streams) -> None:
         "order for each of them.": again is not None,
         f"Rank 0 has {_batches_text(counts[0])}; {count(last - first, 'epoch')} with "
         f"{of_epoch} each make {right}.": counts[0] != right,
-        f"DistributedSampler's order is another: rank 0 has {_streams(job, ranks)[0]}.": True,
+        f"DistributedSampler's order is different: rank 0 has {_streams(job, ranks)[0]}.": True,
     }
     judge(f"{where}: rank 0 has {streams[0]}.", mistakes)
 
@@ -304,11 +304,12 @@ def _judge_generators(where: str, touched: list[list[str]]) -> None:
     for rank, names in enumerate(touched):
         if names:
             raise Wrong(
-                f"{where}: {names[0]}'s global generator was in another state afterwards on rank "
-                f"{rank}.",
-                "That generator belongs to augmentation and has another seed on each rank. Drawn "
-                "from, it gives each rank another list; seeded alike, it makes all ranks augment "
-                "alike. Take a generator of your own: `torch.Generator().manual_seed(...)`.",
+                f"{where}: {names[0]}'s global generator was in a different state afterwards on "
+                f"rank {rank}.",
+                "That generator belongs to augmentation and has a different seed on each rank. "
+                "Drawn from, it gives each rank a different list; seeded alike, it makes all ranks "
+                "augment alike. Take a generator of your own: "
+                "`torch.Generator().manual_seed(...)`.",
             )
 
 
@@ -344,8 +345,8 @@ def _judge_resumed(where: str, resumed: list[Any], epochs: Epochs) -> None:
             raise Wrong(
                 f"{where}: asked for epoch {RESUMED} first, rank {rank} got {samples}; after "
                 f"epochs 0 to {RESUMED - 1} it got {epochs[rank][RESUMED]}.",
-                "A resumed training has not run the epochs before. What an epoch has must follow "
-                "from its number alone: keep nothing from call to call.",
+                "A resumed run has not gone through the epochs before. What an epoch has must "
+                "follow from its number alone: keep nothing from call to call.",
             )
 
 

@@ -150,7 +150,7 @@ def _judge_off(first: First) -> None:
         _enter(-1, first, FAILING)
         raise Wrong(
             f"{OFF}: the body raised a ConnectionError, and nothing left the `with`.",
-            "Let the body's error through. Who goes on without data finds out too late.",
+            "Let the body's error through. Whoever goes on without data finds out too late.",
         )
 
 
@@ -245,8 +245,8 @@ def _judge_loaders(seen: str, kind: int, loaders: Sequence[int]) -> None:
         " on the second machine.\nRank 0 is on the first machine, and nobody goes first on the "
         "second. There, `local_rank` 0 has to be before "
         "the other.": kind == 0 and loaders == [2, 3],
-        " to the same disk.\nWho looks for the file while another downloads does not find it. All "
-        "others of that disk have to wait until it is there; a "
+        " to the same disk.\nWhoever looks for the file while another downloads does not find it. "
+        "All others of that disk have to wait until it is there; a "
         "sleep does not know when.": True,
     }
     judge(seen, mistakes)

@@ -503,7 +503,7 @@ def _together(rank: int, step_together: Callable[..., Any]) -> list[tuple[Any, T
         parameters = _parameters(rank, odd[rank])
         with torch.no_grad():
             told = step_together(parameters, RATE, SCALE)
-        dist.barrier()  # who left a call out meets no call of the next case
+        dist.barrier()  # whoever left a call out meets no call of the next case
         found.append((number_or_text(told), flat(parameters)))
     return found
 

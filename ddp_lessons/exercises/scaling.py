@@ -236,7 +236,7 @@ def check_efficiency(efficiency: Callable[..., Any]) -> str:
             raise Wrong(f"{told}you returned {answer!r}.", "Return a number from 0 to 1.")
         if not _close(answer, training.efficiency()):
             _explain_efficiency(told, answer, training)
-    return f"right for {len(TRAININGS)} trainings, on 1 to 1,000 ranks."
+    return f"right for {len(TRAININGS)} training runs, on 1 to 1,000 ranks."
 
 
 def _explain_efficiency(told: str, answer: float, of: Training) -> None:
@@ -284,7 +284,7 @@ def _explain_efficiency(told: str, answer: float, of: Training) -> None:
 
 
 class Wall(NamedTuple):
-    """A training of which the wall is asked for."""
+    """A training run of which the wall is asked for."""
 
     compute: float
     nbytes: float
@@ -338,7 +338,8 @@ def check_wall(find_wall: Callable[..., Any]) -> str:
         if answer != wall.place():
             _explain_wall(told, answer, wall)
     return (
-        f"right for {len(WALLS)} trainings; the last one's wall is at {WALLS[-1].place():,} ranks."
+        f"right for {len(WALLS)} training runs; the last one's wall is at "
+        f"{WALLS[-1].place():,} ranks."
     )
 
 

@@ -1,4 +1,4 @@
-"""The checks of lesson 15b: pieces for another number of ranks, and clipping with shards."""
+"""The checks of lesson 15b: pieces for a different number of ranks, and clipping with shards."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def _explain_piece(
     mistakes = {
         f"is of {piece.dtype}.\nKeep the dtype that was saved.": piece.dtype != right.dtype,
         f"is the piece that rank {rank} of the {saved} had saved.\n"
-        "With another number of ranks the cuts lie elsewhere. Put each parameter together, then "
-        "cut it anew.": piece.shape == old[min(rank, saved - 1)].shape
+        "With a different number of ranks the cuts lie elsewhere. Put each parameter together, "
+        "then cut it anew.": piece.shape == old[min(rank, saved - 1)].shape
         and torch.equal(piece, old[min(rank, saved - 1)])
         and old[0].shape != right.shape,
         "is the whole parameter.\nA rank keeps its piece only: that is why it is in shards.": ranks
@@ -146,7 +146,7 @@ def _explain_piece(
         f"has the shape {shape}, not {asked}.\n"
         "A piece is flat, and as long on each rank: the number of elements divided by the ranks, "
         "rounded up.": piece.shape != right.shape,
-        "has other values than were saved.\n"
+        "has different values than were saved.\n"
         "Whole again, flat, it must be what the ranks had cut: pieces in the order of the ranks, "
         "then cut for `world_size` ranks, and piece `rank` of these.": True,
     }
@@ -298,7 +298,7 @@ def _judge_clipping(clipping: Clipping, of_ranks: list[Clipped]) -> None:
         "1.": any(f is not None and f > 1.001 for f in factors),
         f"the gradients of {' and '.join(untouched)} were not clipped.\n"
         "One factor for all gradients, those of shards and the replicated ones, or the step has "
-        "another direction.": not right_factor and untouched,
+        "a different direction.": not right_factor and untouched,
         f"the norm is {norm:.4g}, and you returned {told}.\n"
         "Return the norm before clipping, on every rank.": right_factor and not right_norm,
         f"the norm is {norm:.4g} and the limit {clipping.most:g}, but the gradients were "

@@ -22,7 +22,7 @@ STEPS, RATE, MOMENTUM = 2, 0.1, 0.5
 
 
 class Training(NamedTuple):
-    """A training of stage 2: so many ranks, backward passes a step, and the layers' widths."""
+    """A training run of stage 2: so many ranks, backward passes a step, and the layers' widths."""
 
     ranks: int
     passes: int

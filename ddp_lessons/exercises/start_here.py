@@ -65,7 +65,7 @@ def _judge(world_size: int, output: list[tuple[int, str]]) -> None:
         "Compare letter by letter. If there are braces in it, the string lacks its f in "
         "front.": "{" in line or _letters(line) == _letters(expected),
         f"the line was {line!r}, not {expected!r}.\n"
-        "The number is right; the words are others.": re.findall(r"\d+", line) == [str(world_size)],
+        "The number is right; the words are not.": re.findall(r"\d+", line) == [str(world_size)],
         f"the line was {line!r}, not {expected!r}.\n"
         "The number of ranks is the launcher's choice: take it from world_size.": True,
     }

@@ -129,7 +129,7 @@ def _judge_normalised(seen: str, batches: list[Tensor], outputs: list[Tensor]) -
     own = torch.cat([_by(x, *_moments(x)) for x in parts])
     deviation = var.sqrt()
     mistakes = {
-        f"Only on {ranks_text(wrong or [0])} the outputs are other ones. Every rank must compute "
+        f"Only on {ranks_text(wrong or [0])} the outputs are different. Every rank must compute "
         "with the same mean and variance.": len(wrong) < len(parts),
         "`eps` belongs to the variance, under the root: `(var + eps).sqrt()`.": (
             is_near(result, (whole - mean) / (deviation + EPS))
@@ -276,7 +276,7 @@ def check_prepare(prepare: Callable[[nn.Module], Any]) -> str:
     if problem:
         mistakes = {
             "Return it with all its layers and weights: in the converted model only the batch norm "
-            "layers are other ones.": problem == OTHER,
+            "layers are different.": problem == OTHER,
             "In eval mode batch norm looks at no batch and learns no mean. Training needs "
             "`train()`, as the model came.": problem == ASLEEP,
             "Return the model in DistributedDataParallel: without it gradients stay on their "

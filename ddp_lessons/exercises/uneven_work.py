@@ -173,7 +173,7 @@ def _explain_training(counts: Counts, used: list[list[int]], weights: list[Tenso
         "Backward adds to `.grad`. Call `optimizer.zero_grad()` for each "
         "batch.": any(_near(ends, _expected(counts, *way, zeroed=False)) for way in ways),
         "the ranks end with equal weights, but not those of steps with a mean gradient.\n"
-        "Weights that are averaged or sent round at the end are not those of a common training. "
+        "Weights that are averaged or sent round at the end are not those of a joint run. "
         "Every step must take the mean gradient of all ranks: let DDP's backward do it.": True,
     }
     judge(f"ranks with {_list(counts)} batches: ", mistakes)
@@ -291,7 +291,7 @@ def _used(rank: int, names: Collection[str], used: Used, flag: bool) -> list[lis
 
 @functools.cache
 def _real_training(names: frozenset[str], used: Used, flag: bool) -> Run:
-    """A training on real ranks, which is made once."""
+    """A run on real ranks, which is made once."""
     return run_ranks(_used, (names, used, flag), nprocs=len(used[0]), check=False)
 
 
@@ -372,7 +372,7 @@ def _judge_plan(names: set[str], used: Used, answer: Any) -> None:
 
 
 def _what_came_of(run: Run, names: list[str]) -> str:
-    """The error or wrong gradients of a training in which a bucket was never sent."""
+    """The error or wrong gradients of a run in which a bucket was never sent."""
     errors = [rank.error for rank in run.ranks if rank.error and not rank_state.lost_partner(rank)]
     if errors:
         return f"{errors[0].summary.split('. ')[0]}."

@@ -27,7 +27,7 @@ def losses(
     title: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw one curve for each training.
+    """Draw one curve for each training run.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def losses(
         By label, the loss after each step, `(steps,)`. At most four.
     batch : mapping of str to int, optional
         By label, the global batch size. With it, the x axis counts samples instead of steps, so
-        trainings with larger batches are not drawn shorter.
+        runs with larger batches are not drawn shorter.
     labels : bool
         Whether to label the curves' ends; beside another picture of the same curves, once is
         enough.

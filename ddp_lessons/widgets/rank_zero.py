@@ -1,4 +1,4 @@
-"""Lesson 12: how a training ends that is killed and resumes, by what it loads."""
+"""Lesson 12: how a run ends that is killed and resumes, by what it loads."""
 
 from __future__ import annotations
 

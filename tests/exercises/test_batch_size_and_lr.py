@@ -293,7 +293,11 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_lr_at, lambda step, base, ranks, warmup: "0.1", "you returned '0.1'.*one number"),
     (check_lr_at, divides_by_nothing, "warmup=0: your function raised Zero.*scaled rate holds"),
     (check_lr_at, stops_in_the_middle, "in step 10 you returned None"),
-    (check_lr_at, other_on_some_rank, "0.4, 0.4; on rank 1 0.1, .*Another rank got other rates"),
+    (
+        check_lr_at,
+        other_on_some_rank,
+        "0.4, 0.4; on rank 1 0.1, .*Another rank got different rates",
+    ),
     (check_lr_at, lambda s, b, r, w: lr_at(s, b, 4, w), "2 ranks.*Scaled twice"),
     (check_lr_at, lambda s, b, r, w: lr_at(s + 1, b, r, w), "Step 0 has 0.13"),
     (check_lr_at, lambda s, b, r, w: [lr_at(s, b, r, w)], "one number"),

@@ -372,7 +372,7 @@ WRONG: list[tuple[Any, Any, str]] = [
         meets_with("{r}"),
         "meeting, .*from the other meeting.*keys of its own",
     ),
-    (check_meet, meets_with("{n}/{r}", n_of="all"), "3 ranks, it failed.*another one on each"),
+    (check_meet, meets_with("{n}/{r}", n_of="all"), "3 ranks, it failed.*is different on each"),
     (check_meet, meets_with("{n}/{r}", before=True), "it failed.*set its own card before"),
     (
         check_meet,

@@ -250,7 +250,11 @@ RIGHT: list[tuple[Any, Any]] = [
     (check_idle, answers.Called(answers.decorated(idle))),
 ]
 WRONG: list[tuple[Any, Any, str]] = [
-    (check_block, made(leave=same), "2 ranks: each rank has another output.*own part of the sum"),
+    (
+        check_block,
+        made(leave=same),
+        "2 ranks: each rank has a different output.*own part of the sum",
+    ),
     (
         check_block,
         made(ends=lambda x, part, bias, leave: x + leave(part + bias)),
@@ -317,7 +321,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_block, lambda x: x, "failed on real ranks.*TypeError"),
     (check_idle, equal_stages, r"\[1.0, 3.0, 1.0\].*holds for stages that are equally long"),
     (check_idle, lambda f, b, m: (len(f) - 1) / m, r"idle 0.375 .*you said 0.6.*idle time beside"),
-    (check_idle, lambda f, b, m: len(f) / (m + len(f)), "another count of stages"),
+    (check_idle, lambda f, b, m: len(f) / (m + len(f)), "the wrong number of stages"),
     (check_idle, lambda *given: 1 - idle(*given), "the part in which they work"),
     (check_idle, lambda *given: 100 * idle(*given), "in percent"),
     (

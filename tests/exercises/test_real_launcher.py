@@ -231,8 +231,8 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_gather_scores, gathered_by_rank_0, "each of 2 ranks.*same calls"),
     (check_gather_scores, twins_kept, "which have clip 0.*5 rows for 4 clips"),
     (check_gather_scores, twins_added, "which have clip 0.*do not add up"),
-    (check_gather_scores, interleaved, "another order.*sort by id"),
-    (check_gather_scores, lambda ids, scores: joined(ids, scores)[1], "another order"),
+    (check_gather_scores, interleaved, "a different order.*sort by id"),
+    (check_gather_scores, lambda ids, scores: joined(ids, scores)[1], "a different order"),
     (check_gather_scores, group_needed, "raised ValueError.*Without a process group"),
     (check_gather_scores, first_has_some, "also 0, on 3 ranks.*n may be 0"),
     (

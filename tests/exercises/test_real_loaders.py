@@ -347,7 +347,7 @@ WRONG: list[tuple[Any, Any, str]] = [
         ],
         "has to pad: with its `drop_last`",
     ),
-    (check_merge, blocks, "order is another: rank 0 has"),
+    (check_merge, blocks, "order is different: rank 0 has"),
     (check_merge, lambda *n: list(itertools.chain(*right(*n))), "Return a list of batches"),
     (check_merge, answers.prints(right), "returned None.*`return` missing"),
     (check_merge, lambda t, r, w: [], "raised TypeError.*six whole numbers"),

@@ -278,7 +278,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (check_load, reads(lambda all_of: all_of[:-1]), "comes from some of the files only"),
     (check_load, reads(cuts=False), "has the zeros in it with which 4 ranks"),
     (check_load, reads(sorted_as_text), "saved on 12 ranks.*wrong order.*sorted as text"),
-    (check_load, reads(lambda all_of: all_of[::-1]), "has other values than were saved"),
+    (check_load, reads(lambda all_of: all_of[::-1]), "has different values than were saved"),
     (check_load, reads(own=lambda flat, rank, world_size: flat), "is the whole parameter"),
     (check_load, reads(own=unfilled), "fill up with zeros before you cut"),
     (check_load, reads(own=as_a_view), "keeps .* bytes in memory.*a view"),
@@ -287,7 +287,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     (
         check_load,
         lambda f, rank, world_size: load(f, world_size - 1 - rank, world_size),
-        "other values than were saved.*piece `rank` of these",
+        "different values than were saved.*piece `rank` of these",
     ),
     (check_load, lambda *given: list(load(*given).values()), "rank 0 returned list.*a dict"),
     (check_load, answers.prints(load), "rank 0 returned NoneType.*a dict"),

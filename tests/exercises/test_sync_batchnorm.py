@@ -328,7 +328,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     ),
     (check_normalise, by_the_layer, "calls SyncBatchNorm itself.*by hand what that layer does"),
     (check_normalise, counts_own_for_all, "5, 2 samples.*must be those of all"),
-    (check_normalise, other_on_rank_1, "Only on rank 1 the outputs are other ones"),
+    (check_normalise, other_on_rank_1, "Only on rank 1 the outputs are different"),
     (check_normalise, on_rank_0, "rank 1 has returned before all_gather_object"),
     (check_normalise, answers.prints(of_all), "rank 0 returned None"),
     (check_normalise, lambda x, eps: of_all(x, eps).T, r"a tensor of shape \(3, 4\) for an x of"),

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddp_lessons.analysis.wait_states import Share, key_of, waits
 from ddp_lessons.system.atomic_files import write_files
+from ddp_lessons.wire.ops import JOIN
 from ddp_lessons.wire.records import IN_FLIGHT, Kind, Lane, Span
 
 if TYPE_CHECKING:
@@ -199,7 +200,7 @@ def _backend(run: RunRecord) -> str:
     spans = [span for rank in run.ranks for span in rank.spans]
     if any(span.lane in (Lane.CUDA, Lane.NCCL) and span.kind == Kind.COMM for span in spans):
         return "nccl"
-    return "gloo" if any(span.op == "init_process_group" for span in spans) else "undefined"
+    return "gloo" if any(span.op == JOIN for span in spans) else "undefined"
 
 
 def _names(timeline: Timeline) -> Iterator[Json]:

@@ -18,6 +18,7 @@ from ddp_lessons.wire.ops import (
     BY_TREE,
     DIRECT,
     FROM_ROOT,
+    JOIN,
     OWN_WORLD,
     RECVS,
     SENDS,
@@ -179,7 +180,7 @@ def _meeting(parts: dict[int, tuple[Span, int]], members_of: Members) -> Collect
 
 def members(spans: Sequence[Span], world_size: int) -> Members:
     """A function from a group's name to its ranks, made from the spans of all ranks."""
-    joined = Counter(s.rank for s in spans if s.op == "init_process_group" and s.group is None)
+    joined = Counter(s.rank for s in spans if s.op == JOIN and s.group is None)
 
     @functools.cache
     def of(group: str) -> tuple[int, ...]:

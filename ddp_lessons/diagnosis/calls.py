@@ -14,8 +14,11 @@ from weakref import WeakKeyDictionary
 
 from ddp_lessons.analysis.wait_states import members, needed
 from ddp_lessons.wire.ops import (
+    DDP,
     GROUP_CALLS,
+    JOIN,
     JOINING,
+    LEAVE,
     LIKE,
     RECVS,
     SENDS,
@@ -268,9 +271,9 @@ class Calls:
     def left(self, rank: int, group: str) -> Call | None:
         """The call by which a rank left a group, or all groups, unless it joined again."""
         for call in reversed(self.of_rank[rank]):
-            if call.op == "init_process_group":
+            if call.op == JOIN:
                 return None
-            if call.op == "destroy_process_group" and call.group in (None, group):
+            if call.op == LEAVE and call.group in (None, group):
                 return call
         return None
 
@@ -305,6 +308,6 @@ def _calls(spans: Iterable[Span], threads: Mapping[str, str]) -> Iterator[Call]:
         yield Call(
             span.rank, span.op, span.group, span.seq, span.peer, span.nbytes, span.tensor,
             span.site, state, span.t0_ns, span.kind == Kind.WAIT, span.tag,
-            owner="DDP" if span.kind == Kind.COMM and span.name != span.op else "",
+            owner=DDP if span.kind == Kind.COMM and span.name != span.op else "",
             thread=threads.get(span.lane),
         )  # fmt: skip

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 
 from ddp_lessons.diagnosis import advice, hangs, rank_state
 from ddp_lessons.diagnosis.calls import Calls
-from ddp_lessons.diagnosis.mismatch import frame_of
-from ddp_lessons.diagnosis.rank_state import line, lost_partner, own_error
+from ddp_lessons.diagnosis.rank_state import frame_of, line, lost_partner, own_error
 from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, exit_name, ranks_text

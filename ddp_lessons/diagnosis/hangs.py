@@ -13,19 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ddp_lessons.diagnosis import advice, mismatch, rank_state, source_code
 from ddp_lessons.diagnosis.calls import Call, Calls
-from ddp_lessons.diagnosis.mismatch import Mismatch, frame_of, line_of
-from ddp_lessons.diagnosis.rank_state import lost_partner, position, waits
+from ddp_lessons.diagnosis.mismatch import Mismatch
+from ddp_lessons.diagnosis.rank_state import frame_of, line_of, lost_partner, position, waits
 from ddp_lessons.diagnosis.source_code import Loop
 from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.ops import DDP_CALLS, JOINING, RECVS, SENDS
+from ddp_lessons.wire.ops import DDP, DDP_CALLS, JOIN, JOINING, RECVS, SENDS
 from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import Caught, Frame, Lane, Span
 
-JOIN = "init_process_group"
-DDP = "DDP"  # the owner of calls
 # The kind of verdict where several ranks are missing: the first of these wins.
 _WORST: tuple[Kind, ...] = (
     "suspended",

@@ -13,12 +13,10 @@ from typing import Literal, NamedTuple
 
 from ddp_lessons.diagnosis import source_code
 from ddp_lessons.diagnosis.calls import Call, Calls
-from ddp_lessons.diagnosis.rank_state import line
+from ddp_lessons.diagnosis.rank_state import frame_of, line, line_of
 from ddp_lessons.diagnosis.verdict import Kind
 from ddp_lessons.text import agree, listed, ranks_text
-from ddp_lessons.wire import stacks
 from ddp_lessons.wire.ops import FROM_ROOT, RECVS
-from ddp_lessons.wire.owners import is_of_check
 from ddp_lessons.wire.records import Frame, split_site
 
 # Dtypes as which tensors of other dtypes are viewed to send them, and complex ones, viewed as real.
@@ -228,20 +226,6 @@ def _too_long_for_any(calls: Calls) -> Iterator[Mismatch]:
 def ranks_of(calls: Sequence[Call]) -> tuple[int, ...]:
     """The ranks that made the calls."""
     return tuple(sorted(call.rank for call in calls))
-
-
-def frame_of(site: str | None) -> Frame | None:
-    """The line of a site; None for a line of an exercise's check, which is not the learner's."""
-    if site is None or is_of_check(split_site(site)[0]):
-        return None
-    return stacks.frame_at(*split_site(site))
-
-
-def line_of(site: str | None) -> str:
-    """`Cell In[3], line 4`."""
-    if (frame := frame_of(site)) is not None:
-        return stacks.line_name(frame)
-    return "an unknown line" if site is None else "a line of the check"
 
 
 Numbers = dict[int, dict[int, Call]]  # the calls in a group by number and rank

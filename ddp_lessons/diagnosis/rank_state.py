@@ -13,8 +13,8 @@ from ddp_lessons.diagnosis import source_code
 from ddp_lessons.results import RankResult
 from ddp_lessons.text import agree, exit_name, listed, ranks_text
 from ddp_lessons.wire import losses, stacks
-from ddp_lessons.wire.ops import JOINING, MAKES_GROUP
-from ddp_lessons.wire.owners import Owner, owner_of
+from ddp_lessons.wire.ops import JOIN, JOINING, MAKES_GROUP
+from ddp_lessons.wire.owners import Owner, is_of_check, owner_of
 from ddp_lessons.wire.records import (
     NOT_OF_A_THREAD,
     ErrorRecord,
@@ -49,7 +49,7 @@ def position(rank: RankResult) -> Position:
     """
     if rank.status == "died" and rank.exitcode is not None and lost_partner(rank):
         last = next((s for s in reversed(rank.spans) if s.op and s.t1_ns is None), None)
-        return Position(_frame(last), last.op) if last else Position(None, None)
+        return Position(frame_of(last.site), last.op) if last else Position(None, None)
     there = stacks.position(rank.stack if rank.error is None else rank.error.frames)
     if there.call != stacks.WAIT:
         return there
@@ -96,14 +96,10 @@ def _in_other_threads(rank: RankResult) -> list[str]:
     here, lanes = _site(rank), (Lane.MAIN, *rank.threads)
     waits = [s for s in rank.spans if s.t1_ns is None and s.op and s.lane in lanes]
     return [
-        f"{span.op}{_thread(rank, span)}{line(_frame(span))}"
+        f"{span.op}{_thread(rank, span)}{line(frame_of(span.site))}"
         for span in waits
         if span.site != here and span.kind != Kind.ISSUE
     ]
-
-
-def _frame(span: Span) -> Frame | None:
-    return stacks.frame_at(*split_site(span.site)) if span.site else None
 
 
 def _thread(rank: RankResult, span: Span | None) -> str:
@@ -150,8 +146,22 @@ def _on_gpu(rank: RankResult) -> tuple[str, str] | None:
     """The first call that a rank's GPU has not finished, though it returned on the CPU."""
     for span in rank.spans:
         if span.lane == Lane.CUDA and span.t1_ns is None:
-            return "has not finished on its GPU:", f"{span.op}{line(_frame(span))}"
+            return "has not finished on its GPU:", f"{span.op}{line(frame_of(span.site))}"
     return None
+
+
+def frame_of(site: str | None) -> Frame | None:
+    """The line of a site; None for a line of an exercise's check, which is not the learner's."""
+    if site is None or is_of_check(split_site(site)[0]):
+        return None
+    return stacks.frame_at(*split_site(site))
+
+
+def line_of(site: str | None) -> str:
+    """`Cell In[3], line 4`."""
+    if (frame := frame_of(site)) is not None:
+        return stacks.line_name(frame)
+    return "an unknown line" if site is None else "a line of the check"
 
 
 def line(frame: Frame | None) -> str:
@@ -167,8 +177,7 @@ def _after(rank: RankResult) -> str:
     calls = [span for span in rank.spans if span.op and span.site]
     if not calls:
         return ""
-    frame = stacks.frame_at(*split_site(calls[-1].site or ""))
-    return f", after {calls[-1].op} at {stacks.line_name(frame)}"
+    return f", after {calls[-1].op} at {line_of(calls[-1].site)}"
 
 
 def _doing(rank: RankResult) -> tuple[str, str]:
@@ -270,7 +279,7 @@ def own_timeout(rank: RankResult) -> Timeout | None:
         return None
     seconds = int(told[1]) / 1000
     group = next((span.group for span in reversed(rank.spans) if span.failed and span.group), "")
-    makers = MAKES_GROUP if "ranks " in group else JOINING if not group else ("init_process_group",)
+    makers = MAKES_GROUP if "ranks " in group else JOINING if not group else (JOIN,)
     given = [
         own
         for own in rank.timeouts

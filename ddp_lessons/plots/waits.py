@@ -14,6 +14,7 @@ from ddp_lessons.analysis.wait_states import ALL_TO_ALL, Share
 from ddp_lessons.plots import row_layout, style
 from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.run import Run
+from ddp_lessons.wire.ops import JOIN, LEAVE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,8 +26,6 @@ SEEN = 0.003  # least part of the picture of a kind in the legend
 LONGEST = "rank 0 comes last"  # label of a line
 MARKED = 0.02  # least part of the picture of a wait whose last arrival is marked
 FONT = 8.5
-
-JOIN, LEAVE = "init_process_group", "destroy_process_group"
 
 Look = dict[str, Any]
 Window = tuple[int, int]  # ns

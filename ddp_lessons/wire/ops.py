@@ -61,11 +61,13 @@ DIRECT = ("gather", "gather_into_tensor", "gather_single", "scatter")
 BY_TREE = ("broadcast", "broadcast_object_list", "scatter_object_list")
 
 MAKES_GROUP = ("new_group", "split_group", "shrink_group")
-JOINING = ("init_process_group", *MAKES_GROUP)
-GROUP_CALLS = (*JOINING, "destroy_process_group")
+JOIN, LEAVE = "init_process_group", "destroy_process_group"
+JOINING = (JOIN, *MAKES_GROUP)
+GROUP_CALLS = (*JOINING, LEAVE)
 SOME_RANKS = "some ranks"  # the group of a call that not every rank needs to make
 OWN_WORLD = "own world of rank"  # in the name of a group whose ranks are unknown
 
+DDP = "DDP"  # the owner of calls that it makes by itself
 DDP_CALLS = {"backward", "DistributedDataParallel"}  # within them DDP makes its own collectives
 WAIT_FOR_BUCKETS = "wait for buckets"  # the name of the span in which backward only waits
 NEXT_BATCH = "next batch"  # the name of the span in which `steps` fetches a batch

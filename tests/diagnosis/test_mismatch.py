@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -517,6 +519,25 @@ def work(rank):
     exec(compile(code, "<timed exec>", "exec"), names)
     (warning,) = launch(names["work"], nprocs=3).warnings
     assert (warning.kind, warning.ranks) == ("different collectives", (1,))
+
+
+def test_calls_in_a_file_with_a_long_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("目录" * 35) / ("f" * 100)
+    folder.mkdir(parents=True)
+    (folder / "turns.py").write_text(
+        "import torch\n"
+        "import torch.distributed as dist\n"
+        "def work(rank):\n"
+        '    dist.init_process_group("gloo")\n'
+        "    if rank == 1:\n"
+        "        dist.barrier()\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    run = hung(importlib.import_module("turns").work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert source(run) == "dist.barrier()"
+    assert {s.site for s in run.spans() if s.op == "barrier"} == {f"{folder / 'turns.py'}:6"}
 
 
 def ahead_in_the_file() -> None:

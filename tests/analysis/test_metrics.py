@@ -142,6 +142,35 @@ def test_recvs_with_different_tags_have_waits_of_their_own(kind: str) -> None:
     assert (total.wait_ns, total.transfer_ns) == (150, 60)
 
 
+def test_a_message_in_flight_takes_nothing_of_another_tag_s_wait() -> None:
+    spans = [
+        call(0, 10, 900, "irecv", peer=1, lane="comm", tag=0),
+        call(1, 120, 130, "send", peer=0, tag=0),
+        call(0, 20, 200, "irecv", peer=1, lane="comm", tag=1),
+        call(1, 150, 160, "send", peer=0, tag=1),
+        call(0, 100, 200, "irecv", kind="wait", peer=1, tag=1),
+    ]
+    mine = [(s.kind, s.t0_ns, s.t1_ns) for s in segments(run_of(*spans)) if s.rank == 0]
+    assert mine == [("wait", 100, 150), ("transfer", 150, 200)]
+
+
+@pytest.mark.parametrize("kind", ["buckets", "recvs with tags"])
+def test_thousands_of_waits_take_no_time(kind: str) -> None:
+    """Outside steps, as where a learner updates the weights by hand."""
+    spans = []
+    for n in range(10_000):
+        if kind == "buckets":
+            begun = [call(r, 100 * n + r, 100 * n + 50, seq=n, lane="buckets") for r in range(2)]
+            spans += [*begun, span(0, "main", "wait", 100 * n + 30, 100 * n + 50)]
+        else:
+            spans.append(call(0, 100 * n, 100 * n + 50, "recv", peer=1, tag=n))
+            spans.append(call(1, 100 * n + 20, 100 * n + 30, "send", peer=0, tag=n))
+    begun_s = time.process_time()
+    found = [s for s in segments(run_of(*spans, ranks=2)) if s.rank == 0]
+    assert time.process_time() - begun_s < 3  # seconds; it takes less than one
+    assert sum(s.t1_ns - s.t0_ns for s in found) == 10_000 * (20 if kind == "buckets" else 50)
+
+
 def train(rank: int, late: dict[int, int]) -> None:
     """One step for each late rank, with an asynchronous all_reduce during some work."""
     dist.init_process_group("gloo")

@@ -235,6 +235,10 @@ class SpanWriter:
             self._words[(slot >> 3) + _SEQ] = seq
             _INT.pack_into(self._memory, slot + _PEER, peer)
 
+    def kept(self, slot: Slot) -> Slot:
+        """The slot of a span that keeps it when it ends; 0 for one that another span then gets."""
+        return slot if slot < _SPARE_START else 0
+
     def moved(self) -> None:
         """Note progress that no span shows."""
         self._progress += 1

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ddp_lessons.wire.records import Span
 
 
+WARM_UP, MANY_STEPS = 2, 4  # drop the first 2 steps if there are more than 4
+
+
 class Segment(NamedTuple):
     """A time in which a rank's main thread was held up.
 
@@ -81,6 +84,12 @@ class Link(NamedTuple):
     latency_ns: float
     bytes_per_second: float
     points: list[tuple[int, float]]
+
+
+def after_warm_up(steps: Iterable[int | None]) -> list[int]:
+    """The steps that count, in order: of more than four not the first two, the warm-up."""
+    numbers = sorted({step for step in steps if step is not None})
+    return numbers[WARM_UP:] if len(numbers) > MANY_STEPS else numbers
 
 
 @kept

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ddp_lessons import Run, launch, steps
 from ddp_lessons import span as marked
 from ddp_lessons.analysis.intervals import length
-from ddp_lessons.analysis.metrics import segments
+from ddp_lessons.analysis.metrics import after_warm_up, segments
 from ddp_lessons.wire.records import Span
 from tests.analysis.test_wait_states import END, call, run_of
 
@@ -86,6 +86,12 @@ def test_totals_add_up_to_the_function() -> None:
     assert (total.data_ns, total.wait_ns, total.transfer_ns) == (20, 0, 50 + 100)
     parts = total.compute_ns + total.data_ns + total.wait_ns + total.transfer_ns + total.other_ns
     assert parts == pytest.approx(total.seconds * 1e9)
+
+
+def test_of_many_steps_the_first_two_are_warm_up() -> None:
+    assert after_warm_up([3, None, 1, 3, 0]) == [0, 1, 3]
+    assert after_warm_up(range(4)) == [0, 1, 2, 3]
+    assert after_warm_up([4, 3, 2, 1, 0]) == [2, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ["comm", "wait"])

@@ -6,6 +6,7 @@ functions return lists of named tuples, which `pandas.DataFrame` accepts. Odd sp
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +20,9 @@ from ddp_lessons.wire.records import PROFILED, Kind, Lane
 if TYPE_CHECKING:
     from ddp_lessons.results import RankResult, RunRecord
     from ddp_lessons.wire.records import Span
+
+
+WARM_UP, MANY_STEPS = 2, 4  # drop the first 2 steps if there are more than 4
 
 
 class Segment(NamedTuple):
@@ -80,6 +84,12 @@ class Link(NamedTuple):
     latency_ns: float
     bytes_per_second: float
     points: list[tuple[int, float]]
+
+
+def after_warm_up(steps: Iterable[int | None]) -> list[int]:
+    """The steps that count, in order: of more than four not the first two, the warm-up."""
+    numbers = sorted({step for step in steps if step is not None})
+    return numbers[WARM_UP:] if len(numbers) > MANY_STEPS else numbers
 
 
 @kept
@@ -147,13 +157,15 @@ def measured(run: RunRecord) -> Iterator[tuple[str, str, int, int]]:
 
 def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
     """The segments of one rank."""
-    # Several have one key: sends and recvs of each tag count from 0.
-    by_call: dict[tuple[str, str, int, int | None], list[Share]] = {}
+    by_call: dict[tuple[str, str, int, int | None, int | None], list[Share]] = {}
     by_step: dict[int | None, list[Share]] = {}
     for share in shares:
-        by_call.setdefault((share.op, share.group, share.seq, share.peer), []).append(share)
+        key = share.op, share.group, share.seq, share.peer, share.tag
+        by_call.setdefault(key, []).append(share)
         by_step.setdefault(share.step, []).append(share)
-    for span, t1_ns in ended(rank.spans, rank.ended_ns):
+    of_step = {step: _InTurn(found) for step, found in by_step.items()}
+    spans = sorted(rank.spans, key=lambda span: span.t0_ns)
+    for span, t1_ns in ended(spans, rank.ended_ns):
         if span.lane != Lane.MAIN or span.kind not in (Kind.COMM, Kind.WAIT, Kind.DATA):
             continue
         if span.kind == Kind.DATA:
@@ -162,8 +174,25 @@ def _held(rank: RankResult, shares: Sequence[Share]) -> Iterator[Segment]:
             yield Segment(span.rank, "group", span.step, span.t0_ns, t1_ns)
         else:
             seq = -1 if span.seq is None else span.seq
-            same = by_call.get((span.op or "", span.group or "", seq, span.peer))
-            yield from _split(span, t1_ns, same or by_step.get(span.step, []))
+            same = by_call.get((span.op or "", span.group or "", seq, span.peer, span.tag))
+            if same is None and span.step in of_step:
+                same = of_step[span.step].during(span.t0_ns, t1_ns)
+            yield from _split(span, t1_ns, same or [])
+
+
+class _InTurn:
+    """Shares, of which one asks for those of one time after the other."""
+
+    def __init__(self, shares: Iterable[Share]) -> None:
+        self._later = deque(sorted(enumerate(shares), key=lambda pair: pair[1].t0_ns))
+        self._now: list[tuple[int, Share]] = []
+
+    def during(self, t0_ns: int, t1_ns: int) -> list[Share]:
+        """Those that have begun by `t1_ns` and not ended by `t0_ns`, which never decreases."""
+        while self._later and self._later[0][1].t0_ns < t1_ns:
+            self._now.append(self._later.popleft())
+        self._now = [pair for pair in self._now if pair[1].t1_ns > t0_ns]
+        return [share for _, share in sorted(self._now)]
 
 
 def _split(span: Span, t1_ns: int, shares: Iterable[Share]) -> Iterator[Segment]:

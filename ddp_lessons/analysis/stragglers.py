@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ddp_lessons.analysis.intervals import Intervals, common, length, union, without
 from ddp_lessons.analysis.last_run import kept
-from ddp_lessons.analysis.metrics import Segment, segments
+from ddp_lessons.analysis.metrics import Segment, after_warm_up, segments
 from ddp_lessons.analysis.wait_states import LATE_RECEIVER, LATE_SENDER, Share, ended, waits
 from ddp_lessons.text import listed
 from ddp_lessons.wire.ops import JOINING
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MOST = 2 / 3  # of all waiting: a rank that causes so much is the straggler
 NOTEWORTHY = 0.05  # of the ranks' time: less waiting is noise
-WARM_UP, MANY_STEPS = 2, 4  # drop the first 2 steps if there are more than 4
 EXPLAINED = 0.8, 1.25  # of a rank's lateness: what it spent so much more time on is the cause
 INPUT, SPAN, COMPUTE, STARVED, BLOCKED = "input", "span", "compute", "starved", "blocked"
 
@@ -160,9 +159,7 @@ def _counted(steps: set[int | None]) -> Callable[[int | None], bool]:
     """A function that says whether a step counts: not the warm-up, if there are enough steps."""
     if not steps:
         return lambda _: True
-    numbers = {step for step in steps if step is not None}
-    warm_up = sorted(numbers)[:WARM_UP] if len(numbers) > MANY_STEPS else []
-    counted = numbers.difference(warm_up)
+    counted = {*after_warm_up(steps)}
     return lambda step: step in counted
 
 

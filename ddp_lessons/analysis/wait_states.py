@@ -56,6 +56,8 @@ class Share(NamedTuple):
         True if the call never ended; `t1_ns` is then the rank's end.
     peer : int or None
         The other rank of a send or recv; the root of a broadcast, reduce, gather or scatter.
+    tag : int or None
+        The tag of a send or recv.
     """
 
     rank: int
@@ -73,6 +75,7 @@ class Share(NamedTuple):
     pattern: str
     open: bool = False
     peer: int | None = None
+    tag: int | None = None
 
 
 class Arrival(NamedTuple):
@@ -233,6 +236,7 @@ def _shares(meeting: Collective) -> Iterator[Share]:
             LATE_RECEIVER if span.op in SENDS else pattern,
             span.t1_ns is None,
             span.peer,
+            span.tag,
         )
 
 

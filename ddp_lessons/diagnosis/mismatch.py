@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from ddp_lessons.diagnosis import source_code
-from ddp_lessons.diagnosis.calls import Call, Calls
+from ddp_lessons.diagnosis.calls import Call, Calls, Pair
 from ddp_lessons.diagnosis.rank_state import frame_of, line, line_of
 from ddp_lessons.diagnosis.verdict import Kind
 from ddp_lessons.text import agree, listed, ranks_text
@@ -185,26 +185,35 @@ def _earlier(numbers: Numbers, later: Mismatch) -> Mismatch | None:
 def messages(calls: Calls) -> list[Mismatch]:
     """The messages whose recv is unlike their send, the first sent first."""
     found = list(_too_long_for_any(calls))
-    for (group, sender, receiver, tag), numbers in calls.messages.items():
-        certain = _certain([c for c in calls.of_rank[receiver] if c.group == group], sender, tag)
-        for seq, sides in numbers.items() if certain else ():
+    certain = _certain(calls)
+    for pair, numbers in calls.messages.items():
+        for seq, sides in numbers.items() if pair in certain else ():
             if len(sides) == 2 and (why := _unlike(sides["send"], sides["recv"])):
                 met = sides["send"], sides["recv"]
-                found.append(Mismatch(group or "", seq, met, why, None))
+                found.append(Mismatch(pair[0] or "", seq, met, why, None))
     return sorted(found, key=lambda message: message.calls[0].t0_ns)
 
 
-def _certain(calls: Sequence[Call], sender: int, tag: int | None) -> bool:
-    """Whether the numbers of one pair's recvs are certain.
+def _certain(calls: Calls) -> set[Pair]:
+    """The pairs whose recvs have numbers that are certain.
 
     A recv from any rank gets its number when it is done: not if nobody waits for it, and not
     the right one if it overtakes another.
     """
-    recvs = [call for call in calls if call.op in RECVS and not call.waits]
-    if any(call.seq is None and call.state == "done" for call in recvs):
-        return False
-    numbers = [c.seq or 0 for c in recvs if (c.peer, c.tag) == (sender, tag)]
-    return numbers == sorted(numbers)
+    numbers: defaultdict[Pair, list[int]] = defaultdict(list)
+    unnumbered = set()  # the groups and receivers
+    for call in (call for of_rank in calls.of_rank for call in of_rank):
+        if call.op not in RECVS or call.waits:
+            continue
+        if call.pair is not None:
+            numbers[call.pair].append(call.seq or 0)
+        if call.seq is None and call.state == "done":
+            unnumbered.add((call.group, call.rank))
+    return {
+        (group, sender, receiver, tag)
+        for (group, sender, receiver, tag), found in numbers.items()
+        if found == sorted(found) and (group, receiver) not in unnumbered
+    }
 
 
 def _too_long_for_any(calls: Calls) -> Iterator[Mismatch]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ddp_lessons.diagnosis import source_code
 from ddp_lessons.diagnosis.verdict import Finding
 from ddp_lessons.text import all_ranks, count, listed, ranks_text
-from ddp_lessons.wire.records import Batches, Noted
+from ddp_lessons.wire.records import Noted
 from ddp_lessons.wire.stacks import line_name
 
 if TYPE_CHECKING:
@@ -84,9 +84,10 @@ def _rates(noted: list[Noted]) -> Iterator[Finding]:
 def _batches(noted: list[Noted]) -> Iterator[Finding]:
     everyone = tuple(range(len(noted)))
     all_of_them = all_ranks(len(noted)).lower()
-    for batches in zip(*(_by_line(noted, one) for one in noted), strict=True):
-        first, *_ = batches
-        line = line_of(first.site)
+    by_line = [{batches.site: batches for batches in one.batches} for one in noted]
+    for site in sorted(set.intersection(*map(set, by_line))):
+        first, *_ = batches = [of_rank[site] for of_rank in by_line]
+        line = line_of(site)
         if first.samples > 1 and len({(one.samples, one.digest) for one in batches}) == 1:
             yield Finding(
                 "same samples",
@@ -94,7 +95,7 @@ def _batches(noted: list[Noted]) -> Iterator[Finding]:
                 f"{all_of_them} got the same {first.samples:,} samples from the DataLoader at "
                 f"{line}. To share them out, use a DistributedSampler; an IterableDataset must "
                 "choose by rank itself.",
-                frame_of(first.site),
+                frame_of(site),
                 is_note=True,
             )
         if first.draws and len({(one.draws, one.drawn) for one in batches}) == 1:
@@ -109,7 +110,7 @@ def _batches(noted: list[Noted]) -> Iterator[Finding]:
                 everyone,
                 f"{what}. For random augmentation of their own, seed each rank differently: "
                 "torch.manual_seed(seed + rank).",
-                frame_of(first.site),
+                frame_of(site),
                 is_note=True,
             )
 
@@ -117,8 +118,9 @@ def _batches(noted: list[Noted]) -> Iterator[Finding]:
 def _in_order_of_sets(run: RunRecord) -> Iterator[Finding]:
     """Loops over a set in which ranks call torch.distributed; its order may differ between them."""
     everyone = tuple(range(run.world_size))
-    calls = {frame_of(span.site): span.op for span in run.spans() if span.op and span.site}
-    for frame, op in calls.items():
+    calls = {span.site: span.op for span in run.spans() if span.op and span.site}
+    for site, op in calls.items():
+        frame = frame_of(site)
         if frame is not None and source_code.is_in_loop_over_set(frame.filename, frame.lineno):
             yield Finding(
                 "order of a set",
@@ -129,12 +131,6 @@ def _in_order_of_sets(run: RunRecord) -> Iterator[Finding]:
                 frame,
                 is_note=True,
             )
-
-
-def _by_line(noted: list[Noted], one: Noted) -> list[Batches]:
-    """A rank's batches from the lines that took batches on all ranks."""
-    lines = [{batches.site for batches in each.batches} for each in noted]
-    return sorted(b for b in one.batches if b.site in set.intersection(*lines))
 
 
 def _sides(values: list[object]) -> list[list[int]]:

@@ -53,7 +53,7 @@ class AsyncWork:
         self._unused: Mistake | None = None  # told at the end unless the learner uses the handle
         self._sent: tuple[torch.Tensor, int, tuple[int, int]] | None = None
         self._slot = 0
-        self.issue_slot = 0  # of the span of the call itself
+        self.issue_slot = 0  # of the span of the call itself, which ends first
         self._stopwatch: cuda_events.Stopwatch | None = None
         name = facts.op or "work"
         if on is None:
@@ -175,7 +175,7 @@ def issued(
     """Call a function that only issues work; record the call, and the work until it is done."""
     recorder, facts = issued_work.recorder, issued_work.facts
     slot = recorder.begin(Kind.ISSUE, facts.op or "work", t0_ns, facts)
-    issued_work.issue_slot = slot
+    issued_work.issue_slot = recorder.buffer.kept(slot)
     work = None
     thread = get_ident()
     recording.inside.add(thread)

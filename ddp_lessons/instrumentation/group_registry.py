@@ -19,7 +19,7 @@ from ddp_lessons.wire.ops import OWN_WORLD
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-LONGEST_DESCRIPTION = 50  # characters, to leave room for the ranks (span_buffer.LONGEST_NAME)
+LONGEST_DESCRIPTION = 50  # characters: the name stands in sentences and pictures
 
 
 Pair = tuple[int, int, int]  # sender, receiver and tag

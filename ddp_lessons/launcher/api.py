@@ -185,7 +185,7 @@ def launch(
     WorkerFailed, WorkerDied, WorkersHung
         A rank raised, its process died, or no rank made progress; only with ``check=True``.
     """
-    nprocs, nnodes = _ranks("nprocs", nprocs), _ranks("nnodes", nnodes)
+    nprocs, nnodes = whole_number("nprocs", nprocs), whole_number("nnodes", nnodes)
     _refuse_nonsense(fn, args, nprocs, nnodes, env, timeout, start_method)
     if in_process:
         others = {
@@ -300,8 +300,8 @@ def _show_briefly(kind: type[BaseException]) -> Iterator[None]:
         raise
 
 
-def _ranks(name: str, value: Any) -> int:
-    """A whole number, which may be NumPy's or torch's; BadLaunch for anything else."""
+def whole_number(name: str, value: Any) -> int:
+    """A number of ranks or hosts, which may be NumPy's or torch's; BadLaunch for anything else."""
     with contextlib.suppress(TypeError):
         if not isinstance(value, bool) and operator.index(value) >= 1:
             return operator.index(value)

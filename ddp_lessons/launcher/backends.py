@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ddp_lessons.errors import BadLaunch
 from ddp_lessons.instrumentation import recording
 from ddp_lessons.instrumentation.gpu_sharing import CARRIES
-from ddp_lessons.launcher.api import launch
+from ddp_lessons.launcher.api import launch, whole_number
 from ddp_lessons.text import count
 
 
@@ -46,8 +46,7 @@ def recommend_backend(nprocs: int) -> str:
     BadLaunch
         If `nprocs` is no whole number above 0, or this build of torch has no backend that fits.
     """
-    if not isinstance(nprocs, int) or isinstance(nprocs, bool) or nprocs < 1:
-        raise BadLaunch(f"nprocs is {nprocs!r}; it must be a whole number, 1 or more.")
+    nprocs = whole_number("nprocs", nprocs)
     backend, why = choose(nprocs, _machine())
     print(why)
     return backend

@@ -24,12 +24,12 @@ Points = list[tuple[float, float]]
 
 
 def html_of(workers: Sequence[Worker]) -> str:
-    """The curves of each reported number, a line a rank; "" if nothing was reported."""
+    """The curves of the numbers reported first, a line a rank; "" if nothing was reported."""
     reports = {worker.rank: worker.told.reports for worker in workers[:MOST_RANKS]}
     names = {
         name: None
         for of_rank in reports.values()
-        for report in of_rank[-1:]
+        for report in of_rank
         for name in report.values
         if name not in X_NAMES
     }

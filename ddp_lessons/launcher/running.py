@@ -39,12 +39,14 @@ class RunningRun:
     ) -> None:
         self.name = name
         self.world_size = world_size
-        self._watch, self._show, self._interrupts = watch, show, interrupts
+        self._show, self._interrupts = show, interrupts
         self._check = check
         self._shown = False
         self._run: Run | None = None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name=f"launch of {name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(watch,), name=f"launch of {name}", daemon=True
+        )
         atexit.register(self._end)
         self._thread.start()
 
@@ -81,9 +83,10 @@ class RunningRun:
         self._end()
         return self._ended()
 
-    def _work(self) -> None:
+    def _work(self, watch: Callable[[], Run]) -> None:
+        """Watch the ranks, in a thread. Only it holds `watch`, and so the ranks' processes."""
         try:
-            self._run = self._watch()
+            self._run = watch()
         except BaseException as error:  # a fault of ours: `wait` raises it
             self._error = error
         atexit.unregister(self._end)

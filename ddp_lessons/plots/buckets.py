@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from matplotlib.patches import Patch
 
 from ddp_lessons.analysis.intervals import length
+from ddp_lessons.analysis.metrics import after_warm_up
 from ddp_lessons.analysis.wait_states import ended
 from ddp_lessons.plots import row_layout, style
 from ddp_lessons.plots.docstrings import documented
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 MOST_RANKS = 8
 MOST_ROWS = 12  # of buckets under a rank
 MAIN, BUCKET, GAP = 1.0, 0.45, 0.5  # heights, as parts of a rank's bar
-WARM_UP = 2  # first steps, shown only if there are no others
 NOTEWORTHY = 0.05  # of a step
 FONT, SMALL = 8.5, 7.5
 
@@ -52,7 +52,7 @@ def buckets(
     run : Run
         A run whose ranks train a DistributedDataParallel model.
     step : int, optional
-        The step; by default one of median length, after two steps of warm-up if there are more.
+        The step; by default one of median length, of more than four not one of the first two.
         A step ends where an optimizer steps, or is a turn of `steps`.
     ranks : sequence of int, optional
         The ranks; by default all, or the first eight.
@@ -135,18 +135,17 @@ def _chosen(run: Run, ranks: Sequence[int]) -> list[RankResult]:
 
 def _typical_step(run: Run) -> int:
     found = {s.step for s in run.spans() if s.lane == Lane.BUCKETS}
-    numbers = {step for step in found if step is not None}
-    if found and not numbers:
+    steps = after_warm_up(found)
+    if found and not steps:
         raise ValueError(
             "buckets were recorded, but no training steps, of which this draws one. Let an "
             "optimizer step, or mark the steps: for batch in steps(batches)."
         )
-    if not numbers:
+    if not steps:
         raise ValueError(
             "no buckets were recorded. Only a DistributedDataParallel model sends them, in "
             "backward. If it has a hook of your own, register that by watch_ddp(model, hook)."
         )
-    steps = sorted(numbers)[WARM_UP:] or sorted(numbers)
     lengths = {step: end - begin for step in steps for begin, end in [_limits(run, step)]}
     middle = median(lengths.values())
     return min(steps, key=lambda step: abs(lengths[step] - middle))

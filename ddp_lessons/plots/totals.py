@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons.analysis.metrics import Segment, segments
+from ddp_lessons.analysis.metrics import Segment, after_warm_up, segments
 from ddp_lessons.plots import style
 from ddp_lessons.plots.docstrings import documented
 from ddp_lessons.plots.waits import HEIGHT, LOOKS, OWN, SEEN, WAIT, entries, finding
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FONT = 8.5
-WARM_UP, MANY_STEPS = 2, 4
 
 
 @documented
@@ -36,7 +35,7 @@ def totals(
         there are steps (of more than four without the first two), and else ms of the function.
     """
     ax = ax or style.new_axes(run.world_size)
-    steps = _steps(run)
+    steps = {*after_warm_up(s.step for s in run.spans() if s.lane == Lane.STEPS)}
     held: dict[int, list[Segment]] = {rank.rank: [] for rank in run.ranks}
     for segment in segments(run):
         if not steps or segment.step in steps:
@@ -53,11 +52,6 @@ def totals(
     kinds = [kind for by_kind in parts for kind, ms in by_kind.items() if ms > SEEN * longest]
     style.head(ax, title or finding(run), entries(kinds) if legend else [])
     return ax
-
-
-def _steps(run: Run) -> set[int]:
-    numbers = sorted({s.step for s in run.spans() if s.lane == Lane.STEPS and s.step is not None})
-    return {*numbers[WARM_UP:]} if len(numbers) > MANY_STEPS else {*numbers}
 
 
 def _parts(rank: RankResult, held: list[Segment], steps: set[int]) -> dict[str, float]:

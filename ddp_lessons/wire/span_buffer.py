@@ -6,7 +6,8 @@ all ranks of a run, a region for each:
 
     head: progress, spans dropped, bytes of text, whether caught exceptions are noted, whether the
         rank leaves all groups
-    text: every name once, as its length and UTF-8
+    text: every text once, as its length and UTF-8; of a span's name the end may be cut off, of a
+        site the start, and all others, such as a group's ranks, are whole or missing
     spans: RECORD by RECORD; t0_ns is 0 where nothing is written yet
     caught: the latest exceptions that the learner's code caught, each in CAUGHT bytes
 
@@ -40,7 +41,9 @@ from ddp_lessons.wire.run_folder import VERSION
 
 MOST_SPANS = 200_000  # kept of one rank; later ones are counted and dropped
 SPARE = 64  # extra slots for open spans, so that a hang stays visible when the buffer is full
-LONGEST_NAME = 200  # bytes
+LONGEST_NAME = 200  # bytes of a span's name, of which the start is kept
+LONGEST_SITE = 1 << 13  # bytes of a site, of which the end is kept; a path has 4096 at most
+LONGEST_TEXT = (1 << 16) - 1  # bytes; a longer one, such as a group's name, is not kept
 KINDS = {kind.value: number for number, kind in enumerate(Kind)}
 
 _WORD = struct.Struct("=q")
@@ -182,6 +185,7 @@ class SpanWriter:
                 numbers[site],
             )  # fmt: skip
         except KeyError:
+            name, site = _start(name), _end(site)
             texts = tuple(map(self._add, (name, op, group, lane, tensor, site)))  # type: ignore[assignment]
         return _TAIL.pack(nbytes, bucket, peer, *texts, KINDS[kind], 0, tag)
 
@@ -230,6 +234,10 @@ class SpanWriter:
         if slot:
             self._words[(slot >> 3) + _SEQ] = seq
             _INT.pack_into(self._memory, slot + _PEER, peer)
+
+    def kept(self, slot: Slot) -> Slot:
+        """The slot of a span that keeps it when it ends; 0 for one that another span then gets."""
+        return slot if slot < _SPARE_START else 0
 
     def moved(self) -> None:
         """Note progress that no span shows."""
@@ -347,9 +355,9 @@ class SpanWriter:
         self._words[_DROPPED] = self._dropped
 
     def _add(self, text: str | None) -> int:
-        """The number of a text; writes the text when it first occurs. 0 without room."""
-        data = str(text).encode("utf-8", errors="replace")[:LONGEST_NAME]
-        while True:
+        """The number of a text; writes the text when it first occurs. 0 if it is not kept."""
+        data = str(text).encode("utf-8", errors="replace")
+        while len(data) <= LONGEST_TEXT:
             with self._lock:
                 if text in self._numbers:
                     return self._numbers[text]
@@ -367,6 +375,7 @@ class SpanWriter:
             if not self._has_room(reserved, reserved + _TEXT_PIECE):
                 return 0
             self._text_end = reserved + _TEXT_PIECE
+        return 0
 
 
 class SpanReader:
@@ -472,8 +481,7 @@ class SpanReader:
         while start < used:
             (length,) = _LENGTH.unpack_from(data, start)
             start += _LENGTH.size
-            text = data[start : start + length]
-            texts.append(text.decode("utf-8", errors="ignore"))  # the last character may be cut
+            texts.append(data[start : start + length].decode("utf-8", errors="ignore"))
             start += length
         return texts
 
@@ -565,6 +573,20 @@ def read_file(
     if caught is not None:
         caught = [Caught(t_ns, text, *map(site_of, sites)) for t_ns, text, *sites in caught]
     return spans, dropped, caught
+
+
+def _start(name: object) -> str:
+    """The start of a span's name, which the learner may have made of anything."""
+    data = str(name).encode("utf-8", errors="replace")
+    return data[:LONGEST_NAME].decode("utf-8", errors="ignore")
+
+
+def _end(site: str | None) -> str | None:
+    """The end of a site, with the number of the line."""
+    if site is None:
+        return None
+    data = site.encode("utf-8", errors="replace")
+    return data[-LONGEST_SITE:].decode("utf-8", errors="ignore")
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ddp_lessons import Run, launch, steps
 from ddp_lessons import span as marked
 from ddp_lessons.analysis.intervals import length
-from ddp_lessons.analysis.metrics import segments
+from ddp_lessons.analysis.metrics import after_warm_up, segments
 from ddp_lessons.wire.records import Span
 from tests.analysis.test_wait_states import END, call, run_of
 
@@ -88,6 +88,12 @@ def test_totals_add_up_to_the_function() -> None:
     assert parts == pytest.approx(total.seconds * 1e9)
 
 
+def test_of_many_steps_the_first_two_are_warm_up() -> None:
+    assert after_warm_up([3, None, 1, 3, 0]) == [0, 1, 3]
+    assert after_warm_up(range(4)) == [0, 1, 2, 3]
+    assert after_warm_up([4, 3, 2, 1, 0]) == [2, 3, 4]
+
+
 @pytest.mark.parametrize("kind", ["comm", "wait"])
 def test_recvs_from_two_ranks_have_waits_of_their_own(kind: str) -> None:
     """Both have sequence number 0, each between its own pair of ranks."""
@@ -140,6 +146,35 @@ def test_recvs_with_different_tags_have_waits_of_their_own(kind: str) -> None:
             spans.append(call(0, sent - 50, sent + 20, "recv", kind="wait", peer=1))
     total = run_of(*spans, ranks=2).totals()[0]
     assert (total.wait_ns, total.transfer_ns) == (150, 60)
+
+
+def test_a_message_in_flight_takes_nothing_of_another_tag_s_wait() -> None:
+    spans = [
+        call(0, 10, 900, "irecv", peer=1, lane="comm", tag=0),
+        call(1, 120, 130, "send", peer=0, tag=0),
+        call(0, 20, 200, "irecv", peer=1, lane="comm", tag=1),
+        call(1, 150, 160, "send", peer=0, tag=1),
+        call(0, 100, 200, "irecv", kind="wait", peer=1, tag=1),
+    ]
+    mine = [(s.kind, s.t0_ns, s.t1_ns) for s in segments(run_of(*spans)) if s.rank == 0]
+    assert mine == [("wait", 100, 150), ("transfer", 150, 200)]
+
+
+@pytest.mark.parametrize("kind", ["buckets", "recvs with tags"])
+def test_thousands_of_waits_take_no_time(kind: str) -> None:
+    """Outside steps, as where a learner updates the weights by hand."""
+    spans = []
+    for n in range(10_000):
+        if kind == "buckets":
+            begun = [call(r, 100 * n + r, 100 * n + 50, seq=n, lane="buckets") for r in range(2)]
+            spans += [*begun, span(0, "main", "wait", 100 * n + 30, 100 * n + 50)]
+        else:
+            spans.append(call(0, 100 * n, 100 * n + 50, "recv", peer=1, tag=n))
+            spans.append(call(1, 100 * n + 20, 100 * n + 30, "send", peer=0, tag=n))
+    begun_s = time.process_time()
+    found = [s for s in segments(run_of(*spans, ranks=2)) if s.rank == 0]
+    assert time.process_time() - begun_s < 3  # seconds; it takes less than one
+    assert sum(s.t1_ns - s.t0_ns for s in found) == 10_000 * (20 if kind == "buckets" else 50)
 
 
 def train(rank: int, late: dict[int, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, launch, steps
-from ddp_lessons.analysis.wait_states import Share
+from ddp_lessons.analysis.wait_states import Share, members
+from ddp_lessons.instrumentation.group_registry import LONGEST_DESCRIPTION, _ranges
 from ddp_lessons.results import RankResult
 from ddp_lessons.wire.records import Span
+from ddp_lessons.wire.span_buffer import CallFacts, SpanBuffers, SpanWriter
 from tests.support.scheduling import about_to_wait, until_it_waits
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -182,13 +185,27 @@ def test_of_a_rank_that_lost_spans_nothing_is_claimed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("group", "members"),
+    ("group", "ranks"),
     [("ranks 0 2", (0, 2)), ("rows: ranks 0-2", (0, 1, 2)), ("a b: ranks 1 2 #2", (1, 2))],
 )
-def test_a_group_consists_of_the_ranks_in_its_name(group: str, members: tuple[int, ...]) -> None:
-    complete = [call(r, 100 * (r + 1), 500, group=group) for r in members]
-    assert last(run_of(*complete)) == {members[-1]}
+def test_a_group_consists_of_the_ranks_in_its_name(group: str, ranks: tuple[int, ...]) -> None:
+    complete = [call(r, 100 * (r + 1), 500, group=group) for r in ranks]
+    assert last(run_of(*complete)) == {ranks[-1]}
     assert last(run_of(*complete[:-1])) == {None}
+
+
+@pytest.mark.parametrize("again", ["", " #2"])
+@pytest.mark.parametrize("description", ["", "d" * LONGEST_DESCRIPTION + ": "])
+@pytest.mark.parametrize("world_size", [128, 256])
+def test_a_large_group_consists_of_the_ranks_in_its_name(
+    world_size: int, description: str, again: str
+) -> None:
+    ranks = range(0, world_size, 2)
+    facts = CallFacts("barrier", f"{description}ranks {_ranges(ranks)}{again}", 0)
+    with closing(SpanBuffers(1)) as buffers, closing(buffers.sendable()) as connection:
+        SpanWriter(connection.fileno(), 0).begin("main", "comm", "barrier", 10, 20, facts=facts)
+        spans = buffers.spans(0)
+    assert members(spans, world_size)(str(spans[0].group)) == tuple(ranks)
 
 
 def test_to_a_world_that_is_made_again_belong_those_who_joined_again() -> None:

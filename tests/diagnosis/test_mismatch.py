@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -12,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, WorkersHung, launch
+from ddp_lessons.diagnosis import mismatch
+from ddp_lessons.diagnosis.calls import Calls
 from ddp_lessons.diagnosis.rank_state import handled
 from ddp_lessons.wire.records import ErrorRecord
 from tests.support.by_hand import CLOSED, SCRIPT, call, error, record, run_of
@@ -541,6 +546,36 @@ def work(rank):
     exec(compile(code, "<timed exec>", "exec"), names)
     (warning,) = launch(names["work"], nprocs=3).warnings
     assert (warning.kind, warning.ranks) == ("different collectives", (1,))
+
+
+def test_thousands_of_messages_with_tags_of_their_own_take_no_time() -> None:
+    facts: dict[str, Any] = {"lane": "main", "nbytes": 8, "tensor": "float32 (2,)"}
+    send, recv = call(0, "send", 0, 7, peer=1), call(1, "recv", 0, 9, peer=0)
+    spans = [[span._replace(**facts, tag=tag) for tag in range(5000)] for span in (send, recv)]
+    spans[1][17] = spans[1][17]._replace(nbytes=4, tensor="float32 (1,)")
+    begun = time.process_time()
+    (found,) = mismatch.messages(Calls(spans))
+    assert (found.why, found.calls[0].tag) == ("sent", 17)
+    assert time.process_time() - begun < 3  # seconds; it takes a twentieth of one
+
+
+def test_calls_in_a_file_with_a_long_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / ("目录" * 35) / ("f" * 100)
+    folder.mkdir(parents=True)
+    (folder / "turns.py").write_text(
+        "import torch\n"
+        "import torch.distributed as dist\n"
+        "def work(rank):\n"
+        '    dist.init_process_group("gloo")\n'
+        "    if rank == 1:\n"
+        "        dist.barrier()\n"
+        "    dist.all_reduce(torch.ones(1))\n"
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    run = hung(importlib.import_module("turns").work)
+    assert kind(run) == ("skipped collective", (1,))
+    assert source(run) == "dist.barrier()"
+    assert {s.site for s in run.spans() if s.op == "barrier"} == {f"{folder / 'turns.py'}:6"}
 
 
 def ahead_in_the_file() -> None:

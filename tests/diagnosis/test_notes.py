@@ -6,6 +6,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
-from ddp_lessons import Finding, launch, load_run, steps
+from ddp_lessons import Finding, Run, launch, load_run, steps
+from ddp_lessons.diagnosis import notes
+from ddp_lessons.wire.records import Batches, Noted, Span
+from tests.analysis.test_wait_states import call, run_of
 from tests.support import torchrun
 
 pytestmark = pytest.mark.ranks
@@ -248,6 +252,32 @@ def test_one_rank_that_evaluates_alone_is_no_news() -> None:
 
 
 NAMES = ["weight", "bias"]
+
+
+def noted_by_hand(batches: tuple[list[Batches], list[Batches]], *spans: Span) -> Run:
+    """Two ranks that returned, and noted these batches."""
+    run = run_of(*spans, ranks=2)
+    run.ranks[:] = [
+        replace(rank, noted=Noted((), (), tuple(own)))
+        for rank, own in zip(run.ranks, batches, strict=True)
+    ]
+    return run
+
+
+def test_two_notes_of_one_line_as_in_a_damaged_record() -> None:
+    line, other = (Batches(f"train.py:{n}", 3, 12, 5, 0, 0, 0) for n in (7, 8))
+    twice = [line._replace(digest=6), other, line]
+    found = notes.notes(noted_by_hand(([line, other], twice)))
+    assert [note.kind for note in found] == ["same samples", "same samples", "compared"]
+
+
+def test_each_line_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(notes, "frame_of", seen.append)
+    sites = ("train.py:7", "train.py:8")
+    spans = [call(n % 2, n, n + 1, seq=n, site=sites[n % 3 % 2]) for n in range(100)]
+    assert [note.kind for note in notes.notes(noted_by_hand(([], []), *spans))] == ["compared"]
+    assert sorted(seen) == list(sites)
 
 
 def over_a_set(rank: int) -> None:

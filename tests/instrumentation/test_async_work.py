@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -14,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-from ddp_lessons import Run, WorkerFailed, launch
+from ddp_lessons import Run, WorkerFailed, launch, span
 from ddp_lessons.wire.ops import GROUP_CALLS
 from ddp_lessons.wire.records import Span
+from ddp_lessons.wire.span_buffer import MOST_SPANS
 from tests.support.scheduling import about_to_wait, until_it_waits
 
 pytestmark = pytest.mark.ranks
@@ -161,6 +163,29 @@ def test_a_recv_from_any_rank_knows_afterwards_who_sent(tmp_path: Path) -> None:
     shares = [share for share in run.waits() if share.rank == 0]
     assert {share.last_rank for share in shares} == {1}
     assert sum(share.wait_ns for share in shares) > 30_000_000  # each message came late
+
+
+def fills_its_buffer(rank: int) -> None:
+    """Rank 0 ends while its second all_reduce is in flight."""
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    if rank == 1:
+        dist.send(torch.ones(1), 0)
+        time.sleep(60)
+    for _ in range(MOST_SPANS):
+        with span("work"):
+            pass
+    handle = dist.irecv(torch.zeros(1))
+    dist.all_reduce(torch.ones(1), async_op=True)
+    handle.wait()
+    os._exit(3)
+
+
+def test_a_recv_from_any_rank_leaves_other_spans_alone_when_the_buffer_is_full() -> None:
+    run = launch(fills_its_buffer, check=False)
+    assert run.ranks[0].dropped > 0
+    found = [(s.op, s.seq, s.peer) for s in in_flight(run)]
+    assert found == [("all_reduce", 1, None)]
 
 
 def test_calls_that_torch_coalesces() -> None:

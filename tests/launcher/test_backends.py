@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 import cloudpickle
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -109,6 +110,16 @@ def test_a_rank_may_ask_too() -> None:
         dist.destroy_process_group()
 
     assert launch(work).ranks[1].output.startswith(("gloo: 2 ranks", "nccl: 2 ranks"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("nprocs", [np.int64(4), torch.tensor(4)])
+def test_a_number_of_ranks_may_be_numpy_s_or_torch_s(
+    nprocs: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recommend_backend(nprocs) == recommend_backend(4)
+    first, _, again, _ = capsys.readouterr().out.splitlines()
+    assert first == again
 
 
 @pytest.mark.parametrize("nprocs", [0, -1, 2.0, "2", None, True])

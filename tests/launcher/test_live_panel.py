@@ -42,6 +42,14 @@ def test_nothing_reported_draws_nothing() -> None:
     assert live_curves.html_of([worker(0, {"step": 3.0})]) == ""
 
 
+def test_numbers_that_are_reported_in_turn_all_have_their_curves() -> None:
+    losses = [{"step": n, "loss": 10.0 - n} for n in range(5)]
+    accuracy = {"epoch": 0.0, "accuracy": 0.5}
+    for reports in ([*losses, accuracy], [*losses, accuracy, *losses]):
+        text = live_curves.html_of([worker(0, *reports)])
+        assert re.findall(r"aria-label='(\w+)", text) == ["loss", "accuracy"]
+
+
 def test_one_value_constant_values_and_values_that_are_none() -> None:
     for values in ([1.0], [1.0] * 3, [math.nan], [math.inf]):
         text = live_curves.html_of([worker(0, *({"loss": value} for value in values))])

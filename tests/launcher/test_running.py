@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import BadLaunch, LaunchError, WorkerFailed, WorkersHung, launch
+from ddp_lessons.processes.local import LocalWorkerGroup
 from tests.support.kernels import Kernel, gone
 
 pytestmark = pytest.mark.ranks
@@ -45,6 +47,18 @@ def test_it_returns_while_the_ranks_work(
     assert running.wait() is run
     assert running.stop() is run
     assert capsys.readouterr().out == ""
+
+
+def test_when_it_has_ended_it_keeps_only_the_record() -> None:
+    def groups() -> int:
+        gc.collect()
+        return sum(type(thing) is LocalWorkerGroup for thing in gc.get_objects())
+
+    before = groups()
+    running = launch(lambda rank: rank, wait=False)
+    assert groups() == before + 1
+    assert running.wait().values == [0, 1]
+    assert groups() == before
 
 
 def test_several_run_at_once_and_launch_beside_them(tmp_path: Path) -> None:

@@ -114,10 +114,19 @@ def test_the_name_of_work_keeps_clear_of_the_waiting() -> None:
     assert backward.get_position()[0] == 30  # the middle of the part without waiting
 
 
-@pytest.mark.ranks
-def test_a_typical_step_is_chosen(trained: Run) -> None:
-    label = plots.buckets(trained).get_xlabel()
-    assert label.partition(";")[0] in ("ms since step 2 began", "ms since step 3 began")
+@pytest.mark.parametrize(
+    ("lengths", "step"),
+    [([90], 0), ([5, 50, 90], 1), ([5, 6, 50, 90], 1), ([90, 6, 5, 50, 70], 3)],
+)
+def test_a_typical_step_is_chosen(lengths: list[int], step: int) -> None:
+    """Of more than four steps none of the first two, which are no typical ones."""
+    spans = []
+    for number, length in enumerate(lengths):
+        begin = BEGAN + 100 * number * MS
+        spans.append(Span(0, "steps", "mark", "step", begin, begin + length * MS, number))
+        spans.append(Span(0, "buckets", "comm", "all_reduce", begin, begin + MS, number))
+    label = plots.buckets(made_up(1, spans)).get_xlabel()
+    assert label.partition(";")[0] == f"ms since step {step} began"
 
 
 @pytest.mark.ranks

@@ -10,10 +10,12 @@ from contextlib import closing
 
 import pytest
 
-from ddp_lessons.wire.records import Caught
+from ddp_lessons.wire.records import Caught, split_site
 from ddp_lessons.wire.span_buffer import (
     CAUGHT,
     LONGEST_NAME,
+    LONGEST_SITE,
+    LONGEST_TEXT,
     MOST_CAUGHT,
     MOST_SPANS,
     RECORD,
@@ -164,6 +166,33 @@ def test_odd_names(buffers: SpanBuffers, name: str) -> None:
 def test_a_long_name_is_cut_between_two_characters(buffers: SpanBuffers) -> None:
     writer(buffers).begin("main", "compute", "€" * 100, 10, 20)
     assert buffers.spans(0)[0].name == "€" * (LONGEST_NAME // 3)
+
+
+@pytest.mark.parametrize(
+    "folder", ["目录" * 33, "é" * 2000, "a/" * LONGEST_SITE, "目/" * LONGEST_SITE]
+)
+def test_a_site_has_its_line_however_long_the_path(buffers: SpanBuffers, folder: str) -> None:
+    buffer = writer(buffers)
+    path = f"/{folder}/train.py"
+    for line in (7, 123456):
+        facts = CallFacts("barrier", "world", site=f"{path}:{line}")
+        buffer.begin("main", "comm", f"{path}:{line}", 10 + line, facts=facts)
+    for span, line in zip(buffers.spans(0), (7, 123456), strict=True):
+        filename, number = split_site(span.site or "")
+        assert number == line
+        assert path.endswith(filename)
+        assert len(filename) == len(path) or len(path.encode()) > LONGEST_SITE - 10
+        assert path.startswith(span.name)
+        assert len(span.name.encode()) > LONGEST_NAME - 3
+
+
+@pytest.mark.parametrize("size", [LONGEST_TEXT, LONGEST_TEXT + 1])
+def test_the_name_of_a_group_is_kept_whole_or_not_at_all(buffers: SpanBuffers, size: int) -> None:
+    name = "ranks" + " 1" * size
+    group = name[:size]
+    facts = CallFacts("barrier", group, 3)
+    writer(buffers).begin("main", "comm", "barrier", 10, 20, facts=facts)
+    assert buffers.spans(0)[0].group == (group if size <= LONGEST_TEXT else None)
 
 
 def test_what_a_recv_has_met_is_noted_later(buffers: SpanBuffers) -> None:

@@ -76,6 +76,15 @@ def test_a_script_records_its_spans_and_calls(recorded: Path) -> None:
     assert {share.op for share in run.waits()} == {"all_reduce", "barrier"}
 
 
+def test_a_script_in_a_folder_with_a_long_path(tmp_path: Path) -> None:
+    folder = tmp_path / ("目录" * 35) / ("f" * 100)
+    folder.mkdir(parents=True)
+    code, text = record(folder, "dist.barrier()\ndist.destroy_process_group()\n")
+    assert code == 0, text
+    spans = load_run(folder / "record").spans()
+    assert {s.site for s in spans if s.op == "barrier"} == {f"{folder / 'train.py'}:8"}
+
+
 def test_nothing_is_recorded_unless_asked_for(tmp_path: Path) -> None:
     script = write(tmp_path, "print('recorder', 'ddp_lessons.worker.torchrun' in sys.modules)")
     code, text = torchrun.alone(script)

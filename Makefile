@@ -8,7 +8,7 @@ RUN_HERE := $(filter-out notebooks/gpu.ipynb,$(LESSONS)) $(SOLUTIONS)
 JOBS ?= 4
 ALONE := $(shell grep -rl --include=test_*.py mark.alone tests)
 PYTEST := $(BIN)/python -m pytest
-NBVAL := -p nbval.plugin --nbval --nbval-current-env --nbval-cell-timeout=240 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
+NBVAL := -p nbval.plugin -p tests.support.nbval_kernels --nbval --nbval-current-env --nbval-cell-timeout=240 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
 
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE

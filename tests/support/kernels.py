@@ -6,17 +6,31 @@ import os
 import re
 import textwrap
 import time
+import uuid
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
 from jupyter_client.blocking import BlockingKernelClient
 from jupyter_client.manager import KernelManager
+from jupyter_core.paths import jupyter_runtime_dir
 
 from ddp_lessons.worker import spare
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def on_files(**options: Any) -> KernelManager:
+    """A manager whose kernel listens on files.
+
+    Of ports, Jupyter chooses five free ones, and the kernel takes them a second or more later.
+    Meanwhile another test's ranks may have taken one; then the kernel dies.
+    """
+    folder = Path(jupyter_runtime_dir())
+    folder.mkdir(parents=True, exist_ok=True)
+    return KernelManager(transport="ipc", ip=str(folder / uuid.uuid4().hex[:8]), **options)
 
 
 @dataclass
@@ -38,7 +52,7 @@ class Kernel:
 
     def __init__(self, first_cell: str = "from ddp_lessons import launch") -> None:
         self._first_cell = first_cell
-        self.manager = KernelManager(kernel_name="python3")
+        self.manager = on_files(kernel_name="python3")
         self.client: BlockingKernelClient
 
     def __enter__(self) -> Kernel:

@@ -151,11 +151,14 @@ Members = Callable[[str], tuple[int, ...]]  # the ranks of a group, by its name
 
 
 def meetings(run: RunRecord) -> Iterator[Collective]:
-    """All collectives, and sends with their recvs, except those that dropped spans may hide."""
+    """All collectives, and sends with their recvs, except those that dropped spans may hide.
+
+    A call has no group if its name was not kept: then nobody knows which ranks take part.
+    """
     parts: dict[tuple[object, ...], dict[int, tuple[Span, int]]] = {}
     for rank in run.ranks:
         for span, t1_ns in ended(rank.spans, rank.ended_ns):
-            if span.kind == Kind.COMM and span.seq is not None:
+            if span.kind == Kind.COMM and span.seq is not None and span.group is not None:
                 parts.setdefault(key_of(span), {}).setdefault(span.rank, (span, t1_ns))
     groups = members([s for rank in run.ranks for s in rank.spans], run.world_size)
     lossy = set(run.lossy)

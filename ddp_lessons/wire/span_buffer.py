@@ -145,6 +145,8 @@ class SpanWriter:
         self._slots_end = _SPANS_START
         self._text_end = _TEXT_PIECE
         self._full = False  # there is no room for more
+        self._reserving = threading.RLock()  # a signal handler may need room while it is made
+        self._reserved: set[int] = set()  # where the pieces begin for which there is room
         self._spare = [_SPARE_START + n * RECORD.size for n in range(SPARE)]
         self._dropped = 0
         self._progress = 0
@@ -319,15 +321,22 @@ class SpanWriter:
         return next(self._slots, 0) or self._slot_in_new_piece()
 
     def _has_room(self, start: int, end: int) -> bool:
-        """Reserve these bytes of the region; False without room. Too slow to hold the lock."""
-        if self._full:
-            return False
-        try:
-            reserve(self._own_file(), self._base + start, self._base + end)
-        except OSError as error:
-            self._stop(error)
-            return False
-        return True
+        """Reserve a piece of the region; False without room. Too slow to hold the lock.
+
+        Once: `reserve` may write zeros, and another thread may have written there since.
+        """
+        with self._reserving:
+            if start in self._reserved:
+                return True
+            if self._full:
+                return False
+            try:
+                reserve(self._own_file(), self._base + start, self._base + end)
+            except OSError as error:
+                self._stop(error)
+                return False
+            self._reserved.add(start)
+            return True
 
     def _own_file(self) -> int:
         """The descriptor of the file. Raises OSError if os.closerange closed it, say."""

@@ -208,6 +208,10 @@ def test_a_large_group_consists_of_the_ranks_in_its_name(
     assert members(spans, world_size)(str(spans[0].group)) == tuple(ranks)
 
 
+def test_of_a_group_whose_name_was_not_kept_nothing_is_claimed() -> None:
+    assert run_of(*(call(rank, 100 * (rank + 1), 500, group=None) for rank in (0, 2))).waits() == []
+
+
 def test_to_a_world_that_is_made_again_belong_those_who_joined_again() -> None:
     def joining(rank: int, at: int) -> Span:
         return call(rank, at, at + 5, "init_process_group", None, group=None)

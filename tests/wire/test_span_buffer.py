@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 
@@ -265,6 +266,36 @@ def test_several_threads_write_at_once(buffers: SpanBuffers) -> None:
     spans = buffers.spans(0)
     assert len(spans) == 8000
     assert all(s.name.split()[0] == s.lane.split()[1] for s in spans)
+
+
+@pytest.mark.parametrize("of", ["spans", "texts"])
+def test_a_slow_thread_that_reserves_room_wipes_nothing_out(
+    of: str, buffers: SpanBuffers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On macOS room is reserved by writing zeros."""
+    slow, begun, pwrite = threading.Event(), threading.Event(), os.pwrite
+
+    def write_slowly(*args: Any) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+            slow.wait(0.5)
+        return pwrite(*args)
+
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(os, "pwrite", write_slowly)
+    buffer = writer(buffers)
+    names = [f"{number:0>190}" for number in range(24)]
+    before = 20 if of == "texts" else 0  # they fill the first piece
+    for name in names[:before]:
+        buffer.begin("main", "compute", name, 10, 20)
+    other = threading.Thread(target=buffer.begin, args=("main", "compute", names[-1], 30, 40))
+    other.start()
+    begun.wait()
+    for name in names[before:-1]:
+        buffer.begin("main", "compute", name, 20, 25)
+    slow.set()
+    other.join()
+    assert [span.name for span in buffers.spans(0)] == names
 
 
 @pytest.mark.system

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MOST = 2 / 3  # of all waiting: a rank that causes so much is the straggler
 NOTEWORTHY = 0.05  # of the ranks' time: less waiting is noise
 EXPLAINED = 0.8, 1.25  # of a rank's lateness: what it spent so much more time on is the cause
+NEVER_CAME = "calls to which a rank never came"
 INPUT, SPAN, COMPUTE, STARVED, BLOCKED = "input", "span", "compute", "starved", "blocked"
 
 
@@ -107,7 +108,8 @@ class Straggler(NamedTuple):
         if self.kind == "rotating":
             return "the ranks take turns in making the others wait"
         if self.kind == "unknown":
-            return f"no rank is late for collectives; not judged: {listed(self.unseen)}"
+            seen = "" if NEVER_CAME in self.unseen else "no rank is late for collectives; "
+            return f"{seen}not judged: {listed(self.unseen)}"
         return "no rank makes the others wait"
 
 
@@ -136,7 +138,7 @@ def straggler(run: RunRecord) -> Straggler:
     unseen = (
         *run.unseen,
         *(["sends and recvs"] if in_pairs > noteworthy else []),
-        *(["calls to which a rank never came"] if in_vain > noteworthy else []),
+        *([NEVER_CAME] if in_vain > noteworthy else []),
         *(["dropped spans"] if run.lossy else []),
     )
     none = "unknown" if unseen else "none"

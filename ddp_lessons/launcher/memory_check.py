@@ -36,13 +36,14 @@ def check(ranks: int, start_method: str) -> str:
         return ""
     least, free = size_text(ranks * needs.least), size_text(available)
     fit = available // needs.usual
+    few = f"{count(fit, 'rank')} that {'trains' if fit == 1 else 'train'}"
     if ranks * needs.least > available:
         raise BadLaunch(
             f"{count(ranks, 'rank')} would take at least {least} of memory, and {free} are left. "
-            + (f"Launch fewer: about {fit} that train a small model. " if fit else "")
+            + (f"Launch fewer: there is room for about {few} a small model. " if fit else "")
             + "Other notebooks hold memory, too: shut down the kernels that you no longer need."
         )
     return (
-        f"Notice: {count(ranks, 'rank')} will take {least} of memory, more if they train, and "
+        f"Notice: {count(ranks, 'rank')} will take {least} of memory, more in training, and "
         f"{free} are left. Should it run out, launch {f'about {fit}' if fit else 'one'}."
     )

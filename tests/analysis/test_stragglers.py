@@ -366,7 +366,7 @@ def test_calls_to_which_a_rank_never_came_are_not_judged() -> None:
     verdict = run_of(*early, *[call(rank, 30, None, seq=1) for rank in (0, 2)]).straggler()
     assert (verdict.kind, verdict.rank) == ("unknown", None)
     assert verdict.unseen == ("calls to which a rank never came",)
-    assert str(verdict).endswith("not judged: calls to which a rank never came")
+    assert str(verdict) == "not judged: calls to which a rank never came"
 
 
 def test_where_spans_were_dropped_nobody_is_said_to_be_on_time() -> None:

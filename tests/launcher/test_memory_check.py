@@ -50,7 +50,7 @@ def test_what_cannot_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_with_an_interpreter_of_its_own_needs_more(monkeypatch: pytest.MonkeyPatch) -> None:
     with_memory(monkeypatch, 300 * MB)
     assert memory_check.check(4, "forkserver") == ""
-    with pytest.raises(BadLaunch, match="about 1 that train"):
+    with pytest.raises(BadLaunch, match="about 1 rank that trains a small"):
         memory_check.check(4, "spawn")
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Cause, Run, launch, plots
+from ddp_lessons.analysis.stragglers import NEVER_CAME
 from ddp_lessons.wire.records import Span
 from tests.analysis.test_metrics import span, step
 from tests.analysis.test_wait_states import call, run_of
@@ -163,7 +164,8 @@ def test_what_was_not_recorded_is_said(
 ) -> None:
     run = launch(fn, (str(tmp_path),), nprocs=2, check=False)
     assert run.unseen == [what]
-    assert run.straggler().unseen == (what,)
+    in_vain = () if run.ok else (NEVER_CAME,)  # which took how long, depends on the machine
+    assert run.straggler().unseen in ((what,), (what, *in_vain))
     assert run.straggler().kind in ("unknown", "rotating", "chronic")
     for picture in (plots.timeline, plots.waits):
         assert f"not recorded: {what}" in picture(run).get_xlabel()

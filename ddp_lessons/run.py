@@ -120,7 +120,9 @@ class Run(RunRecord):
         In a notebook, long lines are broken between words.
         """
         if self.error is not None:
-            parts = [f"{type(self.error).__name__}: {self.error}", *self._lost()]
+            runs = type(self.error) is LaunchError  # a job that has not failed, see `diagnose`
+            kind = "" if runs else f"{type(self.error).__name__}: "
+            parts = [f"{kind}{self.error}", *self._lost()]
             return _for_reader("\n\n".join(parts))
         lines = [
             f"{text.all_ranks(self.world_size)} returned.",

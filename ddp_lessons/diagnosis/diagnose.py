@@ -30,7 +30,8 @@ def verdict(run: RunRecord) -> Verdict | None:
     found = hangs.explain(run)
     if not hangs.may_go_on(run):
         return found
-    title, against = f"the job still runs; now {found.title}", f"{advice.MOMENT} {found.advice}"
+    since = f", nothing has begun for {run.hung_after:g} s" if run.hung_after >= 1 else ""
+    title, against = f"the job still runs{since}: {found.title}", f"{advice.MOMENT} {found.advice}"
     return dataclasses.replace(found, title=title, advice=against.rstrip())
 
 

@@ -210,7 +210,7 @@ def test_for_how_long_a_job_has_stood_still_is_counted_until_now() -> None:
     title = (
         f"the job still runs, nothing has begun for {after:g} s: ranks 0 and 1 wait in all_reduce"
     )
-    assert str(run_of(seen).error).startswith(title)
+    assert run_of(seen).explain().startswith(title)
 
 
 def test_a_signal_may_have_come_from_the_rank_itself() -> None:

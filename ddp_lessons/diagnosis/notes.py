@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ddp_lessons.diagnosis import source_code
+from ddp_lessons.diagnosis.rank_state import frame_of, line_of
 from ddp_lessons.diagnosis.verdict import Finding
 from ddp_lessons.text import all_ranks, count, listed, ranks_text
 from ddp_lessons.wire.records import Noted
 from ddp_lessons.wire.stacks import line_name
 
 if TYPE_CHECKING:
-    from ddp_lessons.diagnosis.rank_state import frame_of, line_of
-from ddp_lessons.results import RunRecord
+    from ddp_lessons.results import RunRecord
 
 
 def notes(run: RunRecord) -> list[Finding]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ddp_lessons.diagnosis.rank_state import line_of
+from ddp_lessons.diagnosis.rank_state import frame_of, line_of
 from ddp_lessons.diagnosis.verdict import Finding
 from ddp_lessons.text import count, ranks_text
 from ddp_lessons.wire.records import CHANGED, MISTAKES, NOT_AWAITED, OVERLAPPING, Mistake

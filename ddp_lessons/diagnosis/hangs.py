@@ -116,7 +116,7 @@ def _harmful(calls: Calls, ranks: Sequence[int]) -> list[Mismatch]:
     """The messages that may end these ranks: too long for their recv, or not to be decoded."""
     return [
         message
-        for message in mismatch.messages(calls)
+        for message in mismatch.messages(calls, ranks)
         if message.calls[1].rank in ranks and (message.too_much or message.why == "objects")
     ]
 

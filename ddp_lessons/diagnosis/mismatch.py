@@ -182,9 +182,12 @@ def _earlier(numbers: Numbers, later: Mismatch) -> Mismatch | None:
     return None
 
 
-def messages(calls: Calls) -> list[Mismatch]:
-    """The messages whose recv is unlike their send, the first sent first."""
-    found = list(_too_long_for_any(calls))
+def messages(calls: Calls, ended: Sequence[int] = ()) -> list[Mismatch]:
+    """The messages whose recv is unlike their send, the first sent first.
+
+    `ended` are ranks that a message has ended.
+    """
+    found = list(_too_long_for_any(calls, ended))
     certain = _certain(calls)
     for pair, numbers in calls.messages.items():
         for seq, sides in numbers.items() if pair in certain else ():
@@ -216,13 +219,16 @@ def _certain(calls: Calls) -> set[Pair]:
     }
 
 
-def _too_long_for_any(calls: Calls) -> Iterator[Mismatch]:
-    """Messages that nobody took, too long for a recv from any rank that never returned."""
+def _too_long_for_any(calls: Calls, ended: Sequence[int]) -> Iterator[Mismatch]:
+    """Messages that nobody took, too long for a recv from any rank that took none.
+
+    That recv is one that never returned; or the rank has ended, perhaps before it waited for it.
+    """
     open_ones = [
         call
         for rank in range(calls.world_size)
-        for call in calls.open(rank)
-        if call.pairwise and call.peer is None
+        for call in (*calls.open(rank), *(calls.of_rank[rank] if rank in ended else ()))
+        if call.op in RECVS and call.peer is None and (call.state == "open" or call.seq is None)
     ]
     for (group, _, receiver, tag), numbers in calls.messages.items():
         for seq, sides in numbers.items():

@@ -16,6 +16,11 @@ from tests.support.by_hand import SECOND, made, record, run_of
 
 TRAIN = "/home/learner/train.py"
 C10D = "/site-packages/torch/distributed/distributed_c10d.py"
+ENFORCED = (
+    "terminate called after throwing an instance of 'gloo::EnforceNotMet'\n  what():  "
+    "[enforce fail at pair.cc:456] op.preamble.length <= op.nbytes. 16 vs 8. Received data size "
+    "doesn't match expected size. Is there a distributed collective mismatch in your code?\n"
+)
 ABORTED = "[rank0]:[E ProcessGroupNCCL.cpp:1] Watchdog caught collective operation timeout\n"
 
 
@@ -95,6 +100,25 @@ def test_a_recv_from_any_rank_lacks_one_that_could_still_send() -> None:
     worker = ended(1, "stopped", at=8, activity="busy")
     assert kind(hung(server, worker, ended(2, "returned"))) == ("computing", (1,))
     assert kind(hung(server, ended(1, "returned"), ended(2, "returned")))[0] == "returned early"
+
+
+@pytest.mark.parametrize("state", ["begins", "waits"])
+def test_a_message_too_long_for_a_recv_from_any_rank_may_come_before_the_wait(state: str) -> None:
+    """Gloo aborts the rank as the message comes, which may be before it waits for the recv."""
+    look = {"tag": 0, "tensor": "float32 (2,)"}
+    sends = [
+        call(0, "send", n, 4 + n, open=False, peer=1, nbytes=8 + 8 * n, **look) for n in (0, 1)
+    ]
+    took = call(1, "irecv", 0, 6, open=False, peer=0, nbytes=8, **look)
+    takes = call(1, "irecv", None, 7, open=state == "waits", nbytes=8, **look)
+    run = hung(
+        ended(0, "stopped", *sends, at=9, op="barrier"),
+        ended(1, "died", took, takes, output=ENFORCED),
+        after=None,
+    )
+    assert kind(run) == ("tensor mismatch", (0, 1))
+    assert run.verdict is not None
+    assert run.verdict.frame == Frame(TRAIN, 7, "")
 
 
 def test_ranks_that_nccl_has_ended_tell_where() -> None:

@@ -93,7 +93,7 @@ class RankResult:
         The name of its machine; None for this one.
     pid : int or None
         The process id of a rank that still ran when its record was read.
-    handling : Handling or None
+    handling : tuple or None
         The last call of torch.distributed that it made in an `except` block, and the exception
         that was handled there.
     caught : tuple of Caught or None

@@ -512,7 +512,7 @@ def test_what_a_failing_run_did_until_then_is_kept(end: Callable[[int], None]) -
         (last,) = [s for s in rank.spans if s.name == "the end"]
         barriers = [s for s in rank.spans if s.op == "barrier"]
         assert len(barriers) == (rank.rank != 1)
-        # Else it ended its span, perhaps because another rank was stopped first: the barrier failed.
+        # Else it ended its span, as when another rank was stopped first and so the barrier failed.
         ended = any(barrier.t1_ns is not None for barrier in barriers)
         stopped = (rank.status == "stopped" and rank.error is None) or (rank.exitcode or 0) < 0
         if stopped and not ended:

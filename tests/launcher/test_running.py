@@ -49,15 +49,16 @@ def test_it_returns_while_the_ranks_work(
     assert capsys.readouterr().out == ""
 
 
-def test_when_it_has_ended_it_keeps_only_the_record() -> None:
+def test_when_it_has_ended_it_keeps_only_the_record(tmp_path: Path) -> None:
     def groups() -> int:
         gc.collect()
         return sum(type(thing) is LocalWorkerGroup for thing in gc.get_objects())
 
     before = groups()
-    running = launch(lambda rank: rank, wait=False)
+    running = launch(until, (str(tmp_path / "go"),), wait=False)
     assert groups() == before + 1
-    assert running.wait().values == [0, 1]
+    (tmp_path / "go").touch()
+    assert running.wait().values == [0, 10]
     assert groups() == before
 
 

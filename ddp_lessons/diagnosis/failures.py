@@ -155,11 +155,7 @@ def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:
     assert cause.error is not None
     name, why = cause.error.type_name, cause.error.text
     loaded = name != NOT_LOADED
-    what = (
-        f"of type {name}, which cannot be sent back here"
-        if loaded
-        else "that cannot be loaded here"
-    )
+    what = f"of type {name}, which cannot be sent back" if loaded else "that cannot be loaded here"
     small = advice.LESS if why.startswith("MemoryError") else advice.PLAIN_DATA
     return Verdict(
         "unsendable",

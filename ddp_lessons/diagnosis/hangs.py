@@ -912,7 +912,7 @@ def _unmatched(call: Call, lines: tuple[str, ...]) -> Verdict:
     tag = f" (tag {call.tag})" if call.tag else ""
     title = f"rank {call.rank} waits in {call.op} {'to' if sends else 'from'} {other}{tag}, "
     if call.peer is None:
-        title += "but no rank sends to it: those that could wait, too"
+        title += "but no rank sends to it: those that could are waiting, too"
     else:
         title += f"which does not {'receive' if sends else 'send'}: it waits, too"
     kind: Kind = "unmatched send" if sends else "unmatched recv"

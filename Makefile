@@ -1,9 +1,11 @@
-# `make lessons` to learn, `make test` to check everything. Both set up .venv first, if needed.
+# `make lessons` to learn, `make test` to check what you changed. Both set up .venv first, if needed.
 PYTHON ?= python3
 LAB_ARGS ?=
 BIN := .venv/bin
 LESSONS := $(wildcard notebooks/[0-9]*.ipynb notebooks/real_*.ipynb) notebooks/gpu.ipynb
 SOLUTIONS := $(wildcard notebooks/solutions/*.ipynb)
+# What `make test` runs: the first lesson, hangs and what solves their exercises, DDP.
+FEW := $(addprefix notebooks/,00_start_here.ipynb 10_hang_clinic.ipynb 11_uneven_work.ipynb solutions/10_hang_clinic.ipynb)
 RUN_HERE := $(filter-out notebooks/gpu.ipynb,$(LESSONS)) $(SOLUTIONS)
 JOBS ?= 4
 ALONE := $(shell grep -rl --include=test_*.py mark.alone tests)
@@ -13,11 +15,12 @@ NBVAL := -p nbval.plugin -p tests.support.nbval_kernels --nbval --nbval-current-
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help lessons test quick check tests together alone nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room parity setup tools root
+.PHONY: help lessons test whole quick check tests together alone nbval nbval-1 nbval-2 nbval-3 nbval-4 binder notebooks gpu newest newest-renew lock pythons docs bench faults healthy stops kills room parity setup tools root
 
 help:
 	@echo "make lessons    copy the course to lessons/ once, and open it in JupyterLab (LAB_ARGS=--no-browser on a server)"
-	@echo "make test       check everything: style, types, tests, notebooks (26 minutes on two shared cores; JOBS=8 on more)"
+	@echo "make test       style, types, all tests but the slow ones, four notebooks (XX minutes on two shared cores; JOBS=8 on more)"
+	@echo "make whole      the same with the slow tests and every notebook: must pass before anything lands (26 minutes)"
 	@echo "make quick      the tests that start no process (less than a minute)"
 	@echo "make parity     do launch and plain torch give the same? all features; make test has a sample (some minutes)"
 	@echo "make binder     build what Binder builds, and run a lesson in it (downloads everything)"
@@ -49,7 +52,11 @@ root:
 lessons: root setup
 	$(BIN)/ddp-lessons --folder lessons $(LAB_ARGS)
 
-test: tools check tests nbval
+test: tools check
+	@$(MAKE) --no-print-directory tests WHICH="and not slow"
+	@$(MAKE) --no-print-directory nbval LESSONS="$(FEW)" SOLUTIONS=
+
+whole: tools check tests nbval
 
 check: tools
 	$(BIN)/ruff check .
@@ -64,11 +71,11 @@ tests: tools
 
 # Four at once even on two cores, as tests mostly wait.
 together: tools
-	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder and not parity" --durations=10
+	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder and not parity $(WHICH)" --durations=10
 
 # One after the other, as each measures what another one would change.
 alone: tools
-	$(PYTEST) -m alone --durations=10 $(ALONE)
+	$(PYTEST) -m "alone $(WHICH)" --durations=10 $(ALONE)
 
 quick: tools
 	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"

@@ -1,8 +1,8 @@
 """Measures the time and memory of fresh ranks, with `launch` and with other launchers.
 
-Run it by hand on a quiet Linux machine: `python -m benchmarks.launch`. One idle process that has
-imported torch, like a kernel, times the launchers in turns. Memory is that of real kernels. Needs
-accelerate (the extra `bench`).
+Run it by hand on a quiet Linux machine: `python -m benchmarks.launch`. Each launcher has an idle
+process of its own that has imported torch, like a kernel; they take turns. Memory is that of real
+kernels. Needs accelerate (the extra `bench`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,7 +49,8 @@ MB = 1e6  # bytes
 
 NOTES = f"""\
 Medians, in seconds, from the call until all ranks have ended. Every rank joins a gloo group,
-all_reduces one number and leaves. The launchers take turns, every second round in reverse.
+all_reduces one number and leaves. The launchers take turns, every second round in reverse; each has
+an idle process of its own, as a notebook's kernel has one launcher.
 Ratios: the median of the ratios of each round.
 
 - `launch` is warm: its forkserver has imported torch, and has forked the ranks since the launch
@@ -182,22 +184,60 @@ def stay(directory: str, with_ddp: bool) -> None:
     del model
 
 
-def measure_times(counts: Sequence[int], rounds: int, most_slow: int) -> Times:
-    """Time the launchers in turns."""
+class Idle:
+    """An idle process that has imported torch, like a kernel; it launches when it is told to.
+
+    In one process for all, those that fork it would make the others copy its memory bit by bit.
+    """
+
+    def __init__(self, launcher: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.launch", "--serve", launcher]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Idle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def seconds_of(self, ranks: int) -> float:
+        """The wall time of one launch; infinite if it hung."""
+        asked, told = self._process.stdin, self._process.stdout
+        assert asked is not None
+        assert told is not None
+        print(ranks, file=asked, flush=True)
+        return float(told.readline())
+
+
+def serve(launcher: str) -> None:
+    """Launch as many ranks as each line says, and print the seconds. `Idle` runs this."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what ranks print
     import torch.distributed  # noqa: F401  as a notebook has, before it launches
 
-    by_launch(visit, (), 2)  # not in `seconds_of`: the forkserver's socket must outlive that
-    for name in ("notebook_launcher", "debug_launcher"):  # their first call imports, too
-        seconds_of(name, 2)
+    if launcher == "launch":  # not in `seconds_of`: the forkserver's socket must outlive that
+        by_launch(visit, (), 2)
+    elif launcher != "mp.spawn":  # their first call imports, too
+        seconds_of(launcher, 2)
+    for line in sys.stdin:
+        print(seconds_of(launcher, int(line)), file=replies, flush=True)
+
+
+def measure_times(counts: Sequence[int], rounds: int, most_slow: int) -> Times:
+    """Time the launchers in turns."""
     names = list(LAUNCHERS)
     times: Times = {(name, n): [] for name in names for n in counts}
-    for n in counts:
-        for turn in range(rounds):
-            print(f"ranks: {n}, round {turn + 1} of {rounds}", file=sys.stderr)
-            for name in names if turn % 2 == 0 else names[::-1]:
-                if takes_part(name, n, turn, most_slow):
-                    time.sleep(REST + REST_PER_RANK * n)
-                    times[name, n].append(seconds_of(name, n))
+    with contextlib.ExitStack() as stack:
+        idle = {name: stack.enter_context(Idle(name)) for name in names}
+        for n in counts:
+            for turn in range(rounds):
+                print(f"ranks: {n}, round {turn + 1} of {rounds}", file=sys.stderr)
+                for name in names if turn % 2 == 0 else names[::-1]:
+                    if takes_part(name, n, turn, most_slow):
+                        time.sleep(REST + REST_PER_RANK * n)
+                        times[name, n].append(idle[name].seconds_of(n))
     return times
 
 
@@ -366,8 +406,12 @@ def main() -> None:
         "--most-slow", type=int, default=8, help="most ranks of mp.spawn; default: %(default)s"
     )
     parser.add_argument("--out", type=Path, help="also write the report to this file")
+    parser.add_argument("--serve", choices=LAUNCHERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     os.environ.update(ENVIRONMENT)
+    if options.serve:
+        serve(options.serve)
+        return
     counts = [int(count) for count in options.ranks.split(",")]
     text = report(counts, options.rounds, options.most_slow)
     print(text)

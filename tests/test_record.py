@@ -93,6 +93,7 @@ def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_job_that_hangs_is_explained_meanwhile(tmp_path: Path) -> None:
     script = written(tmp_path, HANGS)
@@ -132,6 +133,7 @@ def test_what_a_rank_of_a_script_caught(tmp_path: Path) -> None:
     assert line in done.stdout
 
 
+@pytest.mark.slow
 def test_the_script_is_as_if_it_had_been_started_itself(tmp_path: Path) -> None:
     written(tmp_path, TELLS)
     plain = subprocess.run(
@@ -143,6 +145,7 @@ def test_the_script_is_as_if_it_had_been_started_itself(tmp_path: Path) -> None:
     assert not (tmp_path / "record").exists()
 
 
+@pytest.mark.slow
 def test_a_module_is_run_by_its_name_and_the_folder_is_ones_own(tmp_path: Path) -> None:
     written(tmp_path, TELLS)
     place = {"RANK": "0", "WORLD_SIZE": "1", "DDP_LESSONS_RECORD": "mine"}
@@ -154,6 +157,7 @@ def test_a_module_is_run_by_its_name_and_the_folder_is_ones_own(tmp_path: Path) 
     assert (said.returncode, said.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -343,5 +343,6 @@ def test_two_ranks_train_the_cnn_as_one_process_does() -> None:
         torch.testing.assert_close(value["weights"], alone["weights"], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_digits() -> None:
     assert all(value["accuracy"] >= 0.95 for value in launch(train, (2, 120)).values)

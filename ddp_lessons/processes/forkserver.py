@@ -149,7 +149,7 @@ class Forkserver:
             self._written = self._written or written
             if self._ranks or self.pid is None or reaper.has_ended(self.pid):
                 return
-            if self._launches >= (1 if most() else FEW) and not self._has_huge_pages:
+            if not self._has_huge_pages and self._launches >= (1 if most() else FEW):
                 self._has_huge_pages = True
                 from ddp_lessons.worker.huge_pages import REQUEST  # late: the import stays cheap
 

@@ -76,16 +76,19 @@ def _is_of_script(fn: Callable[..., Any]) -> bool:
 def _definitions() -> dict[str, bytes]:
     """The pickles of what `__main__` defines, classes and functions, by name.
 
-    They are for what a rank loads by name, such as a saved model. One that brings much data along
-    is left out, and so is one that cannot be pickled.
+    They are for what a rank loads by name, such as a saved model; main_module.py loads them. One
+    that brings much data along is left out, and so is one that cannot be pickled. What is defined
+    before is a reference, so that each pickle holds little more than one definition.
     """
-    found = {}
+    found: dict[str, bytes] = {}
+    names: dict[int, str] = {}  # of those, by id
     for name, value in list(vars(sys.modules["__main__"]).items()):
         if isinstance(value, type | types.FunctionType) and value.__module__ == "__main__":
             with contextlib.suppress(Exception):  # as above: anything may come out of a __reduce__
                 buffer = _Small()
-                _CodePickler(buffer).dump(value)
+                _DefinitionPickler(buffer, names).dump(value)
                 found[name] = buffer.getvalue()
+                names[id(value)] = name
     return found
 
 
@@ -155,15 +158,20 @@ class _Pickler(Pickler):
         return super().reducer_override(value)
 
 
-class _CodePickler(_Pickler):
-    """A pickler of code, which does not begin with large data."""
+class _DefinitionPickler(_Pickler):
+    """A pickler of one definition; others, whose names it gets by id, become references."""
 
-    def persistent_id(self, value: Any) -> None:
-        """Refuse a large tensor or array; pickling it would take time."""
+    def __init__(self, file: io.BytesIO, names: Mapping[int, str]) -> None:
+        super().__init__(file)
+        self._names = names
+
+    def persistent_id(self, value: Any) -> str | None:
+        """The name of another definition. Refuses a large tensor or array, as it takes time."""
         if type(value).__module__ in ("torch", "numpy") and (
             getattr(value, "nbytes", 0) > MOST_OF_A_DEFINITION
         ):
             raise ValueError("too large")
+        return self._names.get(id(value))
 
 
 def _argument_pickler() -> type[_Pickler]:

@@ -66,8 +66,9 @@ class Spares:
         for spare in [spare for spare in self._waiting if not spare.usable]:
             self._waiting.remove(spare)
             spare.give_up()
+        wanted = min(max(self._recent), most())
         try:
-            while len(self._waiting) < min(max(self._recent), most()):
+            while len(self._waiting) < wanted:
                 self._waiting.append(Spare(self._server, written))
         except OSError:
             self.give_up()

@@ -5,6 +5,9 @@ object; tracebacks, stacks and recorded calls need it to find the learner's line
 object keeps it, also one nested in another. Code without a file (a cell below `%%time`,
 `python -c`) gets the name under which linecache has its text, if unfiled.py finds that.
 
+For each function that uses a package, cloudpickle looks through all loaded modules, thousands with
+torch, for those that the function reaches through it. Here only what its code names is looked up.
+
 A tensor's storage is handed out as a buffer, as NumPy hands out arrays; torch would copy it several
 times (`torch.save`). Tensors that share a storage share it on the other side, too.
 """
@@ -17,10 +20,11 @@ import pickle
 import sys
 import types
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import cloudpickle
+from cloudpickle import cloudpickle as parts
 
 from ddp_lessons.wire import unfiled
 
@@ -38,8 +42,40 @@ def _reduce(code: types.CodeType) -> tuple[Any, ...]:
     return (rebuild, (make, args, name, first), *rest)
 
 
+def submodules(code: types.CodeType, values: Iterable[Any]) -> list[types.ModuleType]:
+    """The loaded modules that code may reach as attributes of packages among `values`.
+
+    A worker must import them, too. In place of cloudpickle's `_find_imported_submodules`.
+    """
+    found: list[types.ModuleType] = []
+    for value in values:
+        if not isinstance(value, types.ModuleType) or not getattr(value, "__package__", ""):
+            continue
+        packages = [value.__name__]
+        for package in packages:
+            for name in code.co_names:
+                if (module := sys.modules.get(f"{package}.{name}")) is not None:
+                    found.append(module)
+                    packages.append(f"{package}.{name}")
+    return found
+
+
+def _with(function: Any, **replaced: Any) -> Any:
+    """A copy of a function of cloudpickle's in which some names mean something else."""
+    return types.FunctionType(function.__code__, {**vars(parts), **replaced}, function.__name__)
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
     """cloudpickle's pickler, except that code keeps its file name and first line."""
+
+    # A cloudpickle without these parts is slower, no more.
+    if hasattr(parts, "_find_imported_submodules") and hasattr(parts, "_function_getstate"):
+        _dynamic_function_reduce = _with(
+            cloudpickle.Pickler._dynamic_function_reduce,
+            _function_getstate=_with(
+                parts._function_getstate, _find_imported_submodules=submodules
+            ),
+        )
 
     # If cloudpickle reduces code in another way, names are lost; `ddp-lessons doctor` reports that.
     dispatch_table: ClassVar = ChainMap(

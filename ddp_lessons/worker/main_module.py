@@ -11,6 +11,7 @@ notebook.
 
 from __future__ import annotations
 
+import io
 import linecache
 import multiprocessing
 import pickle
@@ -31,7 +32,7 @@ def replace_main(definitions: Mapping[str, bytes], sources: Mapping[str, str]) -
     def load(name: str) -> Any:
         if name not in definitions:
             raise AttributeError(f"module '__main__' has no attribute {name!r}")
-        value = vars(main)[name] = pickle.loads(definitions[name])
+        value = vars(main)[name] = _Definition(io.BytesIO(definitions[name]), main).load()
         return value
 
     vars(main)["__getattr__"] = load
@@ -39,6 +40,17 @@ def replace_main(definitions: Mapping[str, bytes], sources: Mapping[str, str]) -
     for name, text in sources.items():
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
     return main
+
+
+class _Definition(pickle.Unpickler):
+    """Loads a definition; it may refer to others in `main`."""
+
+    def __init__(self, file: io.BytesIO, main: types.ModuleType) -> None:
+        super().__init__(file)
+        self._main = main
+
+    def persistent_load(self, name: str) -> Any:
+        return getattr(self._main, name)
 
 
 def unpack(function: Parcel) -> Callable[..., Any]:

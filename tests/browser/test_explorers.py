@@ -12,7 +12,7 @@ from tests.browser.conftest import FRONT_ENDS, Open
 from tests.browser.pages import SIZES
 from tests.browser.server import Server
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 Role = Literal["slider", "checkbox", "combobox"]
 

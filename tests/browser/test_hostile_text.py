@@ -8,7 +8,7 @@ from playwright.sync_api import expect
 from tests.browser.conftest import Open
 from tests.browser.server import Server
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 IMAGE = "<img src=x onerror=window.hacked=1>"
 SCRIPT = "<script>window.hacked=2</script>"

@@ -7,7 +7,7 @@ import pytest
 from tests.browser.conftest import Open
 from tests.browser.pages import Notebook
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 
 def test_two_lessons_run_side_by_side(open_notebook: Open) -> None:

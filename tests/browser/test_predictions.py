@@ -9,7 +9,7 @@ from ddp_lessons.course.progress import FILE, read
 from tests.browser.conftest import FRONT_ENDS, Open
 from tests.browser.server import Server
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 LESSON = "04_barriers.ipynb"
 

@@ -12,7 +12,7 @@ from tests.browser.pages import SIZES
 from tests.browser.server import Server
 from tests.support.kernels import gone, wait_for_workers
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("browser")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("browser")]
 
 HANG = """
     import time

@@ -19,6 +19,7 @@ def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.alone  # how soon a hang is named is a matter of time
 def test_doctor_finds_this_machine_fit() -> None:
@@ -140,6 +141,7 @@ LOST_LINES = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize("broken", [LOST_NAMES, LOST_LINES])
 def test_an_installation_that_loses_lines_is_a_problem(broken: str) -> None:

@@ -536,6 +536,7 @@ def _torchrun(folder: Path, scripts: Sequence[Path], nprocs: int) -> list[str]:
     return [file.read_text() for file in ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_scripts_do_under_torchrun_what_launch_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

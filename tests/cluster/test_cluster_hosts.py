@@ -78,6 +78,7 @@ def _quiet(command: Sequence[str], environment: dict[str, str]) -> subprocess.Po
     return subprocess.Popen(command, env=environment, stdout=null, stderr=null)
 
 
+@pytest.mark.slow
 def test_ranks_by_host_on_one_clock(tmp_path: Path) -> None:
     told = on_two_hosts(
         tmp_path,

@@ -488,6 +488,7 @@ def test_healthy_programs_give_no_warning(body: Body) -> None:
     assert warnings_of(body) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [waits_elsewhere, needs_no_wait])
 def test_nor_do_they_where_ranks_are_new_interpreters(body: Body) -> None:
     assert launch(in_group, (body,), nprocs=3, start_method="spawn").warnings == []
@@ -496,6 +497,7 @@ def test_nor_do_they_where_ranks_are_new_interpreters(body: Body) -> None:
 # In a script and in a notebook
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_a_script_is_warned_in_its_record(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
@@ -522,6 +524,7 @@ def test_a_script_is_warned_in_its_record(tmp_path: Path) -> None:
     assert "train.py, line 8" in run.explain()
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_a_cell_is_warned_under_its_output() -> None:
     with Kernel(

@@ -329,6 +329,7 @@ def in_group(rank: int, body: Callable[[int], None]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_a_script_notes_by_a_variable(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

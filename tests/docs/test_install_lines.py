@@ -83,6 +83,7 @@ def test_the_line_that_code_names_is_the_readmes() -> None:
     assert INSTALL in (ROOT / "notebooks" / "index.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
 def test_the_line_works_for_this_repository(tmp_path: Path) -> None:

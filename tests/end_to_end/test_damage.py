@@ -66,6 +66,7 @@ def trained(by_one_agent: Trained) -> Path:
     return by_one_agent.record
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize("which", ["raised", "trained"])
 def test_any_damage_ends_in_a_run_or_an_error_that_names_the_file(

@@ -31,6 +31,7 @@ def _fine(rank: int) -> int:
     return rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "outcome"),
     [

@@ -74,6 +74,7 @@ def in_a_cell(script: Path) -> list[str]:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [by_spawn, by_two_agents, on_engines])
 def test_every_way_gives_the_values_of_the_cell(
     script: Path, way: Callable[[Path], list[str]]

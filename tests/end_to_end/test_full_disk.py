@@ -70,6 +70,7 @@ def script(tmp_path: Path) -> Callable[..., tuple[Ended, Run]]:
     return run
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_when_its_disk_is_full(
     script: Callable[..., tuple[Ended, Run]],
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_training_goes_on_when_its_disk_is_full(
         assert f"rank {rank.rank}: {rank.dropped:,}" in run.explain()
 
 
+@pytest.mark.slow
 def test_an_exception_on_a_full_disk_is_explained(
     script: Callable[..., tuple[Ended, Run]],
 ) -> None:
@@ -112,6 +114,7 @@ def test_an_exception_on_a_full_disk_is_explained(
     assert 'raise ValueError("a bad batch")' in run.explain()
 
 
+@pytest.mark.slow
 def test_a_rank_killed_on_a_full_disk_is_explained(
     script: Callable[..., tuple[Ended, Run]],
 ) -> None:
@@ -147,6 +150,7 @@ def test_what_does_not_fit_even_at_the_beginning(tmp_path: Path) -> None:
     assert "left:\n" in text
 
 
+@pytest.mark.slow
 def test_nobody_is_accused_for_want_of_spans(script: Callable[..., tuple[Ended, Run]]) -> None:
     (code, text), run = script(
         """
@@ -164,6 +168,7 @@ def test_nobody_is_accused_for_want_of_spans(script: Callable[..., tuple[Ended, 
     assert [rank.dropped > 0 for rank in run.ranks] == [False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "error"),
     [
@@ -179,6 +184,7 @@ def test_where_nothing_can_be_written(tmp_path: Path, before: str, error: str) -
     assert f"nothing is recorded, DDP_LESSONS_RECORD: {error}" in text
 
 
+@pytest.mark.slow
 def test_a_limit_on_files_that_comes_later_ends_nothing(
     script: Callable[..., tuple[Ended, Run]],
 ) -> None:
@@ -196,6 +202,7 @@ def test_a_limit_on_files_that_comes_later_ends_nothing(
     assert run.ok
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_meanwhile(tmp_path: Path) -> None:
     body = """
         shutil.rmtree(os.environ["DDP_LESSONS_RECORD"])
@@ -260,6 +267,7 @@ def test_a_launch_without_room_for_its_span_buffers_is_refused(tmp_path: Path) -
     assert "Nothing was started" in text
 
 
+@pytest.mark.slow
 def test_a_launch_needs_no_room_in_dev_shm(tmp_path: Path) -> None:
     prefix = on_small_disk(Path("/dev/shm"), 4, tmp_path / "saved")
     assert launched(tmp_path, *prefix) == "[0, 1]\n"

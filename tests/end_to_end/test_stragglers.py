@@ -261,6 +261,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_a_script_under_torchrun_and_its_record_in_the_format_before(tmp_path: Path) -> None:
     code, text = record(tmp_path, SCRIPT)

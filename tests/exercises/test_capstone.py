@@ -1177,6 +1177,7 @@ def test_the_last_hint_is_the_way() -> None:
     assert not any(word in first_hints for word in ("copy", "double"))
 
 
+@pytest.mark.slow
 def test_on_one_rank_one_mistake_shows(tmp_path: Path) -> None:
     """The notebook claims it; of a training that is resumed."""
 
@@ -1250,6 +1251,7 @@ def test_a_fault_of_the_package_is_no_verdict_on_the_answer(
 # The trainer
 
 
+@pytest.mark.slow
 def test_repaired_it_takes_the_same_steps_on_any_number_of_ranks(tmp_path: Path) -> None:
     """Up to its target; called again it stays as it is."""
     ends = {}
@@ -1267,6 +1269,7 @@ def test_repaired_it_takes_the_same_steps_on_any_number_of_ranks(tmp_path: Path)
     assert len([*(tmp_path / "2").glob("rank 0, epoch *.pt")]) == 2
 
 
+@pytest.mark.slow
 def test_a_stop_that_hangs_no_rank_shows_in_the_number_of_epochs(tmp_path: Path) -> None:
     """With all else repaired, the mistake ends the training too early; the notebook says so."""
     code = pieces("solutions/20_capstone.ipynb")
@@ -1280,6 +1283,7 @@ def test_a_stop_that_hangs_no_rank_shows_in_the_number_of_epochs(tmp_path: Path)
     assert 8 > epochs[1] > epochs[2] > epochs[3]
 
 
+@pytest.mark.slow
 def test_where_one_rank_stops_alone_the_advice_is_to_decide_together(tmp_path: Path) -> None:
     """As stored: the loop of the steps is in `train_epoch`, and `train` has the `break`."""
     code = pieces("20_capstone.ipynb", tmp_path / "trainer.py")
@@ -1290,6 +1294,7 @@ def test_where_one_rank_stops_alone_the_advice_is_to_decide_together(tmp_path: P
     assert "fewer batches than others" not in run.explain()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("repairs", [(), ("should_stop",), tuple({*PIECES} - {"evaluate"})])
 def test_on_three_ranks_the_line_to_blame_is_named(tmp_path: Path, repairs: Any) -> None:
     """Whatever else is repaired, and in a training of many epochs."""
@@ -1300,6 +1305,7 @@ def test_on_three_ranks_the_line_to_blame_is_named(tmp_path: Path, repairs: Any)
     assert re.search("in evaluate, line .* which rank 2 skipped", run.verdict.title)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_a_dashboard_of_a_run_that_failed(tmp_path: Path) -> None:
     """Its panels show what was noted up to there, and one says that nothing was."""

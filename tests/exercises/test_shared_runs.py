@@ -176,6 +176,7 @@ ANSWERS: dict[Any, list[Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ANSWERS, ids=lambda check: check.__name__)
 def test_each_hears_what_it_hears_alone(check: Any) -> None:
     alone = [check(answer) for answer in ANSWERS[check]]

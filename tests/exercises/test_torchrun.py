@@ -270,6 +270,7 @@ def written(folder: Path, body: str) -> Path:
     return script
 
 
+@pytest.mark.slow
 @answers.right(RIGHT)
 def test_a_right_script_passes(check: Any, answer: str, tmp_path: Path) -> None:
     answers.passes(check, written(tmp_path, answer))
@@ -295,6 +296,7 @@ def test_no_script(tmp_path: Path) -> None:
     answers.is_explained(check_both_ways, tmp_path / "both.py", "there is no file both.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", [FAILS_AGAIN, NEVER_KILLED, OTHER_KEY])
 def test_a_forked_agent_does_what_a_new_one_does(
     body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

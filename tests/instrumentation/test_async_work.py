@@ -49,6 +49,7 @@ def never_waits(rank: int, leaves: bool) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaves", [False, True])
 def test_work_that_nobody_waits_for_breaks_nothing(leaves: bool) -> None:
     for _ in range(20):
@@ -57,6 +58,7 @@ def test_work_that_nobody_waits_for_breaks_nothing(leaves: bool) -> None:
         assert [len(in_flight(run, rank)) for rank in (0, 1)] == [40, 40]
 
 
+@pytest.mark.slow
 def test_nor_where_the_interpreter_shuts_down() -> None:
     """The group is destroyed first; else plain torch aborts, as its work outlives Python."""
     run = launch(never_waits, args=(True,), start_method="spawn", check=False)

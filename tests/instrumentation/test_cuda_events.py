@@ -332,6 +332,7 @@ def never_meets(rank: int) -> None:
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_hang_names_what_the_gpus_are_at() -> None:
     run = launch(never_meets, nprocs=3, timeout=2, check=False)

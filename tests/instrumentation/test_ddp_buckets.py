@@ -70,6 +70,7 @@ def of(run: Run, rank: int, lane: str) -> list[Span]:
     return [s for s in run.ranks[rank].spans if s.lane == lane]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("hook", [None, default_hooks.fp16_compress_hook], ids=["plain", "fp16"])
 def test_the_weights_are_the_same_to_the_last_bit(ranks: int, hook: Any) -> None:
@@ -107,6 +108,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_of_plain_torch(tmp_path: Path) -> None:
     script = tmp_path / "plain.py"
     script.write_text(PLAIN)
@@ -137,6 +139,7 @@ def with_unused(rank: int, watched: bool) -> torch.Tensor:
     return train(rank, watched, find_unused_parameters=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [as_views, with_static_graph, with_unused])
 def test_the_weights_are_the_same_with_options_of_ddp(how: Any) -> None:
     plain, watched = (launch(how, (is_watched,), nprocs=3).values for is_watched in (False, True))
@@ -253,6 +256,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_outside_a_worker_only_the_learners_hook_is_registered(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", OUTSIDE],

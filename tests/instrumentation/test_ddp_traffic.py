@@ -69,6 +69,7 @@ def train(rank: int, seen: bool, options: dict[str, Any], how: str = "") -> list
     return weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "how"),
     [

@@ -206,6 +206,7 @@ def one_dies(rank: int) -> None:
     double(torch.ones(2))
 
 
+@pytest.mark.slow
 def test_a_rank_whose_partner_dies_in_compiled_code_is_not_blamed(compiles: None) -> None:
     run = launch(one_dies, nprocs=N, check=False)
     assert run.verdict is not None
@@ -254,6 +255,7 @@ def breaks_the_graph(rank: int) -> list[float]:
     return found
 
 
+@pytest.mark.slow
 def test_calls_that_break_a_graph_are_recorded(compiles: None) -> None:
     run = launch(breaks_the_graph, nprocs=N)
     assert run.values == [[3.0]] * N

@@ -135,5 +135,6 @@ def compiled(rank: int) -> list[float]:
     return out
 
 
+@pytest.mark.slow
 def test_a_collective_is_compiled_without_a_graph_break() -> None:
     assert launch(compiled).values == [[7.0, 7.0]] * 2

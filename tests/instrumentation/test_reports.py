@@ -70,6 +70,7 @@ for step in range(3):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_under_torchrun_it_is_in_the_record(tmp_path: Path) -> None:
     script = tmp_path / "train.py"

@@ -93,6 +93,7 @@ def test_debug_level_follows_the_environment() -> None:
     assert run.values == ["INFO", "INFO"]
 
 
+@pytest.mark.slow
 def test_variables_that_are_read_only_at_the_start_are_obeyed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -405,6 +406,7 @@ def test_joining_early_costs_no_quarter_second() -> None:
     assert abs(late.t1_ns - early.t1_ns) < 0.1e9
 
 
+@pytest.mark.slow
 def test_three_hundred_launches_in_a_row(capfd: pytest.CaptureFixture[str]) -> None:
     process = psutil.Process()
     for _ in range(20):
@@ -433,6 +435,7 @@ def test_launches_from_several_threads_do_not_mix() -> None:
     assert values == {n: [(n, 0.5), (n, 0.5)] for n in range(4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guard", ["", 'if __name__ == "__main__":'])
 def test_as_a_script(tmp_path: Path, guard: str) -> None:
     script = tmp_path / "torchrun.py"

@@ -93,6 +93,7 @@ def test_here_it_is_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out.startswith(f"{backend}: 4 ranks, ")
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_the_process_that_asks_touches_neither_torch_nor_cuda() -> None:
     code = (

@@ -35,6 +35,7 @@ def mappings() -> int:
     return sum("memfd:ddp_lessons" in os.readlink(path) for path in paths if os.path.islink(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_they_come_back(method: str) -> None:
     before = mappings()
@@ -54,6 +55,7 @@ def last(rank: int, array: np.ndarray[Any, Any], expected: float) -> float:
     return seen == expected and float(array.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_they_are_arguments_and_what_the_function_uses(method: str) -> None:
     before = mappings()

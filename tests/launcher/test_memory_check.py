@@ -80,6 +80,7 @@ def within(limit: int, script: str) -> tuple[int, str, int]:
         return process.returncode, text, group.kills
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @needs_a_limit
 def test_the_limit_of_a_container_is_seen() -> None:
@@ -100,6 +101,7 @@ def test_the_limit_of_a_container_is_seen() -> None:
     assert kills == 0
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @needs_a_limit
 def test_when_memory_runs_out_the_ranks_go_and_the_notebook_stays() -> None:

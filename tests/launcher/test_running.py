@@ -49,6 +49,7 @@ def test_it_returns_while_the_ranks_work(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_when_it_has_ended_it_keeps_only_the_record(tmp_path: Path) -> None:
     def groups() -> int:
         gc.collect()
@@ -137,6 +138,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["pass", "sys.exit(3)", "time.sleep(100)"])
 def test_it_ends_with_its_process(end: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
@@ -152,6 +154,7 @@ def test_it_ends_with_its_process(end: str, tmp_path: Path) -> None:
     assert gone(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_in_a_notebook(kernels: Callable[[], Kernel]) -> None:
     kernel = kernels()

@@ -90,6 +90,7 @@ def prints_true(script: str, *before: str) -> None:
     assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_ranks_that_hardly_get_a_processor() -> None:
     prints_true(UNEVEN, "taskset", "-c", str(min(os.sched_getaffinity(0))))
@@ -108,6 +109,7 @@ def one_busy_core(others: int) -> Iterator[int]:
         yield core
 
 
+@pytest.mark.slow
 @ON_LINUX
 def test_time_without_a_processor_does_not_count() -> None:
     def work(rank: int, core: int) -> str:
@@ -149,6 +151,7 @@ def test_an_endless_loop_without_a_processor_is_ended() -> None:
         launch(work, (core,), nprocs=1, timeout=1)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("hosts")
 @pytest.mark.parametrize(("script", "rate"), [(SLOW_DDP, "20mbit"), (SLOW_SUBGROUP, "10mbit")])
 def test_data_on_a_slow_network(script: str, rate: str) -> None:
@@ -225,6 +228,7 @@ print(launch(work, timeout=5).values == ["done"] * 2)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="tells a session's processes apart by Linux")
 def test_a_pause_of_everything_is_no_hang() -> None:
@@ -297,6 +301,7 @@ def test_a_rank_that_skips_the_backward_of_the_others_is_still_told_soon() -> No
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_campaign(tmp_path: Path) -> None:
     """See benchmarks/healthy.py, which runs hundreds, also on stranger machines."""
     command = [sys.executable, "-m", "benchmarks.healthy", "--runs", "5"]

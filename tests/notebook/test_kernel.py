@@ -169,6 +169,7 @@ BARRIER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_stop_during_a_barrier(kernel: Kernel) -> None:
     message = kernel.start(BARRIER)
@@ -185,6 +186,7 @@ def test_stop_during_a_barrier(kernel: Kernel) -> None:
     assert kernel.run("print(launch(lambda rank: rank).values)").stdout == "[0, 1]\n"
 
 
+@pytest.mark.slow
 def test_stop_while_ranks_are_starting(kernel: Kernel) -> None:
     for delay in (0.0, 0.01, 0.03, 0.06):
         message = kernel.start("""
@@ -202,6 +204,7 @@ def test_stop_while_ranks_are_starting(kernel: Kernel) -> None:
     assert len(family) <= 2
 
 
+@pytest.mark.slow
 def test_sigkill_of_the_kernel(kernel: Kernel) -> None:
     kernel.start("""
         import subprocess, time
@@ -228,6 +231,7 @@ def test_sigkill_of_the_kernel(kernel: Kernel) -> None:
     assert len({p for p in folders if p.exists()}) == len(folders) - 1  # its own has gone
 
 
+@pytest.mark.slow
 def test_four_kernels_launch_at_once(kernels: Callable[[], Kernel]) -> None:
     four = [kernels() for _ in range(4)]
     messages = [
@@ -250,6 +254,7 @@ def test_four_kernels_launch_at_once(kernels: Callable[[], Kernel]) -> None:
         assert cell.stdout == "done\n", cell.error
 
 
+@pytest.mark.slow
 def test_a_killed_forkserver_is_started_again(kernel: Kernel) -> None:
     kernel.run("launch(lambda rank: rank)")
     server = next(p for p in kernel.children() if "forkserver" in " ".join(p.cmdline()))
@@ -259,6 +264,7 @@ def test_a_killed_forkserver_is_started_again(kernel: Kernel) -> None:
     assert cell.stdout == "[0, 1]\n", cell.error
 
 
+@pytest.mark.slow
 def test_forkserver_killed_during_a_run(kernel: Kernel) -> None:
     message = kernel.start("import time\nlaunch(lambda rank: time.sleep(60))")
     workers = wait_for_workers(kernel.process, 2)
@@ -278,6 +284,7 @@ def test_import_warms_the_forkserver() -> None:
         assert cell.stdout == "False\n"
 
 
+@pytest.mark.slow
 def test_live_panel_of_a_longer_run(kernel: Kernel) -> None:
     code = """
         import time
@@ -301,6 +308,7 @@ def test_live_panel_of_a_longer_run(kernel: Kernel) -> None:
     assert quiet.displays == []
 
 
+@pytest.mark.slow
 def test_a_run_whose_cell_gives_up_its_output(kernel: Kernel) -> None:
     """`redirect_stdout(None)` discards what is printed; IPython displays nothing below it."""
     code = """

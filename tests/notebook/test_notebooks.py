@@ -1,6 +1,6 @@
 """The stored notebooks: run for real, complete, small, and in the house style.
 
-That their outputs are what a fresh run gives is checked by nbval, the last part of `make test`.
+That their outputs are what a fresh run gives is checked by nbval, the last part of `make whole`.
 """
 
 from __future__ import annotations
@@ -206,6 +206,7 @@ def test_the_appendix_shows_what_one_gpu_did_and_says_what_needs_two() -> None:
             assert cell.outputs
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_lesson_13_skips_one_part_where_ipyparallel_is_missing() -> None:
     cells = [cell.source for cell in _code(ROOT / "notebooks" / "13_torchrun.ipynb")]

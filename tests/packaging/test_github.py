@@ -23,6 +23,7 @@ def read(path: Path) -> Any:
     return yaml.safe_load(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_a_workflow_fits_githubs_schema(path: Path) -> None:
     command = [sys.executable, "-m", "check_jsonschema"]

@@ -22,6 +22,7 @@ NOT_NEEDED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
 def test_the_script_needs_no_jupyter_and_brings_everything_back(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`make lessons`, as a newcomer types it. `make test`, which runs this, is the other command."""
+"""`make lessons`, as a newcomer types it. `make test` and `make whole` are the other commands."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import install  # noqa: E402
 COMMAND = ("sh", "-c", f"exec make -C '{ROOT}' lessons LAB_ARGS='{' '.join(OPTIONS)}'")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".venv/installed").exists(), reason="not set up by make")
 def test_make_lessons_opens_the_course(tmp_path: Path) -> None:
     kept = ("PATH", "TORCH_INDEX")  # the home is empty, and there is no cache

@@ -25,7 +25,7 @@ class Feature:
     `alone` is for what ends its process, leaves it changed or asks what a fresh one is like: its
     plain ranks run nothing else, and their exit codes and last words are compared, too. `args`
     makes, in the parent, what all ranks are called with. A feature in the `sample` is part of
-    `make test`.
+    `make whole`.
     """
 
     name: str

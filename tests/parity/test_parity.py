@@ -1,6 +1,6 @@
 """What a rank returns, raises, prints and exits with is the same by `launch` as by plain torch.
 
-`make parity` runs all features, `make test` a sample. The features lie in this folder, a module a
+`make parity` runs all features, `make whole` a sample. The features lie in this folder, a module a
 subject; those of a module share plain ranks, each a process that torch's spawn has started. Where
 the two differ, differences.py says why.
 """
@@ -55,6 +55,7 @@ def _case(feature: Feature) -> object:
     return pytest.param((subject, feature.ranks), feature, marks=marks, id=feature.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plain_ranks", "feature"),
     [_case(feature) for feature in FEATURES.values() if not feature.alone],

@@ -17,6 +17,7 @@ PICTURE = """
 """
 
 
+@pytest.mark.slow
 def test_a_picture_has_its_title_as_its_text(kernel: Kernel) -> None:
     kernel.run("import os; os.environ['DDP_LESSONS_LIVE'] = '1'")
     *_, live = kernel.run(PICTURE).displays  # the first launch may take long enough for a panel
@@ -24,18 +25,21 @@ def test_a_picture_has_its_title_as_its_text(kernel: Kernel) -> None:
     assert live["image/png"].strip() in live["text/html"]
 
 
+@pytest.mark.slow
 def test_a_stored_picture_has_no_html(kernel: Kernel) -> None:
     kernel.run("import os; os.environ['DDP_LESSONS_LIVE'] = '0'")
     (stored,) = kernel.run(PICTURE).displays
     assert set(stored) == {"image/png", "text/plain"}
 
 
+@pytest.mark.slow
 def test_pictures_of_others_are_shown_as_ever(kernel: Kernel) -> None:
     kernel.run(PICTURE)
     cell = kernel.run("import matplotlib.pyplot as plt; plt.plot([1, 2]); plt.title('mine');")
     assert set(cell.displays[0]) == {"image/png", "text/plain"}
 
 
+@pytest.mark.slow
 def test_a_figure_is_rendered_once_for_both_and_anew_the_next_time(kernel: Kernel) -> None:
     cell = kernel.run("""
         import matplotlib.pyplot as plt

@@ -20,6 +20,7 @@ def test_every_part_is_inserted(name: str) -> None:
     assert "{" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_plots_work_without_docstrings() -> None:
     code = "from ddp_lessons import plots; print(plots.timeline.__doc__)"

@@ -119,6 +119,7 @@ def test_the_names_of_groups_do_not_meet() -> None:
     assert all(a.x1 < b.x0 for a, b in pairwise(boxes))
 
 
+@pytest.mark.slow
 def test_many_ranks_share_rows() -> None:
     ax = board("endless loop", 12)
     labels = [label.get_text() for label in ax.get_yticklabels()]

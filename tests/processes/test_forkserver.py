@@ -72,6 +72,7 @@ def remove_its_socket(server: forkserver.Forkserver) -> None:
     Path(server._server._forkserver_address).unlink(missing_ok=True)  # it went with the folder
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(("method", "nprocs"), [("forkserver", 2), ("spawn", 1)])
 @pytest.mark.parametrize(
@@ -84,6 +85,7 @@ def test_the_next_launch_works(harm: Any, method: str, nprocs: int) -> None:
         assert launch(ident).values == [0, 1]
 
 
+@pytest.mark.slow
 @linux
 def test_a_forkserver_that_is_suspended_while_ranks_run() -> None:
     """It cannot tell how they ended; what they returned is there, and the next launch works."""
@@ -97,6 +99,7 @@ def test_a_forkserver_that_is_suspended_while_ranks_run() -> None:
     assert launch(ident).values == [0, 1]
 
 
+@pytest.mark.slow
 def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS."""
     monkeypatch.setattr(forkserver, "default_start_method", lambda: "spawn")
@@ -127,6 +130,7 @@ FEW_FILES = """
 """
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_no_more_open_files_than_allowed(method: str) -> None:
@@ -141,6 +145,7 @@ def test_no_more_open_files_than_allowed(method: str) -> None:
     assert (done.stdout, done.stderr) == (f"{failures}[0, 1] 0\n", "")
 
 
+@pytest.mark.slow
 def test_launching_in_a_forked_child() -> None:
     """As in a Pool, whose processes are daemons. Afterwards this process can still launch."""
     running()
@@ -170,6 +175,7 @@ IN_CHILD = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_launching_in_a_child_of_another_kind(method: str, tmp_path: Path) -> None:
     script = tmp_path / "experiment.py"
@@ -183,6 +189,7 @@ def mine(rank: int, n: int) -> tuple[int, str | None]:
     return n, os.environ.get("ONLY_FOR_RANKS")
 
 
+@pytest.mark.slow
 def test_launches_side_by_side_from_threads() -> None:
     """Each launch has its own ranks, values and variables; this process's variables stay."""
     running()
@@ -211,6 +218,7 @@ def test_launches_side_by_side_from_threads() -> None:
     assert list(seen) == [None]
 
 
+@pytest.mark.slow
 def test_variables_reach_a_new_interpreter_and_nobody_else() -> None:
     def look(rank: int) -> tuple[int, str]:
         return hash("x"), os.environ["ONLY_FOR_RANKS"]
@@ -223,6 +231,7 @@ def test_variables_reach_a_new_interpreter_and_nobody_else() -> None:
     assert "ONLY_FOR_RANKS" not in os.environ
 
 
+@pytest.mark.slow
 @linux
 def test_what_the_learners_own_forkserver_left_is_the_learners(tmp_path: Path) -> None:
     """A learner's process called "rank 0", and its daemon, outlive a run beside them."""
@@ -263,6 +272,7 @@ OWN_FORKSERVER = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "said"),
     [
@@ -301,6 +311,7 @@ def test_a_directory_that_was_deleted(tmp_path: Path) -> None:
         os.chdir(before)
 
 
+@pytest.mark.slow
 def test_a_long_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Longer than the address of a socket may be."""
     folder = tmp_path / ("x" * 96)

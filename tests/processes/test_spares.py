@@ -236,6 +236,7 @@ FEW_FILES = """
 """
 
 
+@pytest.mark.slow
 def test_they_are_given_up_first_where_descriptors_run_short() -> None:
     command = [sys.executable, "-c", textwrap.dedent(FEW_FILES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
@@ -254,6 +255,7 @@ FORKS = """
 """
 
 
+@pytest.mark.slow
 def test_a_forked_copy_of_their_owner_does_not_keep_them() -> None:
     command = [sys.executable, "-c", textwrap.dedent(FORKS)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
@@ -266,6 +268,7 @@ def test_a_forked_copy_of_their_owner_does_not_keep_them() -> None:
         child.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP])
 def test_they_end_with_a_kernel(end: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if they have been suspended."""
@@ -280,6 +283,7 @@ def test_they_end_with_a_kernel(end: int, monkeypatch: pytest.MonkeyPatch) -> No
         assert gone(spares)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_shall_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDP_LESSONS_SPARES", "0")
     with Kernel() as kernel:

@@ -118,6 +118,7 @@ def work(rank):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.alone
 @pytest.mark.parametrize("times", [1, 2, 4])
@@ -147,6 +148,7 @@ launch(work)
     assert following.result["text/plain"] == "[0, 1]"
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_a_sample_of_the_campaign(tmp_path: Path) -> None:
     """See benchmarks/interrupts.py, which presses a thousand times and more."""

@@ -478,6 +478,7 @@ def shown_in(kernel: Kernel, live: str = "0") -> tuple[Cell, str]:
     return cell, kernel.run("print(explorer.controls['rank0'].model_id)").stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("an explorer")
 def test_in_a_notebook_the_picture_is_a_display_of_its_own(shared_kernel: Kernel) -> None:
     cell, _ = shown_in(shared_kernel)
@@ -502,6 +503,7 @@ def test_where_somebody_looks_the_controls_and_the_picture_have_names(
     assert picture["image/png"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threaded", [False, True])
 def test_quick_moves_never_pile_up(kernel: Kernel, threaded: bool) -> None:
     _, model_id = shown_in(kernel)
@@ -514,6 +516,7 @@ def test_quick_moves_never_pile_up(kernel: Kernel, threaded: bool) -> None:
     assert kernel.run("print(explorer.values['rank0'])").stdout == "200\n"
 
 
+@pytest.mark.slow
 def test_a_kernel_killed_in_the_middle_of_a_move_leaves_nothing(kernel: Kernel) -> None:
     _, model_id = shown_in(kernel)
     kernel.run("arrive.__code__ = (lambda rank, delays: time.sleep(60)).__code__")

@@ -116,6 +116,7 @@ def test_ranks_share_what_lies_in_the_file() -> None:
     assert [first.load()[0], second.load()[0]] == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_file_is_free_when_nobody_needs_it() -> None:
     gc.collect()
     open_before = len(os.listdir("/dev/fd"))
@@ -138,6 +139,7 @@ def _sum(parcel: Parcel, pipe: Any) -> None:
     pipe.send(int(parcel.load().sum()))
 
 
+@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_file_travels_with_a_new_process(method: str) -> None:

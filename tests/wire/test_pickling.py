@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+import json.decoder
 import pickle
 import re
 import subprocess
 import sys
 import types
+import xml.dom.minidom
+import xml.etree.ElementTree
+import xml.sax.handler
 from collections.abc import Callable, Iterator
 from typing import Any
+from xml import dom
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp
+import torch.distributed.nn
+import torch.distributed.tensor.parallel
+from cloudpickle import cloudpickle as parts
 
 from ddp_lessons.wire import pickling
 from tests.support.kernels import Cell, Kernel
@@ -191,6 +203,7 @@ def test_the_line_of_a_failure(session: Kernel, kind: str) -> None:
     assert re.search(r"Cell In\[\d+\], line \d+, in ", cell.error)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("pickling")
 @pytest.mark.alone
 def test_the_lines_of_a_hang(session: Kernel) -> None:
@@ -231,6 +244,7 @@ def test_the_lines_of_an_exception_that_comes_back(session: Kernel) -> None:
     assert "return 1 / 0  # here" in cell.error
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_names_that_are_lost_leave_function_and_line(kernel: Kernel) -> None:
     assert not kernel.run(LOSE_NAMES).error
@@ -291,3 +305,33 @@ def test_a_module_of_a_class_of_its_own_is_imported() -> None:
     for module in (torch.backends.cudnn, torch.backends.mkldnn, torch.ops):
         assert type(module) is not types.ModuleType
         assert pickle.loads(pickling.dumps(module)) is module
+
+
+def uses_packages() -> list[Any]:
+    return [
+        lambda: xml.dom.minidom.parseString(""),
+        lambda: xml.etree.ElementTree.parse,
+        lambda: xml.etree,
+        lambda: torch.nn.functional.relu,
+        lambda: torch.nn.parallel.DistributedDataParallel,
+        lambda: torch.distributed.nn.functional.all_reduce,
+        lambda: dist.fsdp.fully_shard,
+        lambda: (dom.minidom, xml.sax.handler, torch.utils.data),
+        lambda: dist.tensor.parallel.parallelize_module,
+        lambda: json.decoder,
+    ]
+
+
+def test_the_modules_that_a_function_reaches_are_those_that_cloudpickle_finds() -> None:
+    for function in uses_packages():
+        used = inspect.getclosurevars(function).globals.values()
+        code = function.__code__
+        theirs = parts._find_imported_submodules(code, used)
+        assert set(pickling.submodules(code, used)) == set(theirs)
+    assert len(theirs) == 1  # of the last
+
+
+def test_a_function_brings_the_modules_that_it_reaches() -> None:
+    assert b"xml.dom.minidom" in pickling.dumps(uses_packages()[0])
+    ours, theirs = (kind._dynamic_function_reduce for kind in (pickling.Pickler, parts.Pickler))
+    assert ours is not theirs  # cloudpickle still has the parts that pickling.py takes from it

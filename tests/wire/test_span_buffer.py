@@ -230,6 +230,7 @@ def test_names_beyond_the_room_for_them_are_admitted(buffers: SpanBuffers) -> No
     assert spans[-1].lane == "main"
 
 
+@pytest.mark.slow
 @pytest.mark.ranks
 def test_a_full_buffer_counts_what_it_drops_and_still_shows_what_is_open(
     buffers: SpanBuffers,

@@ -142,6 +142,7 @@ def told(command: list[str], **options: Any) -> str:
     return str(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_what_follows_c_on_the_command_line() -> None:
     text = told([sys.executable, "-c", SCRIPT.format(define=DEFINE, soon=SOON)])
@@ -149,6 +150,7 @@ def test_what_follows_c_on_the_command_line() -> None:
     assert re.search(r'----> +\d+ +raise ValueError\("no sample 17"\)', text)
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_what_comes_on_stdin() -> None:
     """Its text is not kept anywhere, so the message gives function and line number."""
@@ -160,6 +162,7 @@ def test_what_comes_on_stdin() -> None:
     assert f"<stdin>, line {raises}, in raises" in text
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_exec_of_a_string_that_nobody_keeps() -> None:
     define = f"names = {{'dist': dist, 'torch': torch}}\nexec({DEFINE!r}, names)\n"
@@ -169,6 +172,7 @@ def test_exec_of_a_string_that_nobody_keeps() -> None:
     assert "<string>, line 10, in raises" in text
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_exec_of_a_string_that_linecache_has() -> None:
     define = f"""
@@ -204,6 +208,7 @@ def installed(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT)])}
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_a_worker_in_site_packages(installed: dict[str, str]) -> None:
     define = "from trainer.steps import skips, raises"
@@ -213,6 +218,7 @@ def test_a_worker_in_site_packages(installed: dict[str, str]) -> None:
     assert '---->  11         raise ValueError("no sample 17")' in text
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_the_line_is_the_workers_own_and_not_that_of_another_package(
     installed: dict[str, str],
@@ -225,6 +231,7 @@ def test_the_line_is_the_workers_own_and_not_that_of_another_package(
     assert "raise KeyError('of helper')" in text  # the innermost frame is shown, too
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 def test_the_text_of_another_string_is_never_shown() -> None:
     """From Python 3.13 on, linecache has what follows -c under "<string>"."""

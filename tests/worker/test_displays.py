@@ -35,6 +35,7 @@ def html_of(displays: list[dict[str, str]]) -> list[str]:
     return [d["text/html"] for d in displays if "text/html" in d and "<i>" in d["text/html"]]
 
 
+@pytest.mark.slow
 def test_pictures_and_tables_by_rank(shared_kernel: Kernel) -> None:
     cell = shared_kernel.run(SHOWS)
     by_rank = [f"[rank {rank}] {word}\n" for rank in (0, 1) for word in ("before", "after")]

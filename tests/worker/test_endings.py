@@ -193,6 +193,7 @@ def test_exit_handlers_of_the_forkserver_are_not_the_ranks() -> None:
     assert launch(lambda rank: rank).values == [0, 1]  # and it is still there
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux")
 def test_a_rank_that_gets_no_processor_to_end_is_not_taken_for_one_that_never_does() -> None:
     """Three others keep its core busy, and it gives way to them: to end takes it seconds."""

@@ -55,6 +55,7 @@ needs_a_system_that_does = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_a_system_that_does
 def test_a_kernel_s_forkserver_moves_its_memory_after_the_first_launch(kernel: Kernel) -> None:
     find = "from ddp_lessons.processes import forkserver; print(forkserver.server().pid)"
@@ -66,6 +67,7 @@ def test_a_kernel_s_forkserver_moves_its_memory_after_the_first_launch(kernel: K
     assert int(kernel.run(find).stdout) == pid
 
 
+@pytest.mark.slow
 @needs_a_system_that_does
 def test_a_script_s_forkserver_does_so_after_some_launches() -> None:
     if pid := forkserver.server().pid:
@@ -87,6 +89,7 @@ def asked(rank: int) -> tuple[bool, int]:
     return default, seen[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])
 def test_the_signal_is_the_learner_s_in_ranks(method: str) -> None:
     assert launch(asked, start_method=method).values == [(True, int(REQUEST))] * 2

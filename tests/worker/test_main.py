@@ -289,6 +289,7 @@ def test_a_dataloader_with_workers_inside_a_rank() -> None:
     assert launch(work).values == [45, 45]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "times"), [("forkserver", 30), ("spawn", 1)])
 def test_a_ddp_model_may_outlive_its_group(method: str, times: int) -> None:
     def work(rank: int) -> bool:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.kernels import Kernel
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.slow, pytest.mark.ranks]
 
 HEAD = """
 import multiprocessing

@@ -150,6 +150,7 @@ def run_script(script: Path) -> Any:
     return ast.literal_eval(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_ranks_have_what_a_scripts_top_level_sets_as_under_mp_spawn(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(TOP_LEVEL + MAIN)
@@ -159,6 +160,7 @@ def test_ranks_have_what_a_scripts_top_level_sets_as_under_mp_spawn(tmp_path: Pa
     assert sorted(line for line in lines if "hello" in line)[-2:] == ["hello from 1"] * 2
 
 
+@pytest.mark.slow
 def test_ranks_have_what_a_notebook_sets(
     kernels: Callable[[], Kernel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +181,7 @@ def test_ranks_have_what_a_notebook_sets(
     assert in_rank["loud"] == [["HEAR THIS!"]]
 
 
+@pytest.mark.slow
 def test_log_lines_of_a_notebook_are_in_its_format(kernels: Callable[[], Kernel]) -> None:
     kernel = kernels()
     cell = kernel.run(
@@ -214,6 +217,7 @@ print(agree)
 """
 
 
+@pytest.mark.slow
 def test_precisions_of_the_older_and_the_newer_interface(tmp_path: Path) -> None:
     """torch refuses to read the older settings once one of the newer is set."""
     script = tmp_path / "script.py"
@@ -247,6 +251,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_seeds_of_a_script_are_those_of_its_ranks_as_under_mp_spawn(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SEEDS)
@@ -254,6 +259,7 @@ def test_seeds_of_a_script_are_those_of_its_ranks_as_under_mp_spawn(tmp_path: Pa
     assert ours == plain
 
 
+@pytest.mark.slow
 def test_seeds_of_a_notebook_are_its_own(kernels: Callable[[], Kernel]) -> None:
     kernel = kernels()
     cell = kernel.run(
@@ -314,6 +320,7 @@ def test_a_file_that_cannot_be_opened_gives_way_to_the_ranks_output(
     assert rank_logs("filed") == ["it went well"]
 
 
+@pytest.mark.slow
 def test_what_is_not_set_is_that_of_a_fresh_process(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -338,6 +345,7 @@ def test_variables_of_the_ranks_decide_over_torchs_own_logging() -> None:
     assert launch(level, nprocs=1, env={"TORCH_LOGS": "+dynamo"}).values == [logging.DEBUG]
 
 
+@pytest.mark.slow
 def test_threads_that_torch_chose_are_not_taken_for_the_learners() -> None:
     program = "from ddp_lessons.instrumentation.torch_api import settings as all\n"
     program += "read, _ = all()['threads']\nprint(read())"

@@ -66,6 +66,7 @@ def test_none_is_left_when_the_launch_is_over(how: str) -> None:
     assert shared() == before
 
 
+@pytest.mark.slow
 def test_under_spawn_it_goes_two_seconds_later() -> None:
     before = shared()
     launch(work, ("raise",), nprocs=1, check=False, start_method="spawn")
@@ -75,6 +76,7 @@ def test_under_spawn_it_goes_two_seconds_later() -> None:
     assert shared() == before
 
 
+@pytest.mark.slow
 def test_it_goes_when_the_notebook_is_killed() -> None:
     before = shared()
     code = "from tests.worker.test_shared_memory import *; launch(work, ('hang',), nprocs=1)"

@@ -53,6 +53,7 @@ def spares_settled(kernel: Kernel) -> list[int]:
     raise AssertionError(f"{len(seen)} spares")
 
 
+@pytest.mark.slow
 def test_spares_copy_beforehand_what_a_rank_has_written(kernel: Kernel) -> None:
     kernel.run(TRAINS)
     assert kernel.run("print(launch(lambda rank: rank).values)").stdout == "[0, 1]\n"

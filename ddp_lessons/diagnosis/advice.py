@@ -44,6 +44,10 @@ BATCHES = (
     "longest; or, before each step, let an all_reduce of a flag tell whether every rank still has "
     "a batch."
 )
+OR_BATCHES = (
+    "Or the ranks have different numbers of batches: {join}DistributedSampler gives every rank the "
+    "same number."
+)
 JOIN = "Join([model]) lets ranks that have run out of batches keep up with the others. "
 DECISION = (
     "A rank has {did}, or has no more batches. Let all ranks decide together: an all_reduce of a "

@@ -50,12 +50,20 @@ def explain(run: RunRecord) -> Verdict | None:
     match cause.status:
         case "raised" if verdict := hangs.explain_message(run, cause.rank):
             return verdict
+        case "raised" if _compared(cause) and (verdict := hangs.explain_mismatch(run)):
+            return verdict
         case "raised":
             return _raised(run, cause)
         case "unsendable":
             return _unsendable(run, cause)
         case _:
             return _died(run, cause) if cause.error is None else _lost(run, cause)
+
+
+def _compared(rank: RankResult) -> bool:
+    """Whether a rank raised as DDP compared models: what it got may be of another call."""
+    text = "" if rank.error is None else own_error(rank.error).text
+    return "DDP expects same model" in text or "appears not to match" in text
 
 
 def _got_another_size(run: RunRecord, rank: RankResult) -> bool:
@@ -93,10 +101,12 @@ def _raised(run: RunRecord, cause: RankResult) -> Verdict:
         if rank.status == "raised" and _alike(rank, cause) and not lost_partner(rank)
     ]
     who = f"{ranks_text(same)} of {run.world_size}" if run.world_size > 1 else "the rank"
+    told = {own_error(e).summary for rank in same if (e := run.ranks[rank].error) is not None}
+    alone = f" ({ranks_text([cause.rank])})" if len(told) > 1 else ""
     return Verdict(
         "raised",
         tuple(same),
-        f"{who} raised {error.summary}",
+        f"{who} raised {error.summary}{alone}",
         (
             stacks.render(cause.error),
             *_before_the_call(run, cause),
@@ -299,7 +309,8 @@ def last_call(run: RunRecord, rank: RankResult) -> list[str]:
     if not made:
         return []
     call = calls.standing(rank.rank) or made[-1]
-    what = "Its last call was" if call.state == "done" else "It was in"
+    ends = {"done": "Its last call was", "failed": "Its last call, which failed, was"}
+    what = ends.get(call.state, "It was in")
     return [f"{what} {call.name}{line(frame_of(call.site))}"]
 
 
@@ -314,7 +325,9 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
     for where in dict.fromkeys(_lost_where(r) for r in lost):
         there = [r.rank for r in lost if _lost_where(r) == where]
         partner = agree(there, "its partner", "their partner")
-        lines.append(f"{at_head(ranks_text(there))} then lost {partner}{where}.")
+        before = all(_had_given_up(run, rank, told) for rank in there)
+        then = "had given up waiting before" if before else f"then lost {partner}"
+        lines.append(f"{at_head(ranks_text(there))} {then}{where}.")
     lines += [
         f"rank {r.rank} {'' if r.pid or r.kept_by else 'was '}{r.outcome()}" for r in stopped[:4]
     ]
@@ -324,6 +337,11 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
     return ["", *lines] if lines else []
 
 
+def _had_given_up(run: RunRecord, rank: int, told: Sequence[int]) -> bool:
+    ended = run.ranks[rank].ended_ns
+    return rank_state.gave_up(run.ranks[rank]) and all(run.ranks[o].ended_ns > ended for o in told)
+
+
 def _later(run: RunRecord, rank: RankResult, told: Sequence[int]) -> str:
     """` later`, where it is known that a rank failed after those that are told of."""
     known = all(run.ranks[other].exitcode is not None for other in (rank.rank, *told))
@@ -331,4 +349,4 @@ def _later(run: RunRecord, rank: RankResult, told: Sequence[int]) -> str:
 
 
 def _lost_where(rank: RankResult) -> str:
-    return stacks.waiting_where(rank.error.frames) if rank.error is not None else ""
+    return stacks.waiting_where(rank_state.frames_of(rank)) if rank.error is not None else ""

@@ -14,7 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from ddp_lessons.diagnosis import advice, mismatch, rank_state, source_code
 from ddp_lessons.diagnosis.calls import Call, Calls
 from ddp_lessons.diagnosis.mismatch import Mismatch
-from ddp_lessons.diagnosis.rank_state import frame_of, line_of, lost_partner, position, waits
+from ddp_lessons.diagnosis.rank_state import (
+    frame_of,
+    frames_of,
+    line_of,
+    lost_partner,
+    position,
+    waits,
+)
 from ddp_lessons.diagnosis.source_code import Loop
 from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
@@ -48,6 +55,9 @@ _UNEVEN: tuple[Kind, ...] = (
     "waiting for each other",
 )
 
+# Those where it is not known whether a rank made a step less, or another call more.
+_UNCLEAR: tuple[Kind, ...] = ("different collectives", "tensor mismatch")
+
 # The kinds of verdict where an exception that a rank caught may be the reason.
 _PARTED: tuple[Kind, ...] = (*_UNEVEN, "computing", "blocked in Python", "no answer")
 
@@ -62,6 +72,9 @@ _LIBRARIES = {
     "torch/distributed/_functional_collectives.py": advice.SHARDS,
     "torch/distributed/checkpoint/": advice.SHARDS,
 }
+
+# Exceptions that are no failures.
+_ENDS_LOOPS = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
 
 # Advice by what keeps a rank from ending, if it is not a thread.
 _ENDING = {
@@ -98,6 +111,11 @@ def explain_sizes(run: RunRecord, ended: Sequence[int]) -> Verdict:
         f"{advice.ORDER} {advice.DDP}",
         verdict.frame,
     )
+
+
+def explain_mismatch(run: RunRecord) -> Verdict | None:
+    """The verdict where ranks got what belongs to other calls than theirs; None if calls match."""
+    return _Hang(run).mismatched([])
 
 
 def explain_message(run: RunRecord, rank: int) -> Verdict | None:
@@ -139,7 +157,12 @@ class Standstill:
     def __init__(self, run: RunRecord) -> None:
         self.run = run
         self.calls = Calls.of(run)
-        self.waiting = [rank for rank in run.ranks if waits(rank)]
+        self.waiting = [rank for rank in run.ranks if waits(rank)] or [
+            rank
+            for rank in run.ranks  # whose main threads wait for others that do
+            if rank.status == "stopped" and rank.activity != "suspended"
+            if any(map(self.calls.missing, self.calls.open(rank.rank)))
+        ]
         self.away = [rank for rank in run.ranks if rank not in self.waiting]
         self.standing = {
             rank.rank: call
@@ -150,9 +173,13 @@ class Standstill:
     def who_waits(self) -> str:
         """`ranks 0 and 2 wait in barrier`."""
         who = self.waiting
-        calls = listed(sorted({position(rank).call or "a call" for rank in who}))
+        calls = listed(sorted(set(map(self._call, who))))
         waits = agree(who, "waits", "wait") if any(r.status == "stopped" for r in who) else "waited"
         return f"{ranks_text([rank.rank for rank in who])} {waits} in {calls}"
+
+    def _call(self, rank: RankResult) -> str:
+        stands = self.standing.get(rank.rank)
+        return position(rank).call or (stands.name if stands is not None else "a call")
 
     def frame(self) -> Frame | None:
         """The line where the first waiting rank is."""
@@ -169,7 +196,7 @@ class Standstill:
 
     def training_loop(self) -> Loop | None:
         """The innermost loop in which a rank waits and an optimizer steps."""
-        loops = filter(None, (source_code.training_loop(_frames(rank)) for rank in self.waiting))
+        loops = filter(None, (source_code.training_loop(frames_of(rank)) for rank in self.waiting))
         return min(loops, key=lambda loop: loop.last - loop.first, default=None)
 
     def library(self, ranks: Iterable[int]) -> str:
@@ -186,7 +213,7 @@ class Standstill:
         loop = self.training_loop()
         if loop is None or self.run.lossy:
             return ""
-        inside = [r.rank for r in self.waiting if any(map(loop.holds, _frames(r)))]
+        inside = [r.rank for r in self.waiting if any(map(loop.holds, frames_of(r)))]
         outside = [r for r in self.run.ranks if r.rank not in inside]
         left = all(
             rank.status == "returned" or _left(loop, rank) or self._died_after(loop, rank)
@@ -196,9 +223,9 @@ class Standstill:
         if not left or any(len(each) != 1 for each in counts):
             return ""
         (fewer,), (most,) = counts
-        before = {loop.is_before_step(_frames(self.run.ranks[rank])) for rank in inside}
+        before = {loop.is_before_step(frames_of(self.run.ranks[rank])) for rank in inside}
         in_a_step = before == {True}
-        if len(before) != 1 or not 0 < fewer < most + in_a_step:
+        if len(before) != 1 or None in before or not 0 < fewer < most + in_a_step:
             return ""
         who = at_head(ranks_text([rank.rank for rank in outside]))
         others = f"began {most + 1}" if in_a_step else f"made {most}"
@@ -224,7 +251,7 @@ class Standstill:
                 lines = source_code.guarded(what)
                 if lines is None:
                     continue
-                there = [other for other in others if any(map(lines.holds, _frames(other)))]
+                there = [other for other in others if any(map(lines.holds, frames_of(other)))]
                 if missed is not None and lines.holds(missed):
                     there = others
                 times = _times_caught(rank, what.handler)
@@ -253,19 +280,15 @@ def _is_whole_step(span: Span) -> bool:
     return span.lane == Lane.STEPS and span.t1_ns is not None
 
 
-def _frames(rank: RankResult) -> Sequence[Frame]:
-    return rank.stack if rank.error is None else rank.error.frames
-
-
 def _comes_by(line: Frame | None, rank: RankResult) -> bool:
     return line is not None and any(
-        (frame.filename, frame.lineno) == (line.filename, line.lineno) for frame in _frames(rank)
+        (frame.filename, frame.lineno) == (line.filename, line.lineno) for frame in frames_of(rank)
     )
 
 
 def _library(rank: RankResult) -> str:
     """Advice on the library in which a rank waits, below its own lines."""
-    frames = _frames(rank)
+    frames = frames_of(rank)
     own = stacks.learners(frames)
     below = frames[own[-1] + 1 if own else 0 :]
     names = (name for frame in below for name in _LIBRARIES if name in frame.filename)
@@ -284,9 +307,21 @@ def _fork(one: Sequence[Frame], other: Sequence[Frame]) -> tuple[str, str] | Non
     return None
 
 
+def _own(rank: RankResult) -> list[Frame]:
+    return [f for f in frames_of(rank) if owner_of(f.filename) is Owner.LEARNER or f.at_home]
+
+
+def _guarded_below(frames: Sequence[Frame], line: str) -> str | None:
+    """The first of a learner's lines below `line` to which only some ranks come."""
+    sites = [f"{frame.filename}:{frame.lineno}" for frame in frames]
+    below = [frames[number] for number in stacks.learners(frames) if number > sites.index(line)]
+    found = next(filter(source_code.depends_on_rank, below), None)
+    return None if found is None else f"{found.filename}:{found.lineno}"
+
+
 def _left(loop: Loop, rank: RankResult) -> bool:
     """Whether a rank is in none of a loop's lines. Its whole stack must be known for that."""
-    frames = _frames(rank)
+    frames = frames_of(rank)
     known = any(frame.function for frame in frames) and position(rank).frame is not None
     return known and not any(loop.holds(frame) for frame in frames)
 
@@ -338,10 +373,10 @@ class _Hang(Standstill):
         """
         if any(rank.caught is not None for rank in self.run.ranks):
             return verdict
-        for frame in reversed([frame for rank in self.waiting for frame in _frames(rank)]):
+        for frame in reversed([frame for rank in self.waiting for frame in _own(rank)]):
             if (found := source_code.swallowed(frame)) is not None:
                 lines, handler = found
-                out = [r.rank for r in self.run.ranks if not any(map(lines.holds, _frames(r)))]
+                out = [r.rank for r in self.run.ranks if not any(map(lines.holds, frames_of(r)))]
                 if out:
                     line, them = stacks.line_name(frame), ranks_text(out)
                     hint = advice.SWALLOWED.format(line=line, them=them, handler=handler)
@@ -353,14 +388,17 @@ class _Hang(Standstill):
         loop = self.training_loop()
         if verdict.kind not in _UNEVEN or verdict.advice == advice.HANDLED or loop is None:
             return verdict
-        outside = [r for r in self.run.ranks if not any(map(loop.holds, _frames(r)))]
+        outside = [r for r in self.run.ranks if not any(map(loop.holds, frames_of(r)))]
         if verdict.kind == "skipped collective" and any(
             _comes_by(verdict.frame, rank) for rank in outside
         ):
             return verdict  # these ranks make an extra call, such as rank 0 that saves
         if steps := self.steps():
             evidence = (steps, "", *verdict.evidence)
-            verdict = dataclasses.replace(verdict, evidence=evidence, advice=self._uneven())
+            against = self._uneven()
+            if verdict.kind in _UNCLEAR and self._may_return_to(loop):
+                against = f"{verdict.advice} {advice.OR_BATCHES.format(join=self._join())}"
+            verdict = dataclasses.replace(verdict, evidence=evidence, advice=against)
         return verdict
 
     def _uneven(self) -> str:
@@ -368,32 +406,35 @@ class _Hang(Standstill):
 
         They have left the loop of the steps, or one around it, such as that over the epochs.
         """
-        of_ddp = any(call.owner == DDP for made in self.calls.of_rank for call in made)
         loop = self.training_loop()
         left = loop is not None and any(each.ends_by_decision for each in self._left_loops(loop))
         skips = loop is not None and loop.may_skip
         if not left and not skips:
-            return advice.BATCHES.format(join=advice.JOIN if of_ddp else "")
+            return advice.BATCHES.format(join=self._join())
         decided = advice.LEFT_OUT_STEP if not left else advice.LEFT_LOOP
         if left and skips:
             decided = advice.LEFT_EITHER
-        return f"{decided} {advice.ONLY_BATCHES}" if of_ddp else decided
+        return f"{decided} {advice.ONLY_BATCHES}" if self._join() else decided
+
+    def _join(self) -> str:
+        """Advice for DDP models with different numbers of batches."""
+        of_ddp = any(call.owner == DDP for made in self.calls.of_rank for call in made)
+        return advice.JOIN if of_ddp else ""
 
     def _left_loops(self, loop: Loop) -> list[Loop]:
         """The loop of the steps, and those around it that a rank has left."""
-        inside = [rank for rank in self.waiting if any(map(loop.holds, _frames(rank)))]
+        inside = [rank for rank in self.waiting if any(map(loop.holds, frames_of(rank)))]
         outside = [rank for rank in self.run.ranks if rank not in inside]
-        own = [f for f in _frames(inside[0]) if owner_of(f.filename) is Owner.LEARNER or f.at_home]
         return [loop] + [
             each
-            for each in source_code.loops_around(loop, own)
+            for each in source_code.loops_around(loop, _own(inside[0]))
             if any(rank.status == "returned" or _left(each, rank) for rank in outside)
         ]
 
     def _verdict(self) -> Verdict:
         parting = self._parting()
         if parting is not None:
-            return self.parted(self._by_stacks(parting))
+            return self.parted(self._by_steps(self._by_stacks(parting)))
         awaited = self._awaited()
         if awaited:
             return self._missed(awaited)
@@ -429,14 +470,26 @@ class _Hang(Standstill):
         told = parting._replace(calls=tuple(call for side in sides for call in side))
         if parting.why != "order" or len(sides) != 2 or None in first:
             return told
-        here, there = (_frames(rank) for rank in first if rank is not None)
+        here, there = (frames_of(rank) for rank in first if rank is not None)
         sites = [side[0].site for side in sides]
         lines = _fork(here, there)
-        if source_code.optional(*sites) is not None or lines is None:
+        if lines is None or source_code.optional(*sites) is not None:
             return told
-        passed = source_code.optional(*lines)
-        if passed is None and told.passed is None:
-            passed = source_code.first_of(*lines)
+        conditional = source_code.optional(*lines, by_loops=False)
+        if conditional is None and told.passed is not None:
+            return told
+        way = here, there
+        chosen = [
+            line if line == conditional else _guarded_below(frames, line)
+            for frames, line in zip(way, lines, strict=True)
+        ]
+        if (chosen[0] is None) != (chosen[1] is None):
+            passed = chosen[0] or chosen[1]
+            lines = chosen[0] or lines[0], chosen[1] or lines[1]
+        else:
+            before = self._site_before(parting)
+            then = dict(zip(sites, lines, strict=True)).get(before, before)
+            passed = source_code.next_of(*lines, then)
         if passed is None:
             return told
         calls = (
@@ -445,6 +498,36 @@ class _Hang(Standstill):
             for call in side
         )
         return told._replace(calls=tuple(calls), passed=passed)
+
+    def _site_before(self, parting: Mismatch) -> str | None:
+        """The line of the call before a mismatch in its group, if all ranks made it there."""
+        before = self.calls.met[parting.group].get(parting.seq - 1, {})
+        sites = {call.site for call in before.values()}
+        return sites.pop() if len(sites) == 1 else None
+
+    def _by_steps(self, parting: Mismatch) -> Mismatch:
+        """A mismatch with the line skipped by ranks that left the loop of the steps for good."""
+        if parting.why != "order" or not self.steps():
+            return parting
+        loop = self.training_loop()
+        if loop is None or self._may_return_to(loop):
+            return parting
+        inside = {r.rank for r in self.waiting if any(map(loop.holds, frames_of(r)))}
+        sites = {call.site for call in parting.calls if call.rank in inside}
+        others = {call.site for call in parting.calls if call.rank not in inside}
+        return parting._replace(passed=sites.pop()) if len(sites) == 1 and others else parting
+
+    def _may_return_to(self, loop: Loop) -> bool:
+        """Whether a rank outside a loop is in one around it."""
+        inside = [rank for rank in self.waiting if any(map(loop.holds, frames_of(rank)))]
+        around = source_code.loops_around(loop, _own(inside[0])) if inside else []
+        return any(
+            each.holds(frame)
+            for rank in self.run.ranks
+            if rank not in inside
+            for frame in frames_of(rank)
+            for each in around
+        )
 
     def _stands_in(self, call: Call) -> RankResult | None:
         """The rank that made a call, if it is still in it."""
@@ -468,7 +551,7 @@ class _Hang(Standstill):
         parting = self._first(self._latest(), _harmful(self.calls, ended))
         if parting is None:
             return None
-        return self._with_reasons(self.parted(self._by_stacks(parting)))
+        return self._with_reasons(self.parted(self._by_steps(self._by_stacks(parting))))
 
     def _latest(self) -> dict[str, int]:
         return {group: max(numbers) for group, numbers in self.calls.met.items() if numbers}
@@ -502,7 +585,8 @@ class _Hang(Standstill):
         if parting.why in ("order", "tensors") and self._in_two_threads(parting):
             against = advice.TWO_THREADS
             parting = parting._replace(passed=None)  # nobody skipped it: their order is not fixed
-        if any(rank_state.handled(rank) is not None for rank in self.run.ranks):
+        handled = filter(None, map(rank_state.handled, self.run.ranks))
+        if any(error.type_name not in _ENDS_LOOPS for error in handled):
             against = advice.HANDLED
         died = any(rank.status == "died" for rank in self.run.ranks)  # the others only lost it
         return Verdict(
@@ -669,7 +753,8 @@ class _Hang(Standstill):
                 return f"{who} {is_} {rank.activity}{where}"
             case "returned early":
                 call = self.calls.not_made(ranks[0])
-                before = f" before {call.name} at {line_of(call.site)}" if call else ""
+                at = f" at {line_of(call.site)}" if call and call.site else ""
+                before = f" before {call.name}{at}" if call else ""
                 gone = [self.run.ranks[number] for number in ranks]
                 exits = all(one.status == "returned" and one.stack for one in gone)
                 how = f"left by sys.exit(){where}" if exits else "returned"
@@ -732,7 +817,9 @@ def _deadlock(still: Standstill) -> Verdict:
     if (verdict := _circle(still, unmatched)) is not None:
         return verdict
     if unmatched:
-        return _unmatched(unmatched[0], lines)
+        waiting = {call.rank for call in unmatched}
+        last = (call for call in unmatched if call.peer not in waiting)  # of a chain
+        return _unmatched(next(last, unmatched[0]), lines)
     if len(groups) > 1 and (verdict := _came_too_soon(still, lines)) is not None:
         return verdict
     if len(groups) > 1:
@@ -856,7 +943,7 @@ def _circle(still: Standstill, unmatched: Iterable[Call]) -> Verdict | None:
     sent = [_handed_on(still.calls, call) for call in there]
     sends = all(call.side == "send" for call in there)
     kind: Kind = "unmatched send" if sends else "unmatched recv"
-    if sends:
+    if sends and not any(sent):
         against = advice.SENDS_FIRST
     elif not any(sent) and all(call.side == "recv" for call in there):
         against = advice.RECEIVES_FIRST

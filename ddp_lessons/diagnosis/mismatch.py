@@ -109,7 +109,10 @@ class Mismatch(NamedTuple):
             send, recv = self.calls
             return f"rank {send.rank} calls {_name(send)}, which calls {recv.name}"
         if self.passed is None:
-            what = listed(_calls(side, self.why) for side in self.sides)
+            alike = len({_name(side[0]) for side in self.sides}) == 1
+            lines = [f" at {line_of(side[0].site)}" if alike else "" for side in self.sides]
+            calls = (_calls(side, self.why) for side in self.sides)
+            what = listed(f"{call}{line}" for call, line in zip(calls, lines, strict=True))
             return f"{self.place} is not the same on all ranks: {what}"
         callers = [call for call in self.calls if call.site == self.passed]
         others = [call for call in self.calls if call.site != self.passed]
@@ -311,16 +314,19 @@ def _passed_by(numbers: Numbers, at: int, one: str | None, other: str | None) ->
         return None
     if (optional := source_code.optional(one, other)) is not None:
         return optional
-    forth, back = _follows(numbers, one, other), _follows(numbers, other, one)
+    past = {seq: calls for seq, calls in numbers.items() if seq < at}
+    forth, back = _follows(past, one, other), _follows(past, other, one)
     if forth != back:
         return one if forth else other
-    return _usual(numbers, at, one, other) or source_code.first_of(one, other)
+    if forth and (usual := _usual(past, at, one, other)) is not None:
+        return usual
+    before = {call.site for call in past.get(at - 1, {}).values()}
+    return source_code.next_of(one, other, before.pop() if len(before) == 1 else None)
 
 
-def _usual(numbers: Numbers, at: int, one: str, other: str) -> str | None:
+def _usual(past: Numbers, at: int, one: str, other: str) -> str | None:
     """Of two lines that follow each other in turn, the one that usually comes at call `at`."""
-    before = {call.site for call in numbers.get(at - 1, {}).values()}
-    past = {seq: calls for seq, calls in numbers.items() if seq < at}
+    before = {call.site for call in past.get(at - 1, {}).values()}
     usual = [
         line
         for line in (one, other)

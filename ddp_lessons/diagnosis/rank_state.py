@@ -50,11 +50,19 @@ def position(rank: RankResult) -> Position:
     if rank.status == "died" and rank.exitcode is not None and lost_partner(rank):
         last = next((s for s in reversed(rank.spans) if s.op and s.t1_ns is None), None)
         return Position(frame_of(last.site), last.op) if last else Position(None, None)
-    there = stacks.position(rank.stack if rank.error is None else rank.error.frames)
+    there = stacks.position(frames_of(rank))
     if there.call != stacks.WAIT:
         return there
     waits = [s.op for s in rank.spans if s.kind == Kind.WAIT and (s.failed or s.t1_ns is None)]
     return there._replace(call=(waits or [None])[-1] or stacks.WAIT)
+
+
+def frames_of(rank: RankResult) -> Sequence[Frame]:
+    """Where the rank was: its stack, or where it raised; of a lost partner, where it lost it."""
+    if rank.error is None:
+        return rank.stack
+    first = root_error(rank.error)
+    return first.frames if _lost(first) else rank.error.frames
 
 
 def waits(rank: RankResult) -> bool:

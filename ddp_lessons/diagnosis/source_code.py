@@ -64,36 +64,63 @@ def _exclusive(tree: ast.Module, line: int, other_line: int) -> bool:
     )
 
 
-def optional(one: str | None, other: str | None) -> str | None:
+def optional(one: str | None, other: str | None, *, by_loops: bool = True) -> str | None:
     """Of two lines of one function, the one to which only some ranks may come.
 
-    It is under an `if`, or in a loop of its own, and the other one is not. None if that tells
-    nothing: neither or both are, or they are in branches of one `if`.
+    It is under an `if`, or behind one that may leave, and the other one is not; or else, with
+    `by_loops`, it is in a loop of its own. None if that tells nothing: neither or both are, or they
+    are in branches of one `if`, or the other one is in a loop of its own, which ranks may leave at
+    different times, and the `if` does not ask for a rank.
     """
     if one is None or other is None or one == other:
         return None
     (file, line), (other_file, other_line) = split_site(one), split_site(other)
-    if file != other_file:
+    way, other_way = _way_to(file, line), _way_to(other_file, other_line)
+    if file != other_file or _functions(way) != _functions(other_way):
         return None
-    way, other_way = _way_to(file, line), _way_to(file, other_line)
-    while way and other_way and way[0] == other_way[0]:
-        way, other_way = way[1:], other_way[1:]
-    if (way and other_way and way[0][0] is other_way[0][0]) or _leaves(way) or _leaves(other_way):
+    under, other_under = _chosen(file, line), _chosen(other_file, other_line)
+    under, other_under = under - other_under, other_under - under
+    loops, other_loops = _loops_in(way), _loops_in(other_way)
+    loops, other_loops = loops - other_loops, other_loops - loops
+    if {node for node, _ in under} & {node for node, _ in other_under}:
         return None
-    if bool(way) == bool(other_way):
+    if by_loops and not under and not other_under:
+        under, other_under = loops, other_loops
+    elif (other_loops if under else loops) and not _asks_for_rank(under or other_under):
         return None
-    return one if way else other
+    if bool(under) == bool(other_under):
+        return None
+    return one if under else other
 
 
-def first_of(one: str, other: str) -> str | None:
-    """Of two lines of one function, the one that comes first; None in branches of one `if`."""
+def _asks_for_rank(branches: Iterable[tuple[ast.AST, str]]) -> bool:
+    tests = [node.test for node, _ in branches if isinstance(node, ast.If)]
+    return any(_OF_RANK.search(ast.unparse(test)) for test in tests)
+
+
+def next_of(one: str, other: str, before: str | None) -> str | None:
+    """Of two lines of one function, the one that comes next after line `before`.
+
+    Of two in no common loop it is the first. None if that tells nothing, as in branches of one
+    `if`, or where one of them is in a loop within the common one.
+    """
     (file, line), (other_file, other_line) = split_site(one), split_site(other)
-    if file != other_file or exclusive(one, other):
+    way, other_way = _way_to(file, line), _way_to(other_file, other_line)
+    if file != other_file or _functions(way) != _functions(other_way) or exclusive(one, other):
         return None
-    way, other_way = _way_to(file, line), _way_to(file, other_line)
-    if _functions(way) != _functions(other_way):
+    first, second = sorted((one, other), key=lambda site: split_site(site)[1])
+    loops, other_loops = _loops_in(way), _loops_in(other_way)
+    if not loops & other_loops:
+        return first
+    at_file, at = split_site(before) if before is not None else ("", 0)
+    if loops != other_loops or at_file != file or not loops <= _loops_in(_way_to(file, at)):
         return None
-    return one if line < other_line else other
+    return second if split_site(first)[1] <= at < split_site(second)[1] else first
+
+
+def depends_on_rank(frame: Frame) -> bool:
+    """Whether only some ranks come to a line in its function: an `if` around or before it asks."""
+    return _asks_for_rank(_chosen(frame.filename, frame.lineno))
 
 
 Way = tuple[tuple[ast.AST, str], ...]  # statements around a line, and in which of their parts it is
@@ -120,15 +147,31 @@ def _way(tree: ast.Module, line: int) -> Way:
     return tuple(sorted(found, key=lambda step: getattr(*step)[0].lineno))
 
 
-def _leaves(way: Way) -> bool:
-    """Whether a way leads into another function, or into a branch that does not rejoin the rest."""
-    for node, part in way:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            return True
-        last = getattr(node, part)[-1]
-        if isinstance(last, ast.Return | ast.Raise | ast.Continue | ast.Break):
-            return True
-    return False
+def _chosen(file: str, line: int) -> set[tuple[ast.AST, str]]:
+    """The branches of its function that a line is in, and the `if`s before it that may leave."""
+    way = _way_to(file, line)
+    functions = _functions(way)
+    inner = way[way.index((functions[-1], "body")) + 1 :] if functions else way
+    blocks = [getattr(node, part) for node, part in inner]
+    if functions:
+        blocks.append(functions[-1].body)
+    before = {
+        (node, "after")
+        for block in blocks
+        for node in block
+        if isinstance(node, ast.If) and (node.end_lineno or node.lineno) < line
+        if any(part and isinstance(part[-1], _LEAVING) for part in (node.body, node.orelse))
+    }
+    return _conditions(inner) | before
+
+
+# What a condition that is true on some ranks only is about: `rank == 0`, `is_main_process()`.
+_OF_RANK = re.compile(r"rank|main|master|leader|chief|primary", re.IGNORECASE)
+_LEAVING = (ast.Return, ast.Continue, ast.Break)
+
+
+def _loops_in(way: Way) -> set[tuple[ast.AST, str]]:
+    return {step for step in way if isinstance(step[0], ast.For | ast.While)}
 
 
 class Lines(NamedTuple):
@@ -256,10 +299,16 @@ class Loop(Lines):
         """Whether a turn may make no step: by a `continue`, an `if`, or an exception it catches."""
         return _may_skip(self.file, self._own_nodes(), self.first, ast.Continue)
 
-    def is_before_step(self, frames: Sequence[Frame]) -> bool:
-        """Whether a stack in it is at a line before its step, or in the step, in every turn."""
+    def is_before_step(self, frames: Sequence[Frame]) -> bool | None:
+        """Whether a stack in it is at a line before its step, or in the step, in every turn.
+
+        None if it is not known which call makes the step, such as where there are two optimizers.
+        """
         inside = max(number for number, frame in enumerate(frames) if self.holds(frame))
-        return any(_is_before(step, frames[inside:]) for step in self.steps())
+        steps = self.steps()
+        if len(steps) > 1:
+            steps = [step for step in steps if not _is_step(step) or _is_of_optimizer(step)]
+        return _is_before(steps[0], frames[inside:]) if len(steps) == 1 else None
 
     def steps(self) -> list[ast.Call]:
         """The calls that make a step in its body, but in no function or loop there."""
@@ -272,7 +321,7 @@ class Loop(Lines):
         return [node for node in _loop_nodes(self.file) if node.lineno == self.first]
 
 
-def _functions(way: Way) -> list[ast.AST]:
+def _functions(way: Way) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
     return [node for node, _ in way if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
 
@@ -293,6 +342,12 @@ def _is_step(call: ast.Call) -> bool:
         case ast.Attribute(value=owner, attr="step"):
             return not re.search(r"sched|\blr_|profiler|\bprof\b", ast.unparse(owner))
     return False
+
+
+def _is_of_optimizer(step: ast.Call) -> bool:
+    """Whether the name of what has the `step` is that of an optimizer."""
+    owner = step.func.value if isinstance(step.func, ast.Attribute) else step.func
+    return bool(re.search(r"opt|adam|sgd", ast.unparse(owner), re.IGNORECASE))
 
 
 def _own_nodes(body: Iterable[ast.AST]) -> Iterator[ast.AST]:

@@ -52,13 +52,23 @@ _FUNCTIONAL = os.path.join("ddp_lessons", "instrumentation", "functional.py")
 # Files of torch.distributed that only call the function in which a rank waits.
 _ONLY_CALL = ("c10d_logger.py", "_functional_collectives.py")
 
-# Functions of threading and concurrent.futures that wait until a thread is done.
+# Functions that wait until a thread is done, and where they are. Those of multiprocessing with the
+# same names wait for a process.
 _OF_THREADS = ("join", "result", "result_iterator", "as_completed", "shutdown")
-
+_THREADS_FILES = tuple(
+    os.path.join("", *path)
+    for path in (("threading.py",), ("futures", "_base.py"), ("futures", "thread.py"))
+)
+# Lines of threading.py in which such a wait has a timeout; in that of Python 3.13 it may have one.
+_TIMED = ("gotit = waiter.acquire(True", "self._wait_for_tstate_lock(timeout")
+_PERHAPS_TIMED = "self._handle.join(timeout)"
 
 # Functions in which Python's own threads only wait for work: an idle pool's; queues' and pools'.
+# The thread of `_handle_results` calls callbacks, too.
 _IDLE_POOL = "_worker"
-_IDLE_HELPERS = ("_feed", "_handle_workers", "_handle_tasks", "_handle_results", "_monitor")
+_IDLE_HELPERS = ("_feed", "_handle_workers", "_handle_tasks", "_monitor")
+# Threads of packages that never call the learner's code.
+_IDLE_FILES = (os.path.join("tqdm", "_monitor.py"),)
 
 
 class Position(NamedTuple):
@@ -136,15 +146,43 @@ def is_whole(dump: str) -> bool:
 def all_wait_for_others(dump: str) -> bool:
     """True if all threads that may be the learner's wait in torch.distributed, or for such a one.
 
-    A thread that runs only torch's code or ours is not the learner's. One that runs only Python's,
-    such as a `threading.Timer`, may still be about to call the learner's code.
+    A thread that runs only torch's code or ours is not the learner's, unless a thread of the
+    learner's waits for one: it may be that. One that runs only Python's, such as a
+    `threading.Timer`, may still be about to call the learner's code.
     """
-    threads = _threads(dump)
+    threads = [thread for thread in _threads(dump) if not _is_helper(thread)]
     if any(_may_call_something(thread) for thread in threads):
         return False
     parts = [part for thread in threads if (part := _own_part(thread))]
-    calls = [position(part).call for part in parts if not _waits_for_a_thread(part)]
+    waiting = [part for part in parts if _waits_for_a_thread(part)]
+    if any(map(_may_give_up, waiting)):
+        return False
+    others = [thread for thread in threads if not _own_part(thread)] if waiting else []
+    if any(_call_of_any(thread) is None for thread in others if _is_librarys(thread)):
+        return False
+    calls = [position(part).call for part in parts if part not in waiting]
     return bool(calls) and None not in calls
+
+
+def _is_helper(frames: Sequence[Frame]) -> bool:
+    return any(frame.filename.endswith(_IDLE_FILES) for frame in frames)
+
+
+def _is_librarys(frames: Sequence[Frame]) -> bool:
+    """Whether a thread runs code of libraries that something of theirs was called for."""
+    return any(not is_stdlib(f.filename) and not is_infrastructure(f.filename) for f in frames)
+
+
+def _call_of_any(frames: Sequence[Frame]) -> str | None:
+    return next((name for frame in frames if (name := _call_of(frame))), None)
+
+
+def _may_give_up(frames: Sequence[Frame]) -> bool:
+    """Whether a wait for a thread has a timeout, or may have one."""
+    perhaps = [number for number, frame in enumerate(frames) if frame.source == _PERHAPS_TIMED]
+    return any(frame.source.startswith(_TIMED) for frame in frames) or any(
+        number == 0 or "join()" not in frames[number - 1].source for number in perhaps
+    )
 
 
 def _may_call_something(frames: Sequence[Frame]) -> bool:
@@ -182,7 +220,9 @@ def _waits_for_a_thread(frames: Sequence[Frame]) -> bool:
     """Whether the innermost of the learner's lines waits for a thread, or for its result."""
     own = _not_of_libraries(frames)
     return bool(own) and any(
-        frame.function in _OF_THREADS and is_stdlib(frame.filename)
+        frame.function in _OF_THREADS
+        and is_stdlib(frame.filename)
+        and frame.filename.endswith(_THREADS_FILES)
         for frame in frames[own[-1] + 1 :]
     )
 

@@ -167,11 +167,80 @@ def test_where_an_exception_does_not_get_out(line: int, handler: int | None, tri
     assert (found and found[1]) == handler
 
 
-def test_the_first_of_two_lines_of_one_function(tries: str) -> None:
-    here, there, elsewhere = f"{tries}:7", f"{tries}:23", f"{tries}:27"
-    assert source_code.first_of(there, here) == here
-    assert source_code.first_of(here, elsewhere) is None
-    assert source_code.first_of(here, "another.py:8") is None
+GUARDS = """\
+def work(rank):
+    for epoch in range(3):
+        for batch in batches:
+            train(batch)
+        if rank != 0:
+            continue
+        save(rank)
+
+def measure(rank):
+    for batch in batches:
+        learn(batch)
+    gather()
+
+def check(x):
+    if x is None:
+        raise ValueError
+    use(x)
+
+def write(x):
+    if not main:
+        return
+    with open(x):
+        barrier()
+
+def turns():
+    first()
+    second()
+    for turn in range(3):
+        third()
+        fourth()
+        fifth()
+        for inner in range(2):
+            sixth()
+
+def apart():
+    first()
+"""
+
+
+@pytest.fixture
+def guards() -> str:
+    linecache.cache["guards.py"] = len(GUARDS), None, GUARDS.splitlines(keepends=True), "guards.py"
+    return "guards.py"
+
+
+def test_a_line_behind_one_that_may_leave_is_one_to_which_only_some_come(guards: str) -> None:
+    train, save, learn, gather = (f"{guards}:{line}" for line in (4, 7, 11, 12))
+    assert source_code.optional(train, save) == source_code.optional(save, train) == save
+    assert source_code.optional(learn, gather) == source_code.optional(gather, learn) == learn
+    of_rank = [n for n in range(1, 24) if source_code.depends_on_rank(Frame(guards, n, ""))]
+    assert of_rank == [6, 7, 21, 22, 23]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "before", "found"),
+    [
+        (26, 27, None, 26),  # in no loop: the first
+        (29, 30, 29, 30),
+        (29, 30, 30, 29),
+        (29, 30, 31, 29),
+        (29, 30, None, None),
+        (29, 33, 31, None),  # ranks may leave the inner loop at different times
+        (26, 36, None, None),  # another function
+    ],
+)
+def test_which_of_two_lines_comes_next(
+    one: int, other: int, before: int | None, found: int | None, guards: str
+) -> None:
+    sites = [None if n is None else f"{guards}:{n}" for n in (one, other, before, found)]
+    for first, second in (sites[:2], sites[1::-1]):
+        assert first is not None
+        assert second is not None
+        assert source_code.next_of(first, second, sites[2]) == sites[3]
 
 
 HANDLERS = """\

@@ -6,6 +6,7 @@ some ranks, streams that end.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import sys
@@ -463,6 +464,106 @@ def validates_after_the_last_epoch_on_rank_0(rank: int) -> None:
             model(torch.ones(3, 4))  # HERE
 
 
+# A call that one rank makes alone, after or before the training that all take part in
+
+
+def three_epochs(after: Callable[[nn.Module, int], None]) -> None:
+    model = DDP(two_layers())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for epoch in range(3):
+        for _ in range(2):
+            model(torch.ones(3, 4)).sum().backward()
+            optimizer.step()
+        after(model, epoch)  # an epoch's end
+
+
+def saves_in_a_function_that_returns_on_others(rank: int) -> None:
+    def save(model: nn.Module, epoch: int) -> None:
+        if rank != 0:
+            return
+        torch.save(model.state_dict(), os.devnull)
+        dist.barrier()  # HERE
+
+    three_epochs(save)
+
+
+def gathers_behind_a_continue(rank: int) -> None:
+    model = DDP(two_layers())
+    found: list[Any] = [None] * dist.get_world_size()
+    for _ in range(3):
+        for _ in range(2):
+            model(torch.ones(3, 4)).sum().backward()
+        if rank != 0:
+            continue
+        dist.all_gather_object(found, 1)  # HERE
+
+
+def only_one_rank_has_a_hook(rank: int) -> None:
+    class Trainer:
+        def train(self) -> None:
+            for _ in range(3):
+                dist.all_reduce(torch.ones(2))
+                self.at_the_end()  # HERE
+
+        def at_the_end(self) -> None:
+            pass
+
+    class Logging(Trainer):
+        def at_the_end(self) -> None:
+            dist.broadcast(torch.ones(1), rank)
+
+    (Logging if rank == 1 else Trainer)().train()
+
+
+def gathers_before_the_model_is_wrapped(rank: int) -> None:
+    if rank == 0:
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, "options")  # HERE
+    DDP(two_layers())
+
+
+def two_lines_in_turn(rank: int) -> None:
+    for step in range(3):
+        dist.all_reduce(torch.ones(1))
+        if (rank, step) != (2, 1):
+            dist.barrier()  # HERE
+
+
+def skips_in_a_thread_of_asyncio(rank: int) -> None:
+    async def train() -> None:
+        for step in range(3):
+            if (rank, step) != (2, 1):
+                await asyncio.to_thread(dist.all_reduce, torch.ones(1))  # HERE
+            await asyncio.to_thread(dist.barrier)
+
+    asyncio.run(train())
+
+
+def hands_on_to_one_that_does_not_receive(rank: int) -> None:
+    much = torch.ones(4_000_000)
+    if rank == 0:
+        dist.send(much, 1)
+        dist.recv(much, 1)
+    if rank == 1:
+        dist.send(much, 2)  # HERE
+        dist.recv(much, 0)
+    dist.barrier()
+
+
+def steps_of_two_optimizers(rank: int) -> None:
+    first, second = two_layers(), two_layers()
+    opt_first = torch.optim.SGD(first.parameters(), 0.1)
+    opt_second = torch.optim.SGD(second.parameters(), 0.1)
+    for step in range(3):
+        first(torch.ones(1, 4)).sum().backward()
+        opt_first.step()
+        if (rank, step) != (1, 2):
+            dist.all_reduce(torch.ones(2))  # HERE
+        second(torch.ones(1, 4)).sum().backward()
+        opt_second.step()
+    dist.barrier()
+
+
 class Case(NamedTuple):
     """What the explanation must say, and what it must not."""
 
@@ -602,6 +703,30 @@ CASES = [
         (UNEVEN, TOGETHER, "steps"),
     ),
     Case(
+        saves_in_a_function_that_returns_on_others,
+        "skipped collective",
+        (0,),
+        ("rank 0 calls barrier",),
+        (UNEVEN, "steps"),
+    ),
+    Case(
+        gathers_behind_a_continue,
+        "skipped collective",
+        (0,),
+        ("rank 0 calls all_gather_object",),
+    ),
+    Case(only_one_rank_has_a_hook, "skipped collective", (1,), ("rank 1 calls broadcast",)),
+    Case(
+        gathers_before_the_model_is_wrapped,
+        "skipped collective",
+        (0,),
+        ("rank 0 calls all_gather_object",),
+        ("raised RuntimeError: DDP expects",),
+    ),
+    Case(two_lines_in_turn, "skipped collective", (2,), ("which rank 2 skipped",)),
+    Case(hands_on_to_one_that_does_not_receive, "unmatched send", (1,), ("to rank 2",)),
+    Case(steps_of_two_optimizers, "skipped collective", (1,), (), ("steps",)),
+    Case(
         validates_after_the_last_epoch_on_rank_0,
         "returned early",
         (1, 2),
@@ -642,3 +767,10 @@ def test_a_hang_is_explained_to_rank_and_line(case: Case, tmp_path: Path) -> Non
         assert said in text
     for said in (*case.says_not, "not recorded"):
         assert said not in text
+
+
+def test_a_call_in_a_thread_that_the_main_thread_does_not_wait_for_by_itself() -> None:
+    run: Run = launch(joined, (skips_in_a_thread_of_asyncio,), nprocs=3, timeout=3, check=False)
+    assert run.verdict is not None
+    assert (run.verdict.kind, run.verdict.ranks) == ("different collectives", (2,)), run.explain()
+    assert "rank 2 calls barrier" in run.verdict.title

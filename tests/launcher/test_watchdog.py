@@ -7,12 +7,13 @@ for a hang after one to ten seconds. Real hangs are still reported soon.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -197,6 +198,78 @@ def test_a_timer_that_makes_the_missing_call() -> None:
         return "met"
 
     assert launch(work).values == ["met", "met"]
+
+
+# How rank 0 spends three seconds in which the others wait; a thread of its own waits, too.
+def in_a_process(upload: threading.Thread) -> None:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3,))
+    child.start()
+    child.join()
+
+
+def in_a_thread_with_a_timeout(upload: threading.Thread) -> None:
+    upload.join(timeout=3)
+
+
+def in_a_function_of_torch(upload: threading.Thread) -> None:
+    reading, writing = os.pipe()
+    data = torch.zeros(1_000_000)
+    saver = threading.Thread(target=torch.save, args=(data, os.fdopen(writing, "wb")))
+    saver.start()
+    child = multiprocessing.get_context("fork").Process(target=_read_late, args=(reading, writing))
+    child.start()
+    os.close(reading)
+    saver.join()
+    child.terminate()
+    child.join()
+
+
+def _read_late(reading: int, writing: int) -> None:
+    os.close(writing)
+    time.sleep(3)
+    while os.read(reading, 1 << 20):
+        pass
+
+
+@pytest.mark.parametrize(
+    "spend", [in_a_process, in_a_thread_with_a_timeout, in_a_function_of_torch]
+)
+def test_a_rank_that_will_go_on_is_not_taken_for_one_that_waits_for_ever(
+    spend: Callable[[threading.Thread], None],
+) -> None:
+    def work(rank: int) -> str:
+        dist.init_process_group("gloo")
+        group = dist.new_group()
+        upload = threading.Thread(target=dist.barrier, args=(group,))
+        if rank == 0:
+            upload.start()
+            spend(upload)
+        dist.barrier()
+        if rank == 1:
+            upload.start()
+        upload.join()
+        dist.destroy_process_group()
+        return "done"
+
+    assert launch(work, nprocs=2).values == ["done"] * 2
+
+
+def test_the_callback_of_a_pool_may_make_the_missing_call() -> None:
+    def work(rank: int) -> float:
+        dist.init_process_group("gloo")
+        got = torch.zeros(1)
+        if rank == 0:
+            dist.recv(got, 1)
+            dist.barrier()
+        else:
+            with multiprocessing.get_context("fork").Pool(1) as pool:
+                send = dist.send
+                pool.apply_async(time.sleep, (3,), callback=lambda _: send(torch.ones(1), 0))
+                dist.barrier()
+        dist.destroy_process_group()
+        return float(got)
+
+    assert launch(work, nprocs=2).values == [1, 0]
 
 
 def test_a_world_without_a_rank_that_has_returned(tmp_path: Path) -> None:

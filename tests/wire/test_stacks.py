@@ -159,6 +159,8 @@ def thread_in(*frames: str) -> str:
 
 THREADING = "/usr/lib/python3.11/threading.py"
 POOL = "/usr/lib/python3.11/concurrent/futures/thread.py"
+FUTURES = "/usr/lib/python3.11/concurrent/futures/_base.py"
+MULTI = "/usr/lib/python3.11/multiprocessing"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,8 @@ POOL = "/usr/lib/python3.11/concurrent/futures/thread.py"
         ((f"{POOL}:run", f"{POOL}:_worker", f"{THREADING}:run"), True),  # runs a C function
         ((f"{POOL}:_worker", f"{THREADING}:run"), False),
         ((f"{THREADING}:wait", "/usr/lib/python3.11/multiprocessing/queues.py:_feed"), False),
+        (("/usr/lib/python3.11/multiprocessing/pool.py:_handle_results",), True),  # callbacks
+        (("/opt/lib/python3.11/site-packages/tqdm/_monitor.py:run", f"{THREADING}:run"), False),
         ((f"{TORCH}/../utils/data/_utils/pin_memory.py:do", f"{THREADING}:run"), False),
         ((), False),
     ],
@@ -178,6 +182,28 @@ def test_another_thread_may_make_the_missing_call(thread: tuple[str, ...], may: 
     waits = DUMP[DUMP.index("Current thread") :]
     assert stacks.all_wait_for_others(waits)
     assert stacks.all_wait_for_others(thread_in(*thread) + waits) != may
+
+
+# What the main thread calls below its own line, innermost first, and whether that ends only when a
+# thread does: with a timeout it may end before, and what multiprocessing joins is a process.
+WAITS = {
+    "Thread.join()": ((f"{THREADING}:_wait_for_tstate_lock", f"{THREADING}:join"), True),
+    "Future.result()": ((f"{THREADING}:wait", f"{FUTURES}:result"), True),
+    "Process.join()": ((f"{MULTI}/popen_fork.py:wait", f"{MULTI}/process.py:join"), False),
+    "JoinableQueue.join()": ((f"{MULTI}/queues.py:join",), False),
+    "str.join of a generator": (("/home/me/train.py:join",), False),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_who_waits_for_a_process_may_go_on(wait: str) -> None:
+    frames, forever = WAITS[wait]
+    main = thread_in(*frames, "/home/me/train.py:work")
+    in_barrier = thread_in(f"{TORCH}/distributed_c10d.py:barrier", "/home/me/train.py:upload")
+    assert stacks.all_wait_for_others(in_barrier + main) == forever
+    # What the main thread waits for may be a thread that runs a function of torch's.
+    saver = thread_in(f"{TORCH}/../serialization.py:save", f"{THREADING}:run")
+    assert not stacks.all_wait_for_others(in_barrier + saver + main)
 
 
 @pytest.mark.parametrize("name", ["<string>", "<dynamic-code>", "<anything>", "/nowhere/x.py"])

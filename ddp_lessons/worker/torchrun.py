@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import fcntl
+import functools
 import json
 import multiprocessing.process
 import os
@@ -51,6 +52,7 @@ from ddp_lessons.wire.records import ErrorRecord
 from ddp_lessons.wire.run_folder import NOTES, VARIABLE, VERSION
 from ddp_lessons.wire.span_buffer import REGION, SpanWriter, identity, prepare, reserve, say
 from ddp_lessons.wire.stacks import describe
+from ddp_lessons.worker.in_turn import InTurn
 
 KINDS = ("jsonl", "tape", "stack")
 _ROOM = 1 << 16  # bytes reserved in the files of facts and of the stack
@@ -125,6 +127,7 @@ class _Script:
         self._identities = {file: identity(file) for file in (files.facts, files.stack)}
         self._written = 0  # bytes of facts
         self._whole = True  # all facts could be written so far
+        self._in_turn = InTurn()
         self._pid = os.getpid()
         self._recorder = recording.Recorder(
             began["rank"],
@@ -154,10 +157,15 @@ class _Script:
         atexit.register(self._on_exit)
 
     def _write(self, **fact: Any) -> None:
+        """Append a line, from any thread."""
+        if os.getpid() == self._pid:  # a forked child has our file, too
+            data = json.dumps(fact).encode() + b"\n"
+            self._in_turn(functools.partial(self._append, data))
+
+    def _append(self, data: bytes) -> None:
         """Append a line. Once one does not fit on the disk, write no more."""
-        if os.getpid() != self._pid or not self._whole:  # a forked child has our file, too
+        if not self._whole:
             return
-        data = json.dumps(fact).encode() + b"\n"
         at = self._written
         try:
             while data and self._has(self._facts):
@@ -218,7 +226,7 @@ class _Script:
         self._recorder.close()
         self._recorder.notice_unused_handles()
         self._write(ended={"t_ns": time.perf_counter_ns()})
-        self._give_room_back()
+        self._in_turn(self._give_room_back)
         ddp_traffic.release_groups(self._recorder)
 
     def _give_room_back(self) -> None:

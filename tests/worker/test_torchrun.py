@@ -213,6 +213,32 @@ def test_timeouts_and_threads_are_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_threads_report_at_once(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import threading
+        from ddp_lessons import report
+        def watch(name):
+            for number in range(1000):
+                report(**{name: number})
+        threads = [threading.Thread(target=watch, args=(name,)) for name in ("loss", "queue")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        """,
+        head="",
+    )
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": "record"})
+    assert code == 0, text
+    run = load_run(tmp_path / "record")
+    for name in ("loss", "queue"):
+        assert [row[name] for row in run.reports if name in row] == list(range(1000))
+    assert run.ok
+
+
+@pytest.mark.slow
 def test_a_message_too_long_for_its_recv_is_named_from_the_record(tmp_path: Path) -> None:
     """Gloo aborts the rank, and only its output says why."""
     record(

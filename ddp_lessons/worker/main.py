@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import logging
 import multiprocessing
@@ -48,6 +49,7 @@ from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import RankInfo, Task
 from ddp_lessons.worker import displays, huge_pages, post_mortem, settings, written_pages
+from ddp_lessons.worker.in_turn import InTurn
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
@@ -131,11 +133,11 @@ def remove_unused_cache() -> None:
 
 
 class _Sender:
-    """Writes whole messages to the parent, from any thread."""
+    """Writes whole messages to the parent, from any thread and from signal handlers."""
 
     def __init__(self, connection: Connection | socket.socket) -> None:
         self._connection = connection  # kept open for the life of the process
-        self._lock = threading.Lock()
+        self._in_turn = InTurn()
         self._pid = os.getpid()
 
     @property
@@ -146,14 +148,15 @@ class _Sender:
     def __call__(self, message: Message) -> None:
         if os.getpid() != self._pid:
             return  # in a forked child that runs on in the learner's function: it is not the rank
-        encoded, file = encode(message)
+        self._in_turn(functools.partial(self._write, *encode(message)))
+
+    def _write(self, encoded: bytes, file: Connection | None) -> None:
         data = memoryview(encoded)
-        with self._lock:
-            if file is not None:
-                assert isinstance(self._connection, socket.socket)
-                data = data[socket.send_fds(self._connection, [data], [file.fileno()]) :]
-            while data:
-                data = data[os.write(self._connection.fileno(), data) :]
+        if file is not None:
+            assert isinstance(self._connection, socket.socket)
+            data = data[socket.send_fds(self._connection, [data], [file.fileno()]) :]
+        while data:
+            data = data[os.write(self._connection.fileno(), data) :]
 
 
 def _die_with_parent() -> None:

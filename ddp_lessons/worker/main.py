@@ -282,13 +282,13 @@ def _carry_out(
         shown.close()
         code = _exit_code(error)
         record = describe(error, task.home)
-        if task.post_mortem and code:
-            recorder.send(PostMortem(post_mortem.frames_of(error, task.home)))
         recorder.send(
             Returned(end_ns, pack(None), _threads(), record.frames)
             if called and code == 0
             else Raised(end_ns, record, code, _pickled_or_none(error))
         )
+        if task.post_mortem and code:  # last: to show a learner's object may take forever
+            recorder.send(PostMortem(post_mortem.frames_of(error, task.home)))
         return code
     end_ns = _close(recorder)
     shown.close()

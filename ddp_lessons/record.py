@@ -54,7 +54,7 @@ def _run(script: str) -> None:
     sys.modules["__main__"] = main
     sys.path[0] = os.path.dirname(main.__file__)
     torchrun.begin()
-    exec(compile(source, main.__file__, "exec"), vars(main))
+    exec(compile(source, main.__file__, "exec", dont_inherit=True), vars(main))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ TELLS = """
     from helper import average
 
     class Sample:
-        pass
+        size: int
 
     if __name__ == "__main__":
         pickle.dumps(Sample())  # found in __main__
-        print(__file__, sys.argv, sys.path[0] == os.path.dirname(os.path.abspath(__file__)))
+        print(__file__, sys.argv, sys.path[0] == os.path.dirname(os.path.abspath(__file__)), end="")
+        print(Sample.__annotations__)
         print("torch" in sys.modules, os.environ.get("DDP_LESSONS_RECORD"))
 """
 

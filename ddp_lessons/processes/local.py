@@ -99,6 +99,8 @@ class WorkerProcess(Worker):
         pipes: list[tuple[Any, Any]] = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
         if self.takes_files:
             pipes[MESSAGES] = socket.socketpair()
+            for end in pipes[MESSAGES]:
+                end.setblocking(True)  # whatever socket.setdefaulttimeout says
         readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
         try:
             context: Any = multiprocessing.get_context(method)

@@ -103,8 +103,9 @@ def run_rank(
         if task.tells_pages and place.rank == 0 and recorder.has_joined:
             send(WrittenPages(written_pages.written()))
     for stream in (sys.stdout, sys.stderr):
-        if not stream.closed:
+        with contextlib.suppress(Exception):  # it is closed, or an object of the learner's
             stream.flush()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # multiprocessing flushes them next
     ctypes.CDLL(None).fflush(None)  # what C code printed: multiprocessing leaves by os._exit
     if "TORCHINDUCTOR_CACHE_DIR" not in {**task.environment, **task.overrides}:
         remove_unused_cache()

@@ -118,6 +118,43 @@ def test_a_closed_stdout_does_no_harm() -> None:
     assert run.ranks[0].output == ""
 
 
+class Writes:
+    """A learner's stdout that lacks much of a file."""
+
+    def __init__(self) -> None:
+        self.console = sys.stdout
+
+    def write(self, text: str) -> None:
+        self.console.write(text)
+
+
+class Flushes(Writes):
+    def flush(self) -> None:
+        self.console.flush()
+
+
+class Refuses(Writes):
+    def flush(self) -> None:
+        raise OSError("the log is full")
+
+
+@pytest.mark.parametrize("kind", [Writes, Flushes, Refuses])
+def test_another_stdout_does_no_harm(kind: Any) -> None:
+    def work(rank: int) -> None:
+        sys.stdout = kind()
+        print("hello", end="")
+
+    run = launch(work, nprocs=1, check=False)
+    assert run.ok
+    assert (run.ranks[0].exitcode, run.ranks[0].output) == (0, "hello")
+
+
+def test_no_stdout_does_no_harm() -> None:
+    run = launch(lambda rank: setattr(sys, "stdout", None), nprocs=1, check=False)
+    assert run.ok
+    assert run.ranks[0].exitcode == 0
+
+
 def test_sys_exit() -> None:
     with pytest.raises(WorkerFailed, match="rank 0 of 2 raised SystemExit: 3") as caught:
         launch(lambda rank: sys.exit(3) if rank == 0 else None)

@@ -42,7 +42,7 @@ from ddp_lessons.wire.records import (
     split_site,
 )
 
-MOST_BYTES = 1 << 22  # of a file of facts or stacks
+MOST_BYTES = 20 << 20  # of a file of facts or stacks; 50,000 reports of a number take 5 to 16 MB
 MOST_FILES = 1000  # source files whose digests are read
 LARGEST = (1 << 63) - 1
 LONGEST_PATH = 4096  # characters

@@ -6,7 +6,8 @@ as before, except that its ranks end with torchrun, even if that is killed. A ra
 in the folder, named after the time at which it began:
 
     rank_0.TIME.tape     its span buffer, in shared memory: it survives a killed process
-    rank_0.TIME.jsonl    one fact a line: how it began, its clock against rank 0's, how it ended
+    rank_0.TIME.jsonl    one fact a line: how it began, its clock against rank 0's, how it ended;
+                         at most as many bytes as are read
     rank_0.TIME.stack    its stack when SIGTERM told it to end, as torchrun does when others fail
 
 A rank reserves room in each for what matters most, filled with zeros, and cuts them off when it
@@ -55,6 +56,8 @@ from ddp_lessons.wire.stacks import describe
 from ddp_lessons.worker.in_turn import InTurn
 
 KINDS = ("jsonl", "tape", "stack")
+ENDS = {"raised", "ended"}  # facts that matter most
+ROOM_TO_END = 1 << 20  # bytes of the file of facts that only those may take
 _ROOM = 1 << 16  # bytes reserved in the files of facts and of the stack
 _OWNER = "DDP_LESSONS_RECORDED_BY"  # id of the process that records; its children inherit this
 
@@ -160,13 +163,17 @@ class _Script:
         """Append a line, from any thread."""
         if os.getpid() == self._pid:  # a forked child has our file, too
             data = json.dumps(fact).encode() + b"\n"
-            self._in_turn(functools.partial(self._append, data))
+            most = facts.MOST_BYTES - (0 if fact.keys() & ENDS else ROOM_TO_END)
+            self._in_turn(functools.partial(self._append, data, most))
 
-    def _append(self, data: bytes) -> None:
-        """Append a line. Once one does not fit on the disk, write no more."""
-        if not self._whole:
-            return
+    def _append(self, data: bytes, most: int) -> None:
+        """Append a line, unless the file would then have more than `most` bytes.
+
+        Once a line does not fit on the disk, write no more.
+        """
         at = self._written
+        if not self._whole or at + len(data) > most:
+            return
         try:
             while data and self._has(self._facts):
                 written = os.pwrite(self._facts, data, at)

@@ -107,10 +107,13 @@ class Fields:
         """All fields, which are numbers of any kind, by their names."""
         if not all(type(value) in (int, float) for value in self.data.values()):
             raise ValueError("is damaged: what was reported is no number")
-        return {
-            name.encode(errors="replace").decode(): float(value)
-            for name, value in self.data.items()
-        }
+        try:
+            return {
+                name.encode(errors="replace").decode(): float(value)
+                for name, value in self.data.items()
+            }
+        except OverflowError:
+            raise ValueError("is damaged: a number that was reported is too large") from None
 
     def _list(self, name: str) -> list[Any]:
         value = self.data.get(name, [])

@@ -32,7 +32,7 @@ def main() -> None:
         del sys.argv[0]
     if not sys.argv or sys.argv[0].startswith("-"):
         sys.exit(USAGE)
-    os.environ.setdefault(VARIABLE, FOLDER)
+    os.environ[VARIABLE] = os.environ.get(VARIABLE) or FOLDER
     if "RANK" not in os.environ:
         say("nothing is recorded: RANK is not set. Start the script with torchrun.")
     if is_module:

@@ -159,6 +159,17 @@ def test_a_module_is_run_by_its_name_and_the_folder_is_ones_own(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_an_empty_variable_names_no_folder(tmp_path: Path) -> None:
+    script = written(tmp_path, "import ddp_lessons\n")
+    before = set(os.listdir(tmp_path))
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": ""})
+    assert code == 0, text
+    assert set(os.listdir(tmp_path)) == before
+    run(tmp_path, "train.py", RANK="0", WORLD_SIZE="1", DDP_LESSONS_RECORD="")
+    assert load_run(tmp_path / "record").ok
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

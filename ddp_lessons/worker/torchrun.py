@@ -145,7 +145,7 @@ class _Script:
         # Unlike a Python handler, this one runs in a rank that waits in C. `chain` passes the
         # signal on, so that it then ends the rank.
         faulthandler.register(signal.SIGTERM, file=files.stack, all_threads=True, chain=True)
-        os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
+        os.register_at_fork(after_in_child=_tell_no_stack)
         install(self._recorder)
         if os.environ.get(NOTES):
             from ddp_lessons.instrumentation import notes  # which imports torch
@@ -243,6 +243,14 @@ class _Script:
                 os.ftruncate(self._facts, self._written)
             if self._has(self._stack):
                 os.ftruncate(self._stack, os.lseek(self._stack, 0, os.SEEK_CUR))
+
+
+def _tell_no_stack() -> None:
+    """In a child that a rank forked: SIGTERM does what the script has set, and no more."""
+    handler = signal.getsignal(signal.SIGTERM)
+    faulthandler.unregister(signal.SIGTERM)  # puts back what was set before the script began
+    if handler is not None:  # else one that is not Python's: that one
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _files_of(error: ErrorRecord) -> Iterator[str]:

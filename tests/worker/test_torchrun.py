@@ -277,6 +277,30 @@ def test_a_child_that_is_told_to_end_is_not_the_rank(tmp_path: Path) -> None:
     assert load_run(tmp_path / "record").ranks[0].status == "died"
 
 
+@pytest.mark.slow
+def test_a_child_keeps_the_handler_that_the_script_has_set(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, signal
+        import ddp_lessons
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+        began, begin = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(begin, b"!")
+            signal.pause()
+        os.read(began, 1)
+        os.kill(child, signal.SIGTERM)
+        print("the child ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """,
+        head="",
+    )
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": "record"})
+    assert code == 0, text
+    assert "the child ended with 7" in text
+
+
 @pytest.mark.xdist_group("attempts")
 def test_the_attempt_after_those_that_failed(attempts: Path) -> None:
     run = load_run(attempts)

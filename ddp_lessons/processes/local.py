@@ -33,7 +33,7 @@ from ddp_lessons.processes.base import (
     WorkerGroup,
 )
 from ddp_lessons.processes.packing import Argument
-from ddp_lessons.system import memory, reaper
+from ddp_lessons.system import memory, reaper, standard_files
 from ddp_lessons.system.host import reserve_port
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.text import count
@@ -303,6 +303,7 @@ class LocalWorkerGroup(WorkerGroup):
 
     def __init__(self, places: Sequence[RankInfo], start_method: str) -> None:
         super().__init__()
+        standard_files.hold()
         self._method = start_method
         self._kills = memory.kills()
         with contextlib.ExitStack() as stack:

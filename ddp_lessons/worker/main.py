@@ -179,8 +179,9 @@ def _kill_group_after(sentinel: int) -> None:
 
 def _redirect(output: Connection) -> None:
     """Send everything that this process and its C++ code write to the parent, line by line."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # else the forkserver was started without it
+            stream.flush()
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()

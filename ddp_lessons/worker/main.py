@@ -44,7 +44,7 @@ from ddp_lessons.wire.messages import (
     encode,
 )
 from ddp_lessons.wire.parcels import Parcel, pack
-from ddp_lessons.wire.pickling import dumps
+from ddp_lessons.wire.pickling import dumps_small
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import RankInfo, Task
@@ -334,7 +334,6 @@ def _exit_code(error: BaseException) -> int:
 
 def _pickled_or_none(error: BaseException) -> bytes | None:
     try:
-        data = dumps(error)
-    except BaseException:  # its text travels anyway, in the ErrorRecord
+        return dumps_small(error, MOST_PICKLED)
+    except BaseException:  # it is too large, say; its text travels anyway, in the ErrorRecord
         return None
-    return data if len(data) <= MOST_PICKLED else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -78,6 +80,29 @@ def test_an_exception_that_cannot_be_pickled_or_rebuilt() -> None:
 
     with pytest.raises(WorkerFailed, match=r"raised \S*Odd: odd"):
         launch(work)
+
+
+class BadBatch(Exception):
+    batch: torch.Tensor
+
+
+@pytest.mark.parametrize("size", [3, 1 << 26])
+def test_an_exception_with_much_data_takes_no_more_memory(size: int) -> None:
+    def most() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def work(rank: int) -> None:
+        error = BadBatch("bad sample 17")
+        error.batch = torch.ones(size)
+        before = most()
+        atexit.register(lambda: print(most() / before < 1.2))
+        raise error
+
+    (rank,) = launch(work, nprocs=1, check=False).ranks
+    assert rank.lines == ["True"]
+    assert rank.error is not None
+    assert "bad sample 17" in rank.error.text
+    assert isinstance(rank.exception, BadBatch) == (size == 3)
 
 
 def test_chained_exceptions() -> None:

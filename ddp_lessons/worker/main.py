@@ -52,6 +52,7 @@ from ddp_lessons.worker import displays, huge_pages, post_mortem, settings, writ
 from ddp_lessons.worker.in_turn import InTurn
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
+MOST_THREADS = (1 << 31) - 1  # OpenMP ignores a larger number
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
 
 
@@ -242,9 +243,8 @@ def _refresh_torch() -> None:
     import torch.distributed as dist
 
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    torch.set_num_threads(
-        int(threads) if threads.isdigit() and int(threads) else os.cpu_count() or 1
-    )
+    number = int(threads) if threads.isdecimal() else 0
+    torch.set_num_threads(number if 0 < number <= MOST_THREADS else os.cpu_count() or 1)
     dist.set_debug_level_from_env()
     torch.default_generator.seed()
 

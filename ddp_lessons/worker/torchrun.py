@@ -271,6 +271,8 @@ def _how_it_began() -> dict[str, Any]:
         "group_rank": _number("GROUP_RANK"),
         "host": platform.node(),
         "pid": os.getpid(),
+        "agent": os.getppid(),
+        "restarts": _number("TORCHELASTIC_RESTART_COUNT"),
         "clock": clock_id(),
         "epoch_ns": time.time_ns(),
         "t_ns": time.perf_counter_ns(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import textwrap
@@ -306,6 +307,45 @@ def test_the_attempt_after_those_that_failed(attempts: Path) -> None:
     run = load_run(attempts)
     assert run.ok
     assert [s.name for s in run.ranks[1].spans if s.kind == "compute"] == ["first", "second"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_had_not_begun_before_the_restart(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        os.mkfifo(tmp_path / name)
+    script = write(
+        tmp_path,
+        """
+        import os, signal, sys
+        def begin():
+            import ddp_lessons
+        def tell(name):
+            open(name, "w").close()
+        def await_(name):
+            open(name).close()
+        match os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]:
+            case "0", "0":
+                begin()
+                tell("first")
+                signal.pause()
+            case "1", "0":
+                await_("first")
+                sys.exit("no GPU is free yet")
+            case "1", "1":
+                begin()
+                tell("second")
+            case "0", "1":
+                await_("second")
+                begin()
+        """,
+        head="",
+    )
+    env = {"DDP_LESSONS_RECORD": "record"}
+    code, text = torchrun.run(script, "--nproc-per-node=2", "--max-restarts=1", env=env)
+    assert code == 0, text
+    assert load_run(tmp_path / "record").ok
+    with pytest.raises(FileNotFoundError, match="no record of rank 1"):
+        load_run(tmp_path / "record", attempt=0)
 
 
 @pytest.mark.slow

@@ -141,5 +141,5 @@ def __dir__() -> list[str]:
 
 
 warm_in_kernel()
-if "DDP_LESSONS_RECORD" in os.environ and f"{__name__}.record" not in sys.orig_argv:
+if os.environ.get("DDP_LESSONS_RECORD") and f"{__name__}.record" not in sys.orig_argv:
     importlib.import_module("ddp_lessons.worker.torchrun").begin()

@@ -32,7 +32,7 @@ def main() -> None:
         del sys.argv[0]
     if not sys.argv or sys.argv[0].startswith("-"):
         sys.exit(USAGE)
-    os.environ.setdefault(VARIABLE, FOLDER)
+    os.environ[VARIABLE] = os.environ.get(VARIABLE) or FOLDER
     if "RANK" not in os.environ:
         say("nothing is recorded: RANK is not set. Start the script with torchrun.")
     if is_module:
@@ -54,7 +54,7 @@ def _run(script: str) -> None:
     sys.modules["__main__"] = main
     sys.path[0] = os.path.dirname(main.__file__)
     torchrun.begin()
-    exec(compile(source, main.__file__, "exec"), vars(main))
+    exec(compile(source, main.__file__, "exec", dont_inherit=True), vars(main))
 
 
 if __name__ == "__main__":

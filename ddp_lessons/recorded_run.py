@@ -8,6 +8,7 @@ they read, and nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import linecache
 import os
@@ -35,6 +36,7 @@ from ddp_lessons.wire.records import Caught, Frame, Kind, Lane, Span, split_site
 from ddp_lessons.wire.run_folder import READABLE, VARIABLE, VERSION
 
 MOST_RANKS = 1 << 16
+MOST_OF_A_START = 1 << 16  # bytes of the fact that tells how a rank began
 _RECORD = re.compile(r"rank_(\d{1,9})\.(\d{1,19})\.jsonl", re.ASCII)
 _NUMBERS = re.compile(r"\d+")
 INTERRUPTED, TOLD_TO_END = -int(signal.SIGINT), -int(signal.SIGTERM)  # exit codes
@@ -129,16 +131,31 @@ def _attempts(files: Iterable[Path]) -> list[dict[int, Path]]:
     """The files of every attempt by rank, the earliest first.
 
     When a rank fails, torchrun restarts all ranks, so a rank that begins again begins an attempt.
-    (torchrun's count of restarts differs between machines, pytorch issue 108158.)
+    So does one whose agent has restarted its ranks since the attempt began. (The agents of two
+    machines may count differently, pytorch issue 108158.)
     """
     names = ((_RECORD.fullmatch(file.name), file) for file in files)
     begun = sorted((int(name[2]), int(name[1]), file) for name, file in names if name)
     attempts: list[dict[int, Path]] = []
+    known: dict[tuple[str, int] | None, int] = {}  # restarts by agent, in the last attempt
     for _, rank, file in begun:
-        if not attempts or rank in attempts[-1]:
+        agent, restarts = _started_by(file)
+        if not attempts or rank in attempts[-1] or known.get(agent, restarts) != restarts:
             attempts.append({})
+            known.clear()
         attempts[-1][rank] = file
+        known[agent] = restarts
     return attempts
+
+
+def _started_by(file: Path) -> tuple[tuple[str, int] | None, int]:
+    """The agent that started a rank, and how often it had restarted its ranks; None if unknown."""
+    with contextlib.suppress(OSError, ValueError), regular_files.opened(file) as opened:
+        first, _, _ = os.read(opened, MOST_OF_A_START).partition(b"\n")
+        began = facts.parse(first)[0].within("began")
+        if began is not None:
+            return (began.text("host"), began.number("agent")), began.number("restarts")
+    return None, 0
 
 
 def _read(file: Path) -> RankFiles:

@@ -61,11 +61,12 @@ TELLS = """
     from helper import average
 
     class Sample:
-        pass
+        size: int
 
     if __name__ == "__main__":
         pickle.dumps(Sample())  # found in __main__
-        print(__file__, sys.argv, sys.path[0] == os.path.dirname(os.path.abspath(__file__)))
+        print(__file__, sys.argv, sys.path[0] == os.path.dirname(os.path.abspath(__file__)), end="")
+        print(Sample.__annotations__)
         print("torch" in sys.modules, os.environ.get("DDP_LESSONS_RECORD"))
 """
 
@@ -155,6 +156,17 @@ def test_a_module_is_run_by_its_name_and_the_folder_is_ones_own(tmp_path: Path) 
     assert load_run(tmp_path / "mine").ok
     said = explain("mine", cwd=tmp_path)
     assert (said.returncode, said.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_an_empty_variable_names_no_folder(tmp_path: Path) -> None:
+    script = written(tmp_path, "import ddp_lessons\n")
+    before = set(os.listdir(tmp_path))
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": ""})
+    assert code == 0, text
+    assert set(os.listdir(tmp_path)) == before
+    run(tmp_path, "train.py", RANK="0", WORLD_SIZE="1", DDP_LESSONS_RECORD="")
+    assert load_run(tmp_path / "record").ok
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from ddp_lessons.processes.base import (
     WorkerGroup,
 )
 from ddp_lessons.processes.packing import Argument
-from ddp_lessons.system import memory, reaper
+from ddp_lessons.system import memory, reaper, standard_files
 from ddp_lessons.system.host import reserve_port
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.text import count
@@ -99,6 +99,8 @@ class WorkerProcess(Worker):
         pipes: list[tuple[Any, Any]] = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
         if self.takes_files:
             pipes[MESSAGES] = socket.socketpair()
+            for end in pipes[MESSAGES]:
+                end.setblocking(True)  # whatever socket.setdefaulttimeout says
         readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
         try:
             context: Any = multiprocessing.get_context(method)
@@ -301,6 +303,7 @@ class LocalWorkerGroup(WorkerGroup):
 
     def __init__(self, places: Sequence[RankInfo], start_method: str) -> None:
         super().__init__()
+        standard_files.hold()
         self._method = start_method
         self._kills = memory.kills()
         with contextlib.ExitStack() as stack:

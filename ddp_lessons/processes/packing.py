@@ -26,7 +26,7 @@ from ddp_lessons.system.notebook import in_kernel
 from ddp_lessons.wire.owners import home_of
 from ddp_lessons.wire.parcels import Packer, Parcel
 from ddp_lessons.wire.parcels import pack as pack_value
-from ddp_lessons.wire.pickling import Pickler
+from ddp_lessons.wire.pickling import Bounded, Pickler
 from ddp_lessons.wire.stacks import is_cell, text_of
 from ddp_lessons.wire.task import Task
 from ddp_lessons.worker.settings import taken
@@ -85,18 +85,11 @@ def _definitions() -> dict[str, bytes]:
     for name, value in list(vars(sys.modules["__main__"]).items()):
         if isinstance(value, type | types.FunctionType) and value.__module__ == "__main__":
             with contextlib.suppress(Exception):  # as above: anything may come out of a __reduce__
-                buffer = _Small()
+                buffer = Bounded(MOST_OF_A_DEFINITION)
                 _DefinitionPickler(buffer, names).dump(value)
                 found[name] = buffer.getvalue()
                 names[id(value)] = name
     return found
-
-
-class _Small(io.BytesIO):
-    def write(self, data: Any) -> int:
-        if self.tell() + len(data) > MOST_OF_A_DEFINITION:
-            raise ValueError("too large")
-        return super().write(data)
 
 
 def _chosen_start_method() -> str | None:

@@ -140,6 +140,8 @@ class Spare(Forked):
         self.forkserver = server._forkserver_pid
         self._channel, theirs = socket.socketpair()
         with theirs:
+            for end in (self._channel, theirs):
+                end.setblocking(True)  # whatever socket.setdefaulttimeout says
             self._fds = [theirs.fileno()]
             self._server, self._check = server, lambda: None
             self._polling = threading.Lock()

@@ -133,19 +133,48 @@ def untyped_storage(buffer: memoryview | bytearray) -> Any:
     return (numbers if isinstance(buffer, memoryview) else numbers.clone()).untyped_storage()
 
 
+class Bounded(io.BytesIO):
+    """A file in memory that refuses, by ValueError, to hold more than `most` bytes."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def write(self, data: Any) -> int:
+        self.check(len(data))
+        return super().write(data)
+
+    def check(self, size: int) -> None:
+        """Raise ValueError if so many bytes more are too many."""
+        if self.tell() + size > self._most:
+            raise ValueError("too large")
+
+
 def dumps(value: Any, pickler: type[Pickler] = Pickler) -> bytes:
     """The pickle of a value. `pickle.loads` reads it where this package can be imported."""
     return dump(value, pickler)
+
+
+def dumps_small(value: Any, most: int) -> bytes:
+    """The same, but of at most so many bytes: more are not even made. Else raises ValueError."""
+    buffer = Bounded(most)
+
+    def stays(data: pickle.PickleBuffer) -> bool:
+        buffer.check(data.raw().nbytes)
+        return True
+
+    return dump(value, Pickler, stays, buffer)
 
 
 def dump(
     value: Any,
     pickler: type[Pickler] = Pickler,
     stays: Callable[[pickle.PickleBuffer], object] | None = None,
+    buffer: io.BytesIO | None = None,
 ) -> bytes:
     """The pickle of a value, without the buffers for which `stays` returns False."""
     if (main := sys.modules.get("__mp_main__")) is not None:
         cloudpickle.register_pickle_by_value(main)  # the script, in a child; ranks cannot import it
-    buffer = io.BytesIO()
+    buffer = buffer or io.BytesIO()
     pickler(buffer, buffer_callback=stays).dump(value)
     return buffer.getvalue()

@@ -129,6 +129,9 @@ def reserve(descriptor: int, start: int, end: int) -> None:
 class SpanWriter:
     """One rank's region, written by the rank. Safe to use from several threads.
 
+    Also from signal handlers: they may interrupt the thread that holds the lock, but only where
+    Python calls something. So whoever holds it calls nothing between two lines that must agree.
+
     `number` is that of the region in the file, by default the rank.
     """
 
@@ -140,7 +143,7 @@ class SpanWriter:
         self._identity = identity(descriptor)
         self._memory = mmap.mmap(descriptor, REGION, offset=self._base)
         self._words = memoryview(self._memory).cast("q")  # faster to write than struct.pack_into
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._slots = iter(range(0))  # the reserved ones that are left; next() is atomic
         self._slots_end = _SPANS_START
         self._text_end = _TEXT_PIECE
@@ -153,6 +156,7 @@ class SpanWriter:
         self._failures = 0
         self._text_used = 0
         self._numbers: dict[str | None, int] = {None: 0}
+        self._next_number = 1
         self._caught: list[Hashable] = []  # the keys of the exceptions kept, by their places
         self._next_caught = 0
 
@@ -314,9 +318,10 @@ class SpanWriter:
         end = min(start + piece, _SPARE_START)
         if start == end or not self._has_room(start, end):
             return 0
+        slots = iter(range(start, end, RECORD.size))
         with self._lock:
             if self._slots_end == start:  # else another thread was quicker
-                self._slots = iter(range(start, end, RECORD.size))  # first: see above
+                self._slots = slots  # first: see above
                 self._slots_end = end
         return next(self._slots, 0) or self._slot_in_new_piece()
 
@@ -366,25 +371,29 @@ class SpanWriter:
     def _add(self, text: str | None) -> int:
         """The number of a text; writes the text when it first occurs. 0 if it is not kept."""
         data = str(text).encode("utf-8", errors="replace")
-        while len(data) <= LONGEST_TEXT:
+        if len(data) > LONGEST_TEXT:
+            return 0
+        data = _LENGTH.pack(len(data)) + data
+        size = len(data)
+        while True:
             with self._lock:
                 if text in self._numbers:
                     return self._numbers[text]
                 start = _TEXT_START + self._text_used
-                end = start + _LENGTH.size + len(data)
+                end = start + size
                 if end > _TEXT_END:
                     return 0
                 reserved = self._text_end
                 if end <= reserved:
-                    _LENGTH.pack_into(self._memory, start, len(data))
-                    self._memory[start + _LENGTH.size : end] = data
-                    self._text_used = end - _TEXT_START
+                    self._text_used, number = end - _TEXT_START, self._next_number
+                    self._next_number = number + 1
+                    self._memory[start:end] = data
                     self._words[_TEXT_USED] = self._text_used
-                    return self._numbers.setdefault(text, len(self._numbers))
+                    self._numbers[text] = number
+                    return number
             if not self._has_room(reserved, reserved + _TEXT_PIECE):
                 return 0
             self._text_end = reserved + _TEXT_PIECE
-        return 0
 
 
 class SpanReader:

@@ -33,6 +33,7 @@ class Displays:
         self._send = send
         self._pid = os.getpid()
         self._count = self._bytes = self._left_out = 0
+        self._sizes: dict[str, int] = {}  # of displays that may be updated, by id
 
     def catch(self) -> None:
         """From now on, take what is displayed in this process."""
@@ -75,11 +76,15 @@ class Displays:
     def _take(self, data: dict[str, Any], metadata: dict[str, Any], display_id: str | None) -> None:
         data = {kind: value for kind, value in data.items() if kind != WIDGET}
         size = sum(len(value) for value in data.values() if isinstance(value, str | bytes))
-        if self._count >= MOST or self._bytes + size > MOST_BYTES:
+        replaced = self._sizes.get(display_id or "")
+        more = size - (replaced or 0)
+        if (self._count >= MOST and replaced is None) or self._bytes + more > MOST_BYTES:
             self._left_out += 1
         elif data:
-            self._count += 1
-            self._bytes += size
+            self._count += replaced is None
+            self._bytes += more
+            if display_id is not None:
+                self._sizes[display_id] = size
             self._send(Displayed(data, metadata, display_id))
 
 

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import logging
 import multiprocessing
@@ -43,13 +44,15 @@ from ddp_lessons.wire.messages import (
     encode,
 )
 from ddp_lessons.wire.parcels import Parcel, pack
-from ddp_lessons.wire.pickling import dumps
+from ddp_lessons.wire.pickling import dumps_small
 from ddp_lessons.wire.span_buffer import SpanWriter
 from ddp_lessons.wire.stacks import describe, text_of
 from ddp_lessons.wire.task import RankInfo, Task
 from ddp_lessons.worker import displays, huge_pages, post_mortem, settings, written_pages
+from ddp_lessons.worker.in_turn import InTurn
 from ddp_lessons.worker.main_module import Inherited, replace_main, unpack
 
+MOST_THREADS = (1 << 31) - 1  # OpenMP ignores a larger number
 MOST_PICKLED = 1 << 20  # bytes of an exception's pickle; if it is larger, only its text travels
 
 
@@ -101,8 +104,9 @@ def run_rank(
         if task.tells_pages and place.rank == 0 and recorder.has_joined:
             send(WrittenPages(written_pages.written()))
     for stream in (sys.stdout, sys.stderr):
-        if not stream.closed:
+        with contextlib.suppress(Exception):  # it is closed, or an object of the learner's
             stream.flush()
+    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # multiprocessing flushes them next
     ctypes.CDLL(None).fflush(None)  # what C code printed: multiprocessing leaves by os._exit
     if "TORCHINDUCTOR_CACHE_DIR" not in {**task.environment, **task.overrides}:
         remove_unused_cache()
@@ -131,11 +135,11 @@ def remove_unused_cache() -> None:
 
 
 class _Sender:
-    """Writes whole messages to the parent, from any thread."""
+    """Writes whole messages to the parent, from any thread and from signal handlers."""
 
     def __init__(self, connection: Connection | socket.socket) -> None:
         self._connection = connection  # kept open for the life of the process
-        self._lock = threading.Lock()
+        self._in_turn = InTurn()
         self._pid = os.getpid()
 
     @property
@@ -146,14 +150,15 @@ class _Sender:
     def __call__(self, message: Message) -> None:
         if os.getpid() != self._pid:
             return  # in a forked child that runs on in the learner's function: it is not the rank
-        encoded, file = encode(message)
+        self._in_turn(functools.partial(self._write, *encode(message)))
+
+    def _write(self, encoded: bytes, file: Connection | None) -> None:
         data = memoryview(encoded)
-        with self._lock:
-            if file is not None:
-                assert isinstance(self._connection, socket.socket)
-                data = data[socket.send_fds(self._connection, [data], [file.fileno()]) :]
-            while data:
-                data = data[os.write(self._connection.fileno(), data) :]
+        if file is not None:
+            assert isinstance(self._connection, socket.socket)
+            data = data[socket.send_fds(self._connection, [data], [file.fileno()]) :]
+        while data:
+            data = data[os.write(self._connection.fileno(), data) :]
 
 
 def _die_with_parent() -> None:
@@ -175,8 +180,9 @@ def _kill_group_after(sentinel: int) -> None:
 
 def _redirect(output: Connection) -> None:
     """Send everything that this process and its C++ code write to the parent, line by line."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # else the forkserver was started without it
+            stream.flush()
     for descriptor in (1, 2):
         os.dup2(output.fileno(), descriptor)
     output.close()
@@ -237,9 +243,8 @@ def _refresh_torch() -> None:
     import torch.distributed as dist
 
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    torch.set_num_threads(
-        int(threads) if threads.isdigit() and int(threads) else os.cpu_count() or 1
-    )
+    number = int(threads) if threads.isdecimal() else 0
+    torch.set_num_threads(number if 0 < number <= MOST_THREADS else os.cpu_count() or 1)
     dist.set_debug_level_from_env()
     torch.default_generator.seed()
 
@@ -279,13 +284,13 @@ def _carry_out(
         shown.close()
         code = _exit_code(error)
         record = describe(error, task.home)
-        if task.post_mortem and code:
-            recorder.send(PostMortem(post_mortem.frames_of(error, task.home)))
         recorder.send(
             Returned(end_ns, pack(None), _threads(), record.frames)
             if called and code == 0
             else Raised(end_ns, record, code, _pickled_or_none(error))
         )
+        if task.post_mortem and code:  # last: to show a learner's object may take forever
+            recorder.send(PostMortem(post_mortem.frames_of(error, task.home)))
         return code
     end_ns = _close(recorder)
     shown.close()
@@ -329,7 +334,6 @@ def _exit_code(error: BaseException) -> int:
 
 def _pickled_or_none(error: BaseException) -> bytes | None:
     try:
-        data = dumps(error)
-    except BaseException:  # its text travels anyway, in the ErrorRecord
+        return dumps_small(error, MOST_PICKLED)
+    except BaseException:  # it is too large, say; its text travels anyway, in the ErrorRecord
         return None
-    return data if len(data) <= MOST_PICKLED else None

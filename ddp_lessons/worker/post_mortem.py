@@ -2,13 +2,15 @@
 
 Runs in the rank, called by main.py when `launch(..., post_mortem=True)` was asked for: the `repr`
 of the learner's objects is the learner's code. Values are cut short; of tensors and arrays, shape,
-type and the first numbers are kept.
+type and the first numbers are kept. Of a tensor of a class of its own no numbers are read: other
+ranks may hold some of them, and the call that fetches them would wait for those ranks.
 """
 
 from __future__ import annotations
 
 import builtins
 import reprlib
+import sys
 import traceback
 import types
 from collections.abc import Iterator, Mapping
@@ -78,12 +80,12 @@ class _Short(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = LONGEST
 
     def repr1(self, x: Any, level: int) -> str:
-        module = type(x).__module__
-        if hasattr(x, "untyped_storage") and hasattr(x, "dtype"):
-            return _tensor(x)
-        if module == "numpy" and hasattr(x, "nbytes") and getattr(x, "ndim", None):
+        torch = sys.modules["torch"]
+        if isinstance(x, torch.Tensor):
+            return _tensor(x, whole=type(x) in (torch.Tensor, torch.nn.Parameter))
+        if type(x).__module__ == "numpy" and hasattr(x, "nbytes") and getattr(x, "ndim", None):
             return _numbers("array", x.shape, x.dtype, x, x.size)
-        if hasattr(x, "named_parameters") and hasattr(x, "forward"):
+        if isinstance(x, torch.nn.Module):
             size = sum(parameter.numel() for parameter in x.parameters())
             return f"{type(x).__name__}, a module with {size:,} parameters"
         return super().repr1(x, level)
@@ -95,12 +97,13 @@ class _Short(reprlib.Repr):
 _short = _Short()
 
 
-def _tensor(tensor: Any) -> str:
+def _tensor(tensor: Any, *, whole: bool) -> str:
+    """A tensor; its first numbers, too, if this process surely has the `whole` of it."""
     where = "" if tensor.device.type == "cpu" else f" on {tensor.device}"
     kind = f"{str(tensor.dtype).removeprefix('torch.')}{where}"
     shape = tuple(tensor.shape)
-    if tensor.device.type == "meta" or "strided" not in str(tensor.layout):
-        return f"tensor of shape {shape}, {kind}"
+    if not whole or tensor.device.type == "meta" or "strided" not in str(tensor.layout):
+        return f"{'tensor' if whole else type(tensor).__name__} of shape {shape}, {kind}"
     return _numbers("tensor", shape, kind, tensor.detach(), tensor.numel())
 
 

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+from ddp_lessons.system import standard_files
 from ddp_lessons.system.reaper import adopt_orphans, end_children_of, listening_paths, remove_after
 
 # The interrupt of a notebook goes to the kernel's whole process group; workers must get it through
@@ -29,6 +30,7 @@ atexit.register(end_children_of, os.getpid())
 for path in listening_paths():
     atexit.register(remove_after, os.getppid(), path)
 warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")
+standard_files.hold()
 # multiprocessing closes sys.stdin next and opens the null device, which gets descriptor 0 only if
 # that is what it closed. Else every worker would have one descriptor more.
 sys.stdin = open(0)

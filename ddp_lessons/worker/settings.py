@@ -103,13 +103,35 @@ def _known(module: str) -> dict[str, torch_api.Setting]:
     import numpy
 
     return {
-        "errors": (numpy.geterr, lambda errors: numpy.seterr(**errors)),
+        "errors": (_numpy_errors, _set_numpy_errors),
         "print options": (
             numpy.get_printoptions,
             lambda options: numpy.set_printoptions(**options),
         ),
         "seed": (_numpy_seed, numpy.random.set_state),
     }
+
+
+def _numpy_errors() -> tuple[dict[str, Any], bytes]:
+    """What NumPy does with each kind of error, and the pickle of the object that it calls then.
+
+    If that cannot be pickled, what it would be called for is warned of, as by default.
+    """
+    import numpy
+
+    errors: dict[str, Any] = {**numpy.geterr()}
+    try:
+        return errors, dumps(numpy.geterrcall())
+    except Exception:  # whatever a learner's object raises in its own __reduce__
+        kept = {kind: "warn" if does in ("call", "log") else does for kind, does in errors.items()}
+        return kept, dumps(None)
+
+
+def _set_numpy_errors(errors: tuple[dict[str, Any], bytes]) -> None:
+    import numpy
+
+    numpy.seterr(**errors[0])
+    numpy.seterrcall(pickle.loads(errors[1]))
 
 
 def _numpy_seed() -> Any:
@@ -137,7 +159,8 @@ def _set(module: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def _filters() -> Iterable[Filter]:
     for action, message, category, module, lineno in warnings.filters:
-        yield Filter(action, message, dumps(category), category.__module__, module, lineno)
+        for one in category if isinstance(category, tuple) else (category,):
+            yield Filter(action, message, dumps(one), one.__module__, module, lineno)
 
 
 def _take_filters(filters: Iterable[Filter]) -> None:

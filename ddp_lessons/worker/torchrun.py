@@ -6,7 +6,8 @@ as before, except that its ranks end with torchrun, even if that is killed. A ra
 in the folder, named after the time at which it began:
 
     rank_0.TIME.tape     its span buffer, in shared memory: it survives a killed process
-    rank_0.TIME.jsonl    one fact a line: how it began, its clock against rank 0's, how it ended
+    rank_0.TIME.jsonl    one fact a line: how it began, its clock against rank 0's, how it ended;
+                         at most as many bytes as are read
     rank_0.TIME.stack    its stack when SIGTERM told it to end, as torchrun does when others fail
 
 A rank reserves room in each for what matters most, filled with zeros, and cuts them off when it
@@ -24,6 +25,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import fcntl
+import functools
 import json
 import multiprocessing.process
 import os
@@ -51,8 +53,11 @@ from ddp_lessons.wire.records import ErrorRecord
 from ddp_lessons.wire.run_folder import NOTES, VARIABLE, VERSION
 from ddp_lessons.wire.span_buffer import REGION, SpanWriter, identity, prepare, reserve, say
 from ddp_lessons.wire.stacks import describe
+from ddp_lessons.worker.in_turn import InTurn
 
 KINDS = ("jsonl", "tape", "stack")
+ENDS = {"raised", "ended"}  # facts that matter most
+ROOM_TO_END = 1 << 20  # bytes of the file of facts that only those may take
 _ROOM = 1 << 16  # bytes reserved in the files of facts and of the stack
 _OWNER = "DDP_LESSONS_RECORDED_BY"  # id of the process that records; its children inherit this
 
@@ -125,6 +130,7 @@ class _Script:
         self._identities = {file: identity(file) for file in (files.facts, files.stack)}
         self._written = 0  # bytes of facts
         self._whole = True  # all facts could be written so far
+        self._in_turn = InTurn()
         self._pid = os.getpid()
         self._recorder = recording.Recorder(
             began["rank"],
@@ -139,7 +145,7 @@ class _Script:
         # Unlike a Python handler, this one runs in a rank that waits in C. `chain` passes the
         # signal on, so that it then ends the rank.
         faulthandler.register(signal.SIGTERM, file=files.stack, all_threads=True, chain=True)
-        os.register_at_fork(after_in_child=lambda: faulthandler.unregister(signal.SIGTERM))
+        os.register_at_fork(after_in_child=_tell_no_stack)
         install(self._recorder)
         if os.environ.get(NOTES):
             from ddp_lessons.instrumentation import notes  # which imports torch
@@ -154,11 +160,20 @@ class _Script:
         atexit.register(self._on_exit)
 
     def _write(self, **fact: Any) -> None:
-        """Append a line. Once one does not fit on the disk, write no more."""
-        if os.getpid() != self._pid or not self._whole:  # a forked child has our file, too
-            return
-        data = json.dumps(fact).encode() + b"\n"
+        """Append a line, from any thread."""
+        if os.getpid() == self._pid:  # a forked child has our file, too
+            data = json.dumps(fact).encode() + b"\n"
+            most = facts.MOST_BYTES - (0 if fact.keys() & ENDS else ROOM_TO_END)
+            self._in_turn(functools.partial(self._append, data, most))
+
+    def _append(self, data: bytes, most: int) -> None:
+        """Append a line, unless the file would then have more than `most` bytes.
+
+        Once a line does not fit on the disk, write no more.
+        """
         at = self._written
+        if not self._whole or at + len(data) > most:
+            return
         try:
             while data and self._has(self._facts):
                 written = os.pwrite(self._facts, data, at)
@@ -218,7 +233,7 @@ class _Script:
         self._recorder.close()
         self._recorder.notice_unused_handles()
         self._write(ended={"t_ns": time.perf_counter_ns()})
-        self._give_room_back()
+        self._in_turn(self._give_room_back)
         ddp_traffic.release_groups(self._recorder)
 
     def _give_room_back(self) -> None:
@@ -228,6 +243,14 @@ class _Script:
                 os.ftruncate(self._facts, self._written)
             if self._has(self._stack):
                 os.ftruncate(self._stack, os.lseek(self._stack, 0, os.SEEK_CUR))
+
+
+def _tell_no_stack() -> None:
+    """In a child that a rank forked: SIGTERM does what the script has set, and no more."""
+    handler = signal.getsignal(signal.SIGTERM)
+    faulthandler.unregister(signal.SIGTERM)  # puts back what was set before the script began
+    if handler is not None:  # else one that is not Python's: that one
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _files_of(error: ErrorRecord) -> Iterator[str]:
@@ -248,6 +271,8 @@ def _how_it_began() -> dict[str, Any]:
         "group_rank": _number("GROUP_RANK"),
         "host": platform.node(),
         "pid": os.getpid(),
+        "agent": os.getppid(),
+        "restarts": _number("TORCHELASTIC_RESTART_COUNT"),
         "clock": clock_id(),
         "epoch_ns": time.time_ns(),
         "t_ns": time.perf_counter_ns(),

@@ -82,3 +82,29 @@ def test_under_torchrun_it_is_in_the_record(tmp_path: Path) -> None:
             {"step": step, "loss": 1 / (step + 1)} for step in range(3)
         ]
     assert all(row["seconds"] > 0 for row in run.reports)
+
+
+MANY = """
+from ddp_lessons import report
+for step in range(50_000):
+    report(**{NAME: 1 / (step + 1)})
+raise ValueError("the last line")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("name", "all_fit"), [("'train_loss'", True), ("chr(0x1f600) * 40", False)]
+)
+def test_a_record_is_readable_however_much_was_reported(
+    tmp_path: Path, name: str, all_fit: bool
+) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(MANY.replace("NAME", name))
+    torchrun.alone(script, env={"DDP_LESSONS_RECORD": str(tmp_path / "record")})
+    (rank,) = load_run(tmp_path / "record").ranks
+    assert rank.error is not None
+    assert rank.error.text == "ValueError: the last line"
+    assert (len(rank.reports) == MOST_REPORTED) == all_fit
+    assert len(rank.reports) > MOST_REPORTED / 2

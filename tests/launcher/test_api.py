@@ -88,6 +88,12 @@ def test_threads_follow_omp_num_threads(monkeypatch: pytest.MonkeyPatch) -> None
     assert launch(lambda rank: torch.get_num_threads()).values == [1, 1]
 
 
+@pytest.mark.parametrize("odd", ["\u00b2", "many", "0", "99999999999"])
+def test_a_number_of_threads_that_openmp_ignores_is_ignored(odd: str) -> None:
+    run = launch(lambda rank: torch.get_num_threads(), nprocs=1, env={"OMP_NUM_THREADS": odd})
+    assert run.values == [os.cpu_count()]
+
+
 def test_debug_level_follows_the_environment() -> None:
     run = launch(lambda rank: dist.get_debug_level().name, env={"TORCH_DISTRIBUTED_DEBUG": "INFO"})
     assert run.values == ["INFO", "INFO"]

@@ -406,3 +406,29 @@ def test_a_forkserver_that_is_not_ready_yet_ends_with_its_parent(
         time.sleep(0.05)
     assert not psutil.pid_exists(int(done.stdout))
     assert list(temporary.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("takes_its_place", [False, True])
+def test_a_parent_without_standard_streams(
+    closed: str, takes_its_place: bool, tmp_path: Path
+) -> None:
+    """As a daemon or a job of cron is started; a file of its own may have the free number."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        kept = open({str(tmp_path / "values")!r}, "w") if {takes_its_place} else None
+        from ddp_lessons import launch
+
+        def work(rank):
+            print("hello")
+            return rank
+
+        values = [launch(work, start_method=one).values for one in ("forkserver", "spawn")]
+        print(values, file=kept or open({str(tmp_path / "values")!r}, "w"))
+        """)
+    )
+    command = ["sh", "-c", f'exec "$0" "$1" {closed}', sys.executable, str(script)]
+    subprocess.run(command, stdin=subprocess.PIPE, capture_output=True, timeout=250)
+    assert (tmp_path / "values").read_text() == "[[0, 1], [0, 1]]\n"

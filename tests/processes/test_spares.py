@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -193,6 +194,23 @@ def test_an_argument_that_cannot_be_sent() -> None:
     with pytest.raises(CannotSend, match=r"args\[0\]"):
         launch(state, ((n for n in "ab"),))
     assert launch(lambda rank: rank).values == [0, 1]
+
+
+@pytest.fixture
+def default_timeout() -> Iterator[None]:
+    """As before a data set is downloaded."""
+    socket.setdefaulttimeout(30)
+    yield
+    socket.setdefaulttimeout(None)
+
+
+def test_a_default_timeout_of_sockets_is_not_theirs(default_timeout: None) -> None:
+    def work(rank: int, data: bytes) -> tuple[int, torch.Tensor]:
+        return os.getpid(), torch.zeros(500_000)
+
+    launch(work, (b"x" * 500_000,), nprocs=2)
+    two = {spare.pid for spare in waiting(2)}
+    assert {pid for pid, _ in launch(work, (b"x" * 500_000,), nprocs=2).values} == two
 
 
 def test_more_descriptors_than_one_message_takes() -> None:

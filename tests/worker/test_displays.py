@@ -76,6 +76,23 @@ def test_too_many_and_too_large(shared_kernel: Kernel) -> None:
     assert "1 more display left out" in cell.stdout
 
 
+def test_a_display_may_be_updated_as_often_as_one_likes(shared_kernel: Kernel) -> None:
+    cell = shared_kernel.run(f"""
+        def work(rank):
+            for number in range({MOST} + 3):
+                display({{"text/html": f"<i>{{number}}</i>"}}, raw=True, display_id="epoch")
+            display({{"text/html": "<i>the end</i>"}}, raw=True)
+            for number in range(3):
+                large = {{"text/html": f"<i>{{number}}</i>" + "x" * (3 << 20)}}
+                display(large, raw=True, display_id="large")
+        launch(work, nprocs=1)
+    """)
+    shown = html_of(cell.displays)
+    assert shown[:2] == [f"<i>{MOST + 2}</i>", "<i>the end</i>"]
+    assert shown[2].startswith("<i>2</i>")
+    assert "left out" not in str(cell.displays)
+
+
 def test_an_object_that_cannot_be_shown_and_a_forked_child(shared_kernel: Kernel) -> None:
     cell = shared_kernel.run("""
         import os

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -80,6 +82,29 @@ def test_an_exception_that_cannot_be_pickled_or_rebuilt() -> None:
         launch(work)
 
 
+class BadBatch(Exception):
+    batch: torch.Tensor
+
+
+@pytest.mark.parametrize("size", [3, 1 << 26])
+def test_an_exception_with_much_data_takes_no_more_memory(size: int) -> None:
+    def most() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def work(rank: int) -> None:
+        error = BadBatch("bad sample 17")
+        error.batch = torch.ones(size)
+        before = most()
+        atexit.register(lambda: print(most() / before < 1.2))
+        raise error
+
+    (rank,) = launch(work, nprocs=1, check=False).ranks
+    assert rank.lines == ["True"]
+    assert rank.error is not None
+    assert "bad sample 17" in rank.error.text
+    assert isinstance(rank.exception, BadBatch) == (size == 3)
+
+
 def test_chained_exceptions() -> None:
     def work(rank: int) -> None:
         try:
@@ -116,6 +141,43 @@ def test_a_closed_stdout_does_no_harm() -> None:
     assert run.ok
     assert [r.exitcode for r in run.ranks] == [0, 0]
     assert run.ranks[0].output == ""
+
+
+class Writes:
+    """A learner's stdout that lacks much of a file."""
+
+    def __init__(self) -> None:
+        self.console = sys.stdout
+
+    def write(self, text: str) -> None:
+        self.console.write(text)
+
+
+class Flushes(Writes):
+    def flush(self) -> None:
+        self.console.flush()
+
+
+class Refuses(Writes):
+    def flush(self) -> None:
+        raise OSError("the log is full")
+
+
+@pytest.mark.parametrize("kind", [Writes, Flushes, Refuses])
+def test_another_stdout_does_no_harm(kind: Any) -> None:
+    def work(rank: int) -> None:
+        sys.stdout = kind()
+        print("hello", end="")
+
+    run = launch(work, nprocs=1, check=False)
+    assert run.ok
+    assert (run.ranks[0].exitcode, run.ranks[0].output) == (0, "hello")
+
+
+def test_no_stdout_does_no_harm() -> None:
+    run = launch(lambda rank: setattr(sys, "stdout", None), nprocs=1, check=False)
+    assert run.ok
+    assert run.ranks[0].exitcode == 0
 
 
 def test_sys_exit() -> None:

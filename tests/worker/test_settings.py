@@ -53,6 +53,9 @@ class Shout(logging.Handler):
     def emit(self, record):
         self.said.append(record.getMessage().upper() + self.mark)
 
+def refuse(kind, flag):
+    raise OverflowError(kind)
+
 torch.set_default_dtype(torch.float64)
 torch.set_default_device("meta")
 torch.use_deterministic_algorithms(True, warn_only=True)
@@ -65,10 +68,12 @@ torch.autograd.set_detect_anomaly(True)
 torch.serialization.add_safe_globals([Net])
 torch.multiprocessing.set_sharing_strategy("file_system")
 np.set_printoptions(precision=3)
-np.seterr(divide="raise")
+np.seterr(divide="raise", over="call")
+np.seterrcall(refuse)
 os.environ["MY_SETTING"] = "yes"
 warnings.filterwarnings("error", category=Own)
 warnings.filterwarnings("ignore", message="a nuisance")
+warnings.simplefilter("error", (ImportWarning, BytesWarning))
 logging.basicConfig(level=logging.INFO, filename="all.log", filemode="w", format="%(message)s")
 logging.getLogger("quiet").setLevel(logging.ERROR)
 logging.getLogger("loud").addHandler(Shout("!"))
@@ -87,6 +92,12 @@ def raises(kind, text):
         return True
     return False
 
+def overflow():
+    try:
+        return str(np.float64(1e308) * 10)
+    except OverflowError as error:
+        return str(error)
+
 def seen():
     loud = logging.getLogger("loud")
     loud.info("hear this")
@@ -104,9 +115,11 @@ def seen():
         "sharing": mp.get_sharing_strategy(),
         "numpy": repr(np.array([1.23456])),
         "divide": np.geterr()["divide"],
+        "overflow": overflow(),
         "variable": os.environ.get("MY_SETTING"),
         "own warning": raises(Own, "stop"),
         "nuisance": raises(UserWarning, "a nuisance"),
+        "two warnings": [raises(ImportWarning, "one"), raises(BytesWarning, "two")],
         "levels": [logging.getLogger(name).getEffectiveLevel() for name in ("", "quiet", "torch")],
         "handlers": [type(one).__name__ for one in logging.root.handlers],
         "loud": [one.said for one in loud.handlers],
@@ -306,6 +319,13 @@ def test_a_handler_that_cannot_travel_writes_to_the_ranks_output(untouched: None
         logger.setLevel(logging.DEBUG)
         assert rank_logs(logger.name) == ["odd: it went well"] * 2
         handler.close()
+
+
+def test_where_what_numpy_calls_cannot_travel_it_warns() -> None:
+    unsendable = (i for i in "x")
+    with np.errstate(divide="call", over="raise", call=lambda *_: next(unsendable)):
+        (errors,) = launch(lambda rank: np.geterr(), nprocs=1).values
+    assert (errors["divide"], errors["over"]) == ("warn", "raise")
 
 
 def test_a_file_that_cannot_be_opened_gives_way_to_the_ranks_output(

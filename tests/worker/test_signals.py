@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
+import itertools
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ddp_lessons import launch
+from ddp_lessons import launch, report, span
 from ddp_lessons.system.reaper import catches
 from ddp_lessons.wire.messages import STACK_SIGNAL
 
@@ -174,3 +175,33 @@ def test_a_rank_takes_interrupts_though_its_parent_ignores_them(method: str) -> 
         assert launch(takes_interrupts, nprocs=1, start_method=method).values == [True]
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def reports_in_a_handler(rank: int) -> int:
+    """How often the handler has reported, and marked a span."""
+    beats = itertools.count()
+
+    def beat(*_: Any) -> None:
+        number = next(beats)
+        report(beat=number)
+        with span(f"beat {number}"):
+            pass
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+
+    signal.signal(signal.SIGALRM, beat)
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    for step in range(5000):
+        report(step=step)
+        with span(f"step {step}"):
+            pass
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    return next(beats)
+
+
+def test_a_handler_may_report_and_mark_spans_wherever_it_comes() -> None:
+    run = launch(reports_in_a_handler, nprocs=1, timeout=20)
+    counts = {"step": 5000, "beat": run.values[0]}
+    for name, number in counts.items():
+        assert [row[name] for row in run.reports if name in row] == list(range(number))
+        spans = [s.name for s in run.spans() if s.name.startswith(name)]
+        assert sorted(spans) == sorted(f"{name} {n}" for n in range(number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import textwrap
@@ -213,6 +214,32 @@ def test_timeouts_and_threads_are_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_threads_report_at_once(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import threading
+        from ddp_lessons import report
+        def watch(name):
+            for number in range(1000):
+                report(**{name: number})
+        threads = [threading.Thread(target=watch, args=(name,)) for name in ("loss", "queue")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        """,
+        head="",
+    )
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": "record"})
+    assert code == 0, text
+    run = load_run(tmp_path / "record")
+    for name in ("loss", "queue"):
+        assert [row[name] for row in run.reports if name in row] == list(range(1000))
+    assert run.ok
+
+
+@pytest.mark.slow
 def test_a_message_too_long_for_its_recv_is_named_from_the_record(tmp_path: Path) -> None:
     """Gloo aborts the rank, and only its output says why."""
     record(
@@ -251,11 +278,74 @@ def test_a_child_that_is_told_to_end_is_not_the_rank(tmp_path: Path) -> None:
     assert load_run(tmp_path / "record").ranks[0].status == "died"
 
 
+@pytest.mark.slow
+def test_a_child_keeps_the_handler_that_the_script_has_set(tmp_path: Path) -> None:
+    script = write(
+        tmp_path,
+        """
+        import os, signal
+        import ddp_lessons
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+        began, begin = os.pipe()
+        child = os.fork()
+        if not child:
+            os.write(begin, b"!")
+            signal.pause()
+        os.read(began, 1)
+        os.kill(child, signal.SIGTERM)
+        print("the child ended with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """,
+        head="",
+    )
+    code, text = torchrun.alone(script, env={"DDP_LESSONS_RECORD": "record"})
+    assert code == 0, text
+    assert "the child ended with 7" in text
+
+
 @pytest.mark.xdist_group("attempts")
 def test_the_attempt_after_those_that_failed(attempts: Path) -> None:
     run = load_run(attempts)
     assert run.ok
     assert [s.name for s in run.ranks[1].spans if s.kind == "compute"] == ["first", "second"]
+
+
+@pytest.mark.slow
+def test_a_rank_that_had_not_begun_before_the_restart(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        os.mkfifo(tmp_path / name)
+    script = write(
+        tmp_path,
+        """
+        import os, signal, sys
+        def begin():
+            import ddp_lessons
+        def tell(name):
+            open(name, "w").close()
+        def await_(name):
+            open(name).close()
+        match os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]:
+            case "0", "0":
+                begin()
+                tell("first")
+                signal.pause()
+            case "1", "0":
+                await_("first")
+                sys.exit("no GPU is free yet")
+            case "1", "1":
+                begin()
+                tell("second")
+            case "0", "1":
+                await_("second")
+                begin()
+        """,
+        head="",
+    )
+    env = {"DDP_LESSONS_RECORD": "record"}
+    code, text = torchrun.run(script, "--nproc-per-node=2", "--max-restarts=1", env=env)
+    assert code == 0, text
+    assert load_run(tmp_path / "record").ok
+    with pytest.raises(FileNotFoundError, match="no record of rank 1"):
+        load_run(tmp_path / "record", attempt=0)
 
 
 @pytest.mark.slow

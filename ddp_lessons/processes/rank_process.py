@@ -105,11 +105,11 @@ class Forked(popen_forkserver.Popen):
 
         A forkserver that does not answer, or is suspended, is killed, so that a new one can start.
         """
-        waiting = [descriptor]
+        poll = select.poll()  # as select.select takes no descriptor above 1023
+        poll.register(descriptor, select.POLLOUT if for_writing else select.POLLIN)
         deadline = time.monotonic() + PATIENCE
         while True:
-            ready = select.select([] if for_writing else waiting, waiting * for_writing, [], PAUSE)
-            if any(ready):
+            if poll.poll(1000 * PAUSE):
                 return
             self._check()
             pid = self._server._forkserver_pid

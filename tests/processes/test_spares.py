@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -195,18 +196,32 @@ def test_an_argument_that_cannot_be_sent() -> None:
     assert launch(lambda rank: rank).values == [0, 1]
 
 
-def test_more_descriptors_than_one_message_takes() -> None:
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Let this process have 2,048 files open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2048, hard)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_descriptors_above_1023(many_files: None) -> None:
+    """`select.select` takes none of them."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(1024):
+            stack.enter_context(open(os.devnull))
+        for _ in range(2):
+            assert launch(lambda rank: rank).values == [0, 1]
+            waiting(2)
+
+
+def test_more_descriptors_than_one_message_takes(many_files: None) -> None:
     launch(ident, nprocs=1)
     waiting(1)
     context = multiprocessing.get_context("spawn")
     queues = [context.SimpleQueue() for _ in range(MOST_DESCRIPTORS // 2)]
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2048, hard)), hard))
-    try:
-        with pytest.raises(ValueError, match="too many fds"):  # from multiprocessing, as ever
-            launch(lambda rank, *queues: len(queues), tuple(queues), nprocs=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with pytest.raises(ValueError, match="too many fds"):  # from multiprocessing, as ever
+        launch(lambda rank, *queues: len(queues), tuple(queues), nprocs=1)
 
 
 def test_they_end_after_a_rest_whenever_the_next_launch_comes(

@@ -51,6 +51,23 @@ class Waiting:
         return 0 if rank is None else int(rank._bootstrap(parent_sentinel))
 
 
+class MoreDescriptors:
+    """Makes the process that loads it receive the descriptors that one message had no room for."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive_more, ()
+
+
+def _receive_more() -> None:
+    """Receive them through the last of those that came: a socket, which takes their place."""
+    inherited: list[int] = forkserver._forkserver._inherited_fds  # type: ignore[attr-defined]
+    with socket.socket(fileno=inherited.pop()) as channel:
+        begun = b"+"
+        while begun:
+            begun, descriptors, *_ = socket.recv_fds(channel, 1, MOST_DESCRIPTORS)
+            inherited += descriptors
+
+
 def _descriptors(channel: socket.socket, rest: float) -> list[int] | None:
     """Wait for a rank's descriptors. None if no launch came, or the parent has ended."""
     if not wait([channel], rest):

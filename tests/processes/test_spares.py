@@ -215,13 +215,28 @@ def test_descriptors_above_1023(many_files: None) -> None:
             waiting(2)
 
 
-def test_more_descriptors_than_one_message_takes(many_files: None) -> None:
-    launch(ident, nprocs=1)
-    waiting(1)
-    context = multiprocessing.get_context("spawn")
-    queues = [context.SimpleQueue() for _ in range(MOST_DESCRIPTORS // 2)]
-    with pytest.raises(ValueError, match="too many fds"):  # from multiprocessing, as ever
-        launch(lambda rank, *queues: len(queues), tuple(queues), nprocs=1)
+def adds_one(rank: int, tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor[rank] += 1
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        *(("forkserver", more) for more in (-3, -2, -1, 0, MOST_DESCRIPTORS + 1)),
+        pytest.param("spawn", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_more_descriptors_than_one_message_takes(method: str, more: int, many_files: None) -> None:
+    """Tensors, each of which needs one, are shared with the ranks as with `mp.spawn`."""
+    tensors = [torch.tensor([n, -n]) for n in range(MOST_DESCRIPTORS + more)]
+    for times in (1, 2):
+        launch(adds_one, (tensors,), start_method=method)
+        assert [tensor.tolist() for tensor in tensors] == [
+            [n + times, times - n] for n in range(len(tensors))
+        ]
+        if method == "forkserver":
+            waiting(2)
 
 
 def test_they_end_after_a_rest_whenever_the_next_launch_comes(

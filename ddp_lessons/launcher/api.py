@@ -393,9 +393,17 @@ def _show(run: Run, interrupts: Interrupts) -> None:
     if run.interrupted:
         lines += [f"rank {rank.rank} {rank.outcome()}" for rank in run.ranks]
     if lines:
-        print("\n".join(lines))
+        _print("\n".join(lines))
     if in_kernel() and can_display() and not live_panel.hidden.get():
         _show_displays(run)
+
+
+def _print(text: str) -> None:
+    """Print a text; characters that the encoding of stdout lacks are escaped."""
+    try:
+        print(text)
+    except UnicodeEncodeError as error:
+        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
 
 
 def _show_displays(run: Run) -> None:

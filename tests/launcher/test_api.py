@@ -477,6 +477,14 @@ def test_output_is_printed_by_rank(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_characters_that_stdout_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    launch(lambda rank: print("loss \u2192 0.5"), nprocs=1)
+    sys.stdout.flush()
+    assert written.getvalue() == b"[rank 0] loss \\u2192 0.5\n"
+
+
 def test_text_of_buffers_is_typed(capsys: pytest.CaptureFixture[str]) -> None:
     launch(lambda rank: print("ä€😀"), nprocs=1)
     assert capsys.readouterr().out == "[rank 0] ä€😀\n"

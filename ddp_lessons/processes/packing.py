@@ -55,7 +55,7 @@ def pack(
         function=function,
         name=name_of(fn),
         overrides=dict(overrides),
-        settings=pickle.dumps(taken(with_seed=_is_of_script(fn))),
+        settings=pickle.dumps(taken(with_seed=_is_script())),
         definitions=_definitions(),
         start_method=_chosen_start_method(),
         sources=_cell_sources(function.pickle),
@@ -67,10 +67,9 @@ def pack(
     )
 
 
-def _is_of_script(fn: Callable[..., Any]) -> bool:
-    """Whether the function is one of the script that runs, whose top level spawn would run anew."""
-    main = sys.modules["__main__"]
-    return getattr(fn, "__module__", "") == "__main__" and hasattr(main, "__file__")
+def _is_script() -> bool:
+    """Whether `__main__` is a script, whose top level each rank would run under `mp.spawn`."""
+    return hasattr(sys.modules["__main__"], "__file__") and not in_kernel()
 
 
 def _definitions() -> dict[str, bytes]:

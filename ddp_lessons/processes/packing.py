@@ -16,13 +16,14 @@ import pickle
 import sys
 import types
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 from ddp_lessons.errors import CannotSend
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.system.notebook import in_kernel
+from ddp_lessons.wire import unfiled
 from ddp_lessons.wire.owners import home_of
 from ddp_lessons.wire.parcels import Packer, Parcel
 from ddp_lessons.wire.parcels import pack as pack_value
@@ -47,8 +48,9 @@ def pack(
     # functions of one pickle one dict of globals, holding just the names they use; through the
     # anchor the worker finds that dict and makes it its __main__.
     anchor = types.FunctionType((lambda: None).__code__, sys.modules["__main__"].__dict__)
+    files: set[str] = set()
     try:
-        function = pack_value((fn, anchor), _Pickler)
+        function = pack_value((fn, anchor), _noting(files))
     except Exception as error:  # whatever a learner's object raises in its own __reduce__
         raise CannotSend(_why_not_function(fn, error)) from error
     return Task(
@@ -58,7 +60,7 @@ def pack(
         settings=pickle.dumps(taken(with_seed=_is_script())),
         definitions=_definitions(),
         start_method=_chosen_start_method(),
-        sources=_cell_sources(function.pickle),
+        sources=_cell_sources(files),
         home=home_of(fn),
         profile=profile,
         notes=notes,
@@ -173,6 +175,18 @@ class _DefinitionPickler(_Pickler):
         return self._names.get(id(value))
 
 
+def _noting(files: set[str]) -> type[_Pickler]:
+    """A pickler that also notes the names of the files of all code that it pickles."""
+
+    class NotingPickler(_Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            if type(value) is types.CodeType:
+                files.add(unfiled.place_of(value)[0])
+            return super().reducer_override(value)
+
+    return NotingPickler
+
+
 def _argument_pickler() -> type[_Pickler]:
     """A pickler that also knows what multiprocessing and torch have registered by now."""
 
@@ -237,11 +251,9 @@ def _cannot_travel(what: str, value: Any, error: Exception) -> str:
     return f"{what} {article} {name}, which cannot travel to another process: {why}\n{try_this}"
 
 
-def _cell_sources(function: bytes) -> dict[str, str]:
-    """The text of the cells that the pickled function comes from.
+def _cell_sources(files: Set[str]) -> dict[str, str]:
+    """The text of those of these files that are cells.
 
-    IPython keeps the text of each cell in linecache without a modification time. Only the cells
-    whose file name occurs in the pickle are sent, not the whole session.
+    IPython keeps the text of each cell in linecache without a modification time.
     """
-    names = [name for name in list(linecache.cache) if is_cell(name) and name.encode() in function]
-    return {name: "".join(linecache.getlines(name)) for name in names}
+    return {name: "".join(linecache.getlines(name)) for name in sorted(files) if is_cell(name)}

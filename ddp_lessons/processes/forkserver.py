@@ -41,12 +41,17 @@ READ_AT_START = (
     "GLIBC_",
     "KMP_",
     "GOMP_",
+    "PYTORCH_JIT",
+    "TORCH_COMPILE_",
     "TORCH_CPP_LOG_LEVEL",
     "TORCH_SHOW_CPP_STACKTRACES",
     "TORCH_LOGS",
+    "TORCHDYNAMO_",
+    "TORCHINDUCTOR_",
 )
-# Importing scikit-learn sets these; they matter only to a process that has not loaded OpenMP yet.
-SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+# Importing scikit-learn sets the first two, which matter only to a process that has not loaded
+# OpenMP yet; importing torch._dynamo the last, which torch reads when it compiles.
+SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR")
 FEW = 5  # launches of a script after which more are expected
 LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes (unix(7), sun_path)
 # Shortages of this process itself, which a new forkserver would not cure.

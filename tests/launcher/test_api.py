@@ -320,6 +320,14 @@ def test_bad_launch(arguments: dict[str, Any], said: str) -> None:
     assert caught.value.run is None
 
 
+def test_a_bad_launch_is_told_in_few_words() -> None:
+    many: Any = list(range(300_000))
+    for arguments in ({"fn": many}, {"args": many}, {"env": many}, {"env": {"A": many}}):
+        with pytest.raises(BadLaunch) as caught:
+            launch(**{"fn": plain, **arguments})
+        assert len(str(caught.value)) < 500
+
+
 def test_launch_inside_a_worker() -> None:
     def nested(rank: int) -> str:
         from ddp_lessons import BadLaunch, launch

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 from ddp_lessons.errors import CannotSend
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.system.notebook import in_kernel
+from ddp_lessons.text import short_repr
 from ddp_lessons.wire import unfiled
 from ddp_lessons.wire.owners import home_of
 from ddp_lessons.wire.parcels import Packer, Parcel
@@ -218,10 +219,17 @@ def _used_by(fn: Callable[..., Any]) -> list[tuple[str, Any]]:
     plain = inspect.unwrap(getattr(fn, "__func__", fn))
     if not isinstance(plain, types.FunctionType):
         return used
-    variables = inspect.getclosurevars(plain)
-    used += [(f"the variable {name!r}", value) for name, value in variables.nonlocals.items()]
-    used += [(f"the variable {name!r}", value) for name, value in variables.globals.items()]
-    used += [(f"the default value {value!r}", value) for value in plain.__defaults__ or ()]
+    for name, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            used.append((f"the variable {name!r}", cell.cell_contents))
+    variables = plain.__globals__
+    used += [
+        (f"the variable {name!r}", variables[name])
+        for name in plain.__code__.co_names
+        if name in variables
+    ]
+    values = plain.__defaults__ or ()
+    used += [(f"the default value {short_repr(value)}", value) for value in values]
     return used
 
 

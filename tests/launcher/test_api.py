@@ -363,6 +363,13 @@ def test_cannot_send_names_the_variable_of_the_function() -> None:
     with pytest.raises(CannotSend, match="work uses the variable 'log', a generator"):
         launch(work)
 
+    def waits(rank: int) -> None:
+        next(log if rank else later)
+
+    with pytest.raises(CannotSend, match="waits uses the variable 'log', a generator"):
+        launch(waits)
+    later = log
+
     class Trainer:
         def __init__(self) -> None:
             self.lock = threading.Lock()

@@ -24,6 +24,7 @@ import pytest
 
 from ddp_lessons import BadLaunch, launch
 from ddp_lessons.processes import forkserver
+from tests.support.checkout import ROOT
 
 pytestmark = pytest.mark.ranks
 
@@ -107,6 +108,17 @@ def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.Monke
     run = launch(lambda rank: (os.environ["ONLY_FOR_RANKS"], sys.argv), env=env)
     assert run.values == [("a = b, with spaces", sys.argv)] * 2
     assert not launch(lambda rank: 1 / rank, nprocs=1, check=False).ok
+
+
+@pytest.mark.slow
+def test_a_broken_scikit_learn(tmp_path: Path) -> None:
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").write_text("raise ValueError('broken')")
+    script = "from ddp_lessons import launch\nprint(launch(lambda rank: rank).values)"
+    command = [sys.executable, "-c", script]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    assert (done.stdout, done.stderr) == ("[0, 1]\n", "")
 
 
 FEW_FILES = """

@@ -104,12 +104,20 @@ class Forkserver:
             # Until preload_bare.py gives it its own session, the notebook's interrupt would end it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                self._server.ensure_running()
+                self._start_server()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if self.pid != before:
                 self.environment = dict(os.environ)
                 self._begin_anew()
+
+    def _start_server(self) -> None:
+        try:
+            self._server.ensure_running()
+        except ChildProcessError:  # it has ended, and the learner's code has asked how
+            self.forget()
+            self._server._forkserver_alive_fd = self._server._forkserver_pid = None
+            self._server.ensure_running()
 
     def start(
         self,

@@ -111,6 +111,19 @@ def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+@linux
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_forkserver_whose_end_the_learners_code_has_reaped(method: str) -> None:
+    launch(ident, start_method=method)
+    pid = running(method).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert launch(ident, start_method=method).values == [0, 1]
+    assert running(method).pid != pid
+
+
+@pytest.mark.slow
 def test_a_broken_scikit_learn(tmp_path: Path) -> None:
     (tmp_path / "sklearn").mkdir()
     (tmp_path / "sklearn" / "__init__.py").write_text("raise ValueError('broken')")

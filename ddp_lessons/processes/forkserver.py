@@ -137,7 +137,8 @@ class Forkserver:
                 except (OSError, EOFError) as error:
                     if last or getattr(error, "errno", None) in OURS_TO_BEAR:
                         raise
-                    reaper.kill_and_wait(self.pid or 0)
+                    if self.pid is not None:
+                        reaper.kill_and_wait(self.pid)
                 else:
                     break
             self._ranks.add(started.pid)

@@ -24,6 +24,7 @@ import pytest
 
 from ddp_lessons import BadLaunch, launch
 from ddp_lessons.processes import forkserver
+from ddp_lessons.system import reaper
 from tests.support.checkout import ROOT
 
 pytestmark = pytest.mark.ranks
@@ -108,6 +109,21 @@ def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.Monke
     run = launch(lambda rank: (os.environ["ONLY_FOR_RANKS"], sys.argv), env=env)
     assert run.values == [("a = b, with spaces", sys.argv)] * 2
     assert not launch(lambda rank: 1 / rank, nprocs=1, check=False).ok
+
+
+def test_one_that_does_not_start_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process id 0 would mean this process's own group."""
+    killed: list[int] = []
+    monkeypatch.setattr(reaper, "kill_and_wait", killed.append)
+    one = forkserver.Forkserver(forkserver.BARE)
+    monkeypatch.setattr(one, "ensure_running", lambda: None)
+
+    def fails(server: Any) -> Any:
+        raise OSError("the forkserver did not start")
+
+    with pytest.raises(OSError, match="did not start"):
+        one.start(fails)
+    assert killed == []
 
 
 @pytest.mark.slow

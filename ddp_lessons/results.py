@@ -7,7 +7,6 @@ read them.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -46,10 +45,6 @@ _LOST_STORE = re.compile(
 
 Status = Literal["returned", "raised", "died", "stopped", "unsendable"]
 Activity = Literal["busy", "idle", "suspended"]
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 200  # characters
-_short.maxlist = _short.maxtuple = _short.maxdict = 12  # items
 
 
 @dataclass(frozen=True)
@@ -187,7 +182,7 @@ class RankResult:
             case "returned" if self.stack:
                 return "left by sys.exit()"
             case "returned":
-                return f"returned {_short.repr(self.value)}"
+                return f"returned {text.short_repr(self.value)}"
             case "raised":
                 return f"raised {self.error.summary if self.error else ''}"
             case "unsendable":
@@ -199,7 +194,7 @@ class RankResult:
                 return f"died: {text.exit_name(self.exitcode)}"
             case "stopped" if self.kept_by is not None:
                 where = stacks.waiting_where(self.stack)
-                return f"returned {_short.repr(self.value)}, but {self.kept_by} went on{where}"
+                return f"returned {text.short_repr(self.value)}, but {self.kept_by} went on{where}"
             case "stopped":
                 now = "stopped" if self.pid is None else "still runs"
                 return f"{now}{stacks.waiting_where(self.stack)}"

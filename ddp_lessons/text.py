@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import itertools
 import re
+import reprlib
 import signal
 import textwrap
 from collections.abc import Iterable, Sized
@@ -25,6 +26,24 @@ def without_colours(line: str) -> str:
 def count(number: int, noun: str) -> str:
     """`1 rank`, `4 ranks`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+class _Short(reprlib.Repr):
+    """reprlib's short texts, a little longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200  # characters
+        self.maxlist = self.maxtuple = self.maxdict = 12  # items
+
+    def repr_int(self, x: int, level: int) -> str:
+        try:
+            return super().repr_int(x, level)
+        except ValueError:  # Python does not write so many digits
+            return f"an int of {count(x.bit_length(), 'bit')}"
+
+
+short_repr = _Short().repr
 
 
 def size_text(size: int) -> str:

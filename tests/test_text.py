@@ -10,6 +10,7 @@ from ddp_lessons.text import (
     exit_name,
     listed,
     ranks_text,
+    short_repr,
     wrapped,
 )
 
@@ -24,6 +25,13 @@ def test_numbers_and_ranks() -> None:
     assert ranks_text(range(8)) == "ranks 0 to 7"
     assert all_ranks(1) == "The rank"
     assert all_ranks(4) == "All 4 ranks"
+
+
+def test_values_in_few_characters() -> None:
+    assert short_repr("x") == "'x'"
+    assert short_repr([1, "two"]) == "[1, 'two']"
+    assert len(short_repr(list(range(10**5)))) < 100
+    assert short_repr(1 << 20_000) == "an int of 20001 bits"  # Python writes no number so long
 
 
 def test_sentences() -> None:

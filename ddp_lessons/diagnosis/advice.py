@@ -24,6 +24,10 @@ MISSING = (
 PLAIN_DATA = "Return plain data instead: numbers, strings, lists, tensors, state_dict()."
 INSTALL = "Or install in this environment what its class comes from."
 LESS = "Save it to a file in the rank, or return less of it."
+MORE_FILES = (
+    "Allow this process more open files (ulimit -n), or return less: of each value from 32 MB on, "
+    "one file stays open here while it is used."
+)
 HANDLED = (
     "An exception that a rank handles alone keeps it from the others' calls. Let it end the rank; "
     "or have the ranks agree what to do, by an all_reduce of a flag in every step."

@@ -6,6 +6,7 @@ line. If all failures are such losses, hangs.py finds the missing rank.
 
 from __future__ import annotations
 
+import errno
 import re
 import signal
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from ddp_lessons.wire.records import FORKSERVER, NOT_LOADED, ErrorRecord, Frame
 
 FAILED = ("raised", "died", "unsendable")
 LAST_LINES = 5  # of a dead rank's output, as evidence
+_TOO_MANY_FILES = f"OSError: [Errno {errno.EMFILE}]"
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "MemoryError", "out of memory")
 _CPP_FRAME = re.compile(r"frame #\d+: ")  # of a C++ stack below an error message
 _KERNEL_GAVE_UP = re.compile(r"^\S+\.cuh?:\d+: .*Assertion")  # once for each GPU thread
@@ -166,12 +168,16 @@ def _unsendable(run: RunRecord, cause: RankResult) -> Verdict:
     name, why = cause.error.type_name, cause.error.text
     loaded = name != NOT_LOADED
     what = f"of type {name}, which cannot be sent back" if loaded else "that cannot be loaded here"
-    small = advice.LESS if why.startswith("MemoryError") else advice.PLAIN_DATA
+    if why.startswith(_TOO_MANY_FILES):
+        try_this = advice.MORE_FILES
+    else:
+        try_this = advice.LESS if why.startswith("MemoryError") else advice.PLAIN_DATA
+        try_this += "" if loaded else f" {advice.INSTALL}"
     return Verdict(
         "unsendable",
         (cause.rank,),
         f"rank {cause.rank} of {run.world_size} returned a value {what}: {why}",
-        advice=small if loaded else f"{small} {advice.INSTALL}",
+        advice=try_this,
     )
 
 

@@ -7,12 +7,11 @@ the result is cached by place in the code.
 from __future__ import annotations
 
 import linecache
-import os
 from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-from ddp_lessons.wire.owners import Owner, is_of_check, is_outside, owner_of
+from ddp_lessons.wire.owners import Owner, is_of_check, is_outside, owner_of, real_path
 from ddp_lessons.wire.unfiled import MADE_UP
 
 _MOST = 10_000  # places kept; code that is made in a loop must not fill the memory
@@ -71,7 +70,7 @@ class Sites:
             owner,
             site_at(code, frame.f_lineno),
             is_library and is_of_check(code.co_filename),
-            is_library and is_outside(os.path.realpath(code.co_filename)),
+            is_library and is_outside(real_path(code.co_filename)),
         )
 
 

@@ -12,12 +12,12 @@ import functools
 import importlib
 import itertools
 import os
-import select
 import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
@@ -213,5 +213,5 @@ def _leave_last_store() -> None:
     """Wait until the store of the last join is gone, but not long, as something may keep it."""
     while _connections:
         with _connections.pop() as last:
-            if select.select([last], [], [], _OLD_STORE)[0]:
+            if wait([last], _OLD_STORE):
                 time.sleep(_STOPS_LISTENING)  # until then one could still connect to it

@@ -40,7 +40,7 @@ from ddp_lessons.processes.packing import pack
 from ddp_lessons.run import Run
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.system.notebook import can_display, in_kernel
-from ddp_lessons.text import listed, wrapped
+from ddp_lessons.text import listed, short_repr, wrapped
 from ddp_lessons.wire.task import Task, places
 
 if TYPE_CHECKING:
@@ -305,7 +305,7 @@ def whole_number(name: str, value: Any) -> int:
     with contextlib.suppress(TypeError):
         if not isinstance(value, bool) and operator.index(value) >= 1:
             return operator.index(value)
-    raise BadLaunch(f"{name} is {value!r}; it must be a whole number, 1 or more.")
+    raise BadLaunch(f"{name} is {short_repr(value)}; it must be a whole number, 1 or more.")
 
 
 def _refuse_nonsense(
@@ -326,7 +326,7 @@ def _refuse_nonsense(
         ) from None
     if not callable(fn):
         raise BadLaunch(
-            f"fn is {fn!r}, not a function. "
+            f"fn is {short_repr(fn)}, not a function. "
             "Pass the function itself, launch(work), not its result, launch(work(0))."
         )
     if kind := next((kind for kind, is_one in NOT_RUN.items() if is_one(fn)), None):
@@ -335,9 +335,10 @@ def _refuse_nonsense(
             "may call asyncio.run() or go through a generator."
         )
     if not isinstance(args, tuple):
-        ranks = f" For {args} ranks write nprocs={args}." if isinstance(args, int) else ""
+        given = short_repr(args)
+        ranks = f" For {given} ranks write nprocs={given}." if isinstance(args, int) else ""
         raise BadLaunch(
-            f"args is {args!r}, not a tuple. For one argument write args=({args!r},).{ranks}"
+            f"args is {given}, not a tuple. For one argument write args=({given},).{ranks}"
         )
     if nprocs * nnodes > MOST_RANKS:
         raise BadLaunch(
@@ -348,21 +349,27 @@ def _refuse_nonsense(
         not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0
     ):
         raise BadLaunch(  # `not >` refuses nan, too
-            f"timeout is {timeout!r}; it must be a number of seconds above 0, or None for no limit."
-            " A run that makes progress is never cut short, so 60 suits long runs, too."
+            f"timeout is {short_repr(timeout)}; it must be a number of seconds above 0, or None "
+            "for no limit. A run that makes progress is never cut short, so 60 suits long runs, "
+            "too."
         )
     if env is not None and not isinstance(env, Mapping):
-        raise BadLaunch(f"env is {env!r}, not a dict, such as {{'OMP_NUM_THREADS': '2'}}.")
+        raise BadLaunch(
+            f"env is {short_repr(env)}, not a dict, such as {{'OMP_NUM_THREADS': '2'}}."
+        )
     for name, value in (env or {}).items():
+        given = f"env[{short_repr(name)}] is {short_repr(value)}"
         if not isinstance(name, str) or not isinstance(value, str):
-            raise BadLaunch(f"env[{name!r}] is {value!r}; variables are strings: {str(value)!r}.")
+            raise BadLaunch(f"{given}; variables are strings: {short_repr(str(value))}.")
         if not name or "=" in name or "\0" in name + value:
             raise BadLaunch(
-                f"env[{name!r}] is {value!r}: the name of a variable cannot be empty or hold '=', "
+                f"{given}: the name of a variable cannot be empty or hold '=', "
                 "and neither the name nor the value can hold a NUL."
             )
     if method is not None and method not in START_METHODS:
-        raise BadLaunch(f"start_method is {method!r}; it must be 'forkserver' or 'spawn'.")
+        raise BadLaunch(
+            f"start_method is {short_repr(method)}; it must be 'forkserver' or 'spawn'."
+        )
 
 
 def _record(
@@ -393,9 +400,17 @@ def _show(run: Run, interrupts: Interrupts) -> None:
     if run.interrupted:
         lines += [f"rank {rank.rank} {rank.outcome()}" for rank in run.ranks]
     if lines:
-        print("\n".join(lines))
+        _print("\n".join(lines))
     if in_kernel() and can_display() and not live_panel.hidden.get():
         _show_displays(run)
+
+
+def _print(text: str) -> None:
+    """Print a text; characters that the encoding of stdout lacks are escaped."""
+    try:
+        print(text)
+    except UnicodeEncodeError as error:
+        print(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
 
 
 def _show_displays(run: Run) -> None:

@@ -44,6 +44,7 @@ class RunningRun:
         self._shown = False
         self._run: Run | None = None
         self._error: BaseException | None = None
+        self._over = threading.Event()  # as an exception may end a thread's join() for good
         self._thread = threading.Thread(
             target=self._work, args=(watch,), name=f"launch of {name}", daemon=True
         )
@@ -53,7 +54,7 @@ class RunningRun:
     @property
     def done(self) -> bool:
         """Whether all ranks have ended."""
-        return not self._thread.is_alive()
+        return self._over.is_set()
 
     def wait(self, timeout: float | None = None) -> Run:
         """Wait until all ranks have ended, print their output, and return the record of the run.
@@ -62,15 +63,7 @@ class RunningRun:
         a rank failed, unless `launch` was called with ``check=False``. The Stop button ends the
         run. The output is printed once.
         """
-        try:
-            if not self.done:
-                with self._interrupts.counted():
-                    self._thread.join(timeout)
-        except KeyboardInterrupt as stopped:
-            show_without_frames(stopped)
-            self._thread.join()
-            self._ended()
-            raise
+        self._await_end(timeout)
         if not self.done:
             raise TimeoutError(f"{self.name} still runs after {timeout:g} s; wait() waits on.")
         run = self._ended()
@@ -79,9 +72,32 @@ class RunningRun:
         return run
 
     def stop(self) -> Run:
-        """End the run, as the Stop button does; print and return what came of it."""
-        self._end()
+        """End the run, as the Stop button does; print and return what came of it.
+
+        The Stop button, pressed meanwhile, ends it at once.
+        """
+        if not self.done:
+            self._interrupts.count += 1
+        self._await_end()
         return self._ended()
+
+    def _await_end(self, timeout: float | None = None) -> None:
+        """Wait until the run has ended: at most for `timeout` seconds, unless it is to end.
+
+        Raises KeyboardInterrupt once the run that it ended has ended and is shown.
+        """
+        try:
+            with self._interrupts.counted():
+                self._over.wait(None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
+                if self._interrupts.count:
+                    self._over.wait()
+                if self.done:
+                    self._thread.join()  # which holds the ranks' processes until then
+        except KeyboardInterrupt as stopped:
+            show_without_frames(stopped)
+            if self.done:
+                self._ended()
+            raise
 
     def _work(self, watch: Callable[[], Run]) -> None:
         """Watch the ranks, in a thread. Only it holds `watch`, and so the ranks' processes."""
@@ -90,11 +106,11 @@ class RunningRun:
         except BaseException as error:  # a fault of ours: `wait` raises it
             self._error = error
         atexit.unregister(self._end)
+        self._over.set()
 
     def _end(self) -> None:
-        if not self.done:
-            self._interrupts.count += 1
-        self._thread.join()
+        self._interrupts.count += 1
+        self._over.wait()
 
     def _ended(self) -> Run:
         if self._error is not None:

@@ -145,6 +145,7 @@ class Watchdog:
             for worker in self.alive:
                 if number == signal.SIGKILL:
                     worker.signal_group(number)
+                    worker.send_signal(number)  # it may have no group of its own yet
                 elif worker.started_ns is None:  # an interrupt would print where its imports are
                     worker.send_signal(signal.SIGTERM)
                 else:

@@ -65,12 +65,15 @@ class ActivitySampler:
         self._threads: dict[str, ThreadState] = {}
 
     def sample(self, pid: int) -> Sample | None:
-        """What it does; None if the last sample is too young to compare with."""
+        """What it does; None if the last sample is too young, or no file can be opened now."""
         now = time.monotonic()
         seconds = now - self._sampled_at
         if self._used is not None and seconds < CPU_SAMPLE_SECONDS:
             return None
-        used, threads = cpu_seconds(pid), threads_of(pid)
+        try:
+            used, threads = cpu_seconds(pid), threads_of(pid)
+        except OSError:  # too many are open
+            return None
         activity: Activity | None = None
         has_queued, starved = False, 0.0
         if self._used is not None:

@@ -41,12 +41,17 @@ READ_AT_START = (
     "GLIBC_",
     "KMP_",
     "GOMP_",
+    "PYTORCH_JIT",
+    "TORCH_COMPILE_",
     "TORCH_CPP_LOG_LEVEL",
     "TORCH_SHOW_CPP_STACKTRACES",
     "TORCH_LOGS",
+    "TORCHDYNAMO_",
+    "TORCHINDUCTOR_",
 )
-# Importing scikit-learn sets these; they matter only to a process that has not loaded OpenMP yet.
-SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+# Importing scikit-learn sets the first two, which matter only to a process that has not loaded
+# OpenMP yet; importing torch._dynamo the last, which torch reads when it compiles.
+SET_BY_IMPORTS = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR")
 FEW = 5  # launches of a script after which more are expected
 LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")  # bytes (unix(7), sun_path)
 # Shortages of this process itself, which a new forkserver would not cure.
@@ -99,12 +104,20 @@ class Forkserver:
             # Until preload_bare.py gives it its own session, the notebook's interrupt would end it.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                self._server.ensure_running()
+                self._start_server()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if self.pid != before:
                 self.environment = dict(os.environ)
                 self._begin_anew()
+
+    def _start_server(self) -> None:
+        try:
+            self._server.ensure_running()
+        except ChildProcessError:  # it has ended, and the learner's code has asked how
+            self.forget()
+            self._server._forkserver_alive_fd = self._server._forkserver_pid = None
+            self._server.ensure_running()
 
     def start(
         self,
@@ -124,7 +137,8 @@ class Forkserver:
                 except (OSError, EOFError) as error:
                     if last or getattr(error, "errno", None) in OURS_TO_BEAR:
                         raise
-                    reaper.kill_and_wait(self.pid or 0)
+                    if self.pid is not None:
+                        reaper.kill_and_wait(self.pid)
                 else:
                     break
             self._ranks.add(started.pid)

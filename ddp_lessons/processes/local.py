@@ -34,7 +34,7 @@ from ddp_lessons.processes.base import (
 )
 from ddp_lessons.processes.packing import Argument
 from ddp_lessons.system import memory, reaper, standard_files
-from ddp_lessons.system.host import reserve_port
+from ddp_lessons.system.host import blocking_pair, reserve_port
 from ddp_lessons.system.interrupts import Interrupts
 from ddp_lessons.text import count
 from ddp_lessons.wire.messages import STACK_SIGNAL
@@ -98,9 +98,7 @@ class WorkerProcess(Worker):
         self.buffers.prepare(self.rank)
         pipes: list[tuple[Any, Any]] = [multiprocessing.Pipe(duplex=False) for _ in CHANNELS]
         if self.takes_files:
-            pipes[MESSAGES] = socket.socketpair()
-            for end in pipes[MESSAGES]:
-                end.setblocking(True)  # whatever socket.setdefaulttimeout says
+            pipes[MESSAGES] = blocking_pair()
         readers, writers = [p[0] for p in pipes], [p[1] for p in pipes]
         try:
             context: Any = multiprocessing.get_context(method)

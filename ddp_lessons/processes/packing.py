@@ -16,13 +16,15 @@ import pickle
 import sys
 import types
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, ClassVar
 
 from ddp_lessons.errors import CannotSend
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.system.notebook import in_kernel
+from ddp_lessons.text import short_repr
+from ddp_lessons.wire import unfiled
 from ddp_lessons.wire.owners import home_of
 from ddp_lessons.wire.parcels import Packer, Parcel
 from ddp_lessons.wire.parcels import pack as pack_value
@@ -47,18 +49,19 @@ def pack(
     # functions of one pickle one dict of globals, holding just the names they use; through the
     # anchor the worker finds that dict and makes it its __main__.
     anchor = types.FunctionType((lambda: None).__code__, sys.modules["__main__"].__dict__)
+    files: set[str] = set()
     try:
-        function = pack_value((fn, anchor), _Pickler)
+        function = pack_value((fn, anchor), _noting(files))
     except Exception as error:  # whatever a learner's object raises in its own __reduce__
         raise CannotSend(_why_not_function(fn, error)) from error
     return Task(
         function=function,
         name=name_of(fn),
         overrides=dict(overrides),
-        settings=pickle.dumps(taken(with_seed=_is_of_script(fn))),
+        settings=pickle.dumps(taken(with_seed=_is_script())),
         definitions=_definitions(),
         start_method=_chosen_start_method(),
-        sources=_cell_sources(function.pickle),
+        sources=_cell_sources(files),
         home=home_of(fn),
         profile=profile,
         notes=notes,
@@ -67,10 +70,9 @@ def pack(
     )
 
 
-def _is_of_script(fn: Callable[..., Any]) -> bool:
-    """Whether the function is one of the script that runs, whose top level spawn would run anew."""
-    main = sys.modules["__main__"]
-    return getattr(fn, "__module__", "") == "__main__" and hasattr(main, "__file__")
+def _is_script() -> bool:
+    """Whether `__main__` is a script, whose top level each rank would run under `mp.spawn`."""
+    return hasattr(sys.modules["__main__"], "__file__") and not in_kernel()
 
 
 def _definitions() -> dict[str, bytes]:
@@ -167,6 +169,18 @@ class _DefinitionPickler(_Pickler):
         return self._names.get(id(value))
 
 
+def _noting(files: set[str]) -> type[_Pickler]:
+    """A pickler that also notes the names of the files of all code that it pickles."""
+
+    class NotingPickler(_Pickler):
+        def reducer_override(self, value: Any) -> Any:
+            if type(value) is types.CodeType:
+                files.add(unfiled.place_of(value)[0])
+            return super().reducer_override(value)
+
+    return NotingPickler
+
+
 def _argument_pickler() -> type[_Pickler]:
     """A pickler that also knows what multiprocessing and torch have registered by now."""
 
@@ -198,10 +212,17 @@ def _used_by(fn: Callable[..., Any]) -> list[tuple[str, Any]]:
     plain = inspect.unwrap(getattr(fn, "__func__", fn))
     if not isinstance(plain, types.FunctionType):
         return used
-    variables = inspect.getclosurevars(plain)
-    used += [(f"the variable {name!r}", value) for name, value in variables.nonlocals.items()]
-    used += [(f"the variable {name!r}", value) for name, value in variables.globals.items()]
-    used += [(f"the default value {value!r}", value) for value in plain.__defaults__ or ()]
+    for name, cell in zip(plain.__code__.co_freevars, plain.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # it has no value yet
+            used.append((f"the variable {name!r}", cell.cell_contents))
+    variables = plain.__globals__
+    used += [
+        (f"the variable {name!r}", variables[name])
+        for name in plain.__code__.co_names
+        if name in variables
+    ]
+    values = plain.__defaults__ or ()
+    used += [(f"the default value {short_repr(value)}", value) for value in values]
     return used
 
 
@@ -231,11 +252,9 @@ def _cannot_travel(what: str, value: Any, error: Exception) -> str:
     return f"{what} {article} {name}, which cannot travel to another process: {why}\n{try_this}"
 
 
-def _cell_sources(function: bytes) -> dict[str, str]:
-    """The text of the cells that the pickled function comes from.
+def _cell_sources(files: Set[str]) -> dict[str, str]:
+    """The text of those of these files that are cells.
 
-    IPython keeps the text of each cell in linecache without a modification time. Only the cells
-    whose file name occurs in the pickle are sent, not the whole session.
+    IPython keeps the text of each cell in linecache without a modification time.
     """
-    names = [name for name in list(linecache.cache) if is_cell(name) and name.encode() in function]
-    return {name: "".join(linecache.getlines(name)) for name in names}
+    return {name: "".join(linecache.getlines(name)) for name in sorted(files) if is_cell(name)}

@@ -36,7 +36,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from ddp_lessons.system import memory, reaper
-from ddp_lessons.worker.spare import MOST_DESCRIPTORS, Waiting
+from ddp_lessons.system.host import blocking_pair
+from ddp_lessons.worker.spare import MOST_DESCRIPTORS, MoreDescriptors, Waiting
 
 NEEDED = 8  # descriptors that are open for a moment while a rank starts
 PATIENCE = 120.0  # seconds that the forkserver may take, which first imports torch
@@ -65,7 +66,7 @@ class Forked(popen_forkserver.Popen):
 
     def _launch(self, process: BaseProcess) -> None:
         data = self._data(process)
-        with self._asked_for() as data_w:
+        with self._sends_more(), self._asked_for() as data_w:
             self._read_pid()
             self._write(data_w, data)
 
@@ -89,6 +90,26 @@ class Forked(popen_forkserver.Popen):
         finally:
             os.close(data_w)
 
+    @contextlib.contextmanager
+    def _sends_more(self) -> Iterator[None]:
+        """Send the descriptors for which a message has no room through a socket, in its place.
+
+        Then wait until the process has them, as Linux lets only so many be on their way.
+        """
+        if not _has_more(self._fds):
+            yield
+            return
+        ours, theirs = blocking_pair()
+        with ours, theirs:
+            more = self._fds[MOST_DESCRIPTORS - 2 :]
+            self._fds[MOST_DESCRIPTORS - 2 :] = [theirs.fileno()]
+            for at in range(0, len(more), MOST_DESCRIPTORS):
+                socket.send_fds(ours, [b"+"], more[at : at + MOST_DESCRIPTORS])
+            ours.shutdown(socket.SHUT_WR)
+            yield
+            theirs.close()
+            self._await_forkserver(ours.fileno(), for_writing=False)
+
     def _read_pid(self) -> None:
         self._await_forkserver(self.sentinel, for_writing=False)
         self.pid = forkserver.read_signed(self.sentinel)
@@ -105,11 +126,11 @@ class Forked(popen_forkserver.Popen):
 
         A forkserver that does not answer, or is suspended, is killed, so that a new one can start.
         """
-        waiting = [descriptor]
+        poll = select.poll()  # as select.select takes no descriptor above 1023
+        poll.register(descriptor, select.POLLOUT if for_writing else select.POLLIN)
         deadline = time.monotonic() + PATIENCE
         while True:
-            ready = select.select([] if for_writing else waiting, waiting * for_writing, [], PAUSE)
-            if any(ready):
+            if poll.poll(1000 * PAUSE):
                 return
             self._check()
             pid = self._server._forkserver_pid
@@ -138,10 +159,8 @@ class Spare(Forked):
 
     def __init__(self, server: Any, written: bytes) -> None:
         self.forkserver = server._forkserver_pid
-        self._channel, theirs = socket.socketpair()
+        self._channel, theirs = blocking_pair()
         with theirs:
-            for end in (self._channel, theirs):
-                end.setblocking(True)  # whatever socket.setdefaulttimeout says
             self._fds = [theirs.fileno()]
             self._server, self._check = server, lambda: None
             self._polling = threading.Lock()
@@ -174,12 +193,10 @@ class Spare(Forked):
         self._fds, self._check = [], check
         data = _pickled(self, process)
         tracker: Any = resource_tracker.getfd()
-        descriptors = [tracker, *self._fds]
-        if len(descriptors) > MOST_DESCRIPTORS:
-            return False
         try:
-            socket.send_fds(self._channel, [b"+"], descriptors)
-            self._write(self._channel.fileno(), data)
+            with self._sends_more():
+                socket.send_fds(self._channel, [b"+"], [tracker, *self._fds])
+                self._write(self._channel.fileno(), data)
         except OSError:
             return False
         self._channel.close()
@@ -291,16 +308,23 @@ def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
     return ends
 
 
+def _has_more(descriptors: list[int]) -> bool:
+    """Whether one message has no room for these and one for the resource tracker."""
+    return len(descriptors) >= MOST_DESCRIPTORS
+
+
 def _pickled(popen: Forked | Spawned, process: BaseProcess) -> bytes:
     """What the new process reads: how to prepare itself, then the process object."""
     preparation = spawn.get_preparation_data(process.name)
     for main in ("init_main_from_name", "init_main_from_path"):
         preparation.pop(main, None)
-    buffer = io.BytesIO()
+    first, then = io.BytesIO(), io.BytesIO()
     set_spawning_popen(popen)
     try:
-        reduction.dump(preparation, buffer)
-        reduction.dump(process, buffer)
+        reduction.dump(process, then)
+        if isinstance(popen, Forked) and _has_more(popen._fds):
+            preparation["descriptors"] = MoreDescriptors()
+        reduction.dump(preparation, first)
     finally:
         set_spawning_popen(None)
-    return buffer.getvalue()
+    return first.getvalue() + then.getvalue()

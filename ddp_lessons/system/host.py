@@ -1,4 +1,4 @@
-"""Facts about this host: its clock and processors, a free port, its address for other hosts.
+"""A host: its clock and processors, free ports and sockets, its address for other hosts.
 
 Parents, engines and ranks call it.
 """
@@ -24,6 +24,14 @@ def network_id() -> str:
         return os.readlink("/proc/self/ns/net")
     except OSError:  # not Linux
         return ""
+
+
+def blocking_pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets that block, whatever socket.setdefaulttimeout says."""
+    ends = socket.socketpair()
+    for end in ends:
+        end.setblocking(True)
+    return ends
 
 
 def processor_ns(schedstat: str) -> tuple[int, int]:

@@ -57,7 +57,8 @@ class Interrupts:
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Interrupts]:
-        """Count the interrupts in the block; after it, raise KeyboardInterrupt for what is left."""
+        """Count the interrupts in the block; raise KeyboardInterrupt after it if there were any."""
+        counted = self.count
         before = signal.getsignal(signal.SIGINT)
         if threading.current_thread() is not threading.main_thread() or not callable(before):
             yield self  # Python calls handlers in the main thread only
@@ -68,4 +69,5 @@ class Interrupts:
             yield self
         finally:
             signal.signal(signal.SIGINT, before)
-        self.check()
+        if self.count > counted:
+            self.check()

@@ -16,13 +16,13 @@ import contextlib
 import ctypes
 import fcntl
 import os
-import select
 import shutil
 import signal
 import socket
 import stat
 import time
 from collections.abc import Container
+from multiprocessing.connection import wait
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _ROUNDS, _PAUSE = 50, 0.002  # an orphan's own children become orphans, too: look again
@@ -54,7 +54,7 @@ def kill_when_closed(pipe: int, whom: int) -> bool:
     fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
     flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
     fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
-    if select.select([pipe], [], [], 0)[0]:  # it closed before the line above
+    if wait([pipe], 0):  # it closed before the line above
         os.kill(whom, signal.SIGKILL)
     return True
 

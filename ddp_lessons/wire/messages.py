@@ -250,6 +250,7 @@ class Decoder:
             del self._buffer[:end]
             message: Message = pickle.loads(body)
             if isinstance(message, Returned) and message.value.sizes:
-                value = replace(message.value, file=self._files.popleft())
-                message = replace(message, value=value)
+                # Where descriptors run short, the system drops the file's.
+                file = self._files.popleft() if self._files else None
+                message = replace(message, value=replace(message.value, file=file))
             yield message

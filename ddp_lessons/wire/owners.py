@@ -66,7 +66,7 @@ def owner_of(filename: str, home: str | None = None) -> Owner:
         return Owner.LIBRARY
     if not os.path.isabs(filename):
         return Owner.LEARNER  # a cell, or code that no file holds
-    path = os.path.realpath(filename)
+    path = real_path(filename)
     if path.startswith((_HERE, _torch())):
         return Owner.LIBRARY
     package = _package_of(filename)
@@ -75,6 +75,14 @@ def owner_of(filename: str, home: str | None = None) -> Owner:
             return Owner.LIBRARY
         return Owner.LEARNER if package == home else Owner.PACKAGE
     return Owner.LIBRARY if is_stdlib(filename) else Owner.LEARNER
+
+
+def real_path(filename: str) -> str:
+    """A file's path without links; a relative name as it is where the directory was deleted."""
+    try:
+        return os.path.realpath(filename)
+    except FileNotFoundError:
+        return filename
 
 
 def recorded(filename: str) -> str:
@@ -91,7 +99,7 @@ def unmarked(filename: str) -> str:
 
 def is_installed_here(filename: str) -> bool:
     """Whether a file belongs to Python or to a package installed here: its lines are public."""
-    path = os.path.realpath(filename)
+    path = real_path(filename)
     return path.endswith(".py") and path.startswith((_HERE, _torch(), STDLIB, *ROOTS))
 
 
@@ -114,7 +122,7 @@ def is_at_home(filename: str, home: str | None) -> bool:
 
 def _package_of(filename: str) -> str | None:
     """The installed package or module that holds a file: what follows site-packages in its path."""
-    path = os.path.realpath(filename)
+    path = real_path(filename)
     for root in ROOTS:
         if path.startswith(root):
             return path[len(root) :].partition(os.sep)[0].removesuffix(".py")
@@ -124,7 +132,7 @@ def _package_of(filename: str) -> str | None:
 
 def is_of_check(filename: str) -> bool:
     """Whether a file holds the checks of exercises, which make calls of their own in ranks."""
-    return os.path.realpath(filename).startswith(_CHECKS)
+    return real_path(filename).startswith(_CHECKS)
 
 
 def is_outside(filename: str) -> bool:
@@ -135,7 +143,7 @@ def is_outside(filename: str) -> bool:
 def is_stdlib(filename: str) -> bool:
     """Whether a file is of Python's standard library, on this host or another."""
     filename = unmarked(filename)
-    path = os.path.realpath(filename)
+    path = real_path(filename)
     inside = path.startswith(STDLIB) or _IN_STDLIB.match(path) is not None
     return inside and _package_of(filename) is None
 

@@ -11,6 +11,7 @@ Both processes import this module. The parent packs the function and its argumen
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import pickle
@@ -64,7 +65,8 @@ class Parcel:
         return replace(self, file=None)
 
     def _mapped(self) -> list[memoryview]:
-        assert self.file is not None
+        if self.file is None:
+            raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}, so its file could not come")
         starts, end = _places(self.sizes)
         memory = memoryview(mmap.mmap(self.file.fileno(), end, access=mmap.ACCESS_COPY))
         return [memory[at : at + size] for at, size in zip(starts, self.sizes, strict=True)]

@@ -18,7 +18,16 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ddp_lessons.text import agree, count, listed
-from ddp_lessons.wire.owners import ROOTS, STDLIB, Owner, is_at_home, is_stdlib, owner_of, unmarked
+from ddp_lessons.wire.owners import (
+    ROOTS,
+    STDLIB,
+    Owner,
+    is_at_home,
+    is_stdlib,
+    owner_of,
+    real_path,
+    unmarked,
+)
 from ddp_lessons.wire.records import ErrorRecord, Frame
 from ddp_lessons.wire.unfiled import MADE_UP
 
@@ -309,8 +318,8 @@ def place_name(filename: str) -> str:
         if named is not None:
             return " ".join(named)
     filename = unmarked(filename)
-    path = os.path.realpath(filename)
-    for root in (*ROOTS, STDLIB, os.getcwd() + os.sep):
+    path = real_path(filename)
+    for root in (*ROOTS, STDLIB, real_path(os.curdir) + os.sep):
         if path.startswith(root):
             return path[len(root) :]
     return filename

@@ -10,6 +10,8 @@ the parent has such texts.
 from __future__ import annotations
 
 import ast
+import functools
+import itertools
 import linecache
 import re
 import sys
@@ -17,9 +19,12 @@ from collections.abc import Iterator
 from types import CodeType
 from typing import Any, NamedTuple
 
+MOST_KEPT = 4096  # texts, so that a cell is compiled once for all launches
 TIMEIT = "<magic-timeit>"
 MADE_UP = ("<timed exec>", "<timed eval>", TIMEIT, "<string>")
 _LINE_MAGIC = re.compile(r"^\s*(?:\w+\s*=\s*)?%(?:time|timeit|prun)\b(?P<code>.*)$")
+
+Signs = tuple[Any, ...]
 
 
 class Text(NamedTuple):
@@ -38,7 +43,7 @@ def place_of(code: CodeType) -> tuple[str, int]:
     of its own. Otherwise it returns the code's own name and line.
     """
     if code.co_filename in MADE_UP:
-        for text in (*_of_session(), *_of_command()):
+        for text in itertools.chain(_of_session(), _of_command()):
             if _gives(text, code):
                 lines = text.whole.splitlines(keepends=True)
                 # Without a modification time, as IPython does for cells: so linecache keeps it.
@@ -54,14 +59,21 @@ def _of_session() -> Iterator[Text]:
     history = getattr(shell, "history_manager", None)
     inputs = history.input_hist_raw if history else []
     for number in range(len(inputs) - 1, 0, -1):
-        cell, name = inputs[number], f"Cell In[{number}]"
-        lines = cell.splitlines(keepends=True)
-        _, *rest = [n for n, line in enumerate(lines) if line.strip()] or [0]
-        if cell.lstrip().startswith("%%") and rest:  # IPython leaves out blank lines above
-            yield Text(shell.transform_cell("".join(lines[rest[0] :])), name, cell, rest[0])
-        for before, line in enumerate(lines):
-            if found := _LINE_MAGIC.match(line):
-                yield Text(found["code"].strip(), name, cell, before)
+        yield from _of_cell(shell, number, inputs[number])
+
+
+@functools.lru_cache(MOST_KEPT)
+def _of_cell(shell: Any, number: int, cell: str) -> tuple[Text, ...]:
+    """The code below or behind magics in one input."""
+    name, lines, found = f"Cell In[{number}]", cell.splitlines(keepends=True), []
+    _, *rest = [n for n, line in enumerate(lines) if line.strip()] or [0]
+    if cell.lstrip().startswith("%%") and rest:  # IPython leaves out blank lines above
+        below = shell.transform_cell("".join(lines[rest[0] :]))
+        found.append(Text(below, name, cell, rest[0]))
+    for before, line in enumerate(lines):
+        if magic := _LINE_MAGIC.match(line):
+            found.append(Text(magic["code"].strip(), name, cell, before))
+    return tuple(found)
 
 
 def _of_command() -> Iterator[Text]:
@@ -76,17 +88,23 @@ def _of_command() -> Iterator[Text]:
 
 def _gives(text: Text, code: CodeType) -> bool:
     """Whether compiling the text gives this code object."""
+    flags = code.co_flags & annotations.compiler_flag
+    return _signs(code) in _signs_of_all(text.source, code.co_filename, flags)
+
+
+@functools.lru_cache(MOST_KEPT)
+def _signs_of_all(source: str, filename: str, flags: int) -> frozenset[Signs]:
+    """The signs of all code objects that compiling a source gives."""
     try:
-        tree = ast.parse(text.source)
-        if code.co_filename == TIMEIT:  # %timeit puts the code into a function
+        tree = ast.parse(source)
+        if filename == TIMEIT:  # %timeit puts the code into a function
             inner = ast.parse("def inner(): pass")
             inner.body[0].body = tree.body or inner.body[0].body  # type: ignore[attr-defined]
             tree = inner
-        flags = code.co_flags & annotations.compiler_flag
-        whole = compile(tree, code.co_filename, "exec", flags, dont_inherit=True)
+        whole = compile(tree, filename, "exec", flags, dont_inherit=True)
     except (SyntaxError, ValueError):
-        return False
-    return any(_same(code, other) for other in _all(whole))
+        return frozenset()
+    return frozenset(map(_signs, _all(whole)))
 
 
 def _all(code: CodeType) -> Iterator[CodeType]:
@@ -96,14 +114,10 @@ def _all(code: CodeType) -> Iterator[CodeType]:
             yield from _all(constant)
 
 
-def _same(one: CodeType, other: CodeType) -> bool:
-    return _signs(one) == _signs(other)
-
-
-def _signs(code: CodeType) -> tuple[Any, ...]:
+def _signs(code: CodeType) -> Signs:
     """The features that tell code objects apart; constants with their types, for 1 equals True."""
-    constants = [
-        c.co_name if isinstance(c, CodeType) else (type(c), repr(c)) for c in code.co_consts
-    ]
-    lines = [line for *_, line in code.co_lines()]
+    constants = tuple(
+        _signs(c) if isinstance(c, CodeType) else (type(c), repr(c)) for c in code.co_consts
+    )
+    lines = tuple(line for *_, line in code.co_lines())
     return code.co_name, code.co_code, code.co_names, code.co_varnames, constants, lines

@@ -208,8 +208,10 @@ def _become_fresh(task: Task, place: RankInfo) -> None:
     """Take on the parent's present state; undo what a fork inherits and a fresh start would not."""
     os.environ.clear()
     os.environ.update({**task.environment, **place.variables(), **task.overrides})
+    time.tzset()  # as the forkserver's zone may be another
     os.chdir(task.cwd)
-    sys.path[:] = task.path
+    added = task.overrides.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [*filter(None, added), *task.path]
     # Python trusts a cached module if the source's size and second of change agree, so it would
     # miss the second of two quick edits. A rank therefore writes no cache.
     sys.dont_write_bytecode = True

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import select
 import socket
 from dataclasses import dataclass
 from multiprocessing import forkserver, process, resource_tracker, spawn
+from multiprocessing.connection import wait
 from typing import Any
 
 from ddp_lessons.system import reaper
@@ -40,7 +40,7 @@ class Waiting:
         own_name = _rename(NAME)
         settings.take_over(settings.taken(with_seed=False))  # its own: touches the pages it needs
         with socket.socket(fileno=server._inherited_fds[0]) as channel:
-            written_pages.copy(self.written, lambda: any(select.select([channel], [], [], 0)))
+            written_pages.copy(self.written, lambda: bool(wait([channel], 0)))
             descriptors = _descriptors(channel, self.rest)
             if descriptors is None:
                 return 0
@@ -51,9 +51,26 @@ class Waiting:
         return 0 if rank is None else int(rank._bootstrap(parent_sentinel))
 
 
+class MoreDescriptors:
+    """Makes the process that loads it receive the descriptors that one message had no room for."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive_more, ()
+
+
+def _receive_more() -> None:
+    """Receive them through the last of those that came: a socket, which takes their place."""
+    inherited: list[int] = forkserver._forkserver._inherited_fds  # type: ignore[attr-defined]
+    with socket.socket(fileno=inherited.pop()) as channel:
+        begun = b"+"
+        while begun:
+            begun, descriptors, *_ = socket.recv_fds(channel, 1, MOST_DESCRIPTORS)
+            inherited += descriptors
+
+
 def _descriptors(channel: socket.socket, rest: float) -> list[int] | None:
     """Wait for a rank's descriptors. None if no launch came, or the parent has ended."""
-    if not select.select([channel], [], [], rest)[0]:
+    if not wait([channel], rest):
         # From now on the parent cannot write, and takes another process; what it has written
         # already can still be read.
         channel.shutdown(socket.SHUT_RD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib
 import io
 import multiprocessing
 import os
@@ -114,8 +115,48 @@ def test_variables_that_are_read_only_at_the_start_are_obeyed(
     assert os.environ["PYTHONHASHSEED"] == "8"
 
 
+def test_the_time_zone_follows_the_environment() -> None:
+    run = launch(lambda rank: (time.tzname[0], time.timezone), env={"TZ": "NINE-9"})
+    assert run.values == [("NINE", -9 * 3600)] * 2
+
+
+def no_compiler(rank: int) -> bool:
+    called = []
+    torch.compile(torch.relu, backend=lambda *graph: called.append(graph))(torch.ones(1))
+    return not called
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "fn"),
+    [
+        ({"PYTORCH_JIT": "0"}, lambda rank: not torch.jit._state._enabled.enabled),
+        ({"TORCHDYNAMO_DISABLE": "1"}, no_compiler),
+        ({"TORCH_COMPILE_DISABLE": "1"}, no_compiler),
+    ],
+)
+def test_torchs_own_switches_are_obeyed(
+    variable: dict[str, str], fn: Callable[[int], bool]
+) -> None:
+    assert launch(fn, nprocs=1, env=variable).values == [True]
+
+
+def test_a_path_of_python_for_the_ranks(tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "only_there.py").write_text(f"NAME = {folder.name!r}")
+    run = launch(
+        lambda rank: importlib.import_module("only_there").NAME,
+        nprocs=1,
+        env={"PYTHONPATH": os.pathsep.join(map(str, folders))},
+        start_method="forkserver",
+    )
+    assert run.values == ["a"]
+
+
 def test_ranks_are_forked_also_after_scikit_learn_was_imported(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def is_forked(rank: int) -> bool:
         return "ddp_lessons.worker.preload" in sys.modules
@@ -123,6 +164,7 @@ def test_ranks_are_forked_also_after_scikit_learn_was_imported(
     assert launch(is_forked).values == [True, True]
     monkeypatch.setenv("KMP_DUPLICATE_LIB_OK", "True")  # as the import does
     monkeypatch.setenv("KMP_INIT_AT_FORK", "FALSE")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # as that of torch._dynamo does
     assert launch(is_forked).values == [True, True]
     monkeypatch.setenv("KMP_AFFINITY", "none")
     assert launch(is_forked, nprocs=1).values == [False]
@@ -284,6 +326,14 @@ def test_bad_launch(arguments: dict[str, Any], said: str) -> None:
     assert caught.value.run is None
 
 
+def test_a_bad_launch_is_told_in_few_words() -> None:
+    many: Any = list(range(300_000))
+    for arguments in ({"fn": many}, {"args": many}, {"env": many}, {"env": {"A": many}}):
+        with pytest.raises(BadLaunch) as caught:
+            launch(**{"fn": plain, **arguments})
+        assert len(str(caught.value)) < 500
+
+
 def test_launch_inside_a_worker() -> None:
     def nested(rank: int) -> str:
         from ddp_lessons import BadLaunch, launch
@@ -318,6 +368,13 @@ def test_cannot_send_names_the_variable_of_the_function() -> None:
 
     with pytest.raises(CannotSend, match="work uses the variable 'log', a generator"):
         launch(work)
+
+    def waits(rank: int) -> None:
+        next(log if rank else later)
+
+    with pytest.raises(CannotSend, match="waits uses the variable 'log', a generator"):
+        launch(waits)
+    later = log
 
     class Trainer:
         def __init__(self) -> None:
@@ -481,6 +538,14 @@ def test_output_is_printed_by_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines() == [
         f"[rank {rank}] line {i}" for rank in (0, 1) for i in range(3)
     ]
+
+
+def test_characters_that_stdout_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "ascii"))
+    launch(lambda rank: print("loss \u2192 0.5"), nprocs=1)
+    sys.stdout.flush()
+    assert written.getvalue() == b"[rank 0] loss \\u2192 0.5\n"
 
 
 def test_text_of_buffers_is_typed(capsys: pytest.CaptureFixture[str]) -> None:

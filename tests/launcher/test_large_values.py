@@ -6,6 +6,7 @@ import atexit
 import gc
 import os
 import signal
+import socket
 import sys
 from typing import Any
 
@@ -84,6 +85,18 @@ def test_one_that_does_not_fit_is_refused_by_name() -> None:
     assert "rank 1 of 2 returned a value of type ndarray" in said
     assert "its copy takes 32 MB, and 5 MB of memory are left" in said
     assert "Save it to a file in the rank, or return less of it." in said
+
+
+def test_one_that_comes_when_descriptors_have_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_files(reader: socket.socket, size: int, most: int) -> tuple[Any, ...]:
+        return reader.recv(size), [], 0, None  # as the system has it then
+
+    monkeypatch.setattr(socket, "recv_fds", without_files)
+    run = launch(lambda rank: np.full(NUMBER, rank) if rank else 5, check=False)
+    assert run.values == [5, None]
+    said = run.explain()
+    assert "rank 1 of 2 returned a value that cannot be loaded here: OSError: [Errno 24]" in said
+    assert "ulimit -n" in said
 
 
 def test_an_argument_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import math
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import BadLaunch, LaunchError, WorkerFailed, WorkersHung, launch
+from ddp_lessons.launcher import api
 from ddp_lessons.processes.local import LocalWorkerGroup
 from tests.support.kernels import Kernel, gone
 
@@ -116,6 +119,57 @@ def test_what_cannot_be_sent_is_refused_at_once() -> None:
     file = Path(__file__).open()
     with file, pytest.raises(LaunchError, match="cannot travel"):
         launch(until, (file,), wait=False)
+
+
+class OwnLimit(Exception):
+    pass
+
+
+def over(number: int, frame: object) -> None:
+    raise OwnLimit
+
+
+def test_an_exception_while_it_is_waited_for_leaves_it_running(tmp_path: Path) -> None:
+    running = launch(until, (str(tmp_path / "go"),), nprocs=1, wait=False)
+    before = signal.signal(signal.SIGALRM, over)
+    try:
+        for wait in (running.wait, functools.partial(running.wait, math.inf)):
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(OwnLimit):
+                wait()
+            assert not running.done
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    (tmp_path / "go").touch()
+    assert running.wait().values == [0]
+
+
+def stays(rank: int, file: str) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    print("worth keeping")
+    until(rank, file)
+
+
+def test_an_interrupt_while_it_stops_ends_it_at_once_and_shows_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ladder = (signal.SIGINT, 1000.0), (signal.SIGKILL, 10.0)
+    monkeypatch.setattr(api, "AFTER_INTERRUPT", ladder)
+    running = launch(stays, (str(tmp_path / "never"),), nprocs=1, wait=False)
+    while not list(tmp_path.iterdir()):
+        time.sleep(0.01)
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            running.stop()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert running.done
+    assert "[rank 0] worth keeping\n" in capsys.readouterr().out
+    assert running.stop() is running.wait()
+    assert running.stop().interrupted
 
 
 def test_not_on_a_cluster() -> None:

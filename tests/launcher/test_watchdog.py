@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +27,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import WorkersHung, launch, watch_ddp
+from ddp_lessons.launcher.watchdog import AFTER_INTERRUPT, Watchdog
+from ddp_lessons.processes.local import LocalWorkerGroup
+from ddp_lessons.processes.packing import pack
 from ddp_lessons.simulated import SimulatedLink
+from ddp_lessons.system.interrupts import Interrupts
+from ddp_lessons.wire.task import places
 from tests.support.checkout import ROOT
 from tests.support.hosts import skip_where_not_allowed
 
@@ -397,3 +403,19 @@ def test_a_call_that_fails_again_and_again_is_no_progress() -> None:
 
     with pytest.raises(WorkersHung, match="made progress for 4 s"):
         launch(retries, timeout=4)
+
+
+def test_a_rank_that_starts_is_killed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(100)")
+    variables = {"PYTHONPATH": str(tmp_path)}
+    task = pack(str, variables, profile=False, notes=False, post_mortem=False)
+    interrupts = Interrupts()
+    with LocalWorkerGroup(places(1, 1), "spawn") as group:
+        group.start(task, str, (), interrupts)
+        (worker,) = group.workers
+        interrupts.count = 2
+        Watchdog(group, lambda _: None, interrupts).stop(AFTER_INTERRUPT)
+        if worker.alive:
+            worker.send_signal(signal.SIGKILL)
+            pytest.fail("it still runs")
+        assert worker.exitcode == -signal.SIGKILL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -81,6 +82,17 @@ def test_a_process_that_waits_is_idle(program: str) -> None:
         found = samples(waiting, 8)
     assert {sample.activity for sample in found} == {"idle"}
     assert program == POLL or not any(sample.queued or sample.starved > 0.1 for sample in found)
+
+
+def test_nothing_is_known_while_no_file_can_be_opened() -> None:
+    sampler = ActivitySampler()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert sampler.sample(os.getpid()) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sampler.sample(os.getpid()) is not None
 
 
 def test_time_in_the_queue_for_a_processor_is_seen() -> None:

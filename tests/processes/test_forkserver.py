@@ -24,6 +24,8 @@ import pytest
 
 from ddp_lessons import BadLaunch, launch
 from ddp_lessons.processes import forkserver
+from ddp_lessons.system import reaper
+from tests.support.checkout import ROOT
 
 pytestmark = pytest.mark.ranks
 
@@ -107,6 +109,45 @@ def test_new_interpreters_where_there_is_no_forkserver(monkeypatch: pytest.Monke
     run = launch(lambda rank: (os.environ["ONLY_FOR_RANKS"], sys.argv), env=env)
     assert run.values == [("a = b, with spaces", sys.argv)] * 2
     assert not launch(lambda rank: 1 / rank, nprocs=1, check=False).ok
+
+
+def test_one_that_does_not_start_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process id 0 would mean this process's own group."""
+    killed: list[int] = []
+    monkeypatch.setattr(reaper, "kill_and_wait", killed.append)
+    one = forkserver.Forkserver(forkserver.BARE)
+    monkeypatch.setattr(one, "ensure_running", lambda: None)
+
+    def fails(server: Any) -> Any:
+        raise OSError("the forkserver did not start")
+
+    with pytest.raises(OSError, match="did not start"):
+        one.start(fails)
+    assert killed == []
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_forkserver_whose_end_the_learners_code_has_reaped(method: str) -> None:
+    launch(ident, start_method=method)
+    pid = running(method).pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert launch(ident, start_method=method).values == [0, 1]
+    assert running(method).pid != pid
+
+
+@pytest.mark.slow
+def test_a_broken_scikit_learn(tmp_path: Path) -> None:
+    (tmp_path / "sklearn").mkdir()
+    (tmp_path / "sklearn" / "__init__.py").write_text("raise ValueError('broken')")
+    script = "from ddp_lessons import launch\nprint(launch(lambda rank: rank).values)"
+    command = [sys.executable, "-c", script]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    assert (done.stdout, done.stderr) == ("[0, 1]\n", "")
 
 
 FEW_FILES = """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 import types
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,24 @@ def test_a_rank_loads_each_definition_by_its_name(main: types.ModuleType) -> Non
         assert isinstance(child, loaded.Base)
         assert type(child.make()) is loaded.Child
         assert child.name() == "Child"
+
+
+def test_only_the_cells_that_the_function_comes_from_are_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    texts = {
+        "/tmp/ipykernel_1/11.py": "def helper():\n    return lambda: '/tmp/ipykernel_1/13.py'\n",
+        "/tmp/ipykernel_1/12.py": "def work(rank):\n    return helper()\n",
+        "/tmp/ipykernel_1/13.py": "def other():\n    return 5\n",
+    }
+    cells = {name: (len(text), None, [text], name) for name, text in texts.items()}
+    monkeypatch.setattr(linecache, "cache", cells)
+    variables: dict[str, Any] = {}
+    for name, text in texts.items():
+        exec(compile(text, name, "exec"), variables)
+    task = packing.pack(variables["work"], {}, profile=False, notes=False, post_mortem=False)
+    texts.pop("/tmp/ipykernel_1/13.py")
+    assert task.sources == texts
 
 
 def chain(length: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -213,18 +214,47 @@ def test_a_default_timeout_of_sockets_is_not_theirs(default_timeout: None) -> No
     assert {pid for pid, _ in launch(work, (b"x" * 500_000,), nprocs=2).values} == two
 
 
-def test_more_descriptors_than_one_message_takes() -> None:
-    launch(ident, nprocs=1)
-    waiting(1)
-    context = multiprocessing.get_context("spawn")
-    queues = [context.SimpleQueue() for _ in range(MOST_DESCRIPTORS // 2)]
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Let this process have 2,048 files open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(2048, hard)), hard))
-    try:
-        with pytest.raises(ValueError, match="too many fds"):  # from multiprocessing, as ever
-            launch(lambda rank, *queues: len(queues), tuple(queues), nprocs=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_descriptors_above_1023(many_files: None) -> None:
+    """`select.select` takes none of them."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(1024):
+            stack.enter_context(open(os.devnull))
+        for _ in range(2):
+            assert launch(lambda rank: rank).values == [0, 1]
+            waiting(2)
+
+
+def adds_one(rank: int, tensors: list[torch.Tensor]) -> None:
+    for tensor in tensors:
+        tensor[rank] += 1
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        *(("forkserver", more) for more in (-3, -2, -1, 0, MOST_DESCRIPTORS + 1)),
+        pytest.param("spawn", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_more_descriptors_than_one_message_takes(method: str, more: int, many_files: None) -> None:
+    """Tensors, each of which needs one, are shared with the ranks as with `mp.spawn`."""
+    tensors = [torch.tensor([n, -n]) for n in range(MOST_DESCRIPTORS + more)]
+    for times in (1, 2):
+        launch(adds_one, (tensors,), start_method=method)
+        assert [tensor.tolist() for tensor in tensors] == [
+            [n + times, times - n] for n in range(len(tensors))
+        ]
+        if method == "forkserver":
+            waiting(2)
 
 
 def test_they_end_after_a_rest_whenever_the_next_launch_comes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import torch.distributed as dist
 
 from ddp_lessons import Run, launch
 from ddp_lessons.wire import stacks
+from ddp_lessons.wire.owners import is_installed_here
 from ddp_lessons.wire.records import Frame
 from ddp_lessons.wire.stacks import describe
 
@@ -332,3 +334,21 @@ def test_a_dump_that_has_not_all_come_is_not_whole(calls: int) -> None:
     )
     assert sum("hread 0x" in line for line in lines) == 4
     assert [n for n in range(len(lines) + 1) if stacks.is_whole("".join(lines[:n]))] == [len(lines)]
+
+
+def fails_without_directory(rank: int) -> None:
+    if rank == 1:
+        shutil.rmtree(os.getcwd())
+        exec(compile("raise ValueError('bad sample 17')", "made up", "exec"))
+    time.sleep(100)
+
+
+def test_the_working_directory_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = launch(fails_without_directory, check=False)
+    assert "rank 1 raised ValueError: bad sample 17" in str(run)
+    assert "rank 1 of 2 raised ValueError: bad sample 17" in run.explain()
+    assert stacks.place_name("made up") == "made up"
+    assert stacks.place_name(torch.__file__) == "torch/__init__.py"
+    assert not is_installed_here("made up")

@@ -6,6 +6,7 @@ best line that exists.
 
 from __future__ import annotations
 
+import linecache
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from ddp_lessons.wire import unfiled
 from tests.support.checkout import ROOT
 from tests.support.kernels import Cell, Kernel
 
@@ -35,6 +37,42 @@ def work(rank):
         raise ValueError("no sample 17")
 """
 RAISE = RAISES.splitlines()[-1].strip()
+
+
+class Shell:
+    """An IPython session that notes which cells are looked at."""
+
+    def __init__(self, cells: list[str]) -> None:
+        self.input_hist_raw = ["", *cells]
+        self.looked_at: list[str] = []
+
+    @property
+    def history_manager(self) -> Shell:
+        return self
+
+    def get_ipython(self) -> Shell:
+        return self
+
+    def transform_cell(self, cell: str) -> str:
+        self.looked_at.append(cell)
+        return cell
+
+
+def test_each_cell_is_looked_at_once_and_newest_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"def work():\n    return {number}\n" for number in range(5)]
+    shell = Shell([f"%%time\n{text}" for text in texts])
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    monkeypatch.setattr(linecache, "cache", {})
+    codes = [compile(text, "<timed exec>", "exec") for text in texts]
+    assert [unfiled.place_of(code) for code in codes[:2:-1]] == [
+        ("Cell In[5]", 2),
+        ("Cell In[4]", 2),
+    ]
+    assert shell.looked_at == texts[:2:-1]
+    unknown = compile("1", "<string>", "eval")
+    for _ in range(3):
+        assert unfiled.place_of(unknown) == ("<string>", 1)
+    assert shell.looked_at == texts[::-1]
 
 
 @pytest.fixture(scope="module")

@@ -239,6 +239,8 @@ def test_precisions_of_the_older_and_the_newer_interface(tmp_path: Path) -> None
 
 
 SEEDS = """
+import functools
+import imported
 import numpy as np
 import torch
 import torch.multiprocessing as mp
@@ -248,19 +250,32 @@ SEED = 123
 torch.manual_seed(SEED)
 np.random.seed(7)
 
-def draw(rank, *queue):
+def draw_with(nothing, rank, *queue):
     numbers = torch.rand(()).item(), np.random.rand()
     if queue:
         queue[0].put(numbers)
     return numbers
 
-def plain():
+def draw(rank, *queue):
+    return draw_with(None, rank, *queue)
+
+def plain(draw):
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(draw, (queue,), nprocs=2)
     return [queue.get(), queue.get()]
 
 if __name__ == "__main__":
-    print([plain(), launch(draw).values])
+    draws = [draw, functools.partial(draw_with, None), imported.draw]
+    print([[plain(draw), launch(draw).values] for draw in draws])
+"""
+IMPORTED = """
+import torch
+
+def draw(rank, *queue):
+    number = torch.rand(()).item()
+    if queue:
+        queue[0].put(number)
+    return number
 """
 
 
@@ -268,8 +283,9 @@ if __name__ == "__main__":
 def test_seeds_of_a_script_are_those_of_its_ranks_as_under_mp_spawn(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SEEDS)
-    plain, ours = run_script(script)
-    assert ours == plain
+    (tmp_path / "imported.py").write_text(IMPORTED)
+    for plain, ours in run_script(script):
+        assert ours == plain
 
 
 @pytest.mark.slow

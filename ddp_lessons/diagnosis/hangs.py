@@ -476,28 +476,23 @@ class _Hang(Standstill):
         if lines is None or source_code.optional(*sites) is not None:
             return told
         conditional = source_code.optional(*lines, by_loops=False)
-        if conditional is None and told.passed is not None:
-            return told
-        way = here, there
         chosen = [
             line if line == conditional else _guarded_below(frames, line)
-            for frames, line in zip(way, lines, strict=True)
+            for frames, line in zip((here, there), lines, strict=True)
         ]
-        if (chosen[0] is None) != (chosen[1] is None):
-            passed = chosen[0] or chosen[1]
-            lines = chosen[0] or lines[0], chosen[1] or lines[1]
-        else:
+        if told.passed is not None and (conditional is None or None not in chosen):
+            return told
+        if (chosen[0] is None) == (chosen[1] is None):
             before = self._site_before(parting)
             then = dict(zip(sites, lines, strict=True)).get(before, before)
-            passed = source_code.next_of(*lines, then)
-        if passed is None:
-            return told
+            following = source_code.next_of(*lines, then)
+            return told._replace(passed=dict(zip(lines, sites, strict=True)).get(following or ""))
         calls = (
-            call._replace(site=site)
-            for side, site in zip(sides, lines, strict=True)
+            call._replace(site=site or line)
+            for side, site, line in zip(sides, chosen, lines, strict=True)
             for call in side
         )
-        return told._replace(calls=tuple(calls), passed=passed)
+        return told._replace(calls=tuple(calls), passed=chosen[0] or chosen[1])
 
     def _site_before(self, parting: Mismatch) -> str | None:
         """The line of the call before a mismatch in its group, if all ranks made it there."""

@@ -214,8 +214,9 @@ def _doing(rank: RankResult) -> tuple[str, str]:
         case "stopped" if rank.activity == "suspended" or call is None:
             return "is", f"{rank.activity or 'idle'}{line(frame)}"
         case "stopped":
-            there = [s for s in rank.spans if s.t1_ns is None and s.site == _site(rank)]
-            return "waits in", f"{call}{_thread(rank, next(iter(there), None))}{line(frame)}"
+            there = [s for s in rank.spans if s.op and s.site == _site(rank)]
+            last = max(there, key=lambda span: span.t0_ns, default=None)  # may have failed since
+            return "waits in", f"{call}{_thread(rank, last)}{line(frame)}"
     verb, _, rest = rank.outcome().partition(" ")
     return verb, rest
 
@@ -250,7 +251,8 @@ def own_error(error: ErrorRecord) -> ErrorRecord:
     while error is not first and error.previous is not None:
         chain.append(error := error.previous)
     own = list(itertools.takewhile(lambda one: not _lost(one), reversed(chain)))
-    return own[-1] if own else chain[0]
+    reasons = [one for one in own if one.type_name != "SystemExit"]  # sys.exit() in an `except`
+    return (reasons or own)[-1] if own else chain[0]
 
 
 def _deals_with(error: ErrorRecord, previous: ErrorRecord) -> bool:

@@ -524,3 +524,17 @@ def test_of_many_that_were_stopped_four_are_named() -> None:
     where = "waiting in barrier, /home/learner/train.py, line 7"
     assert named == [f"rank {r} was stopped, {where}" for r in (1, 2, 3, 4)]
     assert rest == "... and 2 more ranks were stopped"
+
+
+def test_the_exception_behind_an_exit_in_an_except_is_the_one_to_tell() -> None:
+    def work(rank: int) -> None:
+        try:
+            assert rank, "no data"
+        except AssertionError:
+            raise SystemExit(1)  # noqa: B904
+
+    run = launch(work, check=False)
+    assert run.verdict is not None
+    assert "rank 0 of 2 raised AssertionError: no data" in run.verdict.title
+    assert run.verdict.frame is not None
+    assert run.verdict.frame.source.startswith("assert rank")

@@ -19,6 +19,9 @@ from ddp_lessons.wire.stacks import is_cell
 
 _FILES = 256  # kept at most
 _DEPTH = 2  # functions followed, one calling the other, to where an optimizer steps
+# What a condition that is true on some ranks only is about: `rank == 0`, `is_main_process()`.
+_OF_RANK = re.compile(r"rank|(?<![a-z])main|master|leader|chief|primary", re.IGNORECASE)
+_LEAVING = (ast.Return, ast.Continue, ast.Break)
 
 
 _UNKNOWN = ast.Module([], [])
@@ -163,11 +166,6 @@ def _chosen(file: str, line: int) -> set[tuple[ast.AST, str]]:
         if any(part and isinstance(part[-1], _LEAVING) for part in (node.body, node.orelse))
     }
     return _conditions(inner) | before
-
-
-# What a condition that is true on some ranks only is about: `rank == 0`, `is_main_process()`.
-_OF_RANK = re.compile(r"rank|main|master|leader|chief|primary", re.IGNORECASE)
-_LEAVING = (ast.Return, ast.Continue, ast.Break)
 
 
 def _loops_in(way: Way) -> set[tuple[ast.AST, str]]:

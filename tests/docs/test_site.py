@@ -29,7 +29,7 @@ pytest.importorskip("furo", reason="the site needs: make tools")
 
 from tests.support.checkout import ROOT
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("docs")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("docs")]
 
 SOURCE = ROOT / "notebooks"
 NOTEBOOKS = sorted(
@@ -85,7 +85,6 @@ def article(path: Path) -> Tag:
     return found
 
 
-@pytest.mark.slow
 def test_there_is_a_page_for_every_notebook_and_text(site: Path) -> None:
     assert len(NOTEBOOKS) > 28
     for source in (*NOTEBOOKS, *PAGES):
@@ -117,7 +116,6 @@ def test_the_start_page_has_a_map_whose_lessons_are_links(site: Path) -> None:
     assert drawing.find("desc") is not None
 
 
-@pytest.mark.slow
 def test_every_internal_link_leads_to_a_page_and_a_place(site: Path) -> None:
     broken = [
         f"{page.relative_to(site)}: {target}"

@@ -20,7 +20,7 @@ from ddp_lessons import Run, launch, load_run
 from tests.support import torchrun
 from tests.support.hosts import Host, two_hosts
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("hosts")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("hosts")]
 
 AHEAD = 5000  # seconds by which the second host's clock is ahead of the first one's
 RECORD = "record"
@@ -145,7 +145,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> OnTwoHosts:
     return OnTwoHosts(folder, text, record_of(folder))
 
 
-@pytest.mark.slow
 def test_two_hosts_train_as_one_does(trained: OnTwoHosts) -> None:
     train = runpy.run_path(str(trained.folder / "train.py"))["train"]
     values = launch(train, args=(5,), nprocs=4).values
@@ -180,7 +179,6 @@ def facts_of(folder: Path, rank: int) -> dict[str, Any]:
     return facts
 
 
-@pytest.mark.slow
 def test_a_slow_link_is_seen(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
     with agents(hosts, written(tmp_path, SIZES)) as both:
         await_line(both[0], "done")
@@ -203,7 +201,6 @@ def slow_down(host: Host, rate: int) -> None:
         pytest.skip(f"tc cannot slow the link here: {tried.stderr.strip()}")
 
 
-@pytest.mark.slow
 def test_a_host_that_is_cut_off_is_explained(tmp_path: Path, hosts: tuple[Host, Host]) -> None:
     with agents(hosts, written(tmp_path, ENDLESS)) as both:
         await_line(both[0], "once more")

@@ -15,7 +15,7 @@ import pytest
 from ddp_lessons import Run, load_run
 from tests.support import torchrun
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 HEAD = """
     import os, signal, subprocess, sys, time
@@ -60,7 +60,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "record"
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("recorded")
 def test_a_script_records_its_spans_and_calls(recorded: Path) -> None:
     run = load_run(recorded)
@@ -78,7 +77,6 @@ def test_a_script_records_its_spans_and_calls(recorded: Path) -> None:
     assert {share.op for share in run.waits()} == {"all_reduce", "barrier"}
 
 
-@pytest.mark.slow
 def test_a_script_in_a_folder_with_a_long_path(tmp_path: Path) -> None:
     folder = tmp_path / ("目录" * 35) / ("f" * 100)
     folder.mkdir(parents=True)
@@ -96,7 +94,6 @@ def test_nothing_is_recorded_unless_asked_for(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {"train.py"}
 
 
-@pytest.mark.slow
 def test_a_record_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "record").write_text("a file is in the way")
     script = write(tmp_path, "dist.barrier(); print('done')")
@@ -106,7 +103,6 @@ def test_a_record_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     assert "done" in text
 
 
-@pytest.mark.slow
 def test_workers_of_a_data_loader_do_not_record(tmp_path: Path) -> None:
     script = write(
         tmp_path,
@@ -155,7 +151,6 @@ def attempts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "record"
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("attempts")
 def test_an_exception_is_explained_from_the_record(attempts: Path) -> None:
     run = load_run(attempts, attempt=0)
@@ -185,7 +180,6 @@ def test_ranks_that_torchrun_told_to_end_say_where_they_were(attempts: Path) -> 
     assert run.ranks[0].exitcode == -signal.SIGTERM
 
 
-@pytest.mark.slow
 def test_timeouts_and_threads_are_recorded(tmp_path: Path) -> None:
     record(
         tmp_path,
@@ -213,7 +207,6 @@ def test_timeouts_and_threads_are_recorded(tmp_path: Path) -> None:
     assert [dict(rank.threads) for rank in run.ranks] == 2 * [{"thread 1": "saver"}]
 
 
-@pytest.mark.slow
 def test_two_threads_report_at_once(tmp_path: Path) -> None:
     script = write(
         tmp_path,
@@ -239,7 +232,6 @@ def test_two_threads_report_at_once(tmp_path: Path) -> None:
     assert run.ok
 
 
-@pytest.mark.slow
 def test_a_message_too_long_for_its_recv_is_named_from_the_record(tmp_path: Path) -> None:
     """Gloo aborts the rank, and only its output says why."""
     record(
@@ -278,7 +270,6 @@ def test_a_child_that_is_told_to_end_is_not_the_rank(tmp_path: Path) -> None:
     assert load_run(tmp_path / "record").ranks[0].status == "died"
 
 
-@pytest.mark.slow
 def test_a_child_keeps_the_handler_that_the_script_has_set(tmp_path: Path) -> None:
     script = write(
         tmp_path,
@@ -309,7 +300,6 @@ def test_the_attempt_after_those_that_failed(attempts: Path) -> None:
     assert [s.name for s in run.ranks[1].spans if s.kind == "compute"] == ["first", "second"]
 
 
-@pytest.mark.slow
 def test_a_rank_that_had_not_begun_before_the_restart(tmp_path: Path) -> None:
     for name in ("first", "second"):
         os.mkfifo(tmp_path / name)
@@ -348,7 +338,6 @@ def test_a_rank_that_had_not_begun_before_the_restart(tmp_path: Path) -> None:
         load_run(tmp_path / "record", attempt=0)
 
 
-@pytest.mark.slow
 def test_a_job_that_hangs_is_explained_while_it_hangs(tmp_path: Path) -> None:
     script = write(
         tmp_path,

@@ -241,13 +241,15 @@ def _take_loggers(settings: Settings) -> None:
         if owner == TORCH and "TORCH_LOGS" in os.environ:
             continue  # set by the variable, which may be the rank's alone
         logger = logging.getLogger(name)
-        logger.setLevel(taken.level)
+        if logger.level != taken.level:  # setting it clears the caches of all loggers
+            logger.setLevel(taken.level)
         logger.propagate, logger.disabled = taken.propagate, taken.disabled
         # A library that is still to be imported brings its own handlers.
         if not logger.handlers and (owner in sys.modules or not taken.of_library):
             for packed in taken.handlers:
                 logger.addHandler(_handler(pickle.loads(packed)))
-    logging.disable(settings.disabled_up_to)
+    if logging.root.manager.disable != settings.disabled_up_to:
+        logging.disable(settings.disabled_up_to)
     logging.captureWarnings(settings.captures_warnings)
 
 

@@ -10,7 +10,9 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 
+from ddp_lessons.system import process_attributes
 from ddp_lessons.system.host import LOOPBACK_INTERFACE
+from ddp_lessons.system.process_attributes import ProcessAttributes
 from ddp_lessons.wire.parcels import Parcel
 
 
@@ -65,7 +67,8 @@ class Task:
     made in the worker shows the cell's own lines. `home` is the installed package that holds the
     function, if one does: its lines are the learner's. `in_notebook`: what a rank displays
     can be shown. `one_clock` is true where all ranks run on
-    one machine. `tells_pages`: rank 0 tells which pages it wrote, for spares.
+    one machine. `tells_pages`: rank 0 tells which pages it wrote, for spares. `environment`, `cwd`,
+    `path` and `process` are those of the process that starts the ranks.
     """
 
     function: Parcel
@@ -85,11 +88,17 @@ class Task:
     environment: dict[str, str] = field(default_factory=dict)
     cwd: str = ""
     path: list[str] = field(default_factory=list)
+    process: ProcessAttributes | None = None
 
     def here(self, master: MasterAddress) -> Task:
-        """The task with this process's environment, directory and path, for ranks it starts."""
-        environment = {**os.environ, **variables(master)}
-        return replace(self, environment=environment, cwd=os.getcwd(), path=list(sys.path))
+        """The task with the environment and state of this process, for ranks that it starts."""
+        return replace(
+            self,
+            environment={**os.environ, **variables(master)},
+            cwd=os.getcwd(),
+            path=list(sys.path),
+            process=process_attributes.taken(),
+        )
 
 
 def variables(master: MasterAddress) -> dict[str, str]:

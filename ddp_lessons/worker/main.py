@@ -210,6 +210,8 @@ def _become_fresh(task: Task, place: RankInfo) -> None:
     os.environ.update({**task.environment, **place.variables(), **task.overrides})
     time.tzset()  # as the forkserver's zone may be another
     os.chdir(task.cwd)
+    if task.process is not None:
+        task.process.take_over()
     added = task.overrides.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [*filter(None, added), *task.path]
     # Python trusts a cached module if the source's size and second of change agree, so it would

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ddp_lessons.instrumentation import torch_api
 from ddp_lessons.wire.pickling import dumps
 
-TORCH, NUMPY = "torch", "numpy"
+TORCH, NUMPY, PYTHON = "torch", "numpy", "sys"
 
 
 class Settings(NamedTuple):
@@ -76,7 +76,7 @@ class _Handler(NamedTuple):
 
 def taken(*, with_seed: bool) -> Settings:
     """The settings of this process, which launches; its seeds only if ranks shall have them."""
-    values = {module: _values(module) for module in (TORCH, NUMPY) if module in sys.modules}
+    values = {module: _values(module) for module in (TORCH, NUMPY, PYTHON) if module in sys.modules}
     if not with_seed:
         for of_module in values.values():
             of_module["seed"] = None
@@ -100,6 +100,12 @@ def take_over(settings: Settings) -> Settings:
 def _known(module: str) -> dict[str, torch_api.Setting]:
     if module == TORCH:
         return torch_api.settings()
+    if module == PYTHON:
+        return {
+            "recursion limit": (sys.getrecursionlimit, sys.setrecursionlimit),
+            "switch interval": (sys.getswitchinterval, sys.setswitchinterval),
+            "digits": (sys.get_int_max_str_digits, sys.set_int_max_str_digits),
+        }
     import numpy
 
     return {

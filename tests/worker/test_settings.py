@@ -32,6 +32,8 @@ import logging
 import logging.handlers
 import os
 import queue
+import resource
+import sys
 import warnings
 
 import numpy as np
@@ -71,6 +73,13 @@ np.set_printoptions(precision=3)
 np.seterr(divide="raise", over="call")
 np.seterrcall(refuse)
 os.environ["MY_SETTING"] = "yes"
+os.umask(0o27)
+os.setpriority(os.PRIO_PROCESS, 0, 7)
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+resource.setrlimit(resource.RLIMIT_NOFILE, (777, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+sys.setrecursionlimit(2345)
+sys.setswitchinterval(0.25)
+sys.set_int_max_str_digits(6000)
 warnings.filterwarnings("error", category=Own)
 warnings.filterwarnings("ignore", message="a nuisance")
 warnings.simplefilter("error", (ImportWarning, BytesWarning))
@@ -117,6 +126,11 @@ def seen():
         "divide": np.geterr()["divide"],
         "overflow": overflow(),
         "variable": os.environ.get("MY_SETTING"),
+        "umask": os.umask(0o27),
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+        "processors": os.sched_getaffinity(0),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "python": [sys.getrecursionlimit(), sys.getswitchinterval(), sys.get_int_max_str_digits()],
         "own warning": raises(Own, "stop"),
         "nuisance": raises(UserWarning, "a nuisance"),
         "two warnings": [raises(ImportWarning, "one"), raises(BytesWarning, "two")],

@@ -266,6 +266,22 @@ def needed(op: str, rank: int, root: int | None, ranks: Sequence[int]) -> set[in
     return others
 
 
+def exchanges(op: str, rank: int, root: int, ranks: Sequence[int]) -> dict[int, int]:
+    """To which ranks of a group gloo sends data in a collective with a root (1), from which (-1).
+
+    Only what the root decides: {} for a reduce, in which all ranks exchange data first.
+    """
+    if root not in ranks or rank not in ranks or op not in (*DIRECT, *BY_TREE, "gather_object"):
+        return {}
+    if op in BY_TREE:
+        first, size = ranks.index(root), len(ranks)
+        number = (ranks.index(rank) - first) % size
+        ways = dict.fromkeys(_after(number, size), 1) | ({_before(number): -1} if number else {})
+        return {ranks[(n + first) % size]: way for n, way in ways.items()}
+    way = 1 if op in FROM_ROOT else -1  # of the root
+    return dict.fromkeys(set(ranks) - {rank}, way) if rank == root else {root: -way}
+
+
 def _on_the_way(place: int, root: int, ranks: Sequence[int]) -> set[int]:
     """The ranks by which a broadcast comes from the root, and those to which a rank passes it.
 
@@ -273,13 +289,22 @@ def _on_the_way(place: int, root: int, ranks: Sequence[int]) -> set[int]:
     """
     size = len(ranks)
     number = (place - root) % size
-    bits = [1 << bit for bit in range(size.bit_length())]
-    found = {number | bit for bit in bits if bit > number and number | bit < size}
-    before = number
-    while before:
-        before ^= 1 << (before.bit_length() - 1)
-        found.add(before)
+    found = {*_after(number, size)}
+    while number:
+        number = _before(number)
+        found.add(number)
     return {ranks[(n + root) % size] for n in found}
+
+
+def _before(number: int) -> int:
+    """From which rank a broadcast comes to a rank, both counted from the root."""
+    return number ^ 1 << (number.bit_length() - 1)
+
+
+def _after(number: int, size: int) -> list[int]:
+    """To which ranks a rank passes a broadcast, all counted from the root."""
+    bits = range(number.bit_length(), size.bit_length())
+    return [number | 1 << bit for bit in bits if number | 1 << bit < size]
 
 
 def _arrival(run: RunRecord, meeting: Collective) -> Arrival:

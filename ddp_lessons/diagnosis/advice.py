@@ -4,6 +4,11 @@ ORDER = (
     "Every rank of a group must make the same calls in the same order. Look for the `if`, the "
     "`continue` or the early `return` that lets some ranks take another path."
 )
+ROOTS = (
+    "In one call all ranks must name the same {root}: `{root}=0`, say, not `{root}=rank`. If they "
+    "do, one has made a call more or less before: look for the `if`, the `continue` or the early "
+    "`return` that lets it."
+)
 TENSORS = (
     "All ranks must pass {op} a tensor of the same shape and dtype. Print x.shape and x.dtype on "
     "every rank before that line. The last, smaller batch of an epoch is a common reason: "

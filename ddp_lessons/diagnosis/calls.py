@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
-from ddp_lessons.analysis.wait_states import members, needed
+from ddp_lessons.analysis.wait_states import exchanges, members, needed
 from ddp_lessons.wire.ops import (
     DDP,
     GROUP_CALLS,
@@ -224,10 +224,11 @@ class Calls:
         if call.group is None or call.seq is None:
             return set()
         there = self.met.get(call.group, {}).get(call.seq, {})
+        ranks = self.members(call.group)
         return {
             r
-            for r in needed(call.op, call.rank, call.peer, self.members(call.group))
-            if r not in there or not _alike(there[r], call)
+            for r in needed(call.op, call.rank, call.peer, ranks)
+            if r not in there or not _alike(there[r], call) or _at_odds(there[r], call, ranks)
         }
 
     def _missing_peer(self, call: Call) -> set[int]:
@@ -284,6 +285,15 @@ def _of_main_thread(calls: Sequence[Call]) -> Call | None:
 
 def _alike(call: Call, other: Call) -> bool:
     return (call.kind[0], call.look) == (other.kind[0], other.look)
+
+
+def _at_odds(call: Call, other: Call, ranks: Sequence[int]) -> bool:
+    """Whether two ranks name different roots, and so one waits for what the other will not do."""
+    if call.peer is None or other.peer is None or call.peer == other.peer:
+        return False
+    way = exchanges(other.op, other.rank, other.peer, ranks).get(call.rank)
+    back = exchanges(call.op, call.rank, call.peer, ranks).get(other.rank)
+    return way is not None and back != -way
 
 
 def _calls(spans: Iterable[Span], threads: Mapping[str, str]) -> Iterator[Call]:

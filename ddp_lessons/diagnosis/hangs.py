@@ -27,7 +27,7 @@ from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.ops import DDP, DDP_CALLS, JOIN, JOINING, RECVS, SENDS
+from ddp_lessons.wire.ops import DDP, DDP_CALLS, FROM_ROOT, JOIN, JOINING, RECVS, SENDS
 from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import Caught, Frame, Lane, Span
 
@@ -566,7 +566,7 @@ class _Hang(Standstill):
         if any(self._stands_elsewhere(call) for call in parting.calls):
             lines = [f"{at_head(parting.place)}:", *parting.lines(), "", "Now:", *lines]
         against = {
-            "order": advice.ORDER,
+            "order": _about_order(parting),
             "tensors": advice.TENSORS.format(op=parting.calls[0].name),
             "sent": advice.MESSAGES,
             "objects": advice.OBJECTS,
@@ -864,6 +864,14 @@ def _different(still: Standstill, lines: tuple[str, ...]) -> Verdict:
         advice.DDP if DDP_CALLS & by_call.keys() else advice.ORDER,
         position(still.run.ranks[few[0]]).frame,
     )
+
+
+def _about_order(parting: Mismatch) -> str:
+    """What to look for where calls do not match: only in their roots, or in any way."""
+    first, *others = parting.calls
+    if any((call.op, call.site) != (first.op, first.site) for call in others):
+        return advice.ORDER
+    return advice.ROOTS.format(root="src" if first.op in FROM_ROOT else "dst")
 
 
 def _in_the_smallest_group(still: Standstill) -> tuple[int, ...]:

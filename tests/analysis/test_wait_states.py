@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, launch, steps
-from ddp_lessons.analysis.wait_states import Share, members
+from ddp_lessons.analysis.wait_states import Share, exchanges, members, needed
 from ddp_lessons.instrumentation.group_registry import LONGEST_DESCRIPTION, _ranges
 from ddp_lessons.results import RankResult
+from ddp_lessons.wire.ops import BY_TREE, DIRECT
 from ddp_lessons.wire.records import Span
 from ddp_lessons.wire.span_buffer import CallFacts, SpanBuffers, SpanWriter
 from tests.support.scheduling import about_to_wait, until_it_waits
@@ -65,6 +66,17 @@ def split(run: Run) -> dict[int, tuple[int, int]]:
 
 def last(run: Run) -> set[int | None]:
     return {share.last_rank for share in run.waits()}
+
+
+@pytest.mark.parametrize("op", [*BY_TREE, *DIRECT, "gather_object"])
+@pytest.mark.parametrize("size", range(1, 10))
+def test_what_a_rank_sends_another_one_receives(op: str, size: int) -> None:
+    ranks = range(3, 3 + size)
+    for root in ranks:
+        for rank in ranks:
+            for other, way in exchanges(op, rank, root, ranks).items():
+                assert exchanges(op, other, root, ranks)[rank] == -way
+                assert other in needed(op, rank, root, ranks)
 
 
 @pytest.mark.parametrize("op", ["all_reduce", "barrier", "all_gather", "reduce_scatter"])

@@ -45,6 +45,36 @@ def kind(run: Run) -> tuple[str, tuple[int, ...]]:
     return run.verdict.kind, run.verdict.ranks
 
 
+def _gather(rank: int) -> None:
+    dist.gather(torch.ones(1), [torch.ones(1) for _ in range(3)], dst=rank)
+
+
+def _scatter(rank: int) -> None:
+    dist.scatter(torch.ones(1), [torch.ones(1) for _ in range(3)], src=rank)
+
+
+@pytest.mark.parametrize(
+    ("call", "root"),
+    [
+        (lambda rank: dist.broadcast(torch.ones(1), src=rank), "src"),
+        (lambda rank: dist.broadcast(torch.ones(1), src=(rank + 1) % 3), "src"),
+        (lambda rank: dist.broadcast_object_list([rank], src=rank), "src"),
+        (_scatter, "src"),
+        (_gather, "dst"),
+        (lambda rank: dist.gather_object(rank, [None] * 3, dst=rank), "dst"),
+    ],
+    ids=["broadcast", "of the next", "broadcast_object_list", "scatter", "gather", "gather_object"],
+)
+def test_ranks_that_each_name_a_root_of_their_own(call: Any, root: str) -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        call(rank)
+
+    run = explained(work)
+    assert kind(run) == ("different collectives", (0, 1, 2))
+    assert f"must name the same {root}: `{root}=0`, say, not `{root}=rank`" in run.explain()
+
+
 def test_a_rank_that_returned_early_is_told_which_call_it_missed() -> None:
     def work(rank: int) -> None:
         dist.init_process_group("gloo")

@@ -154,6 +154,8 @@ def loop(rank: int, fault: str, victim: int, moment: int, group: Any) -> None:
             send_on(rank, victim, LENGTHS[fault], group)
         if step == moment and fault == "other tag":
             send_on(rank, victim, 2, group, tag=7)
+        if step == moment and fault == "other root":
+            dist.broadcast(y, (rank or 1) if hit else 0, group)
         if fault == "late for a wait":
             if hit:
                 time.sleep(60)
@@ -321,6 +323,7 @@ FAULTS = {
     "skipped compiled": Fault(None, ORDER, "def _reduce(x"),
     "caught": Fault(None, ORDER, "caught ValueError: a bad sample" if SEES else "is in a `try`"),
     "other tag": Fault(None, ("unmatched send", "unmatched recv"), "with tag 7"),
+    "other root": Fault(None, ("different collectives",), "must name the same src"),
     "swapped alike": Fault(None, (), ""),
     "extra in a thread": Fault(None, ORDER, "in thread 'extra'"),
     "message too long": Fault(None, ("tensor mismatch",), "dist.recv(torch.zeros(2)"),

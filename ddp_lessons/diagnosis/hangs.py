@@ -785,7 +785,8 @@ def _deadlock(still: Standstill) -> Verdict:
     frame = still.frame()
     calls = {position(rank).call for rank in still.waiting}
     everyone = tuple(rank.rank for rank in still.waiting)
-    if calls == {JOIN}:
+    late = _late(still)
+    if calls == {JOIN} and not late:
         title = f"{still.who_waits()} for ranks that never came"
         place = advice.PLACE.format(ranks=count(still.run.world_size, "rank"))
         return Verdict("never joined", everyone, title, lines, place, frame)
@@ -798,7 +799,7 @@ def _deadlock(still: Standstill) -> Verdict:
         return Verdict("waiting for each other", everyone, title, lines, "", frame)
     if still.away:
         title = f"{still.who_waits()}, for each other"
-    if late := _late(still):
+    if late:
         op = still.standing[late[0]].name
         them = agree(late, "it", "them")
         title = f"{ranks_text(late)} came to {op} when others had given up waiting for {them}"

@@ -49,6 +49,10 @@ FORKSERVER_ENDED = ErrorRecord(
     "The next launch starts a new one.",
     (),
 )
+LAUNCH_AGAIN = (
+    "If memory, processes or open files have run out, use fewer ranks. Otherwise launch again: "
+    "what starts the ranks is started anew."
+)
 NEW_PYTHON = 30.0  # seconds that a new Python may take to import torch
 CHUNK = 1 << 16  # bytes read from a pipe at once
 EVERY = 0.1  # seconds between two checks of all ranks
@@ -290,10 +294,7 @@ def _why_not_started(error: OSError | EOFError) -> str:
         tried = None
     if tried is not None and tried.returncode != 0 and (said := tried.stderr.splitlines()):
         return f"Here a new Python does not get as far as torch: {said[-1]}"
-    return (
-        "If memory, processes or open files have run out, use fewer ranks. Otherwise launch again: "
-        "what starts the ranks is started anew."
-    )
+    return LAUNCH_AGAIN
 
 
 class LocalWorkerGroup(WorkerGroup):
@@ -336,6 +337,12 @@ class LocalWorkerGroup(WorkerGroup):
                     f"the process of rank {worker.rank} could not be started: {error!r}\n"
                     f"{_why_not_started(error)}"
                 ) from error
+            first = self.workers[0].forkserver
+            if first is not None and first != worker.forkserver and reaper.has_ended(first):
+                raise LaunchError(
+                    "the process that starts the ranks, multiprocessing's forkserver, was ended "
+                    f"before it had started rank {worker.rank}\n{LAUNCH_AGAIN}"
+                )
 
     def pump(self, seconds: float) -> None:
         self._pump(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import queue
 import re
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import Run, launch
 from ddp_lessons.exercises import barriers
-from tests.support.by_hand import TIMED_OUT, error, made, record, run_of
+from tests.support.by_hand import SECOND, TIMED_OUT, error, made, record, run_of
 
 pytestmark = pytest.mark.ranks
 
@@ -727,6 +728,21 @@ def test_hosts_are_not_cut_off_where_a_rank_did_not_come() -> None:
     one = record(waited, 0, 2, raised=raised)
     run = run_of([one, record(late, 1, 2, returned=True, node=1, host="host1")])
     assert kind(run) == ("returned early", (1,))
+
+
+def test_a_rank_that_joins_when_the_others_have_given_up() -> None:
+    raised = error("DistStoreError: Timed out after 3 seconds", 7, "init_process_group")
+    files = []
+    for rank, came in enumerate((1, 1, 5)):
+        (join,) = made(rank, "init_process_group")
+        join = join._replace(group=None, seq=None, t0_ns=came * SECOND, failed=True)
+        join = join._replace(t1_ns=(came + 3) * SECOND)
+        files.append(
+            dataclasses.replace(record([join], rank, 3, raised=raised), ended_ns=join.t1_ns)
+        )
+    run = run_of(files)
+    assert kind(run) == ("gave up waiting", (2,))
+    assert "came to init_process_group when others had given up waiting for it" in run.explain()
 
 
 def test_torchs_check_counts_sends_as_calls_of_all_ranks() -> None:

@@ -22,8 +22,9 @@ import numpy as np
 import psutil
 import pytest
 
-from ddp_lessons import BadLaunch, launch
+from ddp_lessons import BadLaunch, LaunchError, launch
 from ddp_lessons.processes import forkserver
+from ddp_lessons.processes.local import WorkerProcess
 from ddp_lessons.system import reaper
 from tests.support.checkout import ROOT
 
@@ -85,6 +86,27 @@ def test_the_next_launch_works(harm: Any, method: str, nprocs: int) -> None:
     assert launch(ident, nprocs=nprocs, start_method=method).values == [*range(nprocs)]
     if method == "forkserver":  # with the other, the next test finds what this one leaves
         assert launch(ident).values == [0, 1]
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_forkserver_that_ends_while_ranks_start(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How the ranks end that it has started, nobody can tell; a run of these and others is none."""
+    server, start = running(method), WorkerProcess.start
+
+    def start_and_kill(worker: WorkerProcess, *args: Any) -> None:
+        start(worker, *args)
+        if worker.rank == 0:
+            kill(server)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WorkerProcess, "start", start_and_kill)
+        with pytest.raises(LaunchError, match="was ended before it had started rank 1"):
+            launch(ident, start_method=method)
+    assert launch(ident, start_method=method).values == [0, 1]
 
 
 @pytest.mark.slow

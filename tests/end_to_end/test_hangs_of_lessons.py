@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from ddp_lessons import Run, launch
 from ddp_lessons.syncbn import convert_sync_batchnorm
 
 pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 FOLDER = "HANGS_SAVE_TO"
 LONG = 60.0  # seconds; a run that takes it was not proved to be stuck

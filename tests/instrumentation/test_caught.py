@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch.distributed as dist
 
@@ -17,6 +18,8 @@ from ddp_lessons.wire.records import Caught
 from ddp_lessons.wire.span_buffer import MOST_CAUGHT
 
 pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 needs_monitoring = pytest.mark.skipif(
     sys.version_info < (3, 12), reason="Python 3.12 and later tell of caught exceptions"

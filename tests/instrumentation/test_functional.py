@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +20,8 @@ from ddp_lessons import Run, launch
 from ddp_lessons.wire.records import Kind, Span
 
 pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 N = 2
 HERE = os.path.basename(__file__)

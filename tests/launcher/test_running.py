@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cloudpickle
 import psutil
 import pytest
 import torch
@@ -23,6 +24,8 @@ from ddp_lessons.processes.local import LocalWorkerGroup
 from tests.support.kernels import Kernel, gone
 
 pytestmark = pytest.mark.ranks
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def until(rank: int, file: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
+import cloudpickle
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
@@ -16,6 +18,8 @@ from ddp_lessons.run import Run
 
 matplotlib.use("agg")
 pytestmark = [pytest.mark.usefixtures("figures_closed"), pytest.mark.ranks]
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def work(rank: int, marked: bool = True) -> None:

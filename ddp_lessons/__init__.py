@@ -14,7 +14,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ddp_lessons.processes.forkserver import warm_in_kernel
+from ddp_lessons.processes.forkserver import also_warm, warm_in_kernel
 
 if TYPE_CHECKING:
     from ddp_lessons import plots
@@ -140,6 +140,7 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
+also_warm.append("ddp_lessons.exercises.framework")  # which ranks of a check would import
 warm_in_kernel()
 if os.environ.get("DDP_LESSONS_RECORD") and f"{__name__}.record" not in sys.orig_argv:
     importlib.import_module("ddp_lessons.worker.torchrun").begin()

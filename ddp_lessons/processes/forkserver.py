@@ -29,8 +29,9 @@ from ddp_lessons.system.notebook import in_kernel
 if TYPE_CHECKING:
     from ddp_lessons.processes.rank_process import Forked, Spare
 
-# What a forkserver imports.
+# What a forkserver imports, and names of modules that the warm one imports, too.
 WARM, BARE = "ddp_lessons.worker.preload", "ddp_lessons.worker.preload_bare"
+also_warm: list[str] = []
 
 # Prefixes of variables that Python, the C library or torch read once, when a process starts. A
 # worker forked from a process that started with other values would ignore them.
@@ -74,7 +75,8 @@ class Forkserver:
         self.owner = os.getpid()
         self.environment = dict(os.environ)  # in which it was started
         self._server: Any = ForkServer()
-        self._server.set_forkserver_preload([imports])
+        more = also_warm if imports == WARM else []
+        self._server.set_forkserver_preload([imports, *more])
         self._ranks: set[int] = set()  # process ids
         self._spares = Spares(self._server)
         self._begin_anew()

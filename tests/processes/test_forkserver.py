@@ -88,6 +88,15 @@ def test_the_next_launch_works(harm: Any, method: str, nprocs: int) -> None:
         assert launch(ident).values == [0, 1]
 
 
+@linux
+def test_ranks_have_imported_what_checks_need_and_nothing_of_a_notebook() -> None:
+    def imported(rank: int) -> list[bool]:
+        names = ("ddp_lessons.exercises.framework", "matplotlib", "ipywidgets", "IPython")
+        return [name in sys.modules for name in names]
+
+    assert launch(imported, nprocs=1).values == [[True, False, False, False]]
+
+
 @pytest.mark.slow
 @linux
 @pytest.mark.parametrize("method", ["forkserver", "spawn"])

@@ -37,7 +37,7 @@ from tests.support import clusters
 from tests.support.clusters import Cluster, as_soon_as, cluster_of, wait_until
 from tests.support.kernels import Kernel
 
-pytestmark = [pytest.mark.ranks, pytest.mark.xdist_group("cluster")]
+pytestmark = [pytest.mark.slow, pytest.mark.ranks, pytest.mark.xdist_group("cluster")]
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 cloudpickle.register_pickle_by_value(clusters)
@@ -65,7 +65,6 @@ def average(rank: int, n: int) -> float:
     return float(mean)
 
 
-@pytest.mark.slow
 def test_the_same_run_as_here(client: Any, capsys: pytest.CaptureFixture[str]) -> None:
     here = launch(average, (1000,), 4)
     printed = capsys.readouterr().out
@@ -91,7 +90,6 @@ def test_the_same_variables_as_here(client: Any, nprocs: int, nnodes: int) -> No
     assert there.values == here.values
 
 
-@pytest.mark.slow
 def test_each_rank_is_a_fresh_process_of_its_own_engine(client: Any) -> None:
     def look(rank: int) -> tuple[int, int, bool]:
         return os.getpid(), os.getsid(0), "ddp_lessons.worker.preload" in sys.modules
@@ -288,7 +286,6 @@ def meets_forever(rank: int, directory: str) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 def test_an_engine_that_is_killed_is_named_and_takes_its_rank_along(
     cluster: Cluster, tmp_path: Path
 ) -> None:
@@ -320,7 +317,6 @@ def test_an_engine_that_ended_after_it_was_chosen(cluster: Cluster) -> None:
         launch(average, (10,), 2, cluster=view)
 
 
-@pytest.mark.slow
 def test_the_last_engine_has_ended(tmp_path: Path) -> None:
     with cluster_of(tmp_path, 1) as cluster:
         view = cluster.client[0]
@@ -356,7 +352,6 @@ def test_ranks_end_when_the_notebook_is_killed(cluster: Cluster, tmp_path: Path)
     assert launch(average, (10,), 4, cluster=cluster.client).ok
 
 
-@pytest.mark.slow
 def test_in_a_notebook(cluster: Cluster, kernel: Kernel, tmp_path: Path) -> None:
     kernel.run("launch(lambda rank: rank)")  # its own forkserver would end only once it is ready
     kernel.run(f"""
@@ -470,7 +465,6 @@ def test_an_engine_without_this_package_is_told_what_to_install(client: Any) -> 
     assert launch(average, (10,), 2, cluster=client).ok
 
 
-@pytest.mark.slow
 def test_a_lost_controller_is_told_and_engines_end_their_ranks(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

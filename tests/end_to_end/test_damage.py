@@ -21,7 +21,7 @@ from ddp_lessons.wire.span_buffer import REGION, CallFacts, SpanWriter
 from tests.end_to_end.conftest import Trained
 from tests.support import torchrun
 
-pytestmark = pytest.mark.xdist_group("by one agent")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("by one agent")]
 
 TIMES = 60  # damaged copies of each record
 SECRET = "root:x:0:0: a line that nobody may see"
@@ -66,7 +66,6 @@ def trained(by_one_agent: Trained) -> Path:
     return by_one_agent.record
 
 
-@pytest.mark.slow
 @pytest.mark.system
 @pytest.mark.parametrize("which", ["raised", "trained"])
 def test_any_damage_ends_in_a_run_or_an_error_that_names_the_file(

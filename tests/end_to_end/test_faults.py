@@ -14,9 +14,13 @@ from tests.support import faults
 pytestmark = pytest.mark.ranks
 
 FROM_INSIDE = [name for name in faults.FAULTS if name not in faults.FROM_OUTSIDE]
+COMPILES = "skipped compiled"  # a slow test
 
 
-@pytest.mark.parametrize("fault", FROM_INSIDE)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(f, marks=[pytest.mark.slow] if f == COMPILES else []) for f in FROM_INSIDE],
+)
 def test_every_fault_is_explained(fault: str, compiles: None) -> None:
     number = FROM_INSIDE.index(fault)
     world_size, victim, moment = 2 + number % 3, number % 2, number % faults.STEPS

@@ -18,7 +18,7 @@ from tests.end_to_end.conftest import Trained
 from tests.support import torchrun
 from tests.support.clusters import cluster_of
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.slow, pytest.mark.system]
 
 RANKS = 2
 SPAWN = """
@@ -74,7 +74,6 @@ def in_a_cell(script: Path) -> list[str]:
     return values
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("way", [by_spawn, by_two_agents, on_engines])
 def test_every_way_gives_the_values_of_the_cell(
     script: Path, way: Callable[[Path], list[str]]

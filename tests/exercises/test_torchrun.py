@@ -276,6 +276,7 @@ def test_a_right_script_passes(check: Any, answer: str, tmp_path: Path) -> None:
     answers.passes(check, written(tmp_path, answer))
 
 
+@pytest.mark.slow
 @answers.wrong(WRONG)
 def test_a_wrong_script_is_explained(
     check: Any, answer: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

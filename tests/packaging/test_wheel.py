@@ -32,7 +32,7 @@ from ddp_lessons.course import lesson_files
 from tests.conftest import MARK
 from tests.support.checkout import ROOT
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("wheel")]
+pytestmark = [pytest.mark.slow, pytest.mark.system, pytest.mark.xdist_group("wheel")]
 
 LESSON = "00_start_here.ipynb"
 NOTIFICATIONS = "@jupyterlab/apputils-extension:notification"
@@ -102,7 +102,6 @@ def _in_wheel(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_the_lessons(built: Built) -> None:
     found = {n: c for n, c in _in_wheel(built.wheel).items() if ".dist-info/" not in n}
     package = [path for path in (ROOT / "ddp_lessons").rglob("*.*") if path.suffix != ".pyc"]
@@ -220,7 +219,6 @@ def _wait_for(process: subprocess.Popen[str], port: int) -> None:
     pytest.fail("the server ended before it listened")
 
 
-@pytest.mark.slow
 def test_the_installed_command_serves_the_lessons(
     installed: Installed, server: Server, tmp_path: Path
 ) -> None:

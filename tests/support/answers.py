@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,27 +14,34 @@ from ddp_lessons.exercises.framework import Exercise, Feedback
 from tests.support import shared_runs
 
 TOGETHER = 12  # answers whose runs share processes
+SAMPLE = 4  # one wrong answer of a check in so many is no slow test, and one right answer
 
 
 def right(answers: Sequence[tuple[Any, Any]]) -> pytest.MarkDecorator:
     """Give a test each (check, answer)."""
-    return pytest.mark.parametrize(
-        ("check", "answer"), [_case(check.__name__, check, answer) for check, answer in answers]
-    )
+    names = (check.__name__ for check, _ in answers)
+    return pytest.mark.parametrize(("check", "answer"), _cases(names, answers, len(answers)))
 
 
 def wrong(answers: Sequence[tuple[Any, Any, str]]) -> pytest.MarkDecorator:
     """Give a test each (check, answer, what is said of it)."""
-    return pytest.mark.parametrize(
-        ("check", "answer", "said"),
-        [_case(f"{case[0].__name__}-{case[2][:30]}", *case) for case in answers],
-    )
+    names = (f"{check.__name__}-{said[:30]}" for check, _, said in answers)
+    return pytest.mark.parametrize(("check", "answer", "said"), _cases(names, answers, SAMPLE))
 
 
-def _case(name: str, check: Exercise, *rest: Any) -> Any:
-    """Those of one check run in one process, which judges them together."""
-    group = pytest.mark.xdist_group(f"answers of {check.__name__}")
-    return pytest.param(check, *rest, id=name, marks=group)
+def _cases(names: Iterable[str], cases: Iterable[tuple[Any, ...]], sample: int) -> list[Any]:
+    """The cases, all but one in `sample` of a check marked slow.
+
+    Those of one check run in one process, which judges them together.
+    """
+    found, of_check = [], Counter[str]()
+    for name, (check, *rest) in zip(names, cases, strict=True):
+        marks = [pytest.mark.xdist_group(f"answers of {check.__name__}")]
+        if of_check[check.__name__] % sample:
+            marks.append(pytest.mark.slow)
+        of_check[check.__name__] += 1
+        found.append(pytest.param(check, *rest, id=name, marks=marks))
+    return found
 
 
 class Verdicts:

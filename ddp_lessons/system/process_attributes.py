@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 
 class ProcessAttributes(NamedTuple):
-    """Some attributes of a process. `limits` maps names as RLIMIT_NOFILE to (soft, hard)."""
+    """Some attributes of a process. `limits` maps RLIMIT_NOFILE and others to (soft, hard)."""
 
     umask: int
     niceness: int
     processors: frozenset[int]
-    limits: Mapping[str, tuple[int, int]]
+    limits: Mapping[int, tuple[int, int]]
 
     def take_over(self) -> None:
         """Set what is otherwise in this process, as far as it may: a hard limit cannot rise."""
@@ -33,20 +34,35 @@ class ProcessAttributes(NamedTuple):
             os.setpriority(os.PRIO_PROCESS, 0, self.niceness)
         with contextlib.suppress(OSError):  # processors that this process must not use
             os.sched_setaffinity(0, self.processors)
-        for name, limit in self.limits.items():
-            if limit != own.limits.get(name):
+        for kind, limit in self.limits.items():
+            if limit != own.limits.get(kind):
                 with contextlib.suppress(OSError, ValueError):
-                    resource.setrlimit(getattr(resource, name), limit)
+                    resource.setrlimit(kind, limit)
 
 
 def taken() -> ProcessAttributes | None:
     """Those of this process; None if it is not on Linux."""
     if sys.platform != "linux":
         return None
-    status = Path("/proc/self/status").read_text()
     return ProcessAttributes(
-        int(status.partition("\nUmask:")[2].split(maxsplit=1)[0], 8),
+        _umask(),
         os.getpriority(os.PRIO_PROCESS, 0),
         frozenset(os.sched_getaffinity(0)),
-        {n: resource.getrlimit(getattr(resource, n)) for n in dir(resource) if "RLIMIT_" in n},
+        dict(_limits()),
     )
+
+
+def _umask() -> int:
+    """The umask. Where /proc does not tell it, it can only be read by setting another."""
+    found = re.search(r"^Umask:\s*(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is not None:
+        return int(found[1], 8)
+    umask = os.umask(0o077)  # which gives nothing away, should another thread make a file now
+    os.umask(umask)
+    return umask
+
+
+def _limits() -> Iterable[tuple[int, tuple[int, int]]]:
+    for kind in {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}:
+        with contextlib.suppress(OSError, ValueError):  # this system has no such limit
+            yield kind, resource.getrlimit(kind)

@@ -142,14 +142,7 @@ class Watchdog:
         for number, patience in ladder:
             if self._interrupts.hurry and number != signal.SIGKILL:
                 continue
-            for worker in self.alive:
-                if number == signal.SIGKILL:
-                    worker.signal_group(number)
-                    worker.send_signal(number)  # it may have no group of its own yet
-                elif worker.started_ns is None:  # an interrupt would print where its imports are
-                    worker.send_signal(signal.SIGTERM)
-                else:
-                    worker.send_signal(number)
+            self._send_all(number)
             deadline = time.monotonic() + patience
             while self.alive and time.monotonic() < deadline:
                 self.pump(0.02)
@@ -157,6 +150,25 @@ class Watchdog:
                     break
         for worker in self.alive:
             worker.give_up()
+
+    def _send_all(self, number: signal.Signals) -> None:
+        """Send every rank a signal, all of them suspended meanwhile.
+
+        Else the first would end, and others could note that their calls with it have ended, too.
+        """
+        alive = self.alive
+        for worker in alive:
+            worker.send_signal(signal.SIGSTOP)
+        for worker in alive:
+            if number == signal.SIGKILL:
+                worker.signal_group(number)
+                worker.send_signal(number)  # it may have no group of its own yet
+            elif worker.started_ns is None:  # an interrupt would print where its imports are
+                worker.send_signal(signal.SIGTERM)
+            else:
+                worker.send_signal(number)
+        for worker in alive:
+            worker.send_signal(signal.SIGCONT)
 
     def take_stacks(self) -> None:
         """Have every rank print its Python stack, also those that are blocked in C++.

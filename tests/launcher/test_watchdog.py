@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddp_lessons import WorkersHung, launch, watch_ddp
 from ddp_lessons.launcher.watchdog import AFTER_INTERRUPT, Watchdog
-from ddp_lessons.processes.local import LocalWorkerGroup
+from ddp_lessons.processes.local import LocalWorkerGroup, WorkerProcess
 from ddp_lessons.processes.packing import pack
 from ddp_lessons.simulated import SimulatedLink
 from ddp_lessons.system.interrupts import Interrupts
@@ -419,3 +419,30 @@ def test_a_rank_that_starts_is_killed_at_once(tmp_path: Path) -> None:
             worker.send_signal(signal.SIGKILL)
             pytest.fail("it still runs")
         assert worker.exitcode == -signal.SIGKILL
+
+
+def test_no_rank_notes_how_the_others_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if this process gets no processor between two of its signals."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(nn.Linear(2, 2))
+        if rank == 0:
+            dist.barrier()
+        else:
+            model(torch.ones(1, 2)).sum().backward()
+
+    send = WorkerProcess.send_signal
+
+    def send_and_pause(worker: WorkerProcess, number: int) -> None:
+        send(worker, number)
+        if number == signal.SIGTERM:
+            time.sleep(0.2)
+
+    monkeypatch.setattr(WorkerProcess, "send_signal", send_and_pause)
+    run = launch(work, nprocs=3, timeout=60, check=False)
+    assert [rank.status for rank in run.ranks] == ["stopped"] * 3
+    for rank in run.ranks:
+        assert [s.name for s in rank.spans if s.t1_ns is None and s.op is not None], rank
+    assert "rank 0 waits in barrier" in run.explain()
+    assert "ranks 1 and 2 wait in backward" in run.explain()

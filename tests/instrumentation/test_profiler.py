@@ -1,4 +1,4 @@
-"""`launch(..., profile=True)`: torch.profiler's events lie within the recorded calls."""
+"""`launch(..., profile=True)`: torch.profiler's events begin within the recorded calls."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def lane(run: Run, rank: int, name: str) -> list[Span]:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_collective_has_its_event_of_gloo_within_its_own_time(
+def test_every_collective_has_its_event_of_gloo_that_begins_in_its_own_time(
     profiled: Run, rank: int
 ) -> None:
     events = lane(profiled, rank, "gloo")
@@ -54,7 +54,8 @@ def test_every_collective_has_its_event_of_gloo_within_its_own_time(
     for event, call in zip(events, calls, strict=True):
         assert event.t1_ns is not None
         assert call.t1_ns is not None
-        assert call.t0_ns - SLACK <= event.t0_ns <= event.t1_ns <= call.t1_ns + SLACK
+        # Its end may come later: gloo's thread tells first that the call is done.
+        assert call.t0_ns - SLACK <= event.t0_ns <= min(event.t1_ns, call.t1_ns + SLACK)
 
 
 def test_what_is_worked_out_of_the_spans_is_not_disturbed(profiled: Run) -> None:

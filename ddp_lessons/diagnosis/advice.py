@@ -86,6 +86,10 @@ JOINING = (
     "init_process_group returns when every rank has called it. Look for the `if`, the early "
     "`return` or the long work before it that keeps the missing rank away."
 )
+STORE = (
+    "Rank 0's process keeps the store by which ranks make groups, so it must not end while others "
+    "still do. Have all ranks meet before they end: dist.barrier()."
+)
 LATE = (
     "The errors come from the ranks that were on time{late}. Is the late one slower, or does it "
     "have more to do? Else raise the timeout."

@@ -27,7 +27,16 @@ from ddp_lessons.diagnosis.verdict import Kind, Verdict
 from ddp_lessons.results import RankResult, RunRecord
 from ddp_lessons.text import agree, at_head, count, listed, ranks_text
 from ddp_lessons.wire import stacks
-from ddp_lessons.wire.ops import DDP, DDP_CALLS, FROM_ROOT, JOIN, JOINING, RECVS, SENDS
+from ddp_lessons.wire.ops import (
+    DDP,
+    DDP_CALLS,
+    FROM_ROOT,
+    JOIN,
+    JOINING,
+    MAKES_GROUP,
+    RECVS,
+    SENDS,
+)
 from ddp_lessons.wire.owners import Owner, owner_of
 from ddp_lessons.wire.records import Caught, Frame, Lane, Span
 
@@ -710,12 +719,20 @@ class _Hang(Standstill):
             case "not ended":
                 keeper = self.run.ranks[ranks[0]].kept_by
                 return limit + _ENDING.get(str(keeper), advice.THREADS) + slow
+        if 0 in ranks and self._need_the_store():
+            return advice.STORE
         in_pairs = self.standing and all(call.pairwise for call in self.standing.values())
         against = advice.PAIRS if in_pairs else advice.MISSING
         library = self.library(self.standing)
         if not library and any(call.owner == DDP for call in self.standing.values()):
             library = advice.DDP
         return f"{against} {library}" if library else against
+
+    def _need_the_store(self) -> bool:
+        """Whether ranks only make groups that all others have made."""
+        calls = self.standing.values()
+        made = all(call.op in MAKES_GROUP and not self.calls.missing(call) for call in calls)
+        return made and bool(calls)
 
     def _limit(self, ranks: Sequence[int]) -> tuple[str, str]:
         """Which timeout ran out, and what to do if `ranks` are only slow: two pieces of advice."""

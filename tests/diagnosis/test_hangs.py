@@ -745,6 +745,17 @@ def test_a_rank_that_joins_when_the_others_have_given_up() -> None:
     assert "came to init_process_group when others had given up waiting for it" in run.explain()
 
 
+def test_a_group_that_is_made_when_rank_0_has_ended_and_with_it_the_store() -> None:
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo")
+        time.sleep(0.5 * (rank > 0))
+        dist.new_group([1, 2])
+
+    run = explained(work)
+    assert kind(run) == ("returned early", (0,))
+    assert "Have all ranks meet before they end: dist.barrier()." in run.explain()
+
+
 def test_torchs_check_counts_sends_as_calls_of_all_ranks() -> None:
     def work(rank: int, ranks_that_send: list[int] | None) -> None:
         dist.init_process_group("gloo")

@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make lessons    copy the course to lessons/ once, and open it in JupyterLab (LAB_ARGS=--no-browser on a server)"
-	@echo "make test       style, types, all tests but the slow ones, four notebooks (20 minutes on two slow cores; JOBS=8 on more)"
+	@echo "make test       style, types, all tests but the slow ones, four notebooks (ten minutes on two slow cores; JOBS=8 on more)"
 	@echo "make whole      the same with the slow tests and every notebook: must pass before anything lands (an hour there)"
 	@echo "make quick      the tests that start no process (less than a minute)"
 	@echo "make parity     do launch and plain torch give the same? all features; make test has a sample (some minutes)"

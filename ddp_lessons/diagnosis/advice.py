@@ -6,8 +6,8 @@ ORDER = (
 )
 ROOTS = (
     "In one call all ranks must name the same {root}: `{root}=0`, say, not `{root}=rank`. If they "
-    "do, one has made a call more or less before: look for the `if`, the `continue` or the early "
-    "`return` that lets it."
+    "do, a rank has made one call too many or too few before: look for the `if`, the `continue` or "
+    "the early `return` that does it."
 )
 TENSORS = (
     "All ranks must pass {op} a tensor of the same shape and dtype. Print x.shape and x.dtype on "

@@ -40,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.leftovers import files, left
 from ddp_lessons import LaunchError, launch
 from ddp_lessons.processes import forkserver
+from ddp_lessons.system import reaper
 from tests.support.kernels import Kernel, is_spare
 
 GONE_WITHIN = 10.0  # seconds, after a launch that a kernel survived
@@ -133,7 +134,8 @@ def nothing() -> None: ...
 
 
 def kill_forkserver() -> None:
-    os.kill(forkserver.server().pid or 0, signal.SIGKILL)
+    if pid := forkserver.server().pid:
+        reaper.kill_and_wait(pid)
 
 
 def suspend_forkserver() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from ddp_lessons import launch
 from ddp_lessons.processes import forkserver
+from ddp_lessons.system import reaper
 from ddp_lessons.worker.huge_pages import _COLLAPSE, REQUEST, SIZE
 from tests.support.kernels import Kernel
 
@@ -71,7 +72,7 @@ def test_a_kernel_s_forkserver_moves_its_memory_after_the_first_launch(kernel: K
 @needs_a_system_that_does
 def test_a_script_s_forkserver_does_so_after_some_launches() -> None:
     if pid := forkserver.server().pid:
-        os.kill(pid, signal.SIGKILL)
+        reaper.kill_and_wait(pid)
     pid = 0
     for number in range(forkserver.FEW):
         assert launch(lambda rank: rank).values == [0, 1]

@@ -88,6 +88,10 @@ class Forkserver:
         pid: int | None = self._server._forkserver_pid
         return pid
 
+    @property
+    def runs(self) -> bool:
+        return self.pid is not None and not reaper.has_ended(self.pid)
+
     def _begin_anew(self) -> None:
         self._launches = 0  # that it has served
         self._has_huge_pages = False
@@ -163,7 +167,7 @@ class Forkserver:
             self._spares.note(ranks)
             self._launches += 1
             self._written = self._written or written
-            if self._ranks or self.pid is None or reaper.has_ended(self.pid):
+            if self._ranks or self.pid is None or not self.runs:
                 return
             if not self._has_huge_pages and self._launches >= (1 if most() else FEW):
                 self._has_huge_pages = True
@@ -284,7 +288,8 @@ def warm() -> None:
 
 def environment_is_current(environment: Mapping[str, str]) -> bool:
     """True if a forked worker would behave as one that was started with these variables."""
-    started = _servers[WARM].environment if WARM in _servers else os.environ
+    one = server()
+    started = one.environment if one.runs else os.environ
     names = {n for n in {*started, *environment} if n.startswith(READ_AT_START)}
     names.difference_update(SET_BY_IMPORTS)
     return all(started.get(name) == environment.get(name) for name in names)

@@ -28,6 +28,8 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import BadLaunch, CannotSend, launch, span
+from ddp_lessons.processes import forkserver
+from ddp_lessons.system import reaper
 
 pytestmark = pytest.mark.ranks
 
@@ -113,6 +115,25 @@ def test_variables_that_are_read_only_at_the_start_are_obeyed(
     monkeypatch.setenv("PYTHONHASHSEED", "8")
     assert launch(string_hash, nprocs=1).values != [seven]
     assert os.environ["PYTHONHASHSEED"] == "8"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the forkserver")
+def test_a_forkserver_that_ended_holds_no_variables_to_obey(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_forked() -> bool:
+        (parent,) = launch(lambda rank: os.getppid(), nprocs=1).values
+        return bool(parent == forkserver.server().pid)
+
+    if pid := forkserver.server().pid:
+        reaper.kill_and_wait(pid)
+    monkeypatch.setenv("MALLOC_OF_A_TEST", "1")
+    assert is_forked()
+    monkeypatch.delenv("MALLOC_OF_A_TEST")
+    assert not is_forked()
+    reaper.kill_and_wait(forkserver.server().pid or 0)
+    assert is_forked()
 
 
 def test_the_time_zone_follows_the_environment() -> None:

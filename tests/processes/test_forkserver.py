@@ -55,7 +55,7 @@ def suspend(server: forkserver.Forkserver) -> None:
 
 def kill(server: forkserver.Forkserver) -> None:
     assert server.pid is not None
-    reaper.kill_and_wait(server.pid)  # while it still ends, its spares become ranks that it takes along
+    reaper.kill_and_wait(server.pid)  # until it has ended, spares of its become ranks
 
 
 def feed_garbage(server: forkserver.Forkserver) -> None:

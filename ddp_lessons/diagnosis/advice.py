@@ -146,7 +146,8 @@ MOMENT = "Look again later: if the ranks stand elsewhere then, the job does not 
 PY_SPY = "`py-spy dump --pid {rank.pid}` on {rank.host} shows where rank {rank.rank} is now."
 GROUPS = (
     "Ranks that share two groups must use them in the same order: while one waits in the first "
-    "group, the other waits in the second. Choose one order for all."
+    "group, the other waits in the second. Choose one order for all, and see that no rank leaves a "
+    "call out."
 )
 PLACE = (
     "{ranks} were launched. Does world_size= or WORLD_SIZE say the same, does every rank have its "

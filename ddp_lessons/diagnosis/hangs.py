@@ -218,7 +218,7 @@ class Standstill:
 
         The ranks that made fewer must have left the loop in which the others wait.
         """
-        made = {r.rank: sum(_is_whole_step(span) for span in r.spans) for r in self.run.ranks}
+        steps = {r.rank: list(filter(_is_whole_step, r.spans)) for r in self.run.ranks}
         loop = self.training_loop()
         if loop is None or self.run.lossy:
             return ""
@@ -228,11 +228,15 @@ class Standstill:
             rank.status == "returned" or _left(loop, rank) or self._died_after(loop, rank)
             for rank in outside
         )
-        counts = {made[rank.rank] for rank in outside}, {made[rank] for rank in inside}
+        counts = {len(steps[r.rank]) for r in outside}, {len(steps[rank]) for rank in inside}
         if not left or any(len(each) != 1 for each in counts):
             return ""
         (fewer,), (most,) = counts
-        before = {loop.is_before_step(frames_of(self.run.ranks[rank])) for rank in inside}
+        before = {
+            loop.is_before_step(frames_of(self.run.ranks[rank]), made[-1].site if made else None)
+            for rank, made in steps.items()
+            if rank in inside
+        }
         in_a_step = before == {True}
         if len(before) != 1 or None in before or not 0 < fewer < most + in_a_step:
             return ""

@@ -297,14 +297,17 @@ class Loop(Lines):
         """Whether a turn may make no step: by a `continue`, an `if`, or an exception it catches."""
         return _may_skip(self.file, self._own_nodes(), self.first, ast.Continue)
 
-    def is_before_step(self, frames: Sequence[Frame]) -> bool | None:
+    def is_before_step(self, frames: Sequence[Frame], counted: str | None) -> bool | None:
         """Whether a stack in it is at a line before its step, or in the step, in every turn.
 
-        None if it is not known which call makes the step, such as where there are two optimizers.
+        `counted` is the site of the steps that were counted. None if none of the loop's calls makes
+        those, or if the site is not known (`steps` counted) and it is not known which call does.
         """
         inside = max(number for number, frame in enumerate(frames) if self.holds(frame))
         steps = self.steps()
-        if len(steps) > 1:
+        if counted is not None:
+            steps = [step for step in steps if _makes(self.file, step, *split_site(counted))]
+        elif len(steps) > 1:
             steps = [step for step in steps if not _is_step(step) or _is_of_optimizer(step)]
         return _is_before(steps[0], frames[inside:]) if len(steps) == 1 else None
 
@@ -385,6 +388,18 @@ def _stepping_functions(file: str, call: ast.Call, depth: int = _DEPTH) -> list[
             steps = (_steps(each.file, each.own_nodes(), depth - 1) for each in found)
             return found if all(steps) else []
     return []
+
+
+def _makes(file: str, step: ast.Call, counted_in: str, line: int) -> bool:
+    """Whether a call makes the step at a line, itself or by a function that it calls."""
+    if _is_step(step):
+        here = Lines(file, step.lineno, step.end_lineno or step.lineno)
+        return here.holds(Frame(counted_in, line, ""))
+    return any(
+        _makes(function.file, inner, counted_in, line)
+        for function in _stepping_functions(file, step)
+        for inner in _steps(function.file, function.own_nodes())
+    )
 
 
 def _functions_named(file: str, name: str) -> list[_Function]:

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -93,7 +94,8 @@ class Recorder:
         self._timeouts: set[Timeout] = set()  # that the parent knows
         self._step_t0_ns = 0
         self._in_steps = False
-        self._stepping: int | None = None  # id of the optimizer whose steps are the training's
+        # The optimizer whose steps are the training's.
+        self._stepping: weakref.ref[torch.optim.Optimizer] | None = None
         self._lanes: dict[int | None, str] = {threading.main_thread().ident: Lane.MAIN}
         self._lane_numbers = itertools.count(1)  # next() of it is atomic
         self._lanes_left: dict[int, str] = {}  # of threads that ended; their idents are used again
@@ -188,10 +190,12 @@ class Recorder:
             self._died += 1
             self.send(ThreadDied(thread, stacks.describe(error, self.home)))
 
-    def begin_step(self, t0_ns: int) -> Slot:
-        """Begin a step that `steps` counts."""
+    def begin_step(self, t0_ns: int, site: str | None = None) -> Slot:
+        """Begin a step that `steps` counts, or one that an optimizer made at `site`."""
         self._in_steps = True
-        return self.buffer.begin(Lane.STEPS, Kind.MARK, f"step {self.step}", t0_ns, step=self.step)
+        return self.buffer.begin(
+            Lane.STEPS, Kind.MARK, f"step {self.step}", t0_ns, 0, self.step, CallFacts(site=site)
+        )
 
     def end_step(self, slot: Slot, t1_ns: int) -> None:
         """End a step that `steps` counts."""
@@ -206,11 +210,11 @@ class Recorder:
         """
         self.buffer.moved()
         if self._stepping is None:
-            self._stepping = id(optimizer)
-        if self._in_steps or self._stepping != id(optimizer):
+            self._stepping = weakref.ref(optimizer)
+        if self._in_steps or self._stepping() is not optimizer:
             return
         now_ns = time.perf_counter_ns()
-        slot = self.begin_step(self._step_t0_ns or now_ns)
+        slot = self.begin_step(self._step_t0_ns or now_ns, self.sites.of(sys._getframe(1)))
         self.end_step(slot, now_ns)
         self._step_t0_ns = now_ns
 

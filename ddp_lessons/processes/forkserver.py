@@ -267,7 +267,7 @@ def _own_temporary_folder() -> None:
         folder = config["tempdir"] = tempfile.mkdtemp(prefix="pymp-", dir="/tmp")
         util.Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-100)
     elif folder is not None and not os.path.isdir(folder):
-        os.mkdir(folder, mode=0o700)
+        os.makedirs(folder, mode=0o700)
 
 
 def default_start_method() -> str:

@@ -7,6 +7,8 @@ for its one rank.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import functools
 import math
 import multiprocessing
@@ -16,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -146,8 +149,8 @@ class WorkerProcess(Worker):
         """A file descriptor that becomes readable when the process ends."""
         return int(self._process.sentinel)
 
-    def read(self, reader: Reader) -> bool:
-        """Take what a pipe holds now, one chunk; False if it held nothing or has closed."""
+    def read(self, reader: Reader) -> int:
+        """Take what a pipe holds now, one chunk; its bytes, 0 if it held nothing or has closed."""
         files: list[int] = []
         try:
             if isinstance(reader, socket.socket):
@@ -155,13 +158,13 @@ class WorkerProcess(Worker):
             else:
                 data = os.read(reader.fileno(), CHUNK)
         except BlockingIOError:
-            return False
+            return 0
         if data:
             self.take(self._channels[reader], data, list(map(Connection, files)))
-            return True
-        del self._channels[reader]
-        reader.close()
-        return False
+        else:
+            del self._channels[reader]
+            reader.close()
+        return len(data)
 
     def note_progress(self) -> None:
         """Note whether the rank has finished anything since the last call."""
@@ -190,8 +193,9 @@ class WorkerProcess(Worker):
             self.send_signal(signal.SIGKILL)
         self.signal_group(signal.SIGKILL)
         for reader in self.readers:
-            while self.read(reader):
-                pass
+            rest = _waiting(reader)  # no more: a daemon of the rank's may write without end
+            while rest > 0 and (size := self.read(reader)):
+                rest -= size
         self.ended_ns = self.ended_ns or time.perf_counter_ns()
         self.moved_at = time.monotonic()
         return True
@@ -235,6 +239,13 @@ class WorkerProcess(Worker):
 
     def caught(self) -> list[Caught] | None:
         return self.buffers.caught(self.rank)
+
+
+def _waiting(reader: Reader) -> int:
+    """The bytes that can be read now."""
+    size = ctypes.c_int()
+    fcntl.ioctl(reader.fileno(), termios.FIONREAD, size)
+    return size.value
 
 
 class Pump:

@@ -20,11 +20,13 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import time
 from collections.abc import Container
 from multiprocessing.connection import wait
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_CREDENTIALS = struct.Struct("3i")  # process, user and group (unix(7), SO_PEERCRED)
 _ROUNDS, _PAUSE = 50, 0.002  # an orphan's own children become orphans, too: look again
 _MANAGER = "torch_shm_manager"[:15]  # as the kernel keeps names (proc_pid_comm(5))
 _MANAGER_ENDS = 10.0  # seconds that it may take after its 2, on a busy machine
@@ -59,20 +61,26 @@ def kill_when_closed(pipe: int, whom: int) -> bool:
     return True
 
 
-def listening_paths() -> list[str]:
-    """The files of the sockets on which this process listens."""
+def listeners() -> list[tuple[str, int]]:
+    """The file of each socket on which this process listens, and the process that first did.
+
+    That may have ended, and then nothing else tells which it was.
+    """
     if not os.path.isdir("/proc/self/fd"):
         return []
-    paths = (_listening_path(int(name)) for name in os.listdir("/proc/self/fd"))
-    return [path for path in paths if path and os.path.exists(path)]
+    found = [_listener(int(name)) for name in os.listdir("/proc/self/fd")]
+    return [each for each in found if each is not None and os.path.exists(each[0])]
 
 
-def _listening_path(descriptor: int) -> str | None:
+def _listener(descriptor: int) -> tuple[str, int] | None:
     with contextlib.suppress(OSError):  # the listing's own descriptor is gone by now
         if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
             with socket.socket(fileno=os.dup(descriptor)) as one:
-                listens = one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-                return str(one.getsockname()) if listens and one.family == socket.AF_UNIX else None
+                if one.family == socket.AF_UNIX and one.getsockopt(
+                    socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+                ):
+                    by = one.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                    return str(one.getsockname()), _CREDENTIALS.unpack(by)[0]
     return None
 
 

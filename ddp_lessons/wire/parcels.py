@@ -29,6 +29,7 @@ from ddp_lessons.wire.pickling import Pickler, dump
 LEAST_IN_FILE = 1 << 25  # bytes
 _LEAST_BUFFER = 1 << 16  # bytes; smaller arrays and tensors stay in the pickle
 _ALIGNMENT = 64  # bytes
+_PIECE = 1 << 28  # bytes written between two looks at the memory, which other ranks fill as well
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,30 @@ def pack(value: Any, pickler: type[Pickler] = Pickler, *, by_file: bool = True) 
 
 def _write(views: Sequence[memoryview]) -> Connection:
     starts, end = _places([view.nbytes for view in views])
-    if end > (available := available_memory()):
-        raise MemoryError(
-            f"its copy takes {size_text(end)}, and {size_text(available)} of memory are left"
-        )
     file = Connection(memory_file())
-    for start, view in zip(starts, views, strict=True):
-        done = 0
-        while done < view.nbytes:  # the system writes 2 GB at once, at the most
-            done += os.pwrite(file.fileno(), view[done:], start + done)
-    os.ftruncate(file.fileno(), end)
+    look_at = 0
+    try:
+        for start, view in zip(starts, views, strict=True):
+            done = 0
+            while done < view.nbytes:
+                if start + done >= look_at:
+                    look_at = start + done + _PIECE
+                    _refuse_too_large(end, start + done)
+                done += os.pwrite(file.fileno(), view[done : done + _PIECE], start + done)
+        os.ftruncate(file.fileno(), end)
+    except BaseException:
+        file.close()  # frees the memory at once, as the error holds on to this frame
+        raise
     return file
+
+
+def _refuse_too_large(size: int, written: int) -> None:
+    available = available_memory()
+    if size - written > available:
+        raise MemoryError(
+            f"its copy takes {size_text(size)}, and "
+            f"{size_text(available + written)} of memory are left for it"
+        )
 
 
 def _places(sizes: Sequence[int]) -> tuple[list[int], int]:

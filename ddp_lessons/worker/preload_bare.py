@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 
 from ddp_lessons.system import standard_files
-from ddp_lessons.system.reaper import adopt_orphans, end_children_of, listening_paths, remove_after
+from ddp_lessons.system.reaper import adopt_orphans, end_children_of, listeners, remove_after
 
 # The interrupt of a notebook goes to the kernel's whole process group; workers must get it through
 # the parent only, which stops them in order.
@@ -27,8 +27,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 adopt_orphans()
 atexit.register(end_children_of, os.getpid())
 # multiprocessing's own socket lies in a temporary folder, which a killed kernel cannot remove.
-for path in listening_paths():
-    atexit.register(remove_after, os.getppid(), path)
+# That one began to listen; it may be dead by now, and this process the child of another.
+parent = os.getppid()
+for path, parent in listeners():
+    atexit.register(remove_after, parent, path)
 warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")
 standard_files.hold()
 # multiprocessing closes sys.stdin next and opens the null device, which gets descriptor 0 only if
@@ -45,7 +47,7 @@ def ending_with_parent() -> Iterator[None]:
     multiprocessing's forkserver checks only after its imports, which take seconds on a busy
     machine.
     """
-    parent, over = os.getppid(), threading.Event()
+    over = threading.Event()
 
     def watch() -> None:
         while not over.wait(LOOK):

@@ -408,6 +408,48 @@ def test_unequal_steps_of_a_function_are_counted(then: str, others: str) -> None
     assert f"Rank 1 made 4 steps; ranks 0 and 2 {others}." in run.explain()
 
 
+def two_optimizers(rank: int, loops: str) -> None:
+    dist.init_process_group("gloo")
+    first, second = (DistributedDataParallel(nn.Linear(2, 2)) for _ in range(2))
+    for_first = torch.optim.SGD(first.parameters(), lr=0.1)
+    for_second = torch.optim.SGD(second.parameters(), lr=0.1)
+    fewer = 4 if rank == 1 else 5
+    if loops == "two":
+        for _step in range(7):
+            first(torch.ones(1, 2)).sum().backward()
+            for_first.step()
+        for _step in range(fewer):
+            second(torch.ones(1, 2)).sum().backward()
+            for_second.step()
+    for _step in range(fewer if loops == "one" else 0):
+        first(torch.ones(1, 2)).sum().backward()
+        for_first.step()
+        second(torch.ones(1, 2)).sum().backward()
+        for_second.step()
+    for _step in range(fewer if loops == "nested" else 0):
+        for _ in range(3):
+            first(torch.ones(1, 2)).sum().backward()
+            for_first.step()
+        first.zero_grad()
+        second(torch.ones(1, 2)).sum().backward()
+        for_second.step()
+
+
+@pytest.mark.parametrize(
+    ("loops", "told"),
+    [
+        ("one", "Rank 1 made 4 steps; ranks 0 and 2 began 5."),
+        ("two", ""),  # the steps of the first optimizer count, and these are the second's
+        ("nested", "Rank 1 made 12 steps; ranks 0 and 2 began 13."),
+    ],
+)
+def test_steps_of_two_optimizers(loops: str, told: str) -> None:
+    run = explained(two_optimizers, args=(loops,), timeout=5)
+    assert kind(run)[1] == (1,)
+    assert told in run.explain()
+    assert (" steps; ranks 0 and 2 " in run.explain()) == bool(told)
+
+
 @pytest.mark.parametrize("how", ["ddp", "by hand"])
 @pytest.mark.parametrize("then", ["less in a step", "more in a step"])
 def test_a_call_that_is_skipped_within_a_step_is_no_matter_of_steps(how: str, then: str) -> None:

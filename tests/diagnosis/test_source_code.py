@@ -350,7 +350,12 @@ def test_whether_a_line_comes_before_the_step(steps: str, text: str, before: boo
     loop = within(steps, text)
     assert loop is not None
     number = next(n for n, row in enumerate(STEPS.splitlines(), 1) if text in row)
-    assert loop.is_before_step([Frame(steps, number, "train", "")]) == before
+    frames = [Frame(steps, number, "train", "")]
+    assert loop.is_before_step(frames, None) == before
+    made = loop.steps()[0].lineno
+    assert loop.is_before_step(frames, f"{steps}:{made}") == before
+    assert loop.is_before_step(frames, f"{steps}:1") is None
+    assert loop.is_before_step(frames, f"another file:{made}") is None
 
 
 FUNCTIONS = """\
@@ -445,4 +450,7 @@ def test_whether_a_stack_comes_before_the_step_of_a_function(
     frames = stack(places, *texts)
     loop = source_code.training_loop(frames)
     assert loop is not None
-    assert loop.is_before_step(frames) == before
+    assert loop.is_before_step(frames, None) == before
+    made = stack(places, "optimizer.step()")[0]
+    assert loop.is_before_step(frames, f"{made.filename}:{made.lineno}") == before
+    assert loop.is_before_step(frames, f"{made.filename}:{made.lineno + 1}") is None

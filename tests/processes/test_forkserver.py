@@ -27,6 +27,7 @@ from ddp_lessons.processes import forkserver
 from ddp_lessons.processes.local import WorkerProcess
 from ddp_lessons.system import reaper
 from tests.support.checkout import ROOT
+from tests.support.clusters import wait_until
 
 pytestmark = pytest.mark.ranks
 
@@ -180,6 +181,45 @@ def test_a_broken_scikit_learn(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
     assert (done.stdout, done.stderr) == ("[0, 1]\n", "")
+
+
+ENDS_AT_ONCE = """
+    import os, signal
+    from ddp_lessons.processes import forkserver
+    forkserver.server({imports!r}).ensure_running()
+    print(*os.listdir(os.environ["TMPDIR"]), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("imports", [forkserver.WARM, forkserver.BARE])
+def test_one_whose_parent_dies_before_it_has_begun(imports: str, tmp_path: Path) -> None:
+    script = textwrap.dedent(ENDS_AT_ONCE).format(imports=imports)
+    env = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    assert done.stdout.startswith("pymp-")
+    wait_until(lambda: not any(tmp_path.iterdir()))
+
+
+NO_FOLDER = """
+    import shutil, tempfile
+    from ddp_lessons import launch
+    for _ in range(2):
+        print(launch(lambda rank: rank).values)
+        shutil.rmtree(tempfile.gettempdir())
+"""
+
+
+@pytest.mark.slow
+def test_after_the_temporary_folder_itself_was_removed(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    command = [sys.executable, "-c", textwrap.dedent(NO_FOLDER)]
+    env = {**os.environ, "TMPDIR": str(tmp_path / "gone"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=env)
+    assert done.stdout == "[0, 1]\n" * 2, done.stderr
 
 
 FEW_FILES = """

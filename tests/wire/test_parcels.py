@@ -135,6 +135,16 @@ def test_too_large_a_value_is_refused_before_it_is_copied(monkeypatch: pytest.Mo
         pack(np.zeros(parcels.LEAST_IN_FILE, np.uint8))
 
 
+def test_memory_that_others_fill_meanwhile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([100 << 20, 70 << 20, 9 << 20])
+    monkeypatch.setattr(parcels, "available_memory", lambda: next(left))
+    monkeypatch.setattr(parcels, "_PIECE", 16 << 20)
+    open_before = len(os.listdir("/dev/fd"))
+    with pytest.raises(MemoryError, match="takes 64 MB, and 45 MB of memory are left for it"):
+        pack([np.zeros(20 << 20, np.uint8), np.zeros(44 << 20, np.uint8)])
+    assert len(os.listdir("/dev/fd")) == open_before
+
+
 def _sum(parcel: Parcel, pipe: Any) -> None:
     pipe.send(int(parcel.load().sum()))
 

@@ -80,7 +80,8 @@ class Span(NamedTuple):
         The dtype and shape of the call's tensor: "float32 (2, 3)"; of a list of two, "2 x float32
         (2, 3)" with those of the first.
     site : str or None
-        The learner's line that made the call: its file, a colon and the line's number.
+        The learner's line that made the call, or on the lane "steps" the optimizer's step: its
+        file, a colon and the line's number.
     failed : bool
         The call raised.
     tag : int or None

@@ -90,6 +90,7 @@ class Forkserver:
 
     @property
     def runs(self) -> bool:
+        """Whether it was started and has not ended."""
         return self.pid is not None and not reaper.has_ended(self.pid)
 
     def _begin_anew(self) -> None:

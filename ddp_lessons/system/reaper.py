@@ -64,7 +64,7 @@ def kill_when_closed(pipe: int, whom: int) -> bool:
 def listeners() -> list[tuple[str, int]]:
     """The file of each socket on which this process listens, and the process that first did.
 
-    That may have ended, and then nothing else tells which it was.
+    That may have ended, and then nothing else tells which it was. 0 or this process: not known.
     """
     if not os.path.isdir("/proc/self/fd"):
         return []

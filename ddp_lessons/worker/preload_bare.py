@@ -14,7 +14,13 @@ import warnings
 from collections.abc import Iterator
 
 from ddp_lessons.system import standard_files
-from ddp_lessons.system.reaper import adopt_orphans, end_children_of, listeners, remove_after
+from ddp_lessons.system.reaper import (
+    adopt_orphans,
+    end_children_of,
+    has_ended,
+    listeners,
+    remove_after,
+)
 
 # The interrupt of a notebook goes to the kernel's whole process group; workers must get it through
 # the parent only, which stops them in order.
@@ -27,9 +33,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 adopt_orphans()
 atexit.register(end_children_of, os.getpid())
 # multiprocessing's own socket lies in a temporary folder, which a killed kernel cannot remove.
-# That one began to listen; it may be dead by now, and this process the child of another.
+# If it is dead by now, this process is the child of another; it was the one that began to listen.
 parent = os.getppid()
-for path, parent in listeners():
+for path, listened in listeners():
+    parent = listened if listened and has_ended(listened) else parent
     atexit.register(remove_after, parent, path)
 warnings.filterwarnings("ignore", message="forkserver: waitpid returned unexpected pid")
 standard_files.hold()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,7 @@ from ddp_lessons.system.reaper import (
     parent_of,
     remove_after,
 )
+from tests.support.checkout import ROOT
 
 pytestmark = [
     pytest.mark.system,
@@ -139,6 +141,17 @@ def test_a_folder_goes_only_when_its_maker_has_gone(parent_lives: bool, tmp_path
     assert others.exists() == folder.exists() == parent_lives
     maker.kill()
     maker.wait()
+
+
+def test_listeners(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    code = "from ddp_lessons.system.reaper import listeners; print(listeners())"
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(path)
+        one.listen()
+        command = [sys.executable, "-c", code]
+        said = subprocess.check_output(command, pass_fds=[one.fileno()], text=True, cwd=ROOT)
+    assert said == f"{[(path, os.getpid())]}\n"
 
 
 def test_parent_of() -> None:

@@ -154,9 +154,13 @@ def _legend_width(ax: Axes, handles: Sequence[Patch | Line2D], columns: int) -> 
 
 
 def mark_failure(ax: Axes, rank: RankResult, at: float) -> None:
-    """Write how a rank failed, if it did, at the end of its bar."""
+    """Write how a rank failed, if it did, at the end of its bar, or at the edge if that is beyond.
+
+    The layout makes room for a text wherever it is, and of axes too small nothing would be left.
+    """
+    left, right = ax.get_xlim()
     if text := failure(rank):
-        ax.text(at, rank.rank, text, va="center", fontsize=8.5, color=INK)
+        ax.text(min(max(at, left), right), rank.rank, text, va="center", fontsize=8.5, color=INK)
 
 
 def failure(rank: RankResult) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ddp_lessons import Run, launch, plots, steps
-from ddp_lessons.wire.records import Span
+from ddp_lessons.wire.records import ErrorRecord, Span
 from tests.plots.test_timeline import figure_of, legend, made_up, rows
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -162,6 +162,20 @@ def test_a_failed_rank_is_marked() -> None:
         dist.barrier()
 
     assert " ✗ ValueError" in texts(plots.waits(launch(fails, check=False)))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("draw", [plots.waits, plots.timeline])
+def test_a_rank_that_failed_before_what_is_shown(late: Run, draw: Callable[..., Any]) -> None:
+    first, second, *more = late.ranks
+    error = ErrorRecord("ValueError", "", ())
+    second = replace(second, status="raised", error=error, ended_ns=second.began_ns)
+    ax = draw(Run(late.name, [first, second, *more], begin_ns=late.begin_ns), steps=(3, 3))
+    figure_of(ax).canvas.draw()
+    (mark,) = (text for text in ax.texts if text.get_text() == " ✗ ValueError")
+    inside, figure = ax.get_window_extent(), figure_of(ax).bbox
+    assert mark.get_window_extent().x0 == pytest.approx(inside.x0, abs=10)
+    assert inside.width > figure.width / 2
 
 
 @pytest.mark.parametrize("ranks", [2, 64])

@@ -10,14 +10,15 @@ import base64
 import contextlib
 import html
 import io
+import time
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets
 import matplotlib.pyplot as plt
 from IPython.core.getipython import get_ipython
-from IPython.core.pylabtools import print_figure
 from IPython.display import display
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from ddp_lessons.errors import LaunchError
 from ddp_lessons.launcher.api import launch
@@ -28,11 +29,12 @@ from ddp_lessons.system.notebook import is_live, prepare_widgets
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
     from tornado.ioloop import IOLoop
 
     from ddp_lessons.run import Run
 
-SOON = 0.03  # seconds in which moves of controls are merged
+SOON = 0.03  # seconds in which moves that came during a run are merged
 TIMEOUT = 10.0  # seconds without progress: nobody watches a slider longer
 LABEL = {"description_width": "10em"}
 LAYOUT = {"width": "29em", "max_width": "98%"}
@@ -78,6 +80,7 @@ class Explorer:
         self._start, self._draw = start, draw
         self._draws_failures = draws_failures
         self._due = False
+        self._drawn = -SOON  # when, on the monotonic clock
         self._picture: DisplayHandle | None = None
         self._failure = ipywidgets.HTML()
         self._busy = ipywidgets.HTML(layout={"height": "0"})
@@ -119,7 +122,8 @@ class Explorer:
     def _redraw_soon(self, loop: IOLoop) -> None:
         if not self._due:
             self._due = True
-            loop.call_later(SOON, self._redraw_now)
+            waited = time.monotonic() - self._drawn
+            loop.call_later(SOON if waited < SOON else 0, self._redraw_now)
 
     def _redraw_now(self) -> None:
         self._due = False
@@ -132,6 +136,7 @@ class Explorer:
             self._run_and_show()
         finally:
             self._busy.value = ""
+            self._drawn = time.monotonic()
 
     def _run_and_show(self) -> None:
         values = self.values
@@ -154,8 +159,7 @@ class Explorer:
         self._failure.value = f"<pre>{html.escape(text)}</pre>" if text else ""
 
     def _show(self, ax: Axes) -> None:
-        # Its layout is tight already: "tight", the default, would draw it twice.
-        png = base64.b64encode(print_figure(ax.figure, bbox_inches=None)).decode()
+        png = base64.b64encode(_png(ax.figure)).decode()
         alt = alt_text.text(ax.figure)
         plt.close(ax.figure)
         data = {"image/png": png, "text/plain": alt}
@@ -166,6 +170,13 @@ class Explorer:
             self._picture = display(data, metadata=metadata, raw=True, display_id=True)
         else:
             self._picture.update(data, metadata=metadata, raw=True)
+
+
+def _png(figure: Figure | SubFigure) -> bytes:
+    """The picture, as it is laid out already. `savefig` would draw it twice, to fit its layout."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
 
 
 def run_ranks(

@@ -15,7 +15,6 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.distributed as dist
-from IPython.core import pylabtools
 
 from ddp_lessons import plots
 from ddp_lessons.widgets import (
@@ -38,6 +37,7 @@ from ddp_lessons.widgets import (
     sync_batchnorm,
     uneven_work,
 )
+from ddp_lessons.widgets import explorer as explorer_module
 from ddp_lessons.widgets.explorer import Explorer, one_of, run_ranks, switch, whole
 from tests.support.kernels import Cell, Kernel
 
@@ -99,8 +99,10 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
     beyond: list[tuple[str, list[float]]] = []
 
-    def print_figure(figure: Any, **options: Any) -> Any:
-        png = pylabtools.print_figure(figure, **options)
+    made = explorer_module._png
+
+    def png_of(figure: Any) -> bytes:
+        png = made(figure)
         width, height = figure.get_size_inches()
         box = figure.get_tightbbox()
         if min(box.x0, box.y0, width - box.x1, height - box.y1) < -0.02:  # inches
@@ -108,7 +110,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
         return png
 
     monkeypatch.setattr("ddp_lessons.widgets.explorer.display", display)
-    monkeypatch.setattr("ddp_lessons.widgets.explorer.print_figure", print_figure)
+    monkeypatch.setattr("ddp_lessons.widgets.explorer._png", png_of)
     yield bundles
     assert not beyond, "a part of the picture is cut off"
     assert not plt.get_fignums()

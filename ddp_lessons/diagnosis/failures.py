@@ -46,7 +46,7 @@ def explain(run: RunRecord) -> Verdict | None:
         return hangs.explain_sizes(run, [rank.rank for rank in own])
     if not own:
         return hangs.explain(run)
-    cause = _cause(own)
+    cause = _cause(run, own)
     if cause.status == "died" and cause.exitcode is None:
         return _vanished(run, cause)
     match cause.status:
@@ -80,9 +80,9 @@ def _got_another_size(run: RunRecord, rank: RankResult) -> bool:
     )
 
 
-def _cause(failures: Sequence[RankResult]) -> RankResult:
+def _cause(run: RunRecord, failures: Sequence[RankResult]) -> RankResult:
     """The earliest failure; of ranks that failed alike, the lowest rank's."""
-    first = min(failures, key=lambda rank: rank.ended_ns)
+    first = min(failures, key=lambda rank: _failed_ns(run, rank.rank))
     return min((rank for rank in failures if _alike(rank, first)), key=lambda rank: rank.rank)
 
 
@@ -345,13 +345,26 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
 
 def _had_given_up(run: RunRecord, rank: int, told: Sequence[int]) -> bool:
     ended = run.ranks[rank].ended_ns
-    return rank_state.gave_up(run.ranks[rank]) and all(run.ranks[o].ended_ns > ended for o in told)
+    return rank_state.gave_up(run.ranks[rank]) and all(_failed_ns(run, o) > ended for o in told)
 
 
 def _later(run: RunRecord, rank: RankResult, told: Sequence[int]) -> str:
     """` later`, where it is known that a rank failed after those that are told of."""
     known = all(run.ranks[other].exitcode is not None for other in (rank.rank, *told))
-    return " later" if known and all(run.ranks[o].ended_ns < rank.ended_ns for o in told) else ""
+    failed = _failed_ns(run, rank.rank)
+    return " later" if known and all(_failed_ns(run, o) < failed for o in told) else ""
+
+
+def _failed_ns(run: RunRecord, rank: int) -> int:
+    """When a rank failed, at the latest.
+
+    An exception that was on its way, in a `finally`, while a call failed is older than that call.
+    """
+    result = run.ranks[rank]
+    if result.error is not None and own_error(result.error) is not result.error:
+        failed = [call.t0_ns for call in Calls.of(run).of_rank[rank] if call.state == "failed"]
+        return max(failed, default=result.ended_ns)
+    return result.ended_ns
 
 
 def _lost_where(rank: RankResult) -> str:

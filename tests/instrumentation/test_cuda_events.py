@@ -292,8 +292,36 @@ def test_a_batch_ends_when_its_one_handle_is_waited_for() -> None:
     ]  # fmt: skip
 
 
+class BucketsInFlight:
+    """The stopwatches of buckets that gloo has not stopped yet.
+
+    Gloo does so in a thread of its own, perhaps late; NCCL as soon as DDP asks for it.
+    """
+
+    def __init__(self) -> None:
+        self._left: set[Stopwatch] = set()
+        buckets = self
+
+        class Counted(Stopwatch):
+            def __init__(self, recorder: Recorder, on: str, name: str, *rest: Any) -> None:
+                super().__init__(recorder, on, name, *rest)
+                if name.startswith("bucket"):
+                    buckets._left.add(self)
+
+            def stop(self) -> None:
+                super().stop()
+                buckets._left.discard(self)
+
+        cuda_events.Stopwatch = Counted  # type: ignore[assignment, misc]
+
+    def wait(self) -> None:
+        while self._left:
+            time.sleep(0.001)
+
+
 def trains(rank: int, late: float) -> float:
     take_gloo_for_nccl()
+    buckets = BucketsInFlight()
     dist.init_process_group("gloo")
     net = nn.Sequential(nn.Linear(256, 256), nn.BatchNorm1d(256))
     model = DistributedDataParallel(net, bucket_cap_mb=0.1)
@@ -304,6 +332,7 @@ def trains(rank: int, late: float) -> float:
             time.sleep(late)
         model(torch.ones(4, 256)).sum().backward()
         optimizer.step()
+    buckets.wait()
     dist.destroy_process_group()
     return float(next(model.parameters()).sum().item())
 

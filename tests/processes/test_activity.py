@@ -33,17 +33,23 @@ WAITS = "import sys, threading\nthreading.Thread(target=sys.stdin.read).start()\
 
 @contextlib.contextmanager
 def running(*programs: str) -> Iterator[list[int]]:
-    """The ids of processes that run these programs, all on one processor."""
+    """The ids of processes that run these programs, all on one processor, and have begun to."""
     core = min(os.sched_getaffinity(0))
     pin = f"import os, signal; signal.alarm(100); os.sched_setaffinity(0, {{{core}}})\n"
+    begin = "print(flush=True)\n"
     with contextlib.ExitStack() as stack:
         started = []
         for program in programs:
-            command = [sys.executable, "-c", pin + program]
-            process = stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE))
+            command = [sys.executable, "-c", pin + begin + program]
+            process = stack.enter_context(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            )
             stack.callback(process.kill)
-            started.append(process.pid)
-        yield started
+            started.append(process)
+        for process in started:
+            assert process.stdout is not None
+            process.stdout.readline()
+        yield [process.pid for process in started]
 
 
 def samples(pid: int, number: int) -> list[Sample]:
@@ -98,9 +104,6 @@ def test_nothing_is_known_while_no_file_can_be_opened() -> None:
 def test_time_in_the_queue_for_a_processor_is_seen() -> None:
     """Six processes on one core: each waits for it for five sixths of the time."""
     with running(*[SPIN] * 6) as spinners:
-        for spinner in spinners:
-            while not cpu_seconds(spinner):
-                time.sleep(0.05)
         found = samples(spinners[0], 8)
     assert {sample.activity for sample in found} == {"busy"}
     assert min(sample.starved for sample in found) > 0.3

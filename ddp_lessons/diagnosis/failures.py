@@ -356,12 +356,9 @@ def _later(run: RunRecord, rank: RankResult, told: Sequence[int]) -> str:
 
 
 def _failed_ns(run: RunRecord, rank: int) -> int:
-    """When a rank failed, at the latest.
-
-    An exception that was on its way, in a `finally`, while a call failed is older than that call.
-    """
+    """When a rank failed, at the latest: before the call that kept its exception, if one did."""
     result = run.ranks[rank]
-    if result.error is not None and own_error(result.error) is not result.error:
+    if rank_state.was_kept(result):
         failed = [call.t0_ns for call in Calls.of(run).of_rank[rank] if call.state == "failed"]
         return max(failed, default=result.ended_ns)
     return result.ended_ns

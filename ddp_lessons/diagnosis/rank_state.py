@@ -274,6 +274,11 @@ def gave_up(rank: RankResult) -> bool:
     return rank.error is not None and losses.timed_out(rank.error.text) and _lost(rank.error)
 
 
+def was_kept(rank: RankResult) -> bool:
+    """True if an exception of a rank's own was on its way when the rank's last call lost others."""
+    return rank.error is not None and _lost(rank.error) and own_error(rank.error) is not rank.error
+
+
 def own_timeout(rank: RankResult) -> Timeout | None:
     """The timeout that ran out on a rank which gave up; `call` is "" if it is unknown who got it.
 

@@ -29,14 +29,14 @@ DELAYS: tuple[tuple[str, Delays], ...] = (
         ((0, 0, 0, 0.015),) * 4 + ((0.06, 0, 0, 0.015),) + ((0, 0, 0, 0.015),) * 3,
     ),
     (
-        "rank 0 slept 20 ms before each of 4 steps, rank 2 8 ms before each of 5, and rank 1 10 ms "
-        "before the last",
-        ((0.02, 0, 0, 0),) * 4 + ((0, 0, 0.008, 0),) * 5 + ((0, 0.01, 0, 0),),
+        "rank 0 slept 40 ms before each of 4 steps, rank 2 12 ms before each of 8, and rank 1 20 "
+        "ms before the last",
+        ((0.04, 0, 0, 0),) * 4 + ((0, 0, 0.012, 0),) * 8 + ((0, 0.02, 0, 0),),
     ),
     (
-        "rank 0 slept 20 ms before each of 8 steps, rank 1 25 ms before 5 of them, and rank 2 25 "
+        "rank 0 slept 40 ms before each of 8 steps, rank 1 50 ms before 5 of them, and rank 2 50 "
         "ms before the other 3",
-        ((0.02, 0.025, 0, 0),) * 5 + ((0.02, 0, 0.025, 0),) * 3,
+        ((0.04, 0.05, 0, 0),) * 5 + ((0.04, 0, 0.05, 0),) * 3,
     ),
 )
 
@@ -54,46 +54,71 @@ def _waits(delays: Delays) -> list[Share]:
     return run_ranks(_work, (delays,), nprocs=4).waits()
 
 
+def _waited(rows: list[Share], field: str) -> list[int]:
+    """The waiting in the rows of each rank, `field` being "rank", or for each, "last_rank"."""
+    return [sum(row.wait_ns for row in rows if getattr(row, field) == rank) for rank in range(4)]
+
+
+def _straggler(rows: list[Share]) -> int:
+    caused = _waited(rows, "last_rank")
+    return caused.index(max(caused))
+
+
+Reading = Callable[[list[Share]], int | None]  # of a run's rows: the rank to blame
+MISREADINGS: tuple[tuple[Reading, str], ...] = (
+    (
+        lambda rows: rows[-1].last_rank,
+        "That rank was late in the last step. One step is chance: add up the waiting that each "
+        "rank causes, over all steps.",
+    ),
+    (
+        lambda rows: max(rows, key=lambda row: row.wait_ns).last_rank,
+        "That rank caused the longest single wait. One hiccup costs less than a little every time: "
+        "add up the waiting that each rank causes.",
+    ),
+    (
+        lambda rows: Counter(row.last_rank for row in rows).most_common(1)[0][0],
+        "That rank was late most often. A little many times may cost less than much a few times: "
+        "add up the waiting that each rank causes.",
+    ),
+    (
+        lambda rows: _waited(rows, "rank").index(min(_waited(rows, "rank"))),
+        "That rank waited least, but that does not make it guilty: it is often nearly as late as "
+        "another rank, and hardly anyone waits for it. `last_rank` says for whom they do.",
+    ),
+    (
+        lambda rows: _waited(rows, "rank").index(max(_waited(rows, "rank"))),
+        "That rank waited longest: it is the victim. The guilty rank comes last, so it finds all "
+        "the others there and hardly waits at all.",
+    ),
+)
+
+
 @exercise(
     "The rank that waits is not to blame. Which field of a row says for whom it waited?",
     "Add up `wait_ns` for each `last_rank`, over all rows, and take the largest sum.",
 )
 def check_name_straggler(name_straggler: Callable[[list[Share]], int]) -> str:
     """Check that `name_straggler(waits)` returns the rank that costs the others most time."""
-    for what, delays in DELAYS:
-        rows = _waits(delays)
-        named = call(name_straggler, rows, because="It takes the rows and returns a rank.")
-        named = number(named)
-        waited, caused = (
-            [sum(row.wait_ns for row in rows if getattr(row, field) == rank) for rank in range(4)]
-            for field in ("rank", "last_rank")
-        )
+    runs, answers = [_waits(delays) for _, delays in DELAYS], []
+    for (what, _), rows in zip(DELAYS, runs, strict=True):
+        named = number(call(name_straggler, rows, because="It takes the rows and returns a rank."))
         if not is_number(named):
             raise Wrong(
                 f"{what}; you named {named!r}.",
                 "Return the number of one rank. Is `return` missing?",
             )
-        if named == caused.index(max(caused)):
-            continue
-        longest = max(rows, key=lambda row: row.wait_ns)
-        often = Counter(row.last_rank for row in rows).most_common(1)[0][0]
-        mistakes = {
-            "That is no rank: there are four, 0 to 3.": named not in range(4),
-            "That rank was late in the last step. One step is chance: add up the waiting that each "
-            "rank causes, over all steps.": named == rows[-1].last_rank,
-            "That rank caused the longest single wait. One hiccup costs less than a little every "
-            "time: add up the waiting that each rank causes.": named == longest.last_rank,
-            "That rank was late most often. A little many times may cost less than much a few "
-            "times: add up the waiting that each rank causes.": named == often,
-            f"Rank {named} waited least, but that does not make it guilty: it is often nearly as "
-            "late as another rank, and hardly anyone waits for it. `last_rank` says for whom they "
-            "do.": named == waited.index(min(waited)),
-            f"Rank {named} waited longest: it is the victim. The guilty rank comes last, so it "
-            "finds all the others there "
-            "and hardly waits at all.": named == waited.index(max(waited)),
-            "Each row says who came last in it (`last_rank`) and what that cost.": True,
-        }
-        judge(f"{what}; you named {named!r}.", mistakes)
+        answers.append(named)
+    # In one run a rank may be named for several reasons: what it was, the others tell.
+    likely = sorted(MISREADINGS, key=lambda misreading: answers != list(map(misreading[0], runs)))
+    for (what, _), rows, named in zip(DELAYS, runs, answers, strict=True):
+        if named != _straggler(rows):
+            mistakes = {
+                "That is no rank: there are four, 0 to 3.": named not in range(4),
+                **{text: named == reading(rows) for reading, text in likely},
+                "Each row says who came last in it (`last_rank`) and what that cost.": True,
+            }
+            judge(f"{what}; you named {named!r}.", mistakes)
     return "right in all four runs: late always, late once, late often by a little, nearly late."
 
 

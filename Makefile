@@ -10,6 +10,8 @@ RUN_HERE := $(filter-out notebooks/gpu.ipynb,$(LESSONS)) $(SOLUTIONS)
 JOBS ?= 4
 ALONE := $(shell grep -rl --include=test_*.py mark.alone tests)
 PYTEST := $(BIN)/python -m pytest
+# Another worker in place of one that died may wait for ever for its tests.
+SPREAD := --dist loadgroup --max-worker-restart=0
 NBVAL := -p nbval.plugin -p tests.support.nbval_kernels --nbval --nbval-current-env --nbval-cell-timeout=240 --nbval-sanitize-with=tests/support/nbval_sanitize.cfg -p no:cacheprovider
 
 # Where it is set, each of the hundreds of new Pythons would compile our modules anew.
@@ -71,17 +73,17 @@ tests: tools
 
 # Four at once even on two cores, as tests mostly wait.
 together: tools
-	$(PYTEST) -n $(JOBS) --dist loadgroup -m "not alone and not binder and not parity $(WHICH)" --durations=10
+	$(PYTEST) -n $(JOBS) $(SPREAD) -m "not alone and not binder and not parity $(WHICH)" --durations=10
 
 # One after the other, as each measures what another one would change.
 alone: tools
 	$(PYTEST) -m "alone $(WHICH)" --durations=10 $(ALONE)
 
 quick: tools
-	$(PYTEST) -q -n 2 -m "not ranks and not system and not alone and not binder"
+	$(PYTEST) -q -n 2 $(SPREAD) -m "not ranks and not system and not alone and not binder"
 
 parity: tools
-	$(PYTEST) -n 2 --dist loadgroup tests/parity
+	$(PYTEST) -n 2 $(SPREAD) tests/parity
 
 binder: tools
 	$(PYTEST) -m binder

@@ -332,7 +332,7 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
         there = [r.rank for r in lost if _lost_where(r) == where]
         partner = agree(there, "its partner", "their partner")
         before = all(_had_given_up(run, rank, told) for rank in there)
-        then = "had given up waiting before" if before else f"then lost {partner}"
+        then = "had given up before" if before else f"then lost {partner}"
         lines.append(f"{at_head(ranks_text(there))} {then}{where}.")
     lines += [
         f"rank {r.rank} {'' if r.pid or r.kept_by else 'was '}{r.outcome()}" for r in stopped[:4]
@@ -344,7 +344,7 @@ def other_ranks(run: RunRecord, told: Sequence[int]) -> list[str]:
 
 
 def _had_given_up(run: RunRecord, rank: int, told: Sequence[int]) -> bool:
-    ended = run.ranks[rank].ended_ns
+    ended = _failed_ns(run, rank)
     return rank_state.gave_up(run.ranks[rank]) and all(_failed_ns(run, o) > ended for o in told)
 
 

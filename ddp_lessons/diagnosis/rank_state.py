@@ -61,8 +61,7 @@ def frames_of(rank: RankResult) -> Sequence[Frame]:
     """Where the rank was: its stack, or where it raised; of a lost partner, where it lost it."""
     if rank.error is None:
         return rank.stack
-    first = root_error(rank.error)
-    return first.frames if _lost(first) else rank.error.frames
+    return (_first_loss(rank) or rank.error).frames
 
 
 def waits(rank: RankResult) -> bool:
@@ -203,8 +202,9 @@ def _doing(rank: RankResult) -> tuple[str, str]:
             return "gave up waiting in", f"{call}{line(frame)}"
         case "raised" if lost_partner(rank):
             return "lost its partner in", f"{call}{line(frame)}"
-        case "raised":
-            return "raised", f"{rank.error.summary if rank.error else ''}{line(frame)}"
+        case "raised" if rank.error is not None:
+            own = own_error(rank.error)
+            return "raised", f"{own.summary}{line(stacks.position(own.frames).frame)}"
         case "stopped" if rank.kept_by is not None:
             return "returned,", f"but {rank.kept_by} goes on{line(frame)}"
         case "stopped" if call is None and frame is None and rank.exitcode is None:
@@ -270,13 +270,21 @@ def _deals_with(error: ErrorRecord, previous: ErrorRecord) -> bool:
 
 
 def gave_up(rank: RankResult) -> bool:
-    """True for a rank whose call timed out."""
-    return rank.error is not None and losses.timed_out(rank.error.text) and _lost(rank.error)
+    """True for a rank whose call timed out, with no exception of its own on its way by then."""
+    first = _first_loss(rank)
+    return first is not None and losses.timed_out(first.text)
 
 
 def was_kept(rank: RankResult) -> bool:
-    """True if an exception of a rank's own was on its way when the rank's last call lost others."""
-    return rank.error is not None and _lost(rank.error) and own_error(rank.error) is not rank.error
+    """True if an exception was on its way when the rank's last call lost others."""
+    error = rank.error
+    return error is not None and _lost(error) and root_error(error) is not error
+
+
+def _first_loss(rank: RankResult) -> ErrorRecord | None:
+    """How a rank first learnt that another was gone or late; None if it failed by itself."""
+    first = None if rank.error is None else root_error(rank.error)
+    return first if first is not None and _lost(first) else None
 
 
 def own_timeout(rank: RankResult) -> Timeout | None:
@@ -284,13 +292,14 @@ def own_timeout(rank: RankResult) -> Timeout | None:
 
     It was passed to the call itself, or to the one that made the call's group.
     """
-    if rank.error is None or not gave_up(rank):
+    first = _first_loss(rank)
+    if first is None or not losses.timed_out(first.text):
         return None
     here = _site(rank)
     passed = [own for own in rank.timeouts if own.site == here]
     if here is not None and passed:
         return passed[-1]
-    if (told := _TIMEOUT.search(rank.error.text)) is None:
+    if (told := _TIMEOUT.search(first.text)) is None:
         return None
     seconds = int(told[1]) / 1000
     group = next((span.group for span in reversed(rank.spans) if span.failed and span.group), "")

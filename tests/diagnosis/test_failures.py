@@ -198,6 +198,30 @@ def test_an_exception_on_its_way_is_told_though_a_barrier_failed_later(
     assert "Rank 0 then lost its partner" in text
 
 
+def give_up_and_meet(rank: int) -> None:
+    """Rank 0 gives up in an all_reduce; then rank 1 fails, whom rank 0 still wants to meet."""
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=5 if rank else 1))
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        store.wait(["gave up"])
+        raise ValueError("bad sample 17")
+    try:
+        dist.all_reduce(torch.ones(1))
+    finally:
+        store.set("gave up", "")
+        dist.barrier()
+
+
+@pytest.mark.ranks
+def test_a_rank_gave_up_where_it_first_lost_the_others() -> None:
+    run = launch(give_up_and_meet, nprocs=2, check=False)
+    assert run.ranks[0].error is not None
+    assert run.ranks[0].error.previous is not None
+    assert run.verdict is not None
+    assert run.verdict.title == "rank 1 of 2 raised ValueError: bad sample 17"
+    assert "Rank 0 had given up before, waiting in all_reduce" in run.explain()
+
+
 @pytest.mark.ranks
 def test_groups_that_are_wide_or_deep_stay_readable() -> None:
     def wide(rank: int) -> None:

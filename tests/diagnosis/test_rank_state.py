@@ -123,3 +123,13 @@ def test_giving_up_is_told_from_losing() -> None:
     assert gave_up(rank(ErrorRecord("RuntimeError", TIMED_OUT, (CELL, TORCH))))
     assert not gave_up(rank(ErrorRecord("RuntimeError", CLOSED, (CELL, TORCH))))
     assert not gave_up(rank(None))
+
+
+@pytest.mark.parametrize("how", ["context", "cause"])
+def test_giving_up_counts_where_a_chain_of_exceptions_began(how: str) -> None:
+    """What fails after the call that timed out makes no difference."""
+    timed_out = ErrorRecord("RuntimeError", TIMED_OUT, (CELL, TORCH))
+    assert gave_up(rank(ErrorRecord("RuntimeError", CLOSED, (CELL, TORCH), timed_out, how)))
+    assert gave_up(rank(ErrorRecord("ValueError", "ValueError: no sum", (CELL,), timed_out, how)))
+    own = ErrorRecord("ValueError", "ValueError: bad sample", (CELL,))
+    assert not gave_up(rank(ErrorRecord("RuntimeError", TIMED_OUT, (CELL, TORCH), own, how)))

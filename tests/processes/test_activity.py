@@ -18,6 +18,7 @@ from ddp_lessons.processes.activity import (
     Sample,
     cpu_seconds,
     have_unsent_data,
+    threads_of,
 )
 
 pytestmark = [
@@ -64,10 +65,11 @@ def samples(pid: int, number: int) -> list[Sample]:
 
 
 def waits(pid: int) -> bool:
-    """Whether a process has started, and waits where its program does."""
+    """Whether a process waits where its program does: no thread of it runs or wants to."""
     before = cpu_seconds(pid)
     time.sleep(0.3)
-    return cpu_seconds(pid) == before > 0
+    ready = any(thread.ready for thread in threads_of(pid).values())
+    return cpu_seconds(pid) == before and not ready
 
 
 def test_a_process_that_gets_no_processor_is_not_idle() -> None:

@@ -30,7 +30,8 @@ CELL = """
 """
 # Resolves, to seconds, when the picture of the cell has changed and was painted. It observes, as
 # asking in each frame would keep one of two cores busy.
-CHANGED = """([number, key]) => new Promise(resolve => {
+CHANGED = """([number, key]) => new Promise((resolve, reject) => {
+    setTimeout(() => reject(Error(`no new picture after ${key}`)), 30000);
     const cell = document.querySelector(`.jp-Cell[data-windowed-list-index="${number}"]`);
     const picture = () => cell.querySelector(".jp-OutputArea img")?.src;
     const before = picture();
@@ -71,7 +72,9 @@ def measure(names: list[str], moves: int) -> list[list[str]]:
             slider = notebook.show(0).get_by_role("slider").first
             if not slider.count():
                 continue
-            keys = ["ArrowRight", "ArrowLeft"] * (moves // 2 + 1)
+            keys = ["ArrowRight", "ArrowLeft"] * (moves // 2 + 2)
+            if slider.get_attribute("aria-valuenow") == slider.get_attribute("aria-valuemax"):
+                del keys[0]
             seconds = []
             for key in keys[: moves + 2]:
                 notebook.page.wait_for_timeout(REST)
